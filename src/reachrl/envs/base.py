@@ -1,0 +1,55 @@
+"""What a simulator offers: language tasks, numbered start states, honest episode ends."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+
+from reachrl.config.base import Section
+from reachrl.types import Split, Start
+
+
+class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """One simulator instance with several language-described tasks.
+
+    Observations are a dict: `image` u8[H W 3] and `ee_state` f32[4] (end-effector x y z in metres,
+    gripper opening 0 closed .. 1 open). Actions are f32[D] in the simulator's own units, clipped by the
+    env to `action_space`.
+
+    `step` returns `reward = 1.0` on the step that succeeds and 0 otherwise, `terminated` on success,
+    `truncated` at the time limit (never both), and `info["success"]`.
+    The same (task, split, index) always gives the same episode for the same actions, whatever was run
+    before in this instance: exact resume replays actions and relies on it.
+    """
+
+    Config: ClassVar[type[Section]]
+    tasks: tuple[str, ...]
+
+    @abstractmethod
+    def instruction(self, task: str) -> str:
+        """The sentence that describes `task`."""
+
+    @abstractmethod
+    def num_starts(self, split: Split) -> int:
+        """How many numbered start states each task has in `split`."""
+
+    @abstractmethod
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's action f32[D] for the current state.
+
+        Raises:
+            NotImplementedError: this simulator has no expert.
+        """
+
+    @abstractmethod
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """Begin the episode `options["start"]`, a `Start`."""
+
+
+def start_option(options: dict[str, Any] | None) -> Start:
+    """The `Start` carried by reset's options; the first check every environment makes."""
+    start = (options or {}).get("start")
+    if not isinstance(start, Start):
+        raise ValueError("reset needs options={'start': Start(task, split, index)}")
+    return start

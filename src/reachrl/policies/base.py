@@ -1,0 +1,128 @@
+"""What the learner and the collector ask of a policy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from reachrl.config.base import Section
+from reachrl.types import Observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyInput:
+    """Model-ready rows. Either `pixel_values` or (frozen vision) the cached `vision_features`."""
+
+    prompt_ids: Int64[Tensor, "B L"]
+    prompt_mask: Bool[Tensor, "B L"]
+    pixel_values: Float[Tensor, "B C H W"] | None = None
+    vision_features: Float[Tensor, "B P F"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionSample:
+    """What the decoder returns for `B` rows in one pass.
+
+    `action_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the sampling
+    distribution (restricted to the 256 action tokens, after the temperature); `values` are read at the
+    first action position.
+    """
+
+    action_ids: Int64[Tensor, "B A"]
+    logprobs: Float[Tensor, "B A"]
+    values: Float[Tensor, "B"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Teacher-forced scores of given actions, differentiable."""
+
+    logprobs: Float[Tensor, "B A"]
+    entropy: Float[Tensor, "B A"]
+    values: Float[Tensor, "B"]
+
+
+class Policy(nn.Module, ABC):
+    """An autoregressive vision-language-action policy with a value head."""
+
+    Config: ClassVar[type[Section]]
+    num_action_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def encode(self, observation: Observation) -> PolicyInput:
+        """Turn frames and instructions into prompt tokens and pixels, on the policy's device."""
+
+    @abstractmethod
+    def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
+        """The vision towers' output: what may be cached while the towers are frozen."""
+
+    @abstractmethod
+    def act(
+        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A 256"] | None = None
+    ) -> ActionSample:
+        """Decode all rows at once, without gradients.
+
+        A token is `argmax(logits / temperature + gumbel)`: an exact sample when `gumbel` is standard Gumbel
+        noise, greedy when it is None. The caller draws the noise, one stream per episode, so that an
+        episode does not depend on which rows it was batched with.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+    ) -> Evaluation:
+        """Score given actions over the action positions only, with gradients."""
+
+    @abstractmethod
+    def values(self, inputs: PolicyInput) -> Float[Tensor, "B"]:
+        """State values; the same number that `act` and `evaluate` return for the same state."""
+
+    @abstractmethod
+    def decode_actions(self, action_ids: Int64[Tensor, "B A"]) -> np.ndarray:
+        """Map action tokens to actions f32[B D] in the environment's units."""
+
+    @abstractmethod
+    def encode_actions(self, actions: np.ndarray) -> Int64[Tensor, "B A"]:
+        """Map actions f32[B D] in the environment's units to the nearest action tokens."""
+
+    @abstractmethod
+    def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
+        """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> None:
+        """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, folder: Path) -> "Policy":
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or of another architecture.
+        """
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`."""
+
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """What must be equal for weights to fit; stored in checkpoints and compared on load."""
+
+    def freeze(self, roles: Sequence[str]) -> None:
+        """Stop gradients into the parameter groups named in `roles`."""
+        for role in roles:
+            for parameter in self.parameter_groups()[role]:
+                parameter.requires_grad_(False)

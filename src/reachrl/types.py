@@ -1,0 +1,122 @@
+"""The data that travels between environments, policies, rewards and the learner; no behaviour.
+
+Dimension names used everywhere: `T` steps per env, `N` envs, `A` action tokens per action, `D` action
+dimensions, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
+
+Everything here is numpy, so that an environment worker never imports torch. The torch-side records
+(`PolicyInput`, `ActionSample`, `PPOBatch`) live beside the interface that produces them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt8
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Start:
+    """One numbered start state of one task; `eval` starts are never used for learning."""
+
+    task: str
+    split: Split
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What `N` environments show the policy at one moment."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    instructions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvStep:
+    """The outcome of one decision in each of `N` environments.
+
+    A row that ended has already been reset: `observation` shows the next episode's first frame and
+    `final_images` the last frame of the one that ended (rows that did not end are undefined).
+    """
+
+    observation: Observation
+    success: Bool[np.ndarray, "N"]
+    terminated: Bool[np.ndarray, "N"]
+    truncated: Bool[np.ndarray, "N"]
+    valid: Bool[np.ndarray, "N"]  # False: the worker was lost in this step; the row is no data
+    final_images: UInt8[np.ndarray, "N H W 3"]
+    ee_state: Float32[np.ndarray, "N 4"]  # after the action, before any reset: x y z in m, gripper 0..1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One finished episode, as the curriculum, the metrics and the report see it."""
+
+    start: Start
+    success: bool
+    num_steps: int
+    env: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """`T` decisions in each of `N` environments, collected with one policy version."""
+
+    images: UInt8[np.ndarray, "T N H W 3"]
+    instructions: tuple[tuple[str, ...], ...]  # [T][N]
+    tasks: tuple[tuple[str, ...], ...]  # [T][N]
+    last_observation: Observation  # after step T, the bootstrap of rows still running
+    final_images: UInt8[np.ndarray, "E H W 3"]  # true last frame of each of the E ended episodes
+    final_rows: Int64[np.ndarray, "E 2"]  # (t, n) of the step that ended each of them
+    action_ids: Int64[np.ndarray, "T N A"]
+    behaviour_logprobs: Float32[np.ndarray, "T N A"]
+    success: Bool[np.ndarray, "T N"]
+    terminated: Bool[np.ndarray, "T N"]
+    truncated: Bool[np.ndarray, "T N"]
+    valid: Bool[np.ndarray, "T N"]
+    ee_state: Float32[np.ndarray, "T N 4"]
+    episodes: tuple[Episode, ...]
+    policy_version: int
+
+    @property
+    def num_env_steps(self) -> int:
+        """Decisions that count as data."""
+        return int(self.valid.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewards:
+    """The reward of every step; `parts` sum to `total` and stay apart up to the plot."""
+
+    total: Float32[np.ndarray, "T N"]
+    parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One no-gradient pass of the weights about to be trained over a rollout."""
+
+    old_logprobs: Float32[np.ndarray, "T N A"]
+    values: Float32[np.ndarray, "T+1 N"]
+    final_values: Float32[np.ndarray, "T N"]  # value of the true final frame where an episode ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One stored episode: a demonstration, or a rollout kept for the reward model.
+
+    Frame `t` is what was seen before action `t`; there is one more frame than actions, the last being
+    the true final frame.
+    """
+
+    start: Start
+    instruction: str
+    images: UInt8[np.ndarray, "T+1 H W 3"]
+    actions: Float32[np.ndarray, "T D"]  # the clean (intended) action in the env's units
+    ee_state: Float32[np.ndarray, "T+1 4"]  # x y z in m, gripper opening 0..1
+    success: bool
+    source: str  # "expert", "policy", ...
+
+
