@@ -113,8 +113,8 @@ class Trajectory:
 
     start: Start
     instruction: str
-    images: UInt8[np.ndarray, "T+1 H W 3"]
     actions: Float32[np.ndarray, "T D"]  # the clean (intended) action in the env's units
+    images: UInt8[np.ndarray, "T+1 H W 3"]
     ee_state: Float32[np.ndarray, "T+1 4"]  # x y z in m, gripper opening 0..1
     success: bool
     source: str  # "expert", "policy", ...

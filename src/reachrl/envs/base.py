@@ -53,3 +53,15 @@ def start_option(options: dict[str, Any] | None) -> Start:
     if not isinstance(start, Start):
         raise ValueError("reset needs options={'start': Start(task, split, index)}")
     return start
+
+
+def check_start(env: Env, start: Start) -> None:
+    """Refuse a start that `env` does not have.
+
+    Raises:
+        ValueError: unknown task or number out of range.
+    """
+    if start.task not in env.tasks:
+        raise ValueError(f"no task {start.task!r} here; tasks: {', '.join(env.tasks)}")
+    if not 0 <= start.index < env.num_starts(start.split):
+        raise ValueError(f"{start} is out of range: there are {env.num_starts(start.split)} {start.split} starts")

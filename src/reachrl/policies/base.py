@@ -24,6 +24,16 @@ class PolicyInput:
     pixel_values: Float[Tensor, "B C H W"] | None = None
     vision_features: Float[Tensor, "B P F"] | None = None
 
+    def rows(self, index: Int64[Tensor, "b"]) -> "PolicyInput":
+        """The rows `index`, in that order."""
+        pixels, features = self.pixel_values, self.vision_features
+        return PolicyInput(
+            prompt_ids=self.prompt_ids[index],
+            prompt_mask=self.prompt_mask[index],
+            pixel_values=None if pixels is None else pixels[index],
+            vision_features=None if features is None else features[index],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionSample:

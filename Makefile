@@ -1,0 +1,55 @@
+# A newcomer needs two of these: `make quickstart` and `make test`.
+SHELL := bash
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# The first interpreter that is new enough; give PYTHON=... to choose another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Empty: pip's own index. PyTorch's CPU index avoids some gigabytes of CUDA packages.
+TORCH_INDEX_URL ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
+GL_PACKAGES := libegl1 libgl1-mesa-dri libosmesa6
+RUN ?= runs/quickstart
+ARGS ?=
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help venv gl quickstart test lint format docs
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(INSTALLED) gl  ## Create .venv with everything, exactly as pinned in constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer was not found; give it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+gl:  # Software rendering needs these libraries; macOS brings its own.
+	@if [ "$$(uname)" != Linux ] || ldconfig -p | grep libEGL.so.1 >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends $(GL_PACKAGES); \
+	else echo "Rendering needs a GL library; as root: apt-get install $(GL_PACKAGES)" >&2; exit 3; fi
+
+quickstart: venv  ## The whole story into RUN=runs/quickstart; ARGS="key=value ..." override the preset
+	$(BIN)/reachrl quickstart metaworld_quickstart --run $(RUN) $(ARGS)
+
+test: venv  ## Run the test suite; PYTEST_ARGS="-k decoder" to select
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: venv  ## Style, formatting, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: venv  ## Apply the formatting and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: venv  ## Build the documentation into site/
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict

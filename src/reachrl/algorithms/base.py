@@ -1,0 +1,65 @@
+"""What an algorithm receives and returns."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from reachrl.policies.base import PolicyInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOBatch:
+    """The valid decisions of one iteration, flattened to `B` rows.
+
+    `inputs(rows)` gives model-ready rows i64[b]: from cached vision features, or from uint8 frames that stay
+    uint8 until then.
+    """
+
+    inputs: Callable[[Int64[Tensor, "b"]], PolicyInput]
+    action_ids: Int64[Tensor, "B A"]
+    behaviour_logprobs: Float[Tensor, "B A"]
+    old_logprobs: Float[Tensor, "B A"]
+    old_values: Float[Tensor, "B"]
+    advantages: Float[Tensor, "B"]
+    returns: Float[Tensor, "B"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStats:
+    """How one update went; means over the optimiser steps taken.
+
+    `approx_kl` is per action; `engine_kl` is the gap between the sampler's and the learner's log-probs of
+    the same actions before the update; `explained_variance` is that of the old values.
+    """
+
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    approx_kl: float
+    clip_frac: float
+    grad_norm: float
+    value_grad_norm: float
+    explained_variance: float
+    engine_kl: float
+    policy_steps: int
+    value_steps: int
+    lr: float
+
+    def metrics(self) -> dict[str, float]:
+        """By the names used in `metrics.jsonl`."""
+        record = asdict(self)
+        return {
+            "loss/policy": record.pop("policy_loss"),
+            "loss/value": record.pop("value_loss"),
+        } | record
+
+
+class Algorithm(Protocol):
+    """Improves a policy from one batch."""
+
+    def update(self, batch: PPOBatch, *, iteration: int, train_policy: bool) -> UpdateStats:
+        """One iteration's optimiser steps; with `train_policy` false only the critic moves."""
+        ...

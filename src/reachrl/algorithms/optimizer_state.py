@@ -1,0 +1,112 @@
+"""An optimizer's state as safetensors: exact round trip, no pickle, refused when it belongs to other parameters."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.optim import Optimizer
+
+from reachrl.errors import CheckpointError, StorageError
+
+
+def _description(optimizer: Optimizer) -> dict[str, Any]:
+    """What must be equal for a state to fit: the class and each group's parameter shapes, in order."""
+    shapes = [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "shapes": shapes}
+
+
+def save_optimizer(optimizer: Optimizer, path: Path) -> None:
+    """Write the optimizer's state (moments, step counters) and its options; the file is complete or absent.
+
+    Args:
+        optimizer: any optimizer whose state is tensors and JSON values (AdamW, Adam, SGD, ...).
+        path: the safetensors file.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            key = f"state.{index}.{name}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value.detach().cpu().contiguous().clone()
+            else:
+                values[key] = value
+    groups = []
+    for number, group in enumerate(state["param_groups"]):
+        options = {}
+        for name, value in group.items():
+            if isinstance(value, torch.Tensor):  # a learning rate may be a tensor
+                tensors[f"group.{number}.{name}"] = value.detach().cpu().contiguous().clone()
+            elif name != "params":
+                options[name] = value
+        groups.append(options)
+    content = {**_description(optimizer), "groups": groups, "values": values, "indices": list(state["state"])}
+    aside = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, metadata={"optimizer": json.dumps(content)})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path}: the optimizer's state could not be written: {error}. Free space and resume."
+        ) from error
+
+
+def _restored(value: Any, like: Any) -> Any:
+    """JSON knows no tuples; options that are tuples now become tuples again."""
+    return tuple(value) if isinstance(like, tuple) and isinstance(value, list) else value
+
+
+def load_optimizer(optimizer: Optimizer, path: Path) -> None:
+    """Restore what `save_optimizer` wrote into an optimizer built over the same parameters.
+
+    Raises:
+        CheckpointError: the file is missing or truncated, or belongs to another optimizer or other parameters.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            content = json.loads((file.metadata() or {})["optimizer"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the optimizer's state is missing; resume from another checkpoint.") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or not an optimizer's state ({error}); resume from another checkpoint."
+        ) from error
+    expected = _description(optimizer)
+    if content["class"] != expected["class"]:
+        raise CheckpointError(f"{path}: state of {content['class']}, but the optimizer is {expected['class']}.")
+    if content["shapes"] != expected["shapes"]:
+        raise CheckpointError(f"{path}: {_first_difference(content['shapes'], expected['shapes'])}")
+    state: dict[int, dict[str, Any]] = {index: {} for index in content["indices"]}
+    groups = [dict(options) for options in content["groups"]]
+    for key, value in [*tensors.items(), *content["values"].items()]:
+        kind, number, name = key.split(".", 2)
+        (state if kind == "state" else groups)[int(number)][name] = value
+    current = optimizer.state_dict()["param_groups"]
+    for group, now in zip(groups, current, strict=True):
+        group.update({name: _restored(value, now.get(name)) for name, value in group.items()})
+        group["params"] = now["params"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _first_difference(found: list[list[list[int]]], expected: list[list[list[int]]]) -> str:
+    remedy = "The checkpoint belongs to another model or other frozen parts: use the configuration it was made with."
+    if len(found) != len(expected):
+        return f"{len(found)} parameter groups stored, {len(expected)} expected. {remedy}"
+    for number, (stored, wanted) in enumerate(zip(found, expected, strict=True)):
+        if len(stored) != len(wanted):
+            return f"group {number}: {len(stored)} parameters stored, {len(wanted)} expected. {remedy}"
+        for index, (a, b) in enumerate(zip(stored, wanted, strict=True)):
+            if a != b:
+                return f"group {number}, parameter {index}: shape {a} stored, {b} expected. {remedy}"
+    raise AssertionError("the descriptions are equal")

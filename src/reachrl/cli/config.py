@@ -1,0 +1,96 @@
+"""`reachrl config`: the resolved configuration of a preset, its help, and where it departs from the paper."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from reachrl.cli.stages import OverridesArgument, PresetArgument
+
+if TYPE_CHECKING:
+    from reachrl.config.base import Section
+
+
+def config(
+    preset: PresetArgument,
+    overrides: OverridesArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as a run folder keeps it.")] = False,
+    with_help: Annotated[bool, typer.Option("--docs", help="Print each key's help above it.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what differs from `paper`, and why.")] = False,
+) -> None:
+    """Print the resolved configuration as TOML; a copy of it is a preset of your own."""
+    from reachrl.config.loading import config_dict, load_config
+
+    resolved = load_config(preset, overrides or [])
+    console = Console()
+    if explain:
+        console.print(_deviations(preset, overrides or []))
+        return
+    if as_json:
+        text, language = json.dumps(config_dict(resolved), indent=2, ensure_ascii=False), "json"
+    else:
+        text, language = "\n".join(toml_lines(resolved, with_help=with_help)), "toml"
+    if console.is_terminal:
+        console.print(Syntax(text, language, background_color="default", word_wrap=True))
+    else:
+        typer.echo(text)
+
+
+def _deviations(preset: str, overrides: list[str]) -> Table:
+    from reachrl.config.loading import explain
+    from reachrl.errors import ConfigError
+
+    if overrides:
+        raise ConfigError(
+            f"--explain gives the reasons of the preset {preset!r}, and overrides ({' '.join(overrides)}) have none; "
+            "leave them out."
+        )
+    table = Table(title=f"Where {preset} departs from paper", title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("key", "paper", preset, "why"):
+        table.add_column(column, overflow="fold")
+    for deviation in explain(preset):
+        values = (toml_value(deviation.paper_value), toml_value(deviation.value))
+        table.add_row(Text(deviation.key), *map(Text, values), Text(deviation.reason))
+    return table
+
+
+def toml_lines(section: "Section", name: str = "", *, with_help: bool = False) -> Iterator[str]:
+    """Write a section as TOML, plain keys before tables; `none` has no TOML, so those keys are commented out.
+
+    Args:
+        section: A configuration section.
+        name: Its dotted name; empty for the root.
+        with_help: Whether each key's help stands above it.
+
+    Yields:
+        The lines.
+    """
+    from reachrl.config.base import Section
+
+    values = section.model_dump(mode="json")
+    nested = {key: value for key in values if isinstance(value := getattr(section, key), Section)}
+    if name:
+        yield f"\n[{name}]"
+    for key, field in type(section).model_fields.items():
+        if key in nested:
+            continue
+        if with_help and field.description:
+            yield from (f"# {line}" for line in field.description.splitlines())
+        prefix = "# " if values[key] is None else ""
+        yield f"{prefix}{key} = {toml_value(values[key])}"
+    for key, value in nested.items():
+        yield from toml_lines(value, f"{name}.{key}" if name else key, with_help=with_help)
+
+
+def toml_value(value: Any) -> str:
+    """Write one value as it may be typed in a preset; a JSON string or list of plain values is valid TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

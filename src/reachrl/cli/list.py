@@ -1,0 +1,61 @@
+"""`reachrl list`: presets, tasks and kinds that a configuration can name."""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+class What(str, Enum):
+    """What can be listed."""
+
+    presets = "presets"
+    tasks = "tasks"
+    kinds = "kinds"
+
+
+def list_(what: Annotated[What | None, typer.Argument(help="Only these.", show_default="all")] = None) -> None:
+    """List presets, tasks with their instructions, and the kinds of every extension point."""
+    console = Console()
+    for name, table in {What.presets: _presets, What.tasks: _tasks, What.kinds: _kinds}.items():
+        if what in (None, name):
+            console.print(table())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _presets() -> Table:
+    from reachrl.config.loading import list_presets
+
+    table = _table("Presets", "preset", "what it is")
+    for name, description in list_presets().items():
+        table.add_row(name, description)
+    return table
+
+
+def _tasks() -> Table:
+    from reachrl.config.metaworld_tasks import INSTRUCTIONS
+
+    table = _table("\nTasks of kind `metaworld` (env.tasks=a,b,c)", "task", "instruction")
+    for task, instruction in INSTRUCTIONS.items():
+        table.add_row(task, instruction)
+    return table
+
+
+def _kinds() -> Table:
+    from reachrl.config.train import KIND_SECTIONS
+    from reachrl.registry import kinds
+
+    table = _table("\nKinds (a plug-in is named as package.module:Class)", "key", "kind", "class")
+    for section, group in KIND_SECTIONS.items():
+        for kind, target in kinds(group).items():
+            table.add_row(f"{section}.kind", kind, target)
+    return table

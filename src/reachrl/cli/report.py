@@ -1,0 +1,10 @@
+"""`reachrl report`: draw report.html."""
+
+from reachrl.cli.stages import OverridesArgument, PresetArgument, QuietOption, RunOption, run_command
+
+
+def report(
+    preset: PresetArgument, overrides: OverridesArgument = None, run: RunOption = None, quiet: QuietOption = False
+) -> None:
+    """Write summary.json and report.html from what lies in the run folder; may be repeated."""
+    run_command("report", preset, overrides, run, quiet)

@@ -1,0 +1,20 @@
+"""`reachrl reward`: the process reward model."""
+
+import typer
+
+from reachrl.cli.stages import OverridesArgument, PresetArgument, QuietOption, RunOption, run_command
+
+app = typer.Typer(help="The process reward model.", no_args_is_help=True)
+
+
+@app.callback()
+def reward() -> None:
+    """The process reward model."""
+
+
+@app.command()
+def fit(
+    preset: PresetArgument, overrides: OverridesArgument = None, run: RunOption = None, quiet: QuietOption = False
+) -> None:
+    """Fit P(progress | frame, instruction) on demonstrations and on the warm-started policy's failures."""
+    run_command("reward", preset, overrides, run, quiet)

@@ -1,0 +1,72 @@
+"""What every stage command does: read the configuration, show progress, say how to resume."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reachrl.cli.display import Display
+
+if TYPE_CHECKING:
+    from reachrl.config.schema import TrainConfig
+
+PRESETS = "Presets"
+PresetArgument = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name or a TOML file; see `reachrl list`.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the preset, such as ppo.lr=1e-4 seed=1.")
+]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="The run folder.", show_default="runs/PRESET")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the result.")]
+
+
+def run_command(
+    stages: str | tuple[str, ...], preset: str, overrides: list[str] | None, run: Path | None, quiet: bool
+) -> Path:
+    """Run one stage or several, in order, in one run folder.
+
+    The configuration is read before torch is imported, so that a mistake in it is told at once.
+
+    Args:
+        stages: Stage names, as `reachrl.pipeline` knows them.
+        preset: Name or file of the preset.
+        overrides: `key=value` changes.
+        run: The run folder, or `None` for `runs/<preset>`.
+        quiet: Print only warnings and errors.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        typer.Exit: 130 after Ctrl-C, once the user knows how to resume.
+    """
+    from reachrl.config.loading import load_config
+
+    config = load_config(preset, overrides or [])
+    run_dir = run or Path("runs") / Path(preset).stem
+    display = Display(quiet=quiet)
+    try:
+        with display.logging():
+            _run(stages, config, run_dir, display)
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted; finished work is kept in {run_dir}. The same command resumes:\n  {_this_command()}", err=True)
+        raise typer.Exit(130) from None
+    return run_dir
+
+
+def _run(stages: str | tuple[str, ...], config: "TrainConfig", run_dir: Path, display: Display) -> None:
+    from reachrl.pipeline import run_stage
+
+    for stage in (stages,) if isinstance(stages, str) else stages:
+        run_stage(stage, config, run_dir, display)
+
+
+def _this_command() -> str:
+    """The command line as it was typed, with the program's path as short as it was given."""
+    program = Path(sys.argv[0])
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return shlex.join([str(program), *sys.argv[1:]])

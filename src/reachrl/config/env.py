@@ -1,0 +1,87 @@
+"""Options of the environments: which tasks, how long an episode, how many workers."""
+
+from difflib import get_close_matches
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from reachrl.config.base import Section
+from reachrl.config.metaworld_tasks import INSTRUCTIONS
+from reachrl.errors import ConfigError
+
+# Training starts keep their distance from this many evaluation starts whatever `num_eval_starts` says, so
+# that evaluating on more starts later never meets one that was trained on.
+EVAL_POOL = 100
+
+
+class EnvSection(Section):
+    """What every simulator needs to know."""
+
+    kind: str
+    """Which environment: a built-in name or `package.module:Class`."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """The tasks to practise and to be tested on."""
+
+    image_size: int = Field(default=96, ge=8, le=1024)
+    """Side of the square camera frame, in pixels."""
+
+    max_steps: int = Field(default=30, ge=1)
+    """Decisions per episode; reaching it truncates the episode."""
+
+    num_envs: int = Field(default=16, ge=1)
+    """Environments stepped side by side, one process each."""
+
+    worker_timeout_s: float = Field(default=60.0, gt=0)
+    """A worker that has not answered for this long is killed and replaced."""
+
+    num_train_starts: int = Field(default=200, ge=1)
+    """Numbered start states per task that demonstrations, the reward model and training may use."""
+
+    num_eval_starts: int = Field(default=50, ge=1, le=EVAL_POOL)
+    """Numbered start states per task kept for evaluation only."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        if twice:
+            raise ConfigError(f"env.tasks names {', '.join(map(repr, twice))} more than once; name each task once")
+        return tasks
+
+
+class MetaworldConfig(EnvSection):
+    """Meta-World: a Sawyer arm, 50 table-top tasks, MuJoCo physics, assets inside the package."""
+
+    kind: Literal["metaworld"] = "metaworld"
+
+    tasks: tuple[str, ...] = Field(
+        default=(
+            "button-press-topdown",
+            "door-close",
+            "drawer-close",
+            "drawer-open",
+            "faucet-close",
+            "faucet-open",
+            "window-close",
+            "window-open",
+        ),
+        min_length=1,
+    )
+
+    action_repeat: int = Field(default=5, ge=1, le=50)
+    """Simulator steps (12.5 ms each) for which one decision is held."""
+
+    mesh_faces: int = Field(default=400, ge=0)
+    """Visual meshes are simplified to at most this many faces when a scene is built; 0 leaves them alone.
+    Meshes that take part in collisions keep their shape, so physics does not change."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for task in tasks:
+            if task not in INSTRUCTIONS:
+                close = get_close_matches(task.removesuffix("-v3"), INSTRUCTIONS, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`reachrl list` shows all 50"
+                raise ConfigError(f"env.tasks: Meta-World has no task {task!r}; {hint}")
+        return tasks

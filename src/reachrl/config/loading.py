@@ -1,0 +1,194 @@
+"""From a preset and `key=value` overrides to one validated configuration, with errors that name the key."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from reachrl.config.base import Section
+from reachrl.config.train import KIND_SECTIONS, TrainConfig
+from reachrl.errors import ConfigError
+from reachrl.registry import section_class
+
+PRESETS = files("reachrl.config") / "presets"
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """One key in which a preset differs from the paper's, and why."""
+
+    key: str
+    paper_value: Any
+    value: Any
+    reason: str
+
+
+def list_presets() -> dict[str, str]:
+    """Built-in presets by name with their one-line descriptions."""
+    names = sorted(item.name.removesuffix(".toml") for item in PRESETS.iterdir() if item.name.endswith(".toml"))
+    return {name: _layers(name)[0].get("description", "") for name in names}
+
+
+def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Resolve a preset (built-in name or path of a TOML file) and overrides such as `ppo.lr=3e-6`.
+
+    Raises:
+        ConfigError: unknown preset, unknown key, wrong type; the message names the key and what was expected.
+    """
+    data, _ = _layers(preset)
+    for override in overrides:
+        _apply(data, override)
+    return validate(data, where=preset)
+
+
+def validate(data: dict[str, Any], *, where: str) -> TrainConfig:
+    """Validate one merged dict; sections chosen by `kind` are validated by the class that the kind names.
+
+    Raises:
+        ConfigError: every problem found, each with its key.
+    """
+    data, problems = dict(data), []
+    for key, group in KIND_SECTIONS.items():
+        section = data.get(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{where}: {key!r} is a section; set its options, for example {key}.kind=...")
+        default = TrainConfig.model_fields[key].default
+        cls = section_class(group, str(section.get("kind", default.kind)))
+        try:
+            data[key] = cls.model_validate(section)
+        except ValidationError as error:
+            problems += _problems(error, cls, prefix=key)
+            data.pop(key, None)
+    try:
+        config = TrainConfig.model_validate(data)
+    except ValidationError as error:
+        problems += _problems(error, TrainConfig, prefix="")
+    if problems:
+        raise ConfigError(f"{where}: " + "\n  ".join(["the configuration is not valid:", *problems]))
+    return config
+
+
+def config_dict(config: Section) -> dict[str, Any]:
+    """The resolved configuration as JSON-ready values."""
+    return config.model_dump(mode="json")
+
+
+def config_hash(config: Section) -> str:
+    """Twelve hex digits that change when any option changes."""
+    return hashlib.sha256(json.dumps(config_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def explain(preset: str) -> list[Deviation]:
+    """Where `preset` departs from the `paper` preset, with the reason its file gives for each key."""
+    paper, _ = _layers("paper")
+    _, reasons = _layers(preset)
+    ours, theirs = _flat(config_dict(load_config(preset))), _flat(config_dict(validate(paper, where="paper")))
+    skipped = {"description"}
+    return [
+        Deviation(key, theirs.get(key), value, reasons.get(key, ""))
+        for key, value in sorted(ours.items())
+        if key not in skipped and theirs.get(key) != value
+    ]
+
+
+def _layers(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The preset's merged dict (its `base` first) and the reasons given for its keys."""
+    path = Path(preset)
+    if preset.endswith(".toml"):
+        if not path.is_file():
+            raise ConfigError(f"preset file {preset} does not exist.")
+        text = path.read_text()
+    else:
+        item = PRESETS / f"{preset}.toml"
+        if not item.is_file():
+            names = [entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")]
+            raise ConfigError(
+                f"unknown preset {preset!r}{_close(preset, names)}. Built-in presets: {', '.join(sorted(names))}; "
+                "or give the path of a .toml file."
+            )
+        text = item.read_text()
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{preset}: not valid TOML: {error}") from error
+    base, reasons = data.pop("base", None), data.pop("reasons", {})
+    if base is None:
+        return data, reasons
+    below, below_reasons = _layers(base)
+    return _merge(below, data), below_reasons | reasons
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, for example ppo.lr=3e-6.")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = data.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section.")
+        data[parent] = dict(node)  # the preset's own dict stays as it is
+        data = data[parent]
+    data[leaf] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """A TOML value, `none`, or the text itself (so that names need no quotes)."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _problems(error: ValidationError, cls: type[Section], prefix: str) -> list[str]:
+    lines = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(part for part in [prefix, *path] if part)
+        if item["type"] == "extra_forbidden":
+            known = _known(cls, path[:-1])
+            lines.append(f"unknown key {key!r}{_close(path[-1], known)}. Known here: {', '.join(known)}.")
+        else:
+            lines.append(f"{key} = {item.get('input')!r}: {item['msg'].removeprefix('Value error, ')}.")
+    return lines
+
+
+def _known(cls: type[Section], path: list[str]) -> list[str]:
+    fields = cls.model_fields
+    for part in path:
+        annotation = fields[part].annotation if part in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+            return []
+        fields = annotation.model_fields
+    return sorted(fields)
+
+
+def _close(word: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,237 @@
+"""Options of the policy: sizes of the OpenVLA architecture, prompt, critic and where weights come from."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from reachrl.config.base import Section
+
+NUM_ACTION_BINS = 256
+
+
+class ViTTowerConfig(Section):
+    """A vision transformer with the official parameter names (DINOv2 or SigLIP)."""
+
+    kind: Literal["vit"] = "vit"
+    """Plain patch embedding followed by transformer blocks."""
+    width: int = Field(gt=0)
+    """Channels of a patch."""
+    depth: int = Field(ge=2)
+    """Blocks of the official tower. The last one is never read, so it is never built."""
+    num_heads: int = Field(gt=0)
+    """Attention heads; must divide `width`."""
+    mlp_width: int = Field(gt=0)
+    """Hidden units of a block's MLP."""
+    patch_size: int = Field(default=14, gt=0)
+    """Side of a patch in pixels; must divide the image size."""
+    num_registers: int = Field(default=0, ge=0)
+    """Register tokens in front of the patches (DINOv2 reg4 has 4)."""
+    class_token: bool = False
+    """Whether a class token comes first (DINOv2)."""
+    layer_scale: bool = False
+    """Whether each residual branch has a learned scale (DINOv2)."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width}")
+        return self
+
+    @property
+    def output_width(self) -> int:
+        """Channels of one patch in the tower's output."""
+        return self.width
+
+    def grid(self, image_size: int) -> int:
+        """Patches along one side of an image of `image_size` pixels."""
+        if image_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={image_size}")
+        return image_size // self.patch_size
+
+
+class ConvStage(Section):
+    """One strided convolution of a convolutional tower, followed by GroupNorm and GELU."""
+
+    channels: int = Field(gt=0)
+    """Output channels; a multiple of 8 (the groups of the normalisation)."""
+    kernel: int = Field(default=3, gt=0)
+    """Side of the kernel in pixels of the stage's input."""
+    stride: int = Field(default=2, gt=0)
+    """By how much the stage shrinks the grid."""
+
+    @model_validator(mode="after")
+    def _channels_in_groups(self) -> Self:
+        if self.channels % 8:
+            raise ValueError(f"channels={self.channels} is not a multiple of 8")
+        if self.kernel < self.stride:
+            raise ValueError(f"kernel={self.kernel} is smaller than stride={self.stride}: pixels would be skipped")
+        if self.stride == 1 and self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel} with stride 1 would change the grid; use an odd kernel")
+        return self
+
+
+class ConvTowerConfig(Section):
+    """A convolutional tower: learns from scratch on few data much faster than plain patch embedding."""
+
+    kind: Literal["conv"] = "conv"
+    """Strided convolutions down to the patch grid, plus a learned position embedding."""
+    stages: tuple[ConvStage, ...] = Field(min_length=1)
+    """The convolutions, first to last; the product of their strides is the patch size."""
+
+    @property
+    def output_width(self) -> int:
+        """Channels of one patch in the tower's output."""
+        return self.stages[-1].channels
+
+    def grid(self, image_size: int) -> int:
+        """Patches along one side of an image of `image_size` pixels."""
+        for stage in self.stages:
+            if image_size % stage.stride:
+                raise ValueError(f"the strides of the convolutions do not divide image_size (at {image_size} pixels)")
+            image_size //= stage.stride
+        return image_size
+
+
+TowerConfig = Annotated[ViTTowerConfig | ConvTowerConfig, Field(discriminator="kind")]
+
+_TINY_TOWER = ConvTowerConfig(
+    stages=(
+        ConvStage(channels=32, kernel=7, stride=4),
+        ConvStage(channels=64, kernel=3, stride=2),
+        ConvStage(channels=96, kernel=3, stride=2),
+    )
+)
+
+
+class LanguageModelConfig(Section):
+    """Sizes of the Llama language model."""
+
+    vocab_size: int = Field(default=1088, gt=NUM_ACTION_BINS)
+    """Rows of the embedding, padding rows included."""
+    pad_to_multiple_of: int = Field(default=64, gt=0)
+    """Rows after the vocabulary; the action tokens are the 256 rows that end where these begin."""
+    hidden_size: int = Field(default=128, gt=0)
+    """Width of a token."""
+    intermediate_size: int = Field(default=344, gt=0)
+    """Hidden units of a layer's gated MLP."""
+    num_layers: int = Field(default=4, gt=0)
+    """Decoder layers."""
+    num_heads: int = Field(default=4, gt=0)
+    """Attention heads; must divide `hidden_size`."""
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key and value heads; unset means as many as `num_heads`."""
+    max_positions: int = Field(default=2048, gt=0)
+    """Longest sequence."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary position embedding."""
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    """Epsilon of the RMS normalisations."""
+    bos_token_id: int = Field(default=1, ge=0)
+    """Token the image patches are inserted behind."""
+    pad_token_id: int = Field(default=1024, ge=0)
+    """Token that fills up short prompts."""
+    empty_token_id: int = Field(default=2, ge=0)
+    """The lone space ("▁") that closes a prompt (29871 in Llama-2)."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.hidden_size % self.num_heads or self.num_heads % kv_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}, num_heads={self.num_heads} and num_kv_heads={kv_heads} must divide "
+                "one another in this order"
+            )
+        if self.vocab_end < NUM_ACTION_BINS:
+            raise ValueError("vocab_size - pad_to_multiple_of leaves no room for the 256 action tokens")
+        return self
+
+    @property
+    def vocab_end(self) -> int:
+        """One past the last action token (32000 for OpenVLA)."""
+        return self.vocab_size - self.pad_to_multiple_of
+
+
+class OpenVLAConfig(Section):
+    """OpenVLA: vision towers, projector, Llama, 256-way action head. The defaults are the `tiny` size."""
+
+    kind: Literal["openvla"] = "openvla"
+    """Which policy class to build."""
+    image_size: int = Field(default=96, gt=0)
+    """Side of the square image the towers see, in pixels; other frames are resized (bicubic)."""
+    towers: tuple[TowerConfig, ...] = Field(default=(_TINY_TOWER, _TINY_TOWER), min_length=1, max_length=2)
+    """The vision towers; their outputs are concatenated patch by patch."""
+    image_mean: tuple[tuple[float, float, float], ...] = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
+    """Mean of the RGB channels (0..1) each tower subtracts. The bf16-rounded numbers are those of the release."""
+    image_std: tuple[tuple[float, float, float], ...] = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+    """Standard deviation of the RGB channels (0..1) each tower divides by."""
+    projector_expansion: int = Field(default=2, gt=0)
+    """Hidden units of the two-tower projector per input channel (4 in the release)."""
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    """The trunk."""
+    tokenizer: Literal["built_in", "folder"] = "built_in"
+    """Words of robot instructions, built here; or `tokenizer.json` beside the weights."""
+    prompt_length: int = Field(default=16, gt=0)
+    """Tokens prompts are padded to, so that shapes stay fixed; a longer prompt lengthens its batch."""
+    num_action_tokens: int = Field(default=4, gt=0)
+    """Tokens per action = action dimensions (4 on Meta-World, 7 on LIBERO)."""
+    critic: Literal["shared", "separate"] = "shared"
+    """`shared`: the value head reads the actor's trunk; `separate`: its own copy of projector and trunk."""
+    value_hidden_size: int = Field(default=128, gt=0)
+    """Hidden units of the value head."""
+    value_gradient_to_trunk: bool = True
+    """Whether the value loss may change a shared trunk; `false` detaches the hidden state first."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage and arithmetic of towers, projector and trunk; the value head stays in float32."""
+    checkpoint: Path | None = None
+    """Folder with weights to start from: one written by ReachRL, or the official OpenVLA layout."""
+    dataset: str | None = None
+    """Which action statistics of an official checkpoint to use, when it holds several."""
+
+    @model_validator(mode="after")
+    def _towers_agree(self) -> Self:
+        grids = {tower.grid(self.image_size) for tower in self.towers}
+        if len(grids) != 1:
+            raise ValueError(f"the towers' patch grids differ: {sorted(grids)} patches a side at {self.image_size} px")
+        if not len(self.image_mean) == len(self.image_std) == len(self.towers):
+            raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Image tokens in the sequence."""
+        return self.towers[0].grid(self.image_size) ** 2
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of one patch after concatenating the towers."""
+        return sum(tower.output_width for tower in self.towers)
+
+    @classmethod
+    def openvla_7b(cls, **changes: object) -> "OpenVLAConfig":
+        """The released 7B model: DINOv2-L/14 with registers, SigLIP-so400m/14 and Llama-2-7B."""
+        dino = ViTTowerConfig(
+            width=1024, depth=24, num_heads=16, mlp_width=4096, num_registers=4, class_token=True, layer_scale=True
+        )
+        siglip = ViTTowerConfig(width=1152, depth=27, num_heads=16, mlp_width=4304)
+        llama = LanguageModelConfig(
+            vocab_size=32064,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_layers=32,
+            num_heads=32,
+            pad_token_id=32000,
+            empty_token_id=29871,
+        )
+        sizes: dict[str, object] = {
+            "image_size": 224,
+            "towers": (dino, siglip),
+            "projector_expansion": 4,
+            "language_model": llama,
+            "tokenizer": "folder",
+            "prompt_length": 32,
+            "num_action_tokens": 7,
+            "value_hidden_size": 1024,
+            "dtype": "bfloat16",
+        }
+        return cls.model_validate({**sizes, **changes})

@@ -1,0 +1,74 @@
+"""The root of the configuration: one run from demonstrations to report."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from reachrl.config.base import Section
+from reachrl.config.curriculum import SuccessRateConfig
+from reachrl.config.demos import DemosSection, SFTSection
+from reachrl.config.env import EnvSection, MetaworldConfig
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.reward import ProcessRewardConfig, RewardModelSection
+
+# Configuration key -> registry group of the sections that are chosen by `kind`.
+KIND_SECTIONS = {
+    "env": "envs",
+    "policy": "policies",
+    "reward": "rewards",
+    "curriculum": "curricula",
+    "ppo": "algorithms",
+}
+
+
+class EvalSection(Section):
+    """Evaluation on start states that nothing was ever trained on."""
+
+    num_starts: Annotated[int, Field(ge=1)] = 20
+    """Held-out start states per task in the final evaluation, before and after; the first ones of the set."""
+    modes: tuple[Literal["greedy", "sampled"], ...] = ("greedy", "sampled")
+    """How actions are chosen; the first mode is the headline of the report."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of `sampled`."""
+    seed: int = 0
+    """Seed of the sampling noise, so that two evaluations of equal weights are equal."""
+    num_videos: Annotated[int, Field(ge=0)] = 3
+    """Tasks whose first held-out episode is recorded before and after."""
+
+
+class TrainConfig(Section):
+    """Everything that decides the numbers of one run."""
+
+    description: str = ""
+    """One line for `reachrl list`."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of every stream: demonstrations, weights, shuffles, sampling, curriculum."""
+    num_threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of the learner process; none takes PyTorch's default."""
+    num_iterations: Annotated[int, Field(ge=0)] = 30
+    """PPO iterations."""
+    num_steps: Annotated[int, Field(ge=1)] = 120
+    """Decisions per environment and iteration."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 5
+    """Iterations between checkpoints; one is always written at the end."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept on disk."""
+    env: SerializeAsAny[EnvSection] = MetaworldConfig()
+    """The simulator and its tasks."""
+    policy: SerializeAsAny[Section] = OpenVLAConfig()
+    """The policy's architecture, or a checkpoint to start from."""
+    demos: DemosSection = DemosSection()
+    """Expert demonstrations for the warm start."""
+    sft: SFTSection = SFTSection()
+    """Supervised warm start."""
+    reward_model: RewardModelSection = RewardModelSection()
+    """Fitting of the process reward model."""
+    reward: SerializeAsAny[Section] = ProcessRewardConfig()
+    """What the policy is rewarded for."""
+    curriculum: SerializeAsAny[Section] = SuccessRateConfig()
+    """Which task and start state the next episode gets."""
+    ppo: SerializeAsAny[Section] = PPOConfig()
+    """The algorithm."""
+    eval: EvalSection = EvalSection()
+    """Held-out evaluation."""

@@ -1,0 +1,60 @@
+"""What a curriculum over tasks and start states does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from reachrl.config.base import Section
+from reachrl.types import Episode, Start
+
+
+class TaskSampler(ABC):
+    """Chooses the training start state of each new episode.
+
+    Args:
+        config: the sampler's section.
+        tasks: the task names.
+        num_starts: training starts per task.
+        seed: of the draws. Draw number i depends on (seed, i) and on what was observed before it.
+    """
+
+    Config: ClassVar[type[Section]]
+
+    def __init__(self, config: Any, *, tasks: Sequence[str], num_starts: int, seed: int) -> None:
+        self.config = config
+        self.tasks = tuple(tasks)
+        self.num_starts = num_starts
+        self.seed = seed
+        self.assigned = 0
+
+    def assign(self) -> Start:
+        """The next episode's task and start state."""
+        probabilities = self.probabilities()
+        # A generator per draw: the counter is all the random state there is to checkpoint.
+        generator = np.random.default_rng((self.seed, self.assigned))
+        self.assigned += 1
+        unit = int(generator.choice(probabilities.size, p=probabilities.ravel()))
+        task, index = divmod(unit, self.num_starts)
+        return Start(self.tasks[task], "train", index)
+
+    @abstractmethod
+    def probabilities(self) -> np.ndarray:
+        """Chance f64[tasks, starts] of each unit in the next draw; sums to 1."""
+
+    @abstractmethod
+    def observe(self, episodes: Sequence[Episode]) -> None:
+        """Learn from finished episodes."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """`curriculum/<task>`: chance of each task; `curriculum_success/<task>`: estimated success."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs, as JSON-ready values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`'s output."""

@@ -1,0 +1,373 @@
+"""Supervised fine-tuning: next-token loss of the action tokens, best weights by held-out loss, exact resumption."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch.optim import AdamW
+
+from reachrl.algorithms.optimizer_state import load_optimizer, save_optimizer
+from reachrl.config.demos import SFTSection
+from reachrl.demos.augment import augment
+from reachrl.demos.split import heldout_trajectories
+from reachrl.demos.store import TrajectoryStore, Transitions, write_json
+from reachrl.errors import CheckpointError, ConfigError, DivergedError, StorageError
+from reachrl.policies.base import Policy
+from reachrl.types import Observation
+
+logger = logging.getLogger(__name__)
+
+_NOT_RESULT = {"checkpoint_every", "micro_batch_size"}  # options that may change at a resumption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldoutScore:
+    """The policy on trajectories it was not trained on."""
+
+    loss: float  # mean negative log-likelihood of an action token, nats
+    token_accuracy: float  # share of greedily decoded tokens equal to the expert's
+    action_error: float  # mean |decoded - expert| in the environment's units
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTResult:
+    """How the fine-tuning ended; the numbers are those of the weights kept."""
+
+    best_step: int
+    best_heldout_loss: float  # nan when nothing was held out: the last weights are kept
+    token_accuracy: float
+    action_error: float
+    steps: int
+    train_rows: int
+    heldout_rows: int
+
+
+def total_steps(config: SFTSection, rows: int) -> int:
+    """Optimiser steps for a training set of `rows` steps."""
+    return config.steps or max(1, round(config.epochs * rows / config.batch_size))
+
+
+def learning_rate(config: SFTSection, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to `final_lr_fraction` at the last of `steps` (step counts from 0)."""
+    warmup = min(config.warmup_steps, steps // 10)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    floor = config.final_lr_fraction
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def batch_rows(rows: Int64[np.ndarray, "R"], step: int, batch_size: int, seed: int) -> Int64[np.ndarray, "B"]:
+    """The rows of one minibatch, from an endless stream of shuffled epochs.
+
+    A function of (seed, step) alone: a resumed training needs no loader state. Every row comes once an epoch.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    count = len(rows)
+    parts = []
+    for epoch in range(first // count, (last - 1) // count + 1):
+        order = np.random.default_rng([seed, 1, epoch]).permutation(count)
+        parts.append(order[max(0, first - epoch * count) : last - epoch * count])
+    return rows[np.concatenate(parts)]
+
+
+def train_sft(
+    policy: Policy,
+    store_folder: Path,
+    config: SFTSection,
+    *,
+    seed: int,
+    folder: Path,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> SFTResult:
+    """Fit the policy to the expert's action tokens; ends with the best held-out weights in `policy`.
+
+    Writes `folder/policy/` (by `save_pretrained`) and, last of all, `folder/sft.json`. A training cut short goes on
+    from its last checkpoint with the numbers it would have had; one that is finished is only loaded.
+
+    Args:
+        policy: what to train; its action statistics are set from the store.
+        store_folder: a complete trajectory store.
+        config: the options.
+        seed: decides the held-out split, the order of the data and the augmentation.
+        folder: where to write.
+        on_step: called after each step with `kind`, `step`, `train_loss`, `lr`, `grad_norm`, and after an evaluation
+            `heldout_loss`, `token_accuracy`, `action_error`. Steps since the last checkpoint come again on resumption.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite; nothing is saved after the last good checkpoint.
+        CheckpointError: `folder` holds a training with other options, or a damaged checkpoint.
+        StorageError: the store is incomplete or damaged, or the disk is full.
+    """
+    store = TrajectoryStore(store_folder)
+    stats = store.action_stats()
+    policy.set_action_stats(stats.q01, stats.q99, stats.mask)
+    training = _Training(policy, store, config, seed, Path(folder))
+    if (result := training.finished()) is not None:
+        return result
+    training.resume()
+    while training.step < training.steps:
+        record = training.train_step()
+        if on_step is not None:
+            on_step(record)
+    return training.finish()
+
+
+class _Training:
+    """One fine-tuning: data in memory, optimiser, the best weights so far, checkpoints."""
+
+    def __init__(self, policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int, folder: Path) -> None:
+        self.policy, self.config, self.seed, self.folder = policy, config, seed, folder
+        self.identity = _identity(policy, store, config, seed)
+        self.data: Transitions = store.load()
+        heldout = heldout_trajectories(self.data.starts, fraction=config.heldout_fraction, seed=seed)
+        is_heldout = heldout[self.data.trajectory_ids]
+        self.train_rows = np.flatnonzero(~is_heldout)
+        rows = np.flatnonzero(is_heldout)
+        chosen = np.random.default_rng([seed, 3]).permutation(len(rows))[: config.heldout_rows]
+        self.heldout_rows = rows[np.sort(chosen)]
+        if len(self.train_rows) == 0:
+            raise ConfigError(f"{store.folder}: no step to train on; collect at least one demonstration per task.")
+        self.steps = total_steps(config, len(self.train_rows))
+        with torch.no_grad():
+            self.action_ids = policy.encode_actions(self.data.actions).cpu()
+        self.optimizer = _optimizer(policy, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step, with the evaluation and the checkpoint due after it."""
+        began = time.perf_counter()
+        lr = learning_rate(self.config, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        devices = [self.policy.device] if self.policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(_step_seed(self.seed, self.step))  # dropout, if the policy has any
+            loss, grad_norm = self._backward()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"sft step {self.step}: loss {loss}, gradient norm {grad_norm}; both must be finite. Nothing was saved "
+                f"after the last checkpoint. Lower sft.lr (now {self.config.lr}) or raise sft.warmup_steps."
+            )
+        self.optimizer.step()
+        self.step += 1
+        record = {"kind": "sft", "step": self.step, "train_loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record["seconds/step"] = time.perf_counter() - began
+        if len(self.heldout_rows) and (self.step % self.config.eval_every == 0 or self.step == self.steps):
+            record |= self._evaluate()
+        if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
+            self.save_checkpoint()
+        return record
+
+    def _backward(self) -> tuple[float, float]:
+        """Gradients of the mean loss over one minibatch, clipped; returns the loss and the norm before clipping."""
+        self.policy.train()
+        rows = batch_rows(self.train_rows, self.step, self.config.batch_size, self.seed)
+        rng = np.random.default_rng([self.seed, 2, self.step])
+        frames = augment(self.data.images[rows], self.config, rng)
+        self.optimizer.zero_grad(set_to_none=True)
+        size = self.config.micro_batch_size or len(rows)
+        total = 0.0
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
+            inputs = self.policy.encode(self._observation(rows[part], frames[part]))
+            targets = self.action_ids[rows[part]].to(self.policy.device)
+            # The mean over the whole minibatch, whatever the size of the parts.
+            loss = -self.policy.evaluate(inputs, targets).logprobs.sum() / (len(rows) * targets.shape[1])
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        return total, norm.item()
+
+    def _observation(self, rows: Int64[np.ndarray, "B"], frames: np.ndarray) -> Observation:
+        instructions = tuple(self.data.instructions[i] for i in self.data.instruction_ids[rows])
+        return Observation(images=frames, instructions=instructions)
+
+    # -- held-out evaluation --------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, Any]:
+        score = self.score(self.heldout_rows)
+        if not math.isfinite(score.loss):
+            raise DivergedError(f"sft step {self.step}: held-out loss {score.loss} is not finite. Lower sft.lr.")
+        if self.best is None or score.loss < self.best["loss"]:
+            self.best = {"step": self.step, **asdict(score)}
+            self._write_folder(
+                self.folder / "best", lambda aside: save_model(self.policy, str(aside / "model.safetensors"))
+            )
+        return {"heldout_loss": score.loss, "token_accuracy": score.token_accuracy, "action_error": score.action_error}
+
+    @torch.no_grad()
+    def score(self, rows: Int64[np.ndarray, "R"]) -> HeldoutScore:
+        """Score the policy on given rows, frames as they are."""
+        self.policy.eval()
+        size = self.config.micro_batch_size or self.config.batch_size
+        nll, right, error = 0.0, 0.0, 0.0
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            inputs = self.policy.encode(self._observation(part, self.data.images[part]))
+            targets = self.action_ids[part].to(self.policy.device)
+            nll -= self.policy.evaluate(inputs, targets).logprobs.double().mean(dim=1).sum().item()
+            greedy = self.policy.act(inputs).action_ids
+            right += (greedy == targets).double().mean(dim=1).sum().item()
+            error += float(np.abs(self.policy.decode_actions(greedy) - self.data.actions[part]).mean(axis=1).sum())
+        count = len(rows)
+        return HeldoutScore(loss=nll / count, token_accuracy=right / count, action_error=error / count)
+
+    # -- on disk --------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint/`: weights, optimiser and position, complete or absent."""
+
+        def write(aside: Path) -> None:
+            save_model(self.policy, str(aside / "model.safetensors"))
+            save_optimizer(self.optimizer, aside / "optimizer.safetensors")
+            write_json(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
+
+        self._write_folder(self.folder / "checkpoint", write)
+
+    def resume(self) -> None:
+        """Continue from `checkpoint/` if there is one."""
+        # A rename of two folders can be cut between its halves: then only the older one stands.
+        checkpoint = self.folder / "checkpoint"
+        if not checkpoint.exists():
+            checkpoint = self.folder / "checkpoint.previous"
+        if not checkpoint.exists():
+            return
+        state = self._read_state(checkpoint / "state.json")
+        self._load_weights(checkpoint / "model.safetensors")
+        load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")
+        self.step, self.best = state["step"], state["best"]
+        logger.info("sft: resumed at step %d of %d", self.step, self.steps)
+
+    def finished(self) -> SFTResult | None:
+        """The result of a training that had ended, its weights loaded; None when there is still work to do."""
+        path = self.folder / "sft.json"
+        if not path.exists():
+            return None
+        state = self._read_state(path)
+        self.policy.load_state_dict(type(self.policy).from_pretrained(self.folder / "policy").state_dict())
+        return SFTResult(**{**state["result"], "best_heldout_loss": _number(state["result"]["best_heldout_loss"])})
+
+    def finish(self) -> SFTResult:
+        """Put the best weights into the policy, save it, and drop the checkpoints."""
+        if self.best is not None:
+            self._load_weights(_existing(self.folder / "best") / "model.safetensors")
+            best = self.best
+        else:
+            score = self.score(self.train_rows[: self.config.heldout_rows])
+            best = {"step": self.step, **asdict(score), "loss": math.nan}
+        self._write_folder(self.folder / "policy", self.policy.save_pretrained)
+        result = SFTResult(
+            best_step=best["step"],
+            best_heldout_loss=best["loss"],
+            token_accuracy=best["token_accuracy"],
+            action_error=best["action_error"],
+            steps=self.steps,
+            train_rows=len(self.train_rows),
+            heldout_rows=len(self.heldout_rows),
+        )
+        stored = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(result).items()}
+        write_json(self.folder / "sft.json", {"identity": self.identity, "result": stored})
+        for name in ("checkpoint", "checkpoint.previous", "best", "best.previous"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return result
+
+    def _read_state(self, path: Path) -> dict[str, Any]:
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            stored = state["identity"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: missing or damaged ({error}); delete {self.folder} to start again."
+            ) from error
+        if different := sorted(k for k in {*stored, *self.identity} if stored.get(k) != self.identity.get(k)):
+            key = different[0]
+            raise CheckpointError(
+                f"{path}: a fine-tuning with {key}={stored.get(key)!r} was begun here, now it is "
+                f"{self.identity.get(key)!r}. Use the same options, another folder, or delete {self.folder}."
+            )
+        return state
+
+    def _load_weights(self, path: Path) -> None:
+        try:
+            load_model(self.policy, str(path), device=str(self.policy.device))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: missing, truncated or of another architecture ({error}); delete {self.folder} to start again."
+            ) from error
+
+    @staticmethod
+    def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+        """Fill a folder aside, then swap it in; a reader finds the old or the new one (`.previous` in between)."""
+        aside, previous = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".previous")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write(aside)
+            if folder.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(folder, previous)
+            os.replace(aside, folder)
+            shutil.rmtree(previous, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"{folder}: could not be written: {error}. The last checkpoint is intact: free space, then run again."
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else folder.with_name(folder.name + ".previous")
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, 4, step]).generate_state(1)[0])
+
+
+def _identity(policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int) -> dict[str, Any]:
+    """What decides the numbers of a training; compared before anything is resumed."""
+    data = hashlib.sha256(json.dumps(store.meta, sort_keys=True).encode()).hexdigest()[:16]
+    architecture = json.loads(json.dumps(policy.architecture()))
+    return {
+        **config.model_dump(mode="json", exclude=_NOT_RESULT),
+        "seed": seed,
+        "store": data,
+        "architecture": architecture,
+    }
+
+
+def _optimizer(policy: Policy, config: SFTSection) -> AdamW:
+    """AdamW over everything but the value head, which no action token's loss reaches."""
+    groups = policy.parameter_groups()
+    parameters = [p for role in ("vision", "trunk") for p in groups.get(role, []) if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+    )

@@ -1,0 +1,32 @@
+"""Which start states are held out of training: whole starts of every task, never single steps."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from reachrl.types import Start
+
+
+def heldout_trajectories(starts: Sequence[Start], *, fraction: float, seed: int) -> Bool[np.ndarray, "E"]:
+    """Choose about `fraction` of each task's start states; all trajectories of a start go the same way.
+
+    The choice depends on the seed, the task and the set of its starts only, not on their order. A task with a
+    single start is never held out, and with `fraction > 0` every other task holds out at least one.
+
+    Args:
+        starts: the start of each of E trajectories.
+        fraction: share of the starts of each task, 0 <= fraction < 1.
+        seed: the run's seed.
+
+    Returns:
+        True where a trajectory is held out.
+    """
+    chosen: set[Start] = set()
+    for task in sorted({start.task for start in starts}):
+        unique = sorted({start for start in starts if start.task == task})
+        count = min(len(unique) - 1, max(1, round(fraction * len(unique)))) if fraction > 0 else 0
+        rng = np.random.default_rng([seed, zlib.crc32(task.encode()), len(unique)])
+        chosen.update(unique[i] for i in rng.permutation(len(unique))[:count])
+    return np.array([start in chosen for start in starts], np.bool_)

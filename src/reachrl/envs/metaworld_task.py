@@ -1,0 +1,179 @@
+"""One Meta-World task with numbered starts, made to forget everything between episodes."""
+
+import hashlib
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reachrl.config.env import EVAL_POOL
+from reachrl.envs.render import import_mujoco, load_scene
+from reachrl.errors import MissingExtra
+from reachrl.types import Split
+
+_MIN_RANGE_M = 0.005  # dimensions of the start space that vary by less make no visible difference
+_LIVE = ("model", "data", "mujoco_renderer")  # attributes that hold the simulation itself
+
+
+class _Rejected(Exception):
+    """The task asked for a second start vector: it does not accept the first."""
+
+
+class _Lean:
+    """Put in front of a Meta-World class: our scene, one given start vector, no time limit of its own."""
+
+    max_path_length = 10**9
+    scene_faces = 0
+    settle_hand = True
+
+    def _initialize_simulation(self: Any) -> tuple[Any, Any]:
+        model = load_scene(Path(self.fullpath), self.scene_faces)
+        return model, import_mujoco().MjData(model)
+
+    def _reset_hand(self: Any, steps: int = 50) -> None:
+        super()._reset_hand(steps if self.settle_hand else 0)  # type: ignore[misc]
+
+    def _get_state_rand_vec(self: Any) -> np.ndarray:
+        vector, self._last_rand_vec = self._last_rand_vec, None
+        if vector is None:
+            raise _Rejected
+        return vector
+
+
+class MetaworldTask:
+    """One task's simulator, its scripted expert and its numbered start states.
+
+    Args:
+        name: Meta-World's name without `-v3`.
+        mesh_faces: see `MetaworldConfig`.
+    """
+
+    def __init__(self, name: str, mesh_faces: int):
+        self._mujoco = import_mujoco()
+        try:
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+            from metaworld.policies import ENV_POLICY_MAP
+        except ImportError as error:
+            raise MissingExtra(f"Meta-World is not installed ({error}); run  pip install 'reachrl[metaworld]'") from error
+        self.name = name
+        base = ALL_V3_ENVIRONMENTS[f"{name}-v3"]
+        self.sim: Any = type(f"Lean{base.__name__}", (_Lean, base), {"scene_faces": mesh_faces})()
+        self.sim._set_task_called = True
+        self.sim._partially_observable = False  # the expert sees the goal; the policy sees only the frame
+        self.sim.__dict__.pop("sawyer_observation_space", None)  # computed for a hidden goal
+        self._expert = ENV_POLICY_MAP[f"{name}-v3"]()
+        self._observation = np.zeros(39)
+        self._pristine = {k: _own_copy(v) for k, v in self.sim.__dict__.items() if k not in _LIVE}
+        model = self.sim.model
+        self._pristine_model = (model.body_pos.copy(), model.site_pos.copy())
+        self._starts: dict[tuple[Split, int], np.ndarray] = {}
+
+    # ---- episodes ----
+
+    def reset(self, start: np.ndarray) -> None:
+        """Begin the episode with start vector `start`, as a freshly made simulator would.
+
+        Meta-World resets twice: the first pass moves furniture in the model, the second settles the arm in
+        that scene. Only the second needs the arm.
+        """
+        sim = self.sim
+        self._place(start)
+        self._mujoco.mj_resetData(sim.model, sim.data)
+        sim._last_rand_vec = start.copy()
+        self._observation = sim.reset_model()
+        sim._prev_obs = self._observation[:18].copy()
+        self._observation[18:36] = sim._prev_obs
+        # Positions for the first frame; dynamics are left to the first step.
+        self._mujoco.mj_kinematics(sim.model, sim.data)
+        self._mujoco.mj_camlight(sim.model, sim.data)
+
+    def _place(self, start: np.ndarray) -> None:
+        """Move furniture and goals for `start` in an otherwise untouched simulator, without settling the arm."""
+        sim = self.sim
+        for name in set(sim.__dict__) - set(self._pristine) - set(_LIVE):
+            del sim.__dict__[name]
+        sim.__dict__.update({k: _own_copy(v) for k, v in self._pristine.items()})
+        sim.model.body_pos[:], sim.model.site_pos[:] = self._pristine_model
+        self._mujoco.mj_resetData(sim.model, sim.data)
+        self._mujoco.mj_forward(sim.model, sim.data)
+        sim._last_rand_vec = start.copy()
+        sim.settle_hand = False
+        try:
+            sim.reset_model()
+        finally:
+            sim.settle_hand = True
+
+    def step(self, action: np.ndarray) -> bool:
+        """One simulator step with `action` f32[4]; whether the task is now solved."""
+        self._observation, _, _, _, info = self.sim.step(action)
+        return bool(info["success"])
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's action f32[4], clipped to [-1, 1]."""
+        return np.clip(self._expert.get_action(self._observation), -1.0, 1.0).astype(np.float32)
+
+    def ee_state(self) -> np.ndarray:
+        """Hand position in metres and gripper opening (0 closed .. 1 open), f32[4]."""
+        return self._observation[:4].astype(np.float32)
+
+    def show_goal(self) -> None:
+        """Put the goal markers where the target is: stepping moves some of them away."""
+        for site in self.sim._target_site_config:
+            self.sim._set_pos_site(*site)
+
+    # ---- starts ----
+
+    def start(self, split: Split, index: int) -> np.ndarray:
+        """Start vector `index` of `split` f64[K], inside the task's own start space and accepted by it.
+
+        It depends on the task, the split and the index only. Training starts keep a distance of
+        `start_gap()` from every evaluation start.
+        """
+        key = (split, index)
+        if key not in self._starts:
+            rng = np.random.default_rng([_stable_hash(self.name), int(split == "eval"), index])
+            space = self.sim._random_reset_space
+            for _ in range(10_000):
+                vector = rng.uniform(space.low, space.high)
+                if self._accepts(vector) and (split == "eval" or self._distance(vector) >= self.start_gap()):
+                    break
+            else:
+                raise RuntimeError(f"no start vector found for {self.name} {split} {index}")
+            self._starts[key] = vector
+        return self._starts[key]
+
+    def normalised(self, vectors: np.ndarray) -> np.ndarray:
+        """Start vectors f64[... K] in units of the start space's extent, dimensions that hardly vary left out."""
+        space = self.sim._random_reset_space
+        extent = space.high - space.low
+        free = extent > _MIN_RANGE_M
+        return (vectors[..., free] - space.low[free]) / extent[free]
+
+    def start_gap(self) -> float:
+        """Least normalised distance between a training and an evaluation start: a quarter of the spacing
+        that `EVAL_POOL` starts would have on a regular grid."""
+        dimensions = self.normalised(self.sim._random_reset_space.low).size
+        return 0.25 * EVAL_POOL ** (-1.0 / dimensions)
+
+    def _distance(self, vector: np.ndarray) -> float:
+        held_out = np.stack([self.start("eval", index) for index in range(EVAL_POOL)])
+        return float(np.linalg.norm(self.normalised(held_out) - self.normalised(vector), axis=-1).min())
+
+    def _accepts(self, vector: np.ndarray) -> bool:
+        try:
+            self._place(vector)
+        except _Rejected:
+            return False
+        return True
+
+
+def _own_copy(value: Any) -> Any:
+    """A copy of what an episode may change; views of the live simulation stay views."""
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.base is None else value
+    return deepcopy(value) if isinstance(value, (dict, list)) else value
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,0 +1,243 @@
+"""`N` environments stepped together, one process each; lost workers are replaced, not fatal."""
+
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from reachrl import errors
+from reachrl.config.env import EnvSection
+from reachrl.envs.process import WorkerLost, WorkerProcess
+from reachrl.envs.worker import SharedArrays
+from reachrl.types import EnvStep, Observation, Split, Start
+
+_MAX_LOSSES = 3  # of the same environment in a row; one more is an error
+_START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, all workers at once
+
+
+class VectorEnv:
+    """Steps `num_envs` copies of the environment that `config.kind` names.
+
+    An episode that ends is followed at once, in the same `step`, by the row's next start. A worker that
+    dies, raises or exceeds `config.worker_timeout_s` is replaced; its row of that step is marked invalid.
+
+    Args:
+        config: the environment's section.
+        num_envs: N.
+
+    Raises:
+        ReachRLError: the environment cannot be made.
+    """
+
+    def __init__(self, config: EnvSection, num_envs: int):
+        self.num_envs = num_envs
+        self.lost_episodes = 0
+        self._config = config
+        size = SharedArrays.size(num_envs, config.image_size)
+        memory = tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else os.fdopen(os.memfd_create("reachrl"), "r+b")
+        memory.truncate(size)
+        self._arrays = SharedArrays(memory.fileno(), num_envs, config.image_size)
+        self._memory = memory
+        self._workers: list[WorkerProcess] = []
+        self._finalizer = weakref.finalize(self, _end, self._workers, memory)
+        self._losses = [0] * num_envs
+        self._starts: list[Start | None] = [None] * num_envs
+        self._steps = [0] * num_envs
+        self._workers.extend(self._spawn(n) for n in range(num_envs))
+        for n, reply in self._gather(range(num_envs), _START_TIMEOUT_S).items():
+            if isinstance(reply, WorkerLost):
+                self.close()
+                raise self._error(n, reply, "could not be made")
+            self._facts = reply
+        self.tasks: tuple[str, ...] = tuple(self._facts["tasks"])
+        self.action_dim: int = self._facts["action_dim"]
+
+    def instruction(self, task: str) -> str:
+        """The sentence that describes `task`."""
+        return self._facts["instructions"][task]
+
+    def num_starts(self, split: Split) -> int:
+        """How many numbered start states each task has in `split`."""
+        return self._facts["num_starts"][split]
+
+    def reset(self, starts: Sequence[Start], next_starts: Sequence[Start]) -> Observation:
+        """Begin `starts[n]` in environment `n`, whatever was going on before.
+
+        Args:
+            starts: N starts.
+            next_starts: N starts to follow; checked here already, used by `step`.
+
+        Returns:
+            The first frames.
+        """
+        self._check(next_starts)
+        return self.replay(starts, [np.zeros((0, self.action_dim), np.float32)] * self.num_envs)
+
+    def replay(self, starts: Sequence[Start], actions: Sequence[Float32[np.ndarray, "k D"]]) -> Observation:
+        """Bring environment `n` to where `actions[n]` lead from `starts[n]`: an exact resume.
+
+        Args:
+            starts: N starts.
+            actions: N arrays f32[k_n D] of the actions taken since, none of which ended the episode.
+
+        Returns:
+            The frames after the last action.
+        """
+        self._check(starts)
+        self._begin({n: (start, actions[n]) for n, start in enumerate(starts)})
+        return self._observation()
+
+    def step(self, actions: Float32[np.ndarray, "N D"], next_starts: Sequence[Start]) -> EnvStep:
+        """Take one decision in every environment.
+
+        Args:
+            actions: in the environment's units.
+            next_starts: where row `n` goes if its episode ends in this step.
+
+        Returns:
+            The outcome; rows that ended, or whose worker was lost, already show their next episode.
+
+        Raises:
+            WorkerError: the same environment was lost too often in a row.
+        """
+        self._check(next_starts)
+        if actions.shape != (self.num_envs, self.action_dim):
+            raise ValueError(f"actions must be [{self.num_envs} {self.action_dim}], got {list(actions.shape)}")
+        for n, worker in enumerate(self._workers):
+            worker.send(do="step", action=actions[n].tolist(), next_start=_packed(next_starts[n]))
+        replies = self._gather(range(self.num_envs), self._config.worker_timeout_s)
+        flags = np.zeros((self.num_envs, 3), bool)
+        valid = np.ones(self.num_envs, bool)
+        for n, reply in replies.items():
+            if isinstance(reply, WorkerLost):
+                valid[n] = False
+                self._replace(n, reply)
+                continue
+            flags[n] = reply["flags"]
+            self._losses[n] = 0
+            self._steps[n] += 1
+            if flags[n, 1:].any():
+                self._starts[n], self._steps[n] = next_starts[n], 0
+        ee_state = self._arrays.ee_state.copy()
+        final_images = self._arrays.final_images.copy()
+        nothing = np.zeros((0, self.action_dim), np.float32)
+        self._begin({int(n): (next_starts[n], nothing) for n in np.flatnonzero(~valid)})
+        return EnvStep(
+            observation=self._observation(),
+            success=flags[:, 0],
+            terminated=flags[:, 1],
+            truncated=flags[:, 2],
+            valid=valid,
+            final_images=final_images,
+            ee_state=ee_state,
+        )
+
+    def close(self) -> None:
+        """End the workers and free the shared memory; safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self) -> "VectorEnv":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- workers ----
+
+    def _spawn(self, n: int) -> WorkerProcess:
+        worker = WorkerProcess(
+            {
+                "kind": self._config.kind,
+                "config": self._config.model_dump(mode="json"),
+                "row": n,
+                "num_envs": self.num_envs,
+                "image_size": self._config.image_size,
+                "memory": self._memory.fileno(),
+            }
+        )
+        worker.send(do="describe")
+        return worker
+
+    def _begin(self, episodes: dict[int, tuple[Start, np.ndarray]]) -> None:
+        """Reset and replay the given rows, trying again with a new worker where one is lost."""
+        while episodes:
+            for n, (start, actions) in episodes.items():
+                self._starts[n], self._steps[n] = start, len(actions)
+                self._workers[n].send(do="reset", start=_packed(start), actions=np.asarray(actions).tolist())
+            longest = max(len(actions) for _, actions in episodes.values())
+            replies = self._gather(episodes, _START_TIMEOUT_S + longest * self._config.worker_timeout_s)
+            lost = {n: reply for n, reply in replies.items() if isinstance(reply, WorkerLost)}
+            for n, reply in lost.items():
+                self._replace(n, reply)
+            episodes = {n: episodes[n] for n in lost}
+
+    def _gather(self, rows: Any, timeout_s: float) -> dict[int, dict[str, Any] | WorkerLost]:
+        """One answer per row; a row whose worker is lost gets the reason instead."""
+        waiting = {self._workers[n].connection: n for n in rows}
+        replies: dict[int, dict[str, Any] | WorkerLost] = {}
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = WorkerLost(f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)")
+                return replies | dict.fromkeys(waiting.values(), late)
+            for connection in ready:
+                n = waiting.pop(connection)  # type: ignore[arg-type]
+                try:
+                    replies[n] = self._workers[n].receive()
+                except WorkerLost as lost:
+                    replies[n] = lost
+        return replies
+
+    def _replace(self, n: int, lost: WorkerLost) -> None:
+        """A new worker for row `n`, unless this has happened too often."""
+        self.lost_episodes += 1
+        self._losses[n] += 1
+        if self._losses[n] > _MAX_LOSSES:
+            error = self._error(n, lost, f"was lost {self._losses[n]} times in a row")
+            self.close()
+            raise error
+        self._workers[n].kill()
+        self._workers[n] = self._spawn(n)
+        reply = self._gather([n], _START_TIMEOUT_S)[n]
+        if isinstance(reply, WorkerLost):
+            self._replace(n, reply)
+
+    def _error(self, n: int, lost: WorkerLost, what: str) -> errors.ReachRLError:
+        own = getattr(errors, lost.kind, None) if lost.kind else None
+        if own is not None:
+            return own(str(lost))  # a missing library or a wrong option, in its own words
+        start = self._starts[n]
+        where = f", task {start.task!r}, {start.split} start {start.index}, step {self._steps[n]}" if start else ""
+        return errors.WorkerError(f"environment {n} ({self._config.kind}{where}) {what}: {lost}")
+
+    # ---- rows ----
+
+    def _observation(self) -> Observation:
+        tasks = [start.task for start in self._starts if start is not None]
+        instructions = tuple(self.instruction(task) for task in tasks)
+        return Observation(images=self._arrays.images.copy(), instructions=instructions)
+
+    def _check(self, starts: Sequence[Start]) -> None:
+        if len(starts) != self.num_envs:
+            raise ValueError(f"expected {self.num_envs} starts, got {len(starts)}")
+        for start in starts:
+            if start.task not in self.tasks or not 0 <= start.index < self.num_starts(start.split):
+                raise ValueError(f"{start} does not exist: tasks are {', '.join(self.tasks)}; starts are numbered")
+
+
+def _packed(start: Start) -> tuple[str, str, int]:
+    return start.task, start.split, start.index
+
+
+def _end(workers: list[WorkerProcess], memory: Any) -> None:
+    for worker in workers:
+        worker.kill()
+    memory.close()

@@ -1,0 +1,151 @@
+"""One environment in one process: `python -m reachrl.envs.worker`, started by `VectorEnv`.
+
+A plain child process rather than `multiprocessing`: spawning there imports the parent's main script, and
+with it torch, into every worker.
+
+Frames and end-effector states go through a memory map shared with the parent; everything else is one JSON
+message each way per command.
+"""
+
+import json
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from reachrl.envs.base import Env
+from reachrl.errors import ReachRLError
+from reachrl.registry import build, section_class
+from reachrl.types import Start
+
+
+class SharedArrays:
+    """The memory map's layout: what `N` workers show the parent.
+
+    Args:
+        fd: an open file of at least `size(...)` bytes.
+        num_envs: N.
+        image_size: H = W.
+    """
+
+    def __init__(self, fd: int, num_envs: int, image_size: int):
+        buffer = mmap.mmap(fd, self.size(num_envs, image_size))
+        frames = num_envs * image_size * image_size * 3
+        shape = (num_envs, image_size, image_size, 3)
+        self.images = np.frombuffer(buffer, np.uint8, frames).reshape(shape)
+        self.final_images = np.frombuffer(buffer, np.uint8, frames, frames).reshape(shape)
+        self.ee_state = np.frombuffer(buffer, np.float32, num_envs * 4, _aligned(2 * frames)).reshape(num_envs, 4)
+
+    @staticmethod
+    def size(num_envs: int, image_size: int) -> int:
+        """Bytes needed."""
+        return _aligned(2 * num_envs * image_size * image_size * 3) + num_envs * 4 * 4
+
+
+def _aligned(offset: int) -> int:
+    return (offset + 15) // 16 * 16
+
+
+class Worker:
+    """Answers the parent's commands with one environment.
+
+    Args:
+        env: the environment.
+        arrays: the shared memory.
+        row: this worker's row in it.
+    """
+
+    def __init__(self, env: Env, arrays: SharedArrays, row: int):
+        self.env, self.arrays, self.row = env, arrays, row
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one command; the method of its name gets its arguments."""
+        arguments = dict(command)
+        name = arguments.pop("do")
+        return {"describe": self.describe, "reset": self.reset, "step": self.step}[name](**arguments)
+
+    def describe(self) -> dict[str, Any]:
+        """What the parent needs to know about the environment."""
+        env, shape = self.env, self.arrays.images.shape[1:]
+        seen = env.observation_space["image"].shape  # type: ignore[index]
+        if seen != shape:
+            raise ValueError(f"frames are {seen}, but env.image_size promises {shape}")
+        return {
+            "tasks": env.tasks,
+            "instructions": {task: env.instruction(task) for task in env.tasks},
+            "num_starts": {split: env.num_starts(split) for split in ("train", "eval")},
+            "action_dim": env.action_space.shape[0],  # type: ignore[index]
+        }
+
+    def reset(self, start: list[Any], actions: list[list[float]]) -> dict[str, Any]:
+        """Begin an episode and take the first `actions` of it."""
+        observation, _ = self.env.reset(options={"start": Start(*start)})
+        for action in actions:
+            observation, _, terminated, truncated, _ = self.env.step(np.asarray(action, np.float32))
+            if terminated or truncated:
+                raise ValueError(f"replayed actions end the episode {start}: they were not recorded in it")
+        self.arrays.images[self.row] = observation["image"]
+        self.arrays.ee_state[self.row] = observation["ee_state"]
+        return {}
+
+    def step(self, action: list[float], next_start: list[Any]) -> dict[str, Any]:
+        """Take one decision; an episode that ends gives way to `next_start` at once."""
+        observation, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
+        self.arrays.ee_state[self.row] = observation["ee_state"]
+        if terminated or truncated:
+            self.arrays.final_images[self.row] = observation["image"]
+            observation, _ = self.env.reset(options={"start": Start(*next_start)})
+        self.arrays.images[self.row] = observation["image"]
+        return {"flags": [bool(info["success"]), bool(terminated), bool(truncated)]}
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(2.0)
+    os._exit(1)
+
+
+def serve(connection: Connection) -> None:
+    """Answer commands until the parent closes the connection or goes away."""
+    setup = json.loads(connection.recv_bytes())
+    worker: Worker | None = None
+    while True:
+        try:
+            command = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if worker is None:
+                section = section_class("envs", setup["kind"])
+                env = build("envs", section.model_validate(setup["config"]))
+                arrays = SharedArrays(setup["memory"], setup["num_envs"], setup["image_size"])
+                worker = Worker(env, arrays, setup["row"])
+            reply = worker.answer(command)
+        except ReachRLError as error:
+            reply = {"error": str(error), "kind": type(error).__name__}
+        except Exception:
+            reply = {"error": traceback.format_exc(), "kind": None}
+        try:
+            connection.send_bytes(json.dumps(reply).encode())
+        except BrokenPipeError:
+            return
+
+
+def main() -> None:
+    """Entry point of the worker process: file descriptor of the pipe and the parent's process id."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    pipe, parent = int(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    serve(Connection(pipe))
+    os._exit(0)  # GL libraries complain when Python tears them down
+
+
+if __name__ == "__main__":
+    main()

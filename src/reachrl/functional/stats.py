@@ -1,0 +1,57 @@
+"""Statistics that make a success rate worth quoting: Wilson intervals, paired tests, explained variance."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+
+Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a success rate of `k` in `n`; (0, 1) when nothing was tried.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"wilson needs 0 <= k <= n, got k={k}, n={n}")
+    if n == 0:
+        return 0.0, 1.0
+    p = k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedTest:
+    """Outcomes that changed between two policies on the same start states."""
+
+    improved: int
+    worsened: int
+    p_value: float
+
+
+def paired_test(before: list[bool], after: list[bool]) -> PairedTest:
+    """Exact two-sided McNemar test on the same episodes before and after.
+
+    Under no change a discordant pair is equally likely to improve or to worsen.
+
+    Source: McNemar 1947; exact binomial form.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"a paired test needs the same episodes: {len(before)} before, {len(after)} after")
+    improved = sum(a and not b for b, a in zip(before, after, strict=True))
+    worsened = sum(b and not a for b, a in zip(before, after, strict=True))
+    n = improved + worsened
+    tail = sum(math.comb(n, i) for i in range(min(improved, worsened) + 1)) / 2**n
+    return PairedTest(improved=improved, worsened=worsened, p_value=min(1.0, 2 * tail))
+
+
+def explained_variance(predictions: Float32[np.ndarray, "B"], targets: Float32[np.ndarray, "B"]) -> float:
+    """1 - Var(targets - predictions) / Var(targets); 0 when the targets do not vary."""
+    variance = float(np.var(targets))
+    if variance < 1e-12:
+        return 0.0
+    return 1.0 - float(np.var(targets - predictions)) / variance

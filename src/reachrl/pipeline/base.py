@@ -1,0 +1,49 @@
+"""What the stages share: how progress is shown and how the policy is built."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from reachrl.config.train import TrainConfig
+from reachrl.policies.base import Policy
+from reachrl.registry import build, resolve
+
+
+class StageProgress(Protocol):
+    """One bar."""
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        """`n` more units are done; `fields` are the newest figures."""
+        ...
+
+
+class Display(Protocol):
+    """Where progress goes: a terminal, a log, or nothing."""
+
+    def stage(
+        self, name: str, total: int | None = None, description: str = "", *, completed: int = 0
+    ) -> AbstractContextManager[StageProgress]:
+        """Show a bar while the block runs."""
+        ...
+
+    def log(self, text: str) -> None:
+        """Print a line that stays."""
+        ...
+
+
+def new_policy(config: TrainConfig) -> Policy:
+    """The configured policy with the seed's initial weights, or its checkpoint's."""
+    torch.manual_seed(config.seed)
+    return build("policies", config.policy)
+
+
+def saved_policy(config: TrainConfig, folder: Path) -> Policy:
+    """The policy saved in `folder`, of the configured class.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another architecture.
+    """
+    kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
+    return resolve("policies", kind).from_pretrained(folder)

@@ -1,0 +1,138 @@
+"""Stages `reward` and `train`: fit the process reward model, then improve the policy with it."""
+
+from typing import Any
+
+import numpy as np
+
+from reachrl.backends.local import LocalActors, LocalLearner
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.reward import ProcessRewardConfig
+from reachrl.config.train import TrainConfig
+from reachrl.demos.store import TrajectoryStore, write_shard
+from reachrl.envs.vector import VectorEnv
+from reachrl.pipeline.base import Display, StageProgress, saved_policy
+from reachrl.registry import build
+from reachrl.rewards.base import Reward
+from reachrl.rewards.process.fit import fit_reward_model
+from reachrl.rewards.process.model import ProgressModel
+from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
+from reachrl.run.directory import Run
+from reachrl.train import train
+from reachrl.types import Start, Trajectory
+
+
+def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
+    """Fit the process reward model on demonstrations and on the warm-started policy's own episodes."""
+    if not needs_reward_model(config):
+        display.log("reward: nothing to fit, the reward is the task's own or brings its checkpoint")
+        return {"fitted": False}
+    trajectories = list(TrajectoryStore(run.demos)) + policy_trajectories(config, run, display)
+    with display.stage("reward", config.reward_model.steps, "fitting P(progress)") as progress:
+        last = 0
+
+        def show(step: int, record: dict[str, float]) -> None:
+            nonlocal last
+            run.log({"kind": "reward_model", "step": step} | record)
+            progress.advance(step - last, **record)
+            last = step
+
+        result = fit_reward_model(
+            trajectories, config.reward_model, seed=config.seed, folder=run.reward_model, on_step=show
+        )
+    return {"fitted": True, "trajectories": len(trajectories)} | {
+        key: value for key, value in result.quality["heldout"].items() if isinstance(value, int | float)
+    }
+
+
+def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> list[Trajectory]:
+    """Episodes of the warm-started policy on training starts, kept in `reward_model/rollouts/`.
+
+    The last numbered starts are used: demonstrations took the first.
+    """
+    count = config.reward_model.rollouts_per_task
+    if count == 0:
+        return []
+    policy = saved_policy(config, run.sft / "policy").eval()
+    first = max(config.env.num_train_starts - count, 0)
+    numbers = range(first, config.env.num_train_starts)
+    starts = [Start(task, "train", index) for index in numbers for task in config.env.tasks]
+    with VectorEnv(config.env, config.env.num_envs) as envs:
+        player = EpisodePlayer(policy, envs, mode="sampled", temperature=1.0, seed=config.seed)
+        with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
+            episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
+    trajectories = [_trajectory(episode) for episode in episodes]
+    write_shard(run.reward_model / "rollouts" / "policy.parquet", trajectories)
+    return trajectories
+
+
+def needs_reward_model(config: TrainConfig) -> bool:
+    """Whether the configured reward scores frames with a model that this run fits."""
+    reward = config.reward
+    return isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
+
+
+def build_reward(config: TrainConfig, run: Run) -> Reward:
+    """The configured reward; the process reward with this run's model unless it names another."""
+    assert isinstance(config.ppo, PPOConfig)
+    if isinstance(config.reward, ProcessRewardConfig):
+        model = ProgressModel.from_pretrained(run.reward_model / "model") if needs_reward_model(config) else None
+        return build("rewards", config.reward, gamma=config.ppo.gamma, model=model)
+    return build("rewards", config.reward)
+
+
+class _TrainDisplay:
+    """Shows iterations on a bar, one line of figures each."""
+
+    def __init__(self, progress: StageProgress) -> None:
+        self._progress = progress
+
+    def step(self) -> None:
+        """Vectorised steps are too many to show one by one."""
+
+    def iteration(self, record: dict[str, Any]) -> None:
+        """Advance by one iteration."""
+        self._progress.advance(
+            1,
+            success=f"{record['success_k']}/{record['success_n']}",
+            kl=record["approx_kl"],
+            ev=record["explained_variance"],
+        )
+
+
+def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
+    """Improve the warm-started policy with PPO; the result lands in `policy/`."""
+    assert isinstance(config.ppo, PPOConfig)
+    policy = saved_policy(config, run.sft / "policy").eval()
+    curriculum = build(
+        "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
+    )
+    reward = build_reward(config, run)
+    learner = LocalLearner(policy, config.ppo, seed=config.seed)
+    actors = LocalActors(
+        policy,
+        VectorEnv(config.env, config.env.num_envs),
+        seed=config.seed,
+        temperature=config.ppo.temperature,
+    )
+    try:
+        with display.stage("train", config.num_iterations, "PPO") as progress:
+            state = train(config, actors, learner, reward, curriculum, run, _TrainDisplay(progress))
+    finally:
+        actors.close()
+    policy.save_pretrained(run.policy)
+    return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
+
+
+def _trajectory(episode: PlayedEpisode) -> Trajectory:
+    assert episode.final_image is not None
+    states = [turn.ee_state for turn in episode.turns]
+    return Trajectory(
+        start=episode.start,
+        instruction=episode.instruction,
+        images=np.stack([*(turn.image for turn in episode.turns), episode.final_image]),
+        actions=np.stack([turn.action for turn in episode.turns]),
+        # The pose before the first action is not reported by a vector step; the first known one stands in.
+        ee_state=np.stack([states[0], *states]),
+        success=episode.success,
+        source="policy",
+    )

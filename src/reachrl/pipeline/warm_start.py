@@ -1,0 +1,46 @@
+"""Stages `demos` and `sft`: expert demonstrations, then supervised fine-tuning on them."""
+
+from typing import Any
+
+from reachrl.config.train import TrainConfig
+from reachrl.demos.collect import CollectProgress, collect_demos
+from reachrl.demos.sft import train_sft
+from reachrl.pipeline.base import Display, new_policy
+from reachrl.run.directory import Run
+
+
+def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
+    """Collect demonstrations on training starts into `demos/`."""
+    total = len(config.env.tasks) * config.demos.episodes_per_task
+    done = 0
+    with display.stage("demos", total, "scripted experts") as progress:
+
+        def show(event: CollectProgress) -> None:
+            nonlocal done
+            progress.advance(event.total_kept - done, task=event.task)
+            done = event.total_kept
+
+        store = collect_demos(config.env, config.demos, run.demos, seed=config.seed, on_progress=show)
+    return {"trajectories": len(store)}
+
+
+def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
+    """Warm-start the policy on the demonstrations; the best weights land in `sft/policy/`."""
+    policy = new_policy(config)
+    last = 0
+    with display.stage("sft", None, "next-token loss of action tokens") as progress:
+
+        def show(record: dict[str, Any]) -> None:
+            nonlocal last
+            run.log({"kind": "sft"} | record)
+            figures = {key: value for key, value in record.items() if key.endswith("loss")}
+            progress.advance(int(record["step"]) - last, **figures)
+            last = int(record["step"])
+
+        result = train_sft(policy, run.demos, config.sft, seed=config.seed, folder=run.sft, on_step=show)
+    return {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "best_heldout_loss": result.best_heldout_loss,
+        "token_accuracy": result.token_accuracy,
+    }

@@ -1,0 +1,137 @@
+"""The official OpenVLA checkpoint layout: its configuration, action statistics and weights that are never read."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.errors import CheckpointError
+from reachrl.policies.action_tokens import ActionStats
+from reachrl.policies.openvla.weights import read_json, read_shapes
+
+TOWERS = ("featurizer", "fused_featurizer")
+# Attention heads cannot be read off the shapes of fused projections, so the released towers are listed.
+_KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
+_EMPTY_TOKEN_ID = 29871
+
+
+def is_official(folder: Path) -> bool:
+    """Whether `folder` holds an official checkpoint rather than one of ours."""
+    return read_json(folder / "config.json").get("model_type") == "openvla"
+
+
+def is_dead(key: str, config: OpenVLAConfig) -> bool:
+    """Whether an official weight is never read: a tower's last block, final norm or pooling."""
+    for name, tower in zip(TOWERS, config.towers, strict=False):
+        prefix = f"vision_backbone.{name}."
+        if isinstance(tower, ViTTowerConfig) and key.startswith(prefix):
+            return key.removeprefix(prefix).startswith((f"blocks.{tower.depth - 1}.", "norm.", "attn_pool."))
+    return False
+
+
+def _tower(name: str, shapes: dict[str, tuple[int, ...]], num_heads: int) -> ViTTowerConfig:
+    """Read one tower's sizes off the shapes of its weights."""
+    prefix = f"vision_backbone.{name}."
+    own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    blocks = {int(match[1]) for key in own if (match := re.match(r"blocks\.(\d+)\.", key))}
+    width, _, patch_size, _ = own["patch_embed.proj.weight"]
+    return ViTTowerConfig(
+        width=width,
+        depth=max(blocks) + 1,
+        num_heads=num_heads,
+        mlp_width=own["blocks.0.mlp.fc1.weight"][0],
+        patch_size=patch_size,
+        num_registers=own.get("reg_token", (1, 0))[1],
+        class_token="cls_token" in own,
+        layer_scale="blocks.0.ls1.scale_factor" in own,
+    )
+
+
+def _language_model(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> LanguageModelConfig:
+    """Read the language model's sizes; the configuration leaves out what equals Llama-2's defaults."""
+    text = raw.get("text_config", {})
+    model = "language_model.model."
+    vocab_size, hidden_size = shapes[model + "embed_tokens.weight"]
+    layers = {int(match[1]) for key in shapes if (match := re.match(re.escape(model) + r"layers\.(\d+)\.", key))}
+    num_heads = text.get("num_attention_heads", 32)
+    return LanguageModelConfig(
+        vocab_size=vocab_size,
+        pad_to_multiple_of=raw.get("pad_to_multiple_of", 64),
+        hidden_size=hidden_size,
+        intermediate_size=shapes[model + "layers.0.mlp.gate_proj.weight"][0],
+        num_layers=len(layers),
+        num_heads=num_heads,
+        num_kv_heads=text.get("num_key_value_heads") or None,
+        max_positions=text.get("max_position_embeddings", 2048),
+        rope_theta=text.get("rope_theta", 10000.0),
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        bos_token_id=text.get("bos_token_id", 1),
+        pad_token_id=raw.get("pad_token_id", 32000),
+        empty_token_id=_EMPTY_TOKEN_ID,
+    )
+
+
+def official_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenVLAConfig:
+    """Describe an official checkpoint as a configuration of our class.
+
+    Args:
+        folder: with `config.json` and the weights.
+        tower_heads: attention heads of each tower; only needed for towers other than the released ones.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
+    """
+    raw, shapes = read_json(folder / "config.json"), read_shapes(folder)
+    ids = raw.get("timm_model_ids", [])
+    if tower_heads is None:
+        unknown = [name for name in ids if name not in _KNOWN_HEADS]
+        if unknown:
+            raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(_KNOWN_HEADS)}")
+        tower_heads = [_KNOWN_HEADS[name] for name in ids]
+    preprocessor = folder / "preprocessor_config.json"
+    statistics = read_json(preprocessor) if preprocessor.is_file() else {}
+    if statistics:
+        statistics = {"image_mean": statistics["means"], "image_std": statistics["stds"]}
+    try:
+        towers = [_tower(name, shapes, heads) for name, heads in zip(TOWERS, tower_heads, strict=False)]
+        language_model = _language_model(raw, shapes)
+        return OpenVLAConfig.model_validate(
+            {
+                "image_size": raw["image_sizes"][0],
+                "towers": towers,
+                "projector_expansion": max(shapes["projector.fc1.weight"][0] // shapes["projector.fc1.weight"][1], 1),
+                "language_model": language_model,
+                "tokenizer": "folder",
+                "prompt_length": 32,
+                "num_action_tokens": _num_action_tokens(raw),
+                "value_hidden_size": max(language_model.hidden_size // 4, 1),
+                **statistics,
+            }
+        )
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no OpenVLA checkpoint we can build: {error!r}") from error
+
+
+def _num_action_tokens(raw: dict[str, Any]) -> int:
+    sizes = {len(entry["action"]["q01"]) for entry in raw.get("norm_stats", {}).values()}
+    return sizes.pop() if len(sizes) == 1 else 7
+
+
+def official_stats(folder: Path, dataset: str | None) -> ActionStats | None:
+    """The action statistics of one dataset, or None when there are several and none was named.
+
+    Raises:
+        CheckpointError: `dataset` is not among them.
+    """
+    stats = dict(read_json(folder / "config.json").get("norm_stats", {}))
+    extra = folder / "dataset_statistics.json"  # fine-tuned checkpoints carry their own beside the configuration
+    if extra.is_file():
+        stats.update(read_json(extra))
+    if dataset is None and len(stats) != 1:
+        return None
+    name = dataset if dataset is not None else next(iter(stats))
+    if name not in stats:
+        raise CheckpointError(f"{folder} has no action statistics named {name!r}; it has {sorted(stats)}")
+    action = stats[name]["action"]
+    return ActionStats.create(action["q01"], action["q99"], action.get("mask", [True] * len(action["q01"])))

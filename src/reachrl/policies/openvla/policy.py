@@ -1,0 +1,293 @@
+"""OpenVLA as a policy: two vision towers, projector, Llama, a 256-way action head and a value head."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers import LlamaModel
+
+from reachrl.config.base import Section
+from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
+from reachrl.errors import CheckpointError
+from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_from_tokens
+from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
+from reachrl.policies.critic import SeparateTrunk, ValueHead
+from reachrl.policies.decoding import action_logits, decode
+from reachrl.policies.llama import build_llama, last_hidden
+from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
+from reachrl.policies.openvla.tokenizer import PromptTokenizer, build_tokenizer
+from reachrl.policies.openvla.vision import Projector, VisionBackbone
+from reachrl.types import Observation
+
+# Options that change no weight's shape or meaning; everything else in the section is architecture.
+_NOT_ARCHITECTURE = {"checkpoint", "dataset", "dtype", "prompt_length", "value_gradient_to_trunk", "tokenizer"}
+
+
+class OpenVLAPolicy(Policy):
+    """The OpenVLA architecture in any size.
+
+    The sequence of a row is `[BOS][patches][padding][rest of the prompt][action tokens]`. Whatever padding comes
+    in, prompts are brought into this form first, so every row's first action position is at the same index.
+    """
+
+    Config: ClassVar[type[Section]] = OpenVLAConfig
+
+    def __init__(self, config: OpenVLAConfig, tokenizer: PromptTokenizer | None = None) -> None:
+        """Build the policy; random weights unless `config.checkpoint` names a folder.
+
+        Raises:
+            CheckpointError: `config.checkpoint` cannot be read or has another architecture.
+        """
+        super().__init__()
+        self.config = config
+        llm = config.language_model
+        self.num_action_tokens = config.num_action_tokens
+        self.first_action_id = llm.vocab_end - NUM_ACTION_BINS
+        with torch.device("meta") if config.checkpoint is not None else nullcontext():
+            self._build()
+        self.action_stats = ActionStats.identity(config.num_action_tokens)
+        self.tokenizer = tokenizer
+        if tokenizer is None and config.tokenizer == "built_in":
+            self.tokenizer = PromptTokenizer(build_tokenizer(llm), llm)
+        self.eval()
+        if config.checkpoint is not None:
+            checkpoint.load_into(self, config.checkpoint)
+
+    def _build(self) -> None:
+        config, llm = self.config, self.config.language_model
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = Projector(config.vision_width, llm.hidden_size, config.projector_expansion, len(config.towers))
+        self.language_model = build_llama(llm)
+        self.value_head = ValueHead(llm.hidden_size, config.value_hidden_size)
+        dtype = getattr(torch, config.dtype)
+        for module in (self.vision_backbone, self.projector, self.language_model):
+            for parameter in module.parameters():  # parameters only: rotary frequencies stay in float32
+                parameter.data = parameter.data.to(dtype)
+        separate = config.critic == "separate"
+        self.critic = SeparateTrunk(self.projector, self.language_model.model) if separate else None
+
+    # --- from observations -------------------------------------------------------------------------------------
+
+    def encode(self, observation: Observation) -> PolicyInput:
+        """Turn frames and instructions into prompt tokens and pixels, on the policy's device.
+
+        Raises:
+            CheckpointError: the policy came from a folder without `tokenizer.json`.
+        """
+        config = self.config
+        prompt_ids, prompt_mask = self.encode_prompts(observation.instructions)
+        images = resize_naive(observation.images, config.image_size)
+        pixels = normalise_pixels(images, config.image_mean, config.image_std, self.device)
+        return PolicyInput(prompt_ids=prompt_ids, prompt_mask=prompt_mask, pixel_values=pixels)
+
+    def encode_prompts(self, instructions: tuple[str, ...]) -> tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]:
+        """Prompt tokens alone, padded on the right: what rows with cached vision features need.
+
+        Raises:
+            CheckpointError: the policy has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "this policy has no tokenizer: the folder it was loaded from holds no tokenizer.json. "
+                "Put the model's tokenizer.json beside its weights, or pass prompt ids yourself"
+            )
+        rows = [self.tokenizer.prompt_ids(instruction) for instruction in instructions]
+        length = max(self.config.prompt_length, *map(len, rows)) if rows else self.config.prompt_length
+        ids = np.full((len(rows), length), self.config.language_model.pad_token_id, np.int64)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = tokens
+        lengths = np.array([len(tokens) for tokens in rows])
+        mask = np.arange(length)[None] < lengths[:, None]
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
+        """The vision towers' output: what may be cached while the towers are frozen."""
+        return self.vision_backbone(pixel_values.to(self.projector.fc1.weight.dtype))
+
+    # --- sequences ---------------------------------------------------------------------------------------------
+
+    def _features(self, inputs: PolicyInput) -> Float[Tensor, "B P F"]:
+        if inputs.vision_features is not None:
+            return inputs.vision_features.to(self.projector.fc1.weight.dtype)
+        if inputs.pixel_values is None:
+            raise ValueError("PolicyInput needs pixel_values or vision_features")
+        return self.vision_features(inputs.pixel_values)
+
+    def _embed(
+        self,
+        projector: nn.Module,
+        model: LlamaModel,
+        features: Float[Tensor, "B P F"],
+        inputs: PolicyInput,
+        action_ids: Int64[Tensor, "B K"] | None = None,
+    ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
+        """Embed `[BOS][patches][padding][text][actions]` and say which positions are real."""
+        ids, mask = inputs.prompt_ids, inputs.prompt_mask
+        first = mask & (mask.long().cumsum(1) == 1)
+        # BOS, then padding, then text; stable, so that tokens keep their order
+        order = (mask.long() * 2 - first.long() * 3 + 1).argsort(dim=1, stable=True)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+        patches = projector(features)
+        if action_ids is not None:
+            ids = torch.cat([ids, action_ids], 1)
+            mask = torch.cat([mask, torch.ones_like(action_ids, dtype=torch.bool)], 1)
+        text = model.embed_tokens(ids)
+        seen = torch.ones(patches.shape[:2], dtype=torch.bool, device=mask.device)
+        embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
+        return embeds, torch.cat([mask[:, :1], seen, mask[:, 1:]], 1)
+
+    def _action_head(self) -> Float[Tensor, "256 E"]:
+        return self.language_model.lm_head.weight[self.first_action_id : self.first_action_id + NUM_ACTION_BINS]
+
+    def _value(
+        self, features: Float[Tensor, "B P F"], inputs: PolicyInput, first_hidden: Float[Tensor, "B E"] | None
+    ) -> Float[Tensor, "B"]:
+        """The value at the first action position, from the actor's hidden state or the critic's own trunk."""
+        if self.critic is not None:
+            model = self.critic.model
+            # detached: the towers belong to the actor
+            embeds, valid = self._embed(self.critic.projector, model, features.detach(), inputs)
+            return self.value_head(last_hidden(model, embeds, valid, 1)[:, 0])
+        if first_hidden is None:
+            model = self.language_model.model
+            embeds, valid = self._embed(self.projector, model, features, inputs)
+            first_hidden = last_hidden(model, embeds, valid, 1)[:, 0]
+        return self.value_head(first_hidden if self.config.value_gradient_to_trunk else first_hidden.detach())
+
+    # --- the policy's four questions ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(
+        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A 256"] | None = None
+    ) -> ActionSample:
+        """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
+        features = self._features(inputs)
+        model = self.language_model.model
+        embeds, valid = self._embed(self.projector, model, features, inputs)
+        decoded = decode(
+            model,
+            self._action_head(),
+            embeds,
+            valid,
+            first_action_id=self.first_action_id,
+            num_tokens=self.num_action_tokens,
+            temperature=temperature,
+            gumbel=gumbel,
+        )
+        values = self._value(features, inputs, decoded.first_hidden)
+        return ActionSample(action_ids=decoded.action_ids, logprobs=decoded.logprobs, values=values)
+
+    def action_logits(
+        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+    ) -> tuple[Float[Tensor, "B A 256"], Float[Tensor, "B"]]:
+        """Teacher-forced logits of the 256 action tokens at each action position, and the values."""
+        features = self._features(inputs)
+        model = self.language_model.model
+        embeds, valid = self._embed(self.projector, model, features, inputs, action_ids[:, :-1])
+        hidden = last_hidden(model, embeds, valid, action_ids.shape[1])
+        logits = action_logits(hidden, self._action_head(), temperature)
+        return logits, self._value(features, inputs, hidden[:, 0])
+
+    def evaluate(
+        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+    ) -> Evaluation:
+        """Score given actions over the action positions only, with gradients."""
+        logits, values = self.action_logits(inputs, action_ids, temperature=temperature)
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, (action_ids - self.first_action_id).unsqueeze(-1)).squeeze(-1)
+        return Evaluation(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1), values=values)
+
+    def values(self, inputs: PolicyInput) -> Float[Tensor, "B"]:
+        """State values; the same number that `act` and `evaluate` return for the same state."""
+        return self._value(self._features(inputs), inputs, None)
+
+    # --- actions -----------------------------------------------------------------------------------------------
+
+    def decode_actions(self, action_ids: Int64[Tensor, "B A"]) -> np.ndarray:
+        """Map action tokens to actions f32[B D] in the environment's units."""
+        unit = unit_from_tokens(action_ids.cpu().numpy(), self.config.language_model.vocab_end)
+        return self.action_stats.unnormalise(unit).astype(np.float32)
+
+    def encode_actions(self, actions: np.ndarray) -> Int64[Tensor, "B A"]:
+        """Map actions f32[B D] in the environment's units to the nearest action tokens."""
+        unit = self.action_stats.normalise(np.asarray(actions, np.float64))
+        tokens = tokens_from_unit(unit, self.config.language_model.vocab_end)
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+
+    def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
+        """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through.
+
+        Raises:
+            ValueError: the vectors do not have one entry per action token.
+        """
+        stats = ActionStats.create(q01, q99, mask)
+        if len(stats.q01) != self.num_action_tokens:
+            raise ValueError(f"{len(stats.q01)} action dimensions for {self.num_action_tokens} action tokens")
+        self.action_stats = stats
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def reset_critic(self) -> None:
+        """Start a separate critic's trunk again from the actor's weights (after supervised training)."""
+        if self.critic is not None:
+            self.critic.copy_from(self.projector, self.language_model.model)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`."""
+        checkpoint.save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "OpenVLAPolicy":
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or of another architecture.
+        """
+        return cls(checkpoint.read_config(folder))
+
+    @classmethod
+    def load_official(
+        cls,
+        folder: Path,
+        *,
+        dataset: str | None = None,
+        tower_heads: Sequence[int] | None = None,
+        critic: Literal["shared", "separate"] = "shared",
+    ) -> "OpenVLAPolicy":
+        """Read a checkpoint in the official layout; the critic starts untrained.
+
+        Args:
+            folder: with the official `config.json` and weights.
+            dataset: which of its action statistics to use, when it holds several.
+            tower_heads: attention heads of each tower, for towers other than the released ones.
+            critic: the critic to add.
+
+        Raises:
+            CheckpointError: a file is missing or truncated, or its keys are not those of the architecture.
+        """
+        config = checkpoint.read_config(folder, tower_heads)
+        return cls(config.model_copy(update={"dataset": dataset, "critic": critic}))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters by role: `vision`, `trunk` (projector, language model), `value`."""
+        value = list(self.value_head.parameters())
+        return {
+            "vision": list(self.vision_backbone.parameters()),
+            "trunk": [*self.projector.parameters(), *self.language_model.parameters()],
+            "value": value if self.critic is None else [*value, *self.critic.parameters()],
+        }
+
+    def architecture(self) -> dict[str, Any]:
+        """What must be equal for weights to fit; stored in checkpoints and compared on load."""
+        return self.architecture_of(self.config)
+
+    @staticmethod
+    def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
+        """The part of a configuration that decides which weights fit."""
+        return config.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)

@@ -1,0 +1,94 @@
+"""From a `kind` in the configuration to the class it names: built-ins, entry points, import strings.
+
+The tables are import strings, so that looking at a configuration imports neither torch nor a simulator.
+"""
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from reachrl.errors import ConfigError, ExtensionError, MissingExtra
+
+# group -> kind -> (class, its configuration section)
+BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
+    "policies": {
+        "openvla": ("reachrl.policies.openvla.policy:OpenVLAPolicy", "reachrl.config.policy:OpenVLAConfig"),
+    },
+    "envs": {
+        "metaworld": ("reachrl.envs.metaworld:MetaworldEnv", "reachrl.config.env:MetaworldConfig"),
+        "reach_toy": ("reachrl.testing.envs:ReachEnv", "reachrl.testing.envs:ReachConfig"),
+    },
+    "rewards": {
+        "task": ("reachrl.rewards.task:TaskReward", "reachrl.config.reward:TaskRewardConfig"),
+        "process": ("reachrl.rewards.process.reward:ProcessReward", "reachrl.config.reward:ProcessRewardConfig"),
+    },
+    "curricula": {
+        "uniform": ("reachrl.curriculum.uniform:UniformSampler", "reachrl.config.curriculum:UniformConfig"),
+        "success_rate": (
+            "reachrl.curriculum.success_rate:SuccessRateSampler",
+            "reachrl.config.curriculum:SuccessRateConfig",
+        ),
+    },
+    "algorithms": {
+        "ppo": ("reachrl.algorithms.ppo:PPO", "reachrl.config.ppo:PPOConfig"),
+    },
+}
+
+
+def kinds(group: str) -> dict[str, str]:
+    """Every known kind of `group` with the import string of its class (built-ins, then entry points)."""
+    known = {kind: target for kind, (target, _) in BUILTINS[group].items()}
+    for point in entry_points(group=f"reachrl.{group}"):
+        known.setdefault(point.name, point.value)
+    return known
+
+
+def _import(target: str, *, group: str, kind: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name == module_name or not attribute:
+            raise ExtensionError(f"{group}: kind {kind!r} points to {target!r}, which does not exist.") from error
+        raise MissingExtra(f"{group}: kind {kind!r} needs the package {error.name!r}: install it.") from error
+    except (ImportError, AttributeError) as error:
+        raise ExtensionError(f"{group}: kind {kind!r} ({target!r}) could not be imported: {error}") from error
+
+
+def resolve(group: str, kind: str) -> Any:
+    """The class that `kind` names: a built-in, an entry point, or an import string `module:Class`.
+
+    Raises:
+        ConfigError: no such kind.
+        ExtensionError: the plug-in cannot be imported.
+        MissingExtra: a package that the kind needs is absent.
+    """
+    known = kinds(group)
+    if kind in known:
+        return _import(known[kind], group=group, kind=kind)
+    if ":" in kind:
+        return _import(kind, group=group, kind=kind)
+    raise ConfigError(
+        f"{group}: unknown kind {kind!r}. Known kinds: {', '.join(sorted(known))}; "
+        "or give an import string such as 'my_lab.sim:MyEnv'."
+    )
+
+
+def section_class(group: str, kind: str) -> Any:
+    """The configuration section of `kind`; for a plug-in, the `Config` attribute of its class.
+
+    Raises:
+        ConfigError: no such kind.
+        ExtensionError: the plug-in has no `Config`.
+    """
+    if kind in BUILTINS[group]:
+        return _import(BUILTINS[group][kind][1], group=group, kind=kind)
+    plugin = resolve(group, kind)
+    if not hasattr(plugin, "Config"):
+        raise ExtensionError(f"{group}: {kind!r} has no `Config` section; add a class attribute `Config`.")
+    return plugin.Config
+
+
+def build(group: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Construct the class that `config.kind` names, as `cls(config, *args, **kwargs)`."""
+    return resolve(group, config.kind)(config, *args, **kwargs)

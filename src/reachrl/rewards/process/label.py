@@ -1,0 +1,99 @@
+"""Gives every frame of a trajectory a target for P(progress)."""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from reachrl.config.reward import RewardModelSection
+from reachrl.rewards.process.segment import Segmentation, segment
+from reachrl.types import Trajectory
+
+
+def keyframe_labels(milestones: Segmentation, *, window: int) -> Float32[np.ndarray, "T+1"]:
+    """The paper's labels: 1 for each keyframe and the frames that lead into it, 0 elsewhere.
+
+    Args:
+        milestones: segments and keyframes of a successful trajectory.
+        window: frames labelled 1 for each keyframe, itself included.
+    """
+    labels = np.zeros(milestones.bounds[-1] + 1, dtype=np.float32)
+    for keyframe in milestones.keyframes.tolist():
+        labels[max(0, keyframe - window + 1) : keyframe + 1] = 1.0
+    return labels
+
+
+def progress_labels(
+    milestones: Segmentation, xyz: Float[np.ndarray, "T+1 3"], *, by: Literal["time", "distance"]
+) -> Float32[np.ndarray, "T+1"]:
+    """The share of the task that lies behind each frame, from 0 at the first frame to 1 at the last.
+
+    Each segment is worth the same; inside one, progress grows with time or with the distance travelled (with
+    time where the arm stood still throughout). It never falls.
+
+    Args:
+        milestones: segments and keyframes of a successful trajectory.
+        xyz: end-effector position of every frame in metres.
+        by: what measures progress inside a segment.
+    """
+    bounds = milestones.bounds
+    if bounds[-1] == 0:
+        return np.ones(1, dtype=np.float32)  # the first frame already shows the goal
+    labels = np.zeros(bounds[-1] + 1)
+    travelled = np.linalg.norm(np.diff(xyz, axis=0), axis=1)
+    num_segments = len(bounds) - 1
+    for index, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        steps = travelled[start:stop]
+        if by == "time" or steps.sum() < 1e-9:
+            steps = np.ones(stop - start)
+        labels[start + 1 : stop + 1] = (index + np.cumsum(steps) / steps.sum()) / num_segments
+    return np.clip(labels, 0.0, 1.0).astype(np.float32)
+
+
+def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Float32[np.ndarray, "T+1"]:
+    """Targets of one trajectory's frames.
+
+    Every frame of a failed trajectory is 0, whatever it resembles: a frame that successes and failures
+    share then settles at its progress times the odds that it led to success. A state from which the policy
+    habitually fails therefore earns little however far along it looks, and loitering in it does not pay.
+
+    Args:
+        trajectory: one success or failure.
+        config: which labels, and the thresholds of the segmentation.
+
+    Raises:
+        ExtensionError: a pose is not finite; names the trajectory.
+    """
+    start = trajectory.start
+    name = f"{trajectory.source} trajectory of task '{start.task}', {start.split} start {start.index}"
+    milestones = segment(
+        trajectory.ee_state,
+        success=trajectory.success,
+        gripper_change=config.gripper_change,
+        min_segment=config.min_segment,
+        keyframe_speed=config.keyframe_speed,
+        name=name,
+    )
+    if not trajectory.success:
+        return np.zeros(len(trajectory.ee_state), dtype=np.float32)
+    if config.label == "keyframe":
+        return keyframe_labels(milestones, window=config.keyframe_window)
+    return progress_labels(milestones, trajectory.ee_state[:, :3], by=config.progress_by)
+
+
+def class_weights(labels: Float[np.ndarray, "B"]) -> tuple[float, float]:
+    """Loss weights that give positive and negative label mass half of the loss each.
+
+    A soft label `y` counts as `y` of a positive and `1 - y` of a negative. Weighting shifts the fitted
+    logit by `log(positive / negative)`; subtracting that restores a probability under the data.
+
+    Args:
+        labels: all training labels in [0, 1].
+
+    Returns:
+        (positive, negative) weights; (1, 1) where one of the masses is absent.
+    """
+    positive, negative = float(labels.sum()), float((1.0 - labels).sum())
+    if positive <= 0 or negative <= 0:
+        return 1.0, 1.0
+    return 0.5 * len(labels) / positive, 0.5 * len(labels) / negative

@@ -1,0 +1,118 @@
+"""Cuts a trajectory at gripper changes and finds the keyframes where the arm comes to rest."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from reachrl.errors import ExtensionError
+
+_STILL = 1e-6  # metres per decision: below this even the fastest motion is numerical noise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segmentation:
+    """Milestones of one trajectory, as frame numbers.
+
+    `bounds` runs from frame 0 to the last frame; segment `i` covers `bounds[i]..bounds[i + 1]`.
+    """
+
+    bounds: Int64[np.ndarray, "S+1"]
+    keyframes: Int64[np.ndarray, "K"]
+
+
+def segment(
+    ee_state: Float[np.ndarray, "T+1 4"],
+    *,
+    success: bool,
+    gripper_change: float,
+    min_segment: int,
+    keyframe_speed: float,
+    name: str = "trajectory",
+) -> Segmentation:
+    """Cut one trajectory into segments and find its keyframes.
+
+    A trajectory of one frame has one empty segment; one whose gripper never changes by `gripper_change`
+    has one segment. The last frame of a successful trajectory is always a keyframe.
+
+    Args:
+        ee_state: end-effector x y z in metres and gripper opening 0..1, one row a frame.
+        success: whether the trajectory reached its goal.
+        gripper_change: smallest significant change of opening.
+        min_segment: frames a gripper state must last.
+        keyframe_speed: fraction of the trajectory's fast motion below which the arm is at rest.
+        name: how an error calls this trajectory.
+
+    Raises:
+        ExtensionError: a pose is not finite, or the array is not `[T+1 4]`.
+
+    Source: arXiv 2505.18719, section on the robotic process reward model.
+    """
+    if ee_state.ndim != 2 or ee_state.shape[1] != 4 or len(ee_state) == 0:
+        raise ExtensionError(
+            f"{name}: ee_state has shape {ee_state.shape}, expected [frames 4] with at least one frame; "
+            "the environment must return x y z and gripper opening for every step."
+        )
+    bad = np.flatnonzero(~np.isfinite(ee_state).all(axis=1))
+    if len(bad):
+        raise ExtensionError(
+            f"{name}: ee_state is not finite at frame {bad[0]} ({len(bad)} of {len(ee_state)} frames); "
+            "expected a pose for every frame. Drop this trajectory and collect it again, or repair the environment."
+        )
+    last = len(ee_state) - 1
+    cuts = gripper_cuts(ee_state[:, 3], gripper_change=gripper_change, min_segment=min_segment)
+    keyframes = rest_frames(ee_state[:, :3], keyframe_speed=keyframe_speed)
+    if success:
+        keyframes = np.union1d(keyframes, [last])
+    return Segmentation(bounds=np.array([0, *cuts, last], dtype=np.int64), keyframes=keyframes.astype(np.int64))
+
+
+def gripper_cuts(
+    opening: Float[np.ndarray, "T+1"], *, gripper_change: float, min_segment: int
+) -> Int64[np.ndarray, "C"]:
+    """Frames at which the gripper has changed between open and closed.
+
+    Two thresholds 20 % of the trajectory's own range apart decide open or closed, so that noise around one
+    of them does not flip the state; a state shorter than `min_segment` frames is chatter and is absorbed.
+
+    Args:
+        opening: gripper opening 0..1 of every frame.
+        gripper_change: range below which the gripper counts as unmoved.
+        min_segment: frames a state must last, also at both ends.
+
+    Returns:
+        First frame of each new state, ascending.
+    """
+    low, high = float(opening.min()), float(opening.max())
+    if high - low < gripper_change:
+        return np.empty(0, dtype=np.int64)
+    closes, opens = low + 0.4 * (high - low), low + 0.6 * (high - low)
+    is_open = np.empty(len(opening), dtype=bool)
+    state = bool(opening[0] > 0.5 * (low + high))
+    for frame, value in enumerate(opening.tolist()):
+        state = value > closes if state else value >= opens
+        is_open[frame] = state
+    starts = np.concatenate([[0], np.flatnonzero(is_open[1:] != is_open[:-1]) + 1, [len(opening)]])
+    lasting = [start for start, stop in zip(starts[:-1], starts[1:], strict=True) if stop - start >= min_segment]
+    # The first lasting state also owns the chatter before it; a state that returns after chatter is no change.
+    return np.array([b for a, b in zip(lasting, lasting[1:], strict=False) if is_open[a] != is_open[b]], dtype=np.int64)
+
+
+def rest_frames(xyz: Float[np.ndarray, "T+1 3"], *, keyframe_speed: float) -> Int64[np.ndarray, "K"]:
+    """Frames at which the end effector, having moved, comes to rest.
+
+    Speed is measured against the trajectory's own fast motion (its 95th percentile), so the unit of length
+    and the time between decisions cancel. Each slow stretch gives one frame, that of lowest speed; the
+    stretch before the first motion gives none, because nothing led to it.
+
+    Args:
+        xyz: end-effector position of every frame.
+        keyframe_speed: fraction of the fast speed that counts as rest.
+    """
+    speed = np.linalg.norm(np.diff(xyz, axis=0), axis=1)  # [T] the motion that led to frame t + 1
+    fast = float(np.percentile(speed, 95)) if len(speed) else 0.0
+    if fast < _STILL:
+        return np.empty(0, dtype=np.int64)
+    slow = np.concatenate([[False], speed < keyframe_speed * fast, [False]])
+    edges = np.flatnonzero(slow[1:] != slow[:-1]).reshape(-1, 2)
+    return np.array([a + int(np.argmin(speed[a:b])) + 1 for a, b in edges if a > 0], dtype=np.int64)

@@ -1,0 +1,138 @@
+"""Plays a list of start states to their ends, each once, on however many environments there are."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from reachrl.envs.vector import VectorEnv
+from reachrl.policies.base import ActionSample, Policy
+from reachrl.rollout.noise import episode_gumbel
+from reachrl.types import EnvStep, Observation, Start
+
+Mode = Literal["greedy", "sampled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One turn of the conversation: what was seen, what was answered."""
+
+    image: np.ndarray  # u8[H W 3]
+    ee_state: np.ndarray  # f32[4] after the action
+    action_ids: np.ndarray  # i64[A]
+    action: np.ndarray  # f32[D]
+    logprob: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlayedEpisode:
+    """A finished episode; `turns` and `final_image` only if it was to be recorded."""
+
+    start: Start
+    instruction: str
+    success: bool
+    num_steps: int
+    turns: tuple[Turn, ...] = ()
+    final_image: np.ndarray | None = None
+
+
+class EpisodePlayer:
+    """Hands start states to environments as they fall free.
+
+    Args:
+        policy: what acts.
+        envs: where; their number changes the speed, not the outcomes.
+        mode: `greedy`, or `sampled` with noise addressed by (seed, task, start, step).
+        temperature: of the distribution whose log-probs are recorded and sampled.
+        seed: of the sampling noise.
+    """
+
+    def __init__(self, policy: Policy, envs: VectorEnv, *, mode: Mode, temperature: float, seed: int) -> None:
+        self.policy, self.envs, self.mode = policy, envs, mode
+        self.temperature, self.seed = temperature, seed
+
+    def play(
+        self,
+        starts: Sequence[Start],
+        *,
+        record: Callable[[Start], bool] = lambda _: False,
+        on_episode: Callable[[PlayedEpisode], None] | None = None,
+    ) -> list[PlayedEpisode]:
+        """Play every start state once; the result is in the order of `starts`.
+
+        Args:
+            starts: what to play.
+            record: whether to keep an episode's turns.
+            on_episode: called as each ends.
+        """
+        if not starts:
+            return []
+        queue = list(reversed(starts))
+        finished: dict[Start, PlayedEpisode] = {}
+        count = self.envs.num_envs
+
+        def following() -> Start | None:
+            return queue.pop() if queue else None
+
+        # With the queue empty an environment plays on in some start state that nobody counts.
+        filler = starts[0]
+        current, upcoming = [following() for _ in range(count)], [following() for _ in range(count)]
+        lengths = [0] * count
+        turns: list[list[Turn]] = [[] for _ in range(count)]
+        observation = self.envs.reset([s or filler for s in current], [s or filler for s in upcoming])
+        while len(finished) < len(starts):
+            sample = self._act(observation, current, lengths)
+            actions = self.policy.decode_actions(sample.action_ids)
+            step = self.envs.step(actions, [s or filler for s in upcoming])
+            for n, start in enumerate(current):
+                lengths[n] += 1
+                ended = bool(step.terminated[n] or step.truncated[n])
+                if start is not None and step.valid[n]:
+                    if record(start):
+                        turns[n].append(_turn(observation, actions, sample, step, n))
+                    if ended:
+                        finished[start] = PlayedEpisode(
+                            start=start,
+                            instruction=observation.instructions[n],
+                            success=bool(step.success[n]),
+                            num_steps=lengths[n],
+                            turns=tuple(turns[n]),
+                            final_image=step.final_images[n] if turns[n] else None,
+                        )
+                        if on_episode is not None:
+                            on_episode(finished[start])
+                if ended or not step.valid[n]:
+                    if start is not None and not step.valid[n]:
+                        queue.append(start)  # its worker was lost: play it again
+                    current[n], upcoming[n] = upcoming[n], following()
+                    lengths[n], turns[n] = 0, []
+            observation = step.observation
+        return [finished[start] for start in starts]
+
+    def _act(self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]) -> ActionSample:
+        gumbel = None
+        if self.mode == "sampled":
+            shape = (self.policy.num_action_tokens, 256)
+            noise = [
+                episode_gumbel((self.seed, zlib.crc32(start.task.encode()), start.index, length), shape)
+                if start is not None
+                else np.zeros(shape, dtype=np.float32)
+                for start, length in zip(current, lengths, strict=True)
+            ]
+            gumbel = torch.from_numpy(np.stack(noise)).to(self.policy.device)
+        return self.policy.act(self.policy.encode(observation), temperature=self.temperature, gumbel=gumbel)
+
+
+def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, step: EnvStep, n: int) -> Turn:
+    return Turn(
+        image=observation.images[n],
+        ee_state=step.ee_state[n],
+        action_ids=sample.action_ids[n].cpu().numpy(),
+        action=actions[n],
+        logprob=float(sample.logprobs[n].sum()),
+        value=float(sample.values[n]),
+    )

@@ -1,0 +1,213 @@
+"""Files and folders that are either wholly there or not there at all, whatever kills the process."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from reachrl.errors import StorageError
+
+# What a full, read-only or broken disk answers. Anything else (a bug in the caller) keeps its traceback.
+STORAGE_ERRNOS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EIO,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+    }
+)
+_LEFTOVER = re.compile(r"^(?P<name>.+)\.(?P<role>tmp|old)-(?P<pid>\d+)$")
+# Rust and C++ libraries (safetensors, parquet) wrap the operating system's error in their own message.
+_WRAPPED_ERRNO = re.compile(r"(?:os error|errno)\D{0,2}(\d+)", re.IGNORECASE)
+
+
+def storage_errno(error: BaseException) -> int | None:
+    """Return the errno if `error` says that the disk refused a write, else None."""
+    number = getattr(error, "errno", None)
+    if number is None:
+        match = _WRAPPED_ERRNO.search(str(error))
+        number = int(match.group(1)) if match else None
+    return number if number in STORAGE_ERRNOS else None
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a refused write into a `StorageError` that names the file.
+
+    Args:
+        path: What is being written, for the message.
+
+    Raises:
+        StorageError: The disk is full, read-only or forbids the write.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        number = storage_errno(error)
+        if number is None:
+            raise
+        raise StorageError(
+            f"could not write {path}: {os.strerror(number)}. Files written earlier are intact. "
+            "Free some space or correct the permissions there, then run the same command again: it resumes."
+        ) from error
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names inside a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(parent) / name, "rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(Path(parent))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def recover(path: Path) -> None:
+    """Undo what a crash left beside `path`: put back a folder that was set aside, drop half-written copies.
+
+    Copies that belong to another process that is still alive are left alone.
+    """
+    if not path.parent.is_dir():
+        return
+    for entry in path.parent.iterdir():
+        match = _LEFTOVER.match(entry.name)
+        if match is None or match["name"] != path.name:
+            continue
+        pid = int(match["pid"])
+        if pid != os.getpid() and _alive(pid):
+            continue
+        if match["role"] == "old" and not path.exists():
+            entry.rename(path)  # killed between the two renames: the earlier folder is the good one
+        else:
+            _discard(entry)
+
+
+def recover_tree(folder: Path) -> None:
+    """Apply `recover` to every leftover anywhere below `folder`."""
+    for parent, folders, names in os.walk(folder):
+        originals = {match["name"] for entry in [*folders, *names] if (match := _LEFTOVER.match(entry))}
+        for name in originals:
+            recover(Path(parent) / name)
+        folders[:] = [entry for entry in folders if not _LEFTOVER.match(entry)]
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file aside, flush it to the disk and rename it into place.
+
+    Args:
+        path: The file; its folder is created.
+        data: The whole content.
+
+    Raises:
+        StorageError: The disk refused the write; what was at `path` before is still there.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:
+    """Write `obj` as indented JSON in one piece; see `write_bytes_atomic`.
+
+    Args:
+        path: The file; its folder is created.
+        obj: Anything `json` accepts, numpy scalars and arrays, and paths. Non-finite numbers become null.
+    """
+    text = json.dumps(jsonable(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes_atomic(path, (text + "\n").encode())
+
+
+def replace_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
+    """Build a folder aside and rename it into place, replacing the one that was there.
+
+    Args:
+        path: The folder as it will be named.
+        fill: Called with an empty folder; writes everything into it. If it raises, nothing changes.
+
+    Raises:
+        StorageError: The disk refused a write; what was at `path` before is still there.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        try:
+            aside.mkdir()
+            fill(aside)
+            _fsync_tree(aside)
+            if path.exists():
+                path.rename(old)
+            aside.rename(path)
+        except BaseException:
+            recover(path)
+            raise
+        fsync_folder(path.parent)
+        _discard(old)
+
+
+def jsonable(obj: Any) -> Any:
+    """Return `obj` in the types JSON has: numpy becomes lists and numbers, NaN and infinities become None."""
+    if isinstance(obj, dict):
+        return {str(key): jsonable(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple | set | frozenset):
+        return [jsonable(value) for value in (sorted(obj) if isinstance(obj, set | frozenset) else obj)]
+    if isinstance(obj, float):
+        return obj if obj - obj == 0 else None
+    if obj is None or isinstance(obj, str | bool | int):
+        return obj
+    if hasattr(obj, "tolist"):  # numpy and torch scalars and arrays, without importing either
+        return jsonable(obj.tolist())
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    raise TypeError(f"{type(obj).__name__} cannot be written as JSON: {obj!r}")

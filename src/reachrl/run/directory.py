@@ -1,0 +1,210 @@
+"""The run folder: its paths, its lock, its stage records and the log the loop writes to."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from reachrl.errors import ConfigError, StorageError
+from reachrl.run.atomic import jsonable, recover_tree, storage_errors, write_bytes_atomic, write_json_atomic
+from reachrl.run.lock import RunLock
+from reachrl.run.metrics import MetricsLog
+from reachrl.run.stages import StageClock, StageRecords
+
+
+class Run:
+    """One run on disk, opened for writing by this process alone; open it with `Run.open`."""
+
+    def __init__(self, path: Path, lock: RunLock, *, tensorboard: bool) -> None:
+        """Wrap a folder whose lock is held; use `Run.open`."""
+        self.path = path
+        self._lock = lock
+        self._seconds: dict[str, float] = {}
+        self.stages = StageRecords(path / "stages.json")
+        self.metrics = MetricsLog(path / "metrics.jsonl", path / "tensorboard" if tensorboard else None)
+
+    @classmethod
+    def open(cls, path: Path | str, config: dict[str, Any], *, config_hash: str, tensorboard: bool = True) -> Self:
+        """Create a run folder, or open the one that is there to resume it.
+
+        Args:
+            path: The run folder.
+            config: The resolved configuration, as JSON types.
+            config_hash: Its digest; decides whether an existing folder is the same run.
+            tensorboard: Whether the metrics also go to TensorBoard.
+
+        Returns:
+            The run, locked.
+
+        Raises:
+            ConfigError: The folder holds another configuration's run, or is in use, or is not a run.
+            StorageError: The folder cannot be written.
+        """
+        path = Path(path)
+        if path.is_dir() and not (path / "config.json").exists() and (path / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{path} has a metrics.jsonl but no config.json, so it cannot be resumed; choose another --run"
+            )
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(path / ".lock")
+        lock.acquire()
+        try:
+            with storage_errors(path):
+                recover_tree(path)
+            _claim(path, jsonable(config), config_hash)
+            return cls(path, lock, tensorboard=tensorboard)
+        except BaseException:
+            lock.release()
+            raise
+
+    # Where things are. Folders are made by whoever writes into them.
+    @property
+    def demos(self) -> Path:
+        """Demonstrations."""
+        return self.path / "demos"
+
+    @property
+    def sft(self) -> Path:
+        """Warm-start state and checkpoints."""
+        return self.path / "sft"
+
+    @property
+    def reward_model(self) -> Path:
+        """The fitted process reward model."""
+        return self.path / "reward_model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training checkpoints, `step_NNNNNN`."""
+        return self.path / "checkpoints"
+
+    @property
+    def policy(self) -> Path:
+        """The final policy."""
+        return self.path / "policy"
+
+    @property
+    def eval(self) -> Path:
+        """Evaluation results, `before.json` and `after.json`."""
+        return self.path / "eval"
+
+    @property
+    def videos(self) -> Path:
+        """Videos, `before_<task>.mp4` and `after_<task>.mp4`."""
+        return self.path / "videos"
+
+    @property
+    def conversation(self) -> Path:
+        """One episode turn by turn."""
+        return self.path / "conversation.json"
+
+    @property
+    def provenance(self) -> Path:
+        """Commit, versions, hardware, seed and command."""
+        return self.path / "provenance.json"
+
+    @property
+    def summary(self) -> Path:
+        """The machine-readable result."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The report for humans."""
+        return self.path / "report.html"
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time a piece of work; the next `log` carries the sum as `seconds/<name>`.
+
+        Args:
+            name: A word such as "rollout".
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def log(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append a metrics record, with the seconds of the spans since the last one.
+
+        Args:
+            record: Numbers plus `kind` and `iteration` or `step`.
+
+        Returns:
+            The record as written.
+        """
+        spans = {f"seconds/{name}": round(seconds, 4) for name, seconds in self._seconds.items()}
+        full = {**record, **spans}
+        self.metrics.log(full)
+        self._seconds.clear()
+        return full
+
+    def stage(self, name: str) -> contextlib.AbstractContextManager[StageClock]:
+        """Time a stage and its memory; mark it done when the block ends without an error. See `StageRecords`."""
+        return self.stages.measure(name)
+
+    def stage_done(self, name: str) -> dict[str, Any] | None:
+        """Return the record of a finished stage, or None if it must still run."""
+        return self.stages.done(name)
+
+    def finish_stage(self, name: str, wall_s: float, peak_rss_bytes: int, **info: Any) -> dict[str, Any]:
+        """Mark a stage finished; seconds of interrupted attempts are added. Returns its record."""
+        return self.stages.finish(name, wall_s, peak_rss_bytes, **info)
+
+    def close(self) -> None:
+        """Close the metrics and give the lock back."""
+        self.metrics.close()
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _claim(path: Path, config: dict[str, Any], config_hash: str) -> None:
+    """Write config.json into a new run, or check that the existing one is the same run."""
+    file, hash_file = path / "config.json", path / ".config_hash"
+    if not file.exists():
+        write_bytes_atomic(hash_file, config_hash.encode())
+        write_json_atomic(file, config)
+        return
+    if hash_file.exists() and hash_file.read_text() == config_hash:
+        return
+    try:
+        saved_config = json.loads(file.read_text())
+    except ValueError as error:
+        raise StorageError(f"{file} is not JSON ({error}); choose another --run") from error
+    differing = config_differences(saved_config, config)
+    lines = [f"  {key}: {_show(old)} in the run, {_show(new)} asked for" for key, old, new in differing[:20]]
+    if len(differing) > 20:
+        lines.append(f"  ... and {len(differing) - 20} more")
+    raise ConfigError(
+        f"run {path} was started with another configuration:\n"
+        + "\n".join(lines or ["  no key differs, but the hash does: it was written by another version"])
+        + "\nUse the same configuration to resume it, or another --run for a new one."
+    )
+
+
+_ABSENT = object()
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+
+
+def config_differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, old value, new value) wherever two configurations differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, old, new)]
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        inner = f"{prefix}.{key}" if prefix else key
+        found += config_differences(old.get(key, _ABSENT), new.get(key, _ABSENT), inner)
+    return found

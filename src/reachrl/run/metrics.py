@@ -1,0 +1,203 @@
+"""The append-only `metrics.jsonl` (the truth) and TensorBoard, a sink that can be redrawn from it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from reachrl.errors import MissingExtra, StorageError
+from reachrl.run.atomic import jsonable, recover, storage_errors, write_bytes_atomic
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Read the records of a metrics file; a last line cut short by a kill is no record.
+
+    Args:
+        path: A `metrics.jsonl`; one that does not exist has no records.
+        kind: Only records of this kind ("train", "eval", "sft", ...), or all.
+
+    Returns:
+        The records in the order they were written.
+
+    Raises:
+        StorageError: A line that is not the last is not JSON.
+    """
+    if not Path(path).is_file():
+        return []
+    *lines, _torn = Path(path).read_bytes().split(b"\n")  # a whole line ends in a newline
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise StorageError(
+                f"{path} line {number} is not JSON ({error}); the file was altered by something else than a kill. "
+                "Remove that line to read the rest."
+            ) from error
+        if kind is None or record.get("kind") == kind:
+            records.append(record)
+    return records
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl`, each on the disk before `log` returns.
+
+    NaN and infinities are written as null: JSON has no word for them, and a reader must be able to tell
+    "undefined" (explained variance of a constant) from a number.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+        """Open a metrics file for appending, dropping a last line that a kill cut short.
+
+        Args:
+            path: The `metrics.jsonl`; created if absent.
+            tensorboard: Folder of the TensorBoard sink, or None for no sink.
+        """
+        self.path = Path(path)
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            recover(self.path)
+            self._file = self._open()
+        self._board = TensorBoardSink(tensorboard) if tensorboard is not None else None
+
+    def _open(self) -> Any:
+        file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by close())
+        content = self.path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        return file
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record.
+
+        Args:
+            record: Flat numbers plus `kind` and the step it belongs to (`iteration` or `step`).
+
+        Raises:
+            StorageError: The disk refused the write; the file ends with the record before.
+        """
+        if "kind" not in record:
+            raise ValueError(f"a metrics record needs a kind, got the keys {sorted(record)}")
+        line = _encode(record)
+        end = os.fstat(self._file.fileno()).st_size
+        with storage_errors(self.path):
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._file.write(line[written:])
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(end)  # no half line stays behind
+                raise
+        if self._board is not None:
+            self._board.write(record)
+
+    def read(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Return the records of one kind, or all; see `read_metrics`."""
+        return read_metrics(self.path, kind)
+
+    def truncate_after(self, kind: str, key: str, value: float) -> int:
+        """Drop the records of `kind` whose `key` is greater than `value`, as a resume from a checkpoint needs.
+
+        Args:
+            kind: Which records; others stay.
+            key: The counter that orders them, such as "iteration".
+            value: The last counter that stays.
+
+        Returns:
+            How many records were dropped.
+        """
+        records = self.read()
+        kept = [record for record in records if record.get("kind") != kind or record.get(key, value) <= value]
+        dropped = len(records) - len(kept)
+        if dropped:
+            self._file.close()
+            try:
+                write_bytes_atomic(self.path, b"".join(_encode(record) for record in kept))
+            finally:
+                self._file = self._open()
+            if self._board is not None:
+                self._board.redraw(kind, (record for record in kept if record.get("kind") == kind))
+        return dropped
+
+    def close(self) -> None:
+        """Close the file and the sink."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def flatten_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (tag, number) for every finite number of a record; `{"k": 3, "n": 4}` becomes the rate 0.75."""
+    prefix = f"{record['mode']}/" if isinstance(record.get("mode"), str) else ""
+
+    def walk(name: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, dict) and value.get("n") and "k" in value:
+            yield name, value["k"] / value["n"]
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(f"{name}/{key}", inner)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, float(value)
+
+    for key, value in jsonable(record).items():
+        if key not in ("kind", "iteration", "step", "mode"):
+            yield from walk(prefix + key, value)
+
+
+class TensorBoardSink:
+    """Writes records as TensorBoard scalars, one sub-folder a kind, with the record's own step."""
+
+    def __init__(self, folder: Path) -> None:
+        """Remember where to write; files appear with the first record of a kind.
+
+        Raises:
+            MissingExtra: TensorBoard is not installed.
+        """
+        if importlib.util.find_spec("tensorboard") is None:
+            raise MissingExtra(
+                "TensorBoard output is on, but the package `tensorboard` is not installed: "
+                "pip install tensorboard, or turn it off (metrics.jsonl holds the same numbers)"
+            )
+        self.folder = Path(folder)
+        self._writers: dict[str, Any] = {}
+
+    def _writer(self, kind: str) -> Any:
+        if kind not in self._writers:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self._writers[kind] = EventFileWriter(str(self.folder / kind))
+        return self._writers[kind]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record's numbers."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        writer = self._writer(record["kind"])
+        step = int(record.get("iteration", record.get("step", 0)))
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in flatten_scalars(record)]
+        writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        writer.flush()
+
+    def redraw(self, kind: str, records: Iterable[dict[str, Any]]) -> None:
+        """Start the kind's event file over from the records that stay."""
+        if kind in self._writers:
+            self._writers.pop(kind).close()
+        shutil.rmtree(self.folder / kind, ignore_errors=True)
+        for record in records:
+            self.write(record)
+
+    def close(self) -> None:
+        """Close every event file."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()

@@ -1,0 +1,227 @@
+"""The report's plots, each drawn from records on disk."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from reachrl.run.svg import Chart, percent, plain, span
+
+Z95 = 1.959963984540054
+
+
+def wilson95(k: float, n: float) -> tuple[float, float]:
+    """Return the 95 % interval of a success rate.
+
+    Args:
+        k: Successes.
+        n: Trials; 0 gives (0, 1).
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    if n <= 0:
+        return 0.0, 1.0
+    rate, z2 = k / n, Z95 * Z95
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_of(record: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+    """Return the rate and interval of a `{k, n, ...}` record, computing what it does not carry."""
+    k, n = record["k"], record["n"]
+    rate = record.get("rate")
+    low, high = record.get("wilson95") or wilson95(k, n)
+    return (k / n if n else 0.0) if rate is None else rate, (low, high)
+
+
+def moving_success(train: Sequence[dict[str, Any]], window: int) -> list[tuple[float, float, float, float]]:
+    """Pool the episodes of the last `window` iterations.
+
+    Args:
+        train: Metrics records with `iteration`, `success_k` and `success_n`.
+        window: How many iterations are pooled.
+
+    Returns:
+        (iteration, rate, low, high) wherever an episode ended in the window; the interval is Wilson's.
+    """
+    pooled = []
+    for i, record in enumerate(train):
+        recent = train[max(0, i - window + 1) : i + 1]
+        k, n = (sum(r.get(key) or 0 for r in recent) for key in ("success_k", "success_n"))
+        if n:
+            pooled.append((record["iteration"], k / n, *wilson95(k, n)))
+    return pooled
+
+
+def success_interval_chart(rows: Sequence[tuple[str, dict[str, Any], str]]) -> str:
+    """Draw one horizontal interval per (label, success record, colour)."""
+    height = 30 + 30 * len(rows)
+    chart = Chart(
+        (0, 1), (0, 1), width=560, height=height, margin=(6, 16, 24, 128), x_format=percent, y_ticks=False,
+        title="Success rates with 95 % intervals",
+    )  # fmt: skip
+    for i, (label, record, colour) in enumerate(rows):
+        y = 6 + 30 * i + 13
+        rate, (low, high) = rate_of(record)
+        chart.text(chart.left - 10, y + 4, label, anchor="end", css="row")
+        chart.add(f'<line class="grid" x1="{chart.left}" x2="{chart.right}" y1="{y}" y2="{y}"/>')
+        chart.row_whisker(y, low, high, colour)
+        chart.add(
+            f'<circle class="dot {colour}" cx="{chart.x(rate)}" cy="{y}" r="6">'
+            f"<title>{record['k']} of {record['n']}</title></circle>"
+        )
+    return chart.render()
+
+
+def learning_curve(
+    train: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], *, window: int | None = None
+) -> tuple[str, int]:
+    """Draw training success (pooled over a window, with a band) and held-out evaluations (with whiskers).
+
+    Args:
+        train: Training records.
+        evals: Evaluation records with `iteration`, `mode`, `k`, `n`.
+        window: Iterations pooled; by default a tenth of the run, at most 10.
+
+    Returns:
+        The SVG and the window.
+    """
+    window = window or max(1, min(10, round(len(train) / 10)))
+    last = max([r["iteration"] for r in [*train, *evals]], default=1)
+    chart = Chart(
+        (0, max(1, last) * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48), x_label="training iteration",
+        y_label="success rate", y_format=percent, title="Learning curve",
+    )  # fmt: skip
+    pooled = moving_success(train, window)
+    if pooled:
+        xs, rates, lows, highs = (list(column) for column in zip(*pooled, strict=True))
+        chart.band(xs, lows, highs, "c-train")
+        for record in train:
+            if record.get("success_n"):
+                k, n = record["success_k"], record["success_n"]
+                note = f"iteration {record['iteration']}: {k} of {n} training episodes"
+                chart.dot(record["iteration"], k / n, "c-train", radius=1.8, note=note, css="dot faint")
+        chart.line(list(zip(xs, rates, strict=True)), "c-train")
+    for mode, colour, shift in (("sampled", "c-before", 0.004), ("greedy", "c-after", -0.004)):
+        points = sorted((r for r in evals if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
+        places = [(r, r["iteration"] + shift * max(1, last)) for r in points]
+        chart.line([(x, rate_of(r)[0]) for r, x in places], colour, css="line thin dashed")
+        for record, x in places:
+            rate, (low, high) = rate_of(record)
+            chart.whisker(x, low, high, colour)
+            note = f"iteration {record['iteration']}, {mode}: {record['k']} of {record['n']} = {percent(rate)}"
+            chart.dot(x, rate, colour, radius=4.5, note=note)
+    return chart.render(), window
+
+
+def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> str:
+    """Draw each task's success before and after as bars with 95 % whiskers and k/n beside them."""
+    tasks = list(dict.fromkeys([*before, *after]))
+    row = 40
+    chart = Chart(
+        (0, 1), (0, 1), width=560, height=row * len(tasks) + 34, margin=(6, 62, 26, 158), x_format=percent,
+        y_ticks=False, title="Success per task before and after",
+    )  # fmt: skip
+    for i, task in enumerate(tasks):
+        top = 6 + row * i + 6
+        chart.text(chart.left - 10, top + 17, task, anchor="end", css="row")
+        for j, (results, colour) in enumerate(((before, "c-before"), (after, "c-after"))):
+            record, y = results.get(task), top + 14 * j
+            if record is None:
+                chart.text(chart.left + 4, y + 10, "not run", css="tick")
+                continue
+            rate, (low, high) = rate_of(record)
+            note = f"{task}: {record['k']} of {record['n']}, 95 % interval {percent(low)} to {percent(high)}"
+            chart.rect(chart.left, y, chart.x(rate) - chart.left, 12, colour, note=note, opacity=0.55)
+            chart.row_whisker(y + 6, low, high, colour)
+            chart.text(chart.right + 8, y + 10, f"{record['k']}/{record['n']}")
+    return chart.render()
+
+
+def heat_map(
+    rows: dict[str, Sequence[tuple[float, float | None]]], *, top: float, form: str, max_columns: int = 120
+) -> str:
+    """Draw numbers over (row, iteration) as shades; long runs are averaged into `max_columns` columns.
+
+    Args:
+        rows: For each task, (iteration, number or None).
+        top: The number with the fullest shade.
+        form: "share" writes per cent, anything else the plain number.
+        max_columns: Most columns drawn.
+    """
+    write = percent if form == "share" else plain
+    iterations = sorted({x for points in rows.values() for x, _ in points})
+    low, high = iterations[0], iterations[-1] + 1
+    columns = min(max_columns, len(iterations))
+    chart = Chart(
+        (low, high), (0, 1), width=960, height=24 * len(rows) + 48, margin=(4, 60, 42, 158), x_label="training iteration",
+        y_ticks=False, title="Heat map",
+    )  # fmt: skip
+    wide = (chart.right - chart.left) / columns
+    for i, (task, points) in enumerate(rows.items()):
+        y = 4 + 24 * i
+        chart.text(chart.left - 10, y + 15, task, anchor="end", css="row")
+        cells: dict[int, list[tuple[float, float]]] = {}
+        for x, number in points:
+            if number is not None:
+                cells.setdefault(int((x - low) / (high - low) * columns), []).append((x, number))
+        for column, inside in cells.items():
+            mean = sum(number for _, number in inside) / len(inside)
+            note = f"{task}, iteration {plain(inside[0][0])}: {write(mean)}"
+            shade = max(0.02, min(1.0, mean / top if top else 0))
+            chart.rect(chart.left + wide * column, y, wide + 0.3, 22, "c-heat", note=note, opacity=shade)
+        last = next((number for _, number in reversed(points) if number is not None), None)
+        if last is not None:
+            chart.text(chart.right + 8, y + 15, write(last))
+    return chart.render()
+
+
+def calibration_chart(bins: Sequence[dict[str, Any]]) -> str:
+    """Draw the observed share of positives against the predicted probability, dot area by count."""
+    chart = Chart(
+        (0, 1), (0, 1), width=380, height=340, margin=(22, 16, 42, 48), x_label="predicted P(progress)",
+        y_label="observed share", x_format=percent, y_format=percent, title="Calibration of the reward model",
+    )  # fmt: skip
+    chart.line([(0, 0), (1, 1)], "c-before", css="line thin dashed")
+    known = [b for b in bins if b.get("n") and b.get("p") is not None and b.get("observed") is not None]
+    most = max([b["n"] for b in known], default=1)
+    chart.line([(b["p"], b["observed"]) for b in known], "c-process", css="line thin")
+    for b in known:
+        chart.whisker(b["p"], *wilson95(b["observed"] * b["n"], b["n"]), "c-process")
+        note = f"predicted {percent(b['p'])}, observed {percent(b['observed'])} of {b['n']}"
+        chart.dot(b["p"], b["observed"], "c-process", radius=3 + 6 * math.sqrt(b["n"] / most), note=note)
+    return chart.render()
+
+
+def panel(
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float | None]]]], *, x_label: str, zero: bool = False
+) -> str:
+    """Draw a small chart of one or a few (name, colour, points) series."""
+    everything = [point for _, _, points in series for point in points]
+    xs = [x for x, _ in everything]
+    low, high = min(xs), max(xs)
+    chart = Chart(
+        (low, high if high > low else low + 1), span([y for _, y in everything], include=(0.0,) if zero else ()),
+        width=310, height=170, margin=(8, 10, 34, 50), x_label=x_label, title=", ".join(name for name, _, _ in series),
+    )  # fmt: skip
+    for name, colour, points in series:
+        chart.line(points, colour)
+        if sum(y is not None for _, y in points) == 1:  # a line needs two
+            x, y = next((x, y) for x, y in points if y is not None)
+            chart.dot(x, y, colour, radius=3, note=f"{name} {plain(y)}")
+    return chart.render()
+
+
+def bar_rows(rows: Sequence[tuple[str, float, str]], colour: str = "c-after") -> str:
+    """Draw horizontal bars for (label, size, words beside the bar)."""
+    most = max([size for _, size, _ in rows], default=1) or 1
+    chart = Chart(
+        (0, most * 1.45), (0, 1), width=560, height=26 * len(rows) + 30, margin=(4, 12, 24, 120), y_ticks=False,
+        title="Bars",
+    )  # fmt: skip
+    for i, (label, size, words) in enumerate(rows):
+        y = 4 + 26 * i
+        chart.text(chart.left - 10, y + 16, label, anchor="end", css="row")
+        chart.rect(chart.left, y + 3, chart.x(size) - chart.left, 18, colour, note=words, opacity=0.75)
+        chart.text(chart.x(size) + 7, y + 16, words)
+    return chart.render()

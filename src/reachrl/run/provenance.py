@@ -1,0 +1,123 @@
+"""Where a run's numbers come from: commit, versions, hardware, seed and command."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from reachrl.run.atomic import write_json_atomic
+
+PACKAGES = (
+    "reachrl", "torch", "transformers", "numpy", "gymnasium", "metaworld", "mujoco", "tokenizers", "safetensors",
+    "pyarrow", "pydantic",
+)  # fmt: skip
+
+
+def _git(*arguments: str) -> str | None:
+    """Ask git about the source this package was imported from; None where there is no git or no repository."""
+    source = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> dict[str, Any]:
+    """Return the source's commit and whether tracked files differ from it; None where it is not a checkout."""
+    # An installed copy may sit inside somebody else's repository (site-packages in a project): not our commit.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "dirty": None}
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that decide the numbers; None where one is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def accelerators() -> list[str]:
+    """Return the names of the GPUs torch sees, if torch is loaded; this module never loads it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def collect_provenance(
+    *, seed: int, protocol_hash: str | None = None, config_hash: str | None = None
+) -> dict[str, Any]:
+    """Describe the software, the hardware and the command of this process.
+
+    Args:
+        seed: The run's seed.
+        protocol_hash: Digest of the evaluation protocol; only numbers with the same one compare.
+        config_hash: Digest of the resolved configuration.
+
+    Returns:
+        A JSON-ready record.
+    """
+    return {
+        **commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "protocol_hash": protocol_hash,
+        "config_hash": config_hash,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": accelerators(),
+        "packages": package_versions(),
+    }
+
+
+def write_provenance(path: Path, **facts: Any) -> dict[str, Any]:
+    """Write `collect_provenance(**facts)` to a file, keeping the commands of earlier attempts.
+
+    Args:
+        path: The run's `provenance.json`.
+        facts: The arguments of `collect_provenance`.
+
+    Returns:
+        The record as written; `earlier` lists the (command, commit, started) a resumed run began with.
+    """
+    record = collect_provenance(**facts)
+    earlier: list[dict[str, Any]] = []
+    if Path(path).exists():
+        before = json.loads(Path(path).read_text())
+        earlier = [*before.get("earlier", []), {key: before.get(key) for key in ("started", "command", "commit")}]
+    record["earlier"] = earlier
+    write_json_atomic(path, record)
+    return record

@@ -1,0 +1,209 @@
+"""Episode videos: enlarged frames with the caption, value and process reward drawn on, written as mp4."""
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from reachrl.run.atomic import storage_errors
+
+BACKGROUND = (17, 22, 29)
+INK = (226, 232, 240)
+FAINT = (71, 85, 105)
+VALUE_COLOUR = (96, 165, 250)
+PROCESS_COLOUR = (251, 176, 64)
+SUCCESS_COLOUR = (52, 211, 153)
+FAILURE_COLOUR = (248, 113, 113)
+BORDER = 4
+LINE = 16
+CURVES = 54
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:2]
+
+
+def _scale(curves: Sequence[Sequence[float] | None]) -> tuple[float, float]:
+    """Return the range that shows every finite number and zero."""
+    numbers = [float(x) for curve in curves if curve is not None for x in curve if np.isfinite(x)]
+    low, high = min([0.0, *numbers]), max([0.0, *numbers])
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def _draw_curve(
+    draw: ImageDraw.ImageDraw,
+    curve: Sequence[float] | None,
+    upto: int,
+    box: tuple[int, int, int, int],
+    num_frames: int,
+    colour: tuple[int, int, int],
+) -> None:
+    """Draw one curve in its own range up to frame `upto`, the rest of the episode being the future."""
+    if curve is None or len(curve) == 0:
+        return
+    left, top, right, bottom = box
+    low, high = _scale([curve])
+    points = [
+        (
+            left + (right - left) * t / max(1, num_frames - 1),
+            bottom - (bottom - top) * (float(number) - low) / (high - low),
+        )
+        for t, number in enumerate(curve[: upto + 1])
+        if np.isfinite(number)
+    ]
+    if len(points) > 1:
+        draw.line(points, fill=colour, width=2)
+    if points:
+        x, y = points[-1]
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+
+
+def _readout(name: str, curve: Sequence[float] | None, t: int) -> str:
+    """Return "value +0.41", or a dash where the step has no such number."""
+    known = curve is not None and t < len(curve) and np.isfinite(curve[t])
+    return f"{name} {curve[t]:+.2f}" if known and curve is not None else f"{name} –"
+
+
+def draw_overlay(
+    frames: UInt8[np.ndarray, "F H W 3"],
+    *,
+    instruction: str,
+    values: Sequence[float] | None,
+    process: Sequence[float] | None,
+    success: bool,
+    enlarge: int | None = None,
+) -> UInt8[np.ndarray, "F H2 W2 3"]:
+    """Draw the instruction above and the value and process reward below every frame.
+
+    Args:
+        frames: The episode's frames, the true final one last.
+        instruction: The caption.
+        values: The critic's value at each frame (`F` or `F - 1` numbers), or None if there is no critic.
+        process: The process reward of each step (`F - 1` numbers), or None if there is none.
+        success: Whether the episode succeeded; the last frame gets a green or red border and says so.
+        enlarge: Whole-number enlargement of the frames; by default the smallest that reaches 288 pixels.
+
+    Returns:
+        The drawn frames, with even height and width as video needs.
+    """
+    num_frames, height, width, _ = frames.shape
+    times = enlarge or max(1, -(-288 // height))
+    size = (width * times, height * times)
+    font, small = _font(14), _font(12)
+    caption = _wrap(instruction, size[0], font)
+    total_width = size[0] + 2 * BORDER + (size[0] % 2)
+    top = 6 + LINE * len(caption) + 4
+    strip = top + size[1] + 2 * BORDER
+    total_height = strip + LINE + CURVES + 10
+    total_height += total_height % 2
+    drawn = np.empty((num_frames, total_height, total_width, 3), np.uint8)
+    for t in range(num_frames):
+        canvas = Image.new("RGB", (total_width, total_height), BACKGROUND)
+        draw = ImageDraw.Draw(canvas)
+        for i, line in enumerate(caption):
+            draw.text((BORDER, 4 + LINE * i), line, fill=INK, font=font)
+        last = t == num_frames - 1
+        verdict = SUCCESS_COLOUR if success else FAILURE_COLOUR
+        draw.rectangle((0, top, size[0] + 2 * BORDER - 1, strip - 1), fill=verdict if last else BACKGROUND)
+        canvas.paste(Image.fromarray(frames[t]).resize(size, Image.Resampling.BICUBIC), (BORDER, top + BORDER))
+        if last:
+            word = "SUCCESS" if success else "FAILED"
+            wide = font.getlength(word) + 12
+            draw.rectangle((BORDER, top + BORDER, BORDER + wide, top + BORDER + 20), fill=verdict)
+            draw.text((BORDER + 6, top + BORDER + 2), word, fill=BACKGROUND, font=font)
+        draw.text((BORDER, strip + 2), _readout("value", values, t), fill=VALUE_COLOUR, font=small)
+        draw.text((BORDER + size[0] // 3, strip + 2), _readout("process", process, t), fill=PROCESS_COLOUR, font=small)
+        step = f"step {t}/{num_frames - 1}"
+        draw.text((BORDER + size[0] - small.getlength(step), strip + 2), step, fill=FAINT, font=small)
+        box = (BORDER + 3, strip + LINE + 8, BORDER + size[0] - 4, total_height - 8)
+        draw.line((box[0], box[3], box[2], box[3]), fill=FAINT)
+        _draw_curve(draw, process, t, box, num_frames, PROCESS_COLOUR)
+        _draw_curve(draw, values, t, box, num_frames, VALUE_COLOUR)
+        drawn[t] = np.asarray(canvas)
+    return drawn
+
+
+def write_video(path: Path, frames: UInt8[np.ndarray, "F H W 3"], *, fps: int = 8, hold_last_s: float = 1.0) -> Path:
+    """Write frames as an H.264 mp4 that browsers play, in one piece.
+
+    Args:
+        path: The mp4; its folder is created.
+        frames: Frames of even height and width.
+        fps: Frames a second.
+        hold_last_s: Seconds the last frame stays.
+
+    Returns:
+        `path`.
+
+    Raises:
+        StorageError: The disk refused the write; a video that was there before is still there.
+    """
+    import av
+
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    num_frames, height, width, _ = frames.shape
+    if num_frames == 0 or height % 2 or width % 2:
+        raise ValueError(f"a video needs frames of even height and width, got shape {frames.shape}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+                stream = container.add_stream(
+                    "libx264", rate=Fraction(fps), options={"crf": "23", "preset": "veryfast"}
+                )
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.codec_context.thread_count = 1
+                order = [*range(num_frames), *[num_frames - 1] * round(hold_last_s * fps)]
+                for index in order:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frames[index], format="rgb24")))
+                container.mux(stream.encode())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def read_video(path: Path) -> UInt8[np.ndarray, "F H W 3"]:
+    """Decode every frame of a video.
+
+    Args:
+        path: A video file.
+
+    Returns:
+        Its frames.
+    """
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def poster(path: Path) -> str:
+    """Return a video's last frame as a JPEG data URI, shown until the video plays."""
+    buffer = io.BytesIO()
+    Image.fromarray(read_video(path)[-1]).save(buffer, "JPEG", quality=80)
+    return data_uri(buffer.getvalue(), "image/jpeg")
+
+
+def data_uri(data: bytes, mime: str) -> str:
+    """Return bytes as a `data:` URI."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

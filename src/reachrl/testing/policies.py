@@ -1,0 +1,109 @@
+"""The smallest policy that keeps the contract: a table of logits by context, for testing algorithms."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reachrl.config.base import Section
+from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
+from reachrl.types import Observation
+
+
+class TablePolicyConfig(Section):
+    """Sizes of the table."""
+
+    kind: str = "reachrl.testing.policies:TablePolicy"
+    """Import string of the class."""
+    num_contexts: int = 2
+    """Rows of the table; an observation's first pixel says which row applies."""
+    num_action_tokens: int = 2
+    """Tokens per action, each independent of the others."""
+
+
+class TablePolicy(Policy):
+    """Independent categorical tokens with logits and a value looked up by context."""
+
+    Config = TablePolicyConfig
+
+    def __init__(self, config: TablePolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_action_tokens = config.num_action_tokens
+        self.features = nn.Parameter(torch.ones(1))  # stands for the vision towers
+        self.logits = nn.Parameter(torch.zeros(config.num_contexts, config.num_action_tokens, 256))
+        self.value = nn.Parameter(torch.zeros(config.num_contexts))
+
+    def encode(self, observation: Observation) -> PolicyInput:
+        """The context is the first pixel."""
+        context = torch.from_numpy(observation.images[:, 0, 0, 0].astype(np.int64))
+        pixels = context.float()[:, None, None, None]
+        return PolicyInput(prompt_ids=context[:, None], prompt_mask=torch.ones_like(context[:, None]) > 0, pixel_values=pixels)
+
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """The context again, scaled by the one vision weight."""
+        return pixel_values.flatten(1)[:, None] * self.features
+
+    def _contexts(self, inputs: PolicyInput) -> Tensor:
+        features = inputs.vision_features
+        if features is None:
+            assert inputs.pixel_values is not None
+            features = self.vision_features(inputs.pixel_values)
+        return features[:, 0, 0].round().long()
+
+    @torch.no_grad()
+    def act(self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Tensor | None = None) -> ActionSample:
+        """Sample every token at once."""
+        logits = self.logits[self._contexts(inputs)] / temperature
+        ids = (logits if gumbel is None else logits + gumbel).argmax(-1)
+        logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        return ActionSample(action_ids=ids, logprobs=logprobs, values=self.values(inputs))
+
+    def evaluate(self, inputs: PolicyInput, action_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
+        """Look the logits up."""
+        table = (self.logits[self._contexts(inputs)] / temperature).log_softmax(-1)
+        logprobs = table.gather(-1, action_ids[..., None]).squeeze(-1)
+        entropy = -(table.exp() * table).sum(-1)
+        return Evaluation(logprobs=logprobs, entropy=entropy, values=self.values(inputs))
+
+    def values(self, inputs: PolicyInput) -> Tensor:
+        """Look the value up."""
+        return self.value[self._contexts(inputs)]
+
+    def decode_actions(self, action_ids: Tensor) -> np.ndarray:
+        """Tokens spread evenly over [-1, 1]."""
+        return (action_ids.numpy() / 127.5 - 1).astype(np.float32)
+
+    def encode_actions(self, actions: np.ndarray) -> Tensor:
+        """The nearest token."""
+        return torch.from_numpy(np.rint((actions + 1) * 127.5).astype(np.int64))
+
+    def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
+        """Actions are not normalised here."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tensors."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(self.config.model_dump_json())
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "TablePolicy":
+        """Read the tensors."""
+        from safetensors.torch import load_file
+
+        policy = cls(TablePolicyConfig.model_validate_json((folder / "config.json").read_text()))
+        policy.load_state_dict(load_file(folder / "model.safetensors"))
+        return policy
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """One parameter a role."""
+        return {"vision": [self.features], "trunk": [self.logits], "value": [self.value]}
+
+    def architecture(self) -> dict[str, Any]:
+        """The table's sizes."""
+        return self.config.model_dump(mode="json")

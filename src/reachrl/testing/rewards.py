@@ -1,0 +1,101 @@
+"""What every reward must satisfy, and a made-up rollout to try it on."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from reachrl.errors import ExtensionError
+from reachrl.rewards.base import Reward
+from reachrl.types import Episode, Observation, Rewards, Rollout, Start
+
+
+def make_rollout(
+    num_steps: int = 6, num_envs: int = 3, *, image_size: int = 32, seed: int = 0, instruction: str = "reach the goal"
+) -> Rollout:
+    """A rollout of random frames with terminated, truncated, running and lost rows.
+
+    Args:
+        num_steps: T.
+        num_envs: N.
+        image_size: side of the frames in pixels.
+        seed: of frames and episode ends.
+        instruction: of every row.
+    """
+    generator = np.random.default_rng(seed)
+    shape = (num_steps, num_envs)
+    draw = generator.random(shape)
+    valid = generator.random(shape) > 0.1
+    terminated, truncated = (draw < 0.2) & valid, (draw > 0.8) & valid
+    rows = np.argwhere(terminated | truncated)
+    start = Start("reach", "train", 0)
+    size = (image_size, image_size, 3)
+    return Rollout(
+        images=generator.integers(0, 256, (*shape, *size), dtype=np.uint8),
+        instructions=((instruction,) * num_envs,) * num_steps,
+        tasks=(("reach",) * num_envs,) * num_steps,
+        last_observation=Observation(
+            images=generator.integers(0, 256, (num_envs, *size), dtype=np.uint8), instructions=(instruction,) * num_envs
+        ),
+        final_images=generator.integers(0, 256, (len(rows), *size), dtype=np.uint8),
+        final_rows=rows.reshape(-1, 2).astype(np.int64),
+        action_ids=np.zeros((*shape, 4), dtype=np.int64),
+        behaviour_logprobs=np.zeros((*shape, 4), dtype=np.float32),
+        success=terminated.copy(),
+        terminated=terminated,
+        truncated=truncated,
+        valid=valid,
+        ee_state=generator.random((*shape, 4)).astype(np.float32),
+        episodes=tuple(Episode(start=start, success=bool(terminated[t, n]), num_steps=1, env=int(n)) for t, n in rows),
+        policy_version=0,
+    )
+
+
+def permute_envs(rollout: Rollout, order: np.ndarray) -> Rollout:
+    """The same rollout with its environments in another order."""
+    place = np.argsort(order)  # old env -> new env
+    rows = np.stack([rollout.final_rows[:, 0], place[rollout.final_rows[:, 1]]], axis=1)
+    by_row = np.lexsort((rows[:, 1], rows[:, 0]))
+    last = rollout.last_observation
+    per_step = ("images", "action_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid", "ee_state")
+    return replace(
+        rollout,
+        **{name: getattr(rollout, name)[:, order] for name in per_step},
+        instructions=tuple(tuple(row[n] for n in order) for row in rollout.instructions),
+        tasks=tuple(tuple(row[n] for n in order) for row in rollout.tasks),
+        last_observation=Observation(
+            images=last.images[order], instructions=tuple(last.instructions[n] for n in order)
+        ),
+        final_images=rollout.final_images[by_row],
+        final_rows=rows[by_row],
+    )
+
+
+def check_reward(reward: Reward, rollout: Rollout | None = None) -> None:
+    """Prove that a reward keeps its contract on `rollout` (a made-up one by default).
+
+    Raises:
+        ExtensionError: which clause is broken.
+    """
+    rollout = rollout or make_rollout()
+    name = type(reward).__name__
+    rewards = reward(rollout)
+    parts = rewards.parts or {"total": rewards.total}
+    for key, value in {"total": rewards.total, **parts}.items():
+        if value.shape != rollout.valid.shape or value.dtype != np.float32:
+            raise ExtensionError(
+                f"{name}: `{key}` is {value.dtype}{list(value.shape)}, expected float32{list(rollout.valid.shape)}."
+            )
+        if not np.isfinite(value).all():
+            raise ExtensionError(f"{name}: `{key}` is not finite at (t, n) = {np.argwhere(~np.isfinite(value))[0]}.")
+        if value[~rollout.valid].any():
+            raise ExtensionError(f"{name}: `{key}` rewards rows that are not valid; they must be 0.")
+    if not np.allclose(sum(parts.values()), rewards.total, atol=1e-6):
+        raise ExtensionError(f"{name}: the parts {sorted(parts)} do not sum to the total.")
+    _check_order(reward, rollout, rewards)
+
+
+def _check_order(reward: Reward, rollout: Rollout, rewards: Rewards) -> None:
+    order = np.random.default_rng(1).permutation(rollout.valid.shape[1])
+    permuted = reward(permute_envs(rollout, order)).total
+    if not np.allclose(permuted, rewards.total[:, order], atol=1e-5):
+        raise ExtensionError(f"{type(reward).__name__}: a row's reward depends on the order of the environments.")

@@ -1,0 +1,190 @@
+"""The loop: sync, collect, reward, score, update, log, save."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from reachrl.algorithms.base import UpdateStats
+from reachrl.backends.base import Actors, Learner
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.curriculum.base import TaskSampler
+from reachrl.rewards.base import Reward
+from reachrl.run.atomic import write_json_atomic
+from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
+from reachrl.run.directory import Run
+from reachrl.types import Rewards, Rollout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """How far a run has come; what a resumed run continues from."""
+
+    iteration: int = 0
+    env_steps: int = 0
+    episodes: int = 0
+    warming_up: bool = True
+
+    def advance(self, rollout: Rollout, *, warming_up: bool) -> "TrainState":
+        """The state after one more iteration."""
+        return replace(
+            self,
+            iteration=self.iteration + 1,
+            env_steps=self.env_steps + rollout.num_env_steps,
+            episodes=self.episodes + len(rollout.episodes),
+            warming_up=warming_up,
+        )
+
+
+class Watcher(Protocol):
+    """Follows the progress of a run; a display, or nothing."""
+
+    def step(self) -> None:
+        """One vectorised environment step was taken."""
+        ...
+
+    def iteration(self, record: dict[str, Any]) -> None:
+        """One iteration ended with this metrics record."""
+        ...
+
+
+def train(
+    config: TrainConfig,
+    actors: Actors,
+    learner: Learner,
+    reward: Reward,
+    curriculum: TaskSampler,
+    run: Run,
+    watcher: Watcher,
+) -> TrainState:
+    """Improve one policy with online PPO, from the run's last checkpoint if it has one.
+
+    Raises:
+        DivergedError: a loss, gradient or weight is not finite; nothing of that iteration is saved.
+        WorkerError: an environment keeps failing.
+    """
+    assert isinstance(config.ppo, PPOConfig)
+    state = restore(run, actors, learner, curriculum)
+    while state.iteration < config.num_iterations:
+        with run.span("sync"):
+            version = actors.load_weights(learner.export_weights())
+        with run.span("rollout"):
+            rollout = actors.collect(curriculum.assign, config.num_steps, watcher.step)
+            assert rollout.policy_version == version
+        with run.span("reward"):
+            rewards = reward(rollout)
+        with run.span("score"):
+            scored = learner.score(rollout)
+        with run.span("update"):
+            stats = learner.update(
+                rollout, rewards, scored, iteration=state.iteration, train_policy=not state.warming_up
+            )
+        warn_of_engine_gap(config.ppo, state, stats)
+        curriculum.observe(rollout.episodes)
+        warming_up = still_warming_up(config.ppo, state, stats)
+        record = metrics(state, rollout, rewards, stats, curriculum, lost_episodes=actors.lost_episodes)
+        state = state.advance(rollout, warming_up=warming_up)
+        watcher.iteration(run.log(record))
+        if state.iteration % config.checkpoint_every == 0 or state.iteration == config.num_iterations:
+            save(run, state, actors, learner, curriculum, keep=config.keep_checkpoints)
+    return state
+
+
+def still_warming_up(config: PPOConfig, state: TrainState, stats: UpdateStats) -> bool:
+    """Whether the next iteration trains the critic only.
+
+    Warm-up lasts `warmup_iterations`, then on until the critic explains enough of the returns' variance, but
+    not beyond `warmup_max_iterations`; once over, it never returns.
+    """
+    done = state.iteration + 1
+    if not state.warming_up or done < config.warmup_iterations:
+        return state.warming_up
+    target = config.warmup_explained_variance
+    return target is not None and stats.explained_variance < target and done < config.warmup_max_iterations
+
+
+def warn_of_engine_gap(config: PPOConfig, state: TrainState, stats: UpdateStats) -> None:
+    """Say so when the sampler's log-probs part from the learner's: the ratio then rests on the wrong policy."""
+    if abs(stats.engine_kl) > config.engine_kl_alarm:
+        log.warning(
+            "iteration %d: sampler and learner log-probs differ (engine_kl %.4f > %.4f); check that both use the "
+            "same weights, temperature and numeric format, or set ppo.importance_cap",
+            state.iteration, stats.engine_kl, config.engine_kl_alarm,
+        )  # fmt: skip
+
+
+def metrics(
+    state: TrainState,
+    rollout: Rollout,
+    rewards: Rewards,
+    stats: UpdateStats,
+    curriculum: TaskSampler,
+    *,
+    lost_episodes: int,
+) -> dict[str, Any]:
+    """One iteration's line of `metrics.jsonl`."""
+    episodes, valid = rollout.episodes, rollout.valid
+    num_valid = max(int(valid.sum()), 1)
+    return (
+        {
+            "kind": "train",
+            "iteration": state.iteration,
+            "env_steps": state.env_steps + rollout.num_env_steps,
+            "episodes": state.episodes + len(episodes),
+            "success_k": sum(episode.success for episode in episodes),
+            "success_n": len(episodes),
+            "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
+            "lost_episodes": lost_episodes,
+            "warming_up": state.warming_up,
+        }
+        | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}
+        | stats.metrics()
+        | curriculum.metrics()
+    )
+
+
+def save(
+    run: Run, state: TrainState, actors: Actors, learner: Learner, curriculum: TaskSampler, *, keep: int
+) -> None:
+    """Write one complete checkpoint: weights, optimiser, running episodes, curriculum, counters."""
+
+    def fill(folder: Path) -> None:
+        learner.save(folder)
+        write_json_atomic(
+            folder / "state.json",
+            {"train": asdict(state), "actors": actors.state_dict(), "curriculum": curriculum.state_dict()},
+        )
+
+    save_checkpoint(run.checkpoints, state.iteration, fill, keep=keep)
+
+
+def restore(run: Run, actors: Actors, learner: Learner, curriculum: TaskSampler) -> TrainState:
+    """The state of the last checkpoint, with everything put back; a fresh state if there is none.
+
+    Metrics written after the checkpoint are dropped: those iterations are about to be run again.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another architecture.
+    """
+    folder = latest_checkpoint(run.checkpoints)
+    if folder is None:
+        run.metrics.truncate_after("train", "iteration", -1)
+        return TrainState(warming_up=_starts_in_warm_up(learner))
+    verify_checkpoint(folder)
+    saved = json.loads((folder / "state.json").read_text())
+    learner.load(folder)
+    curriculum.load_state_dict(saved["curriculum"])
+    actors.load_state_dict(saved["actors"])
+    state = TrainState(**saved["train"])
+    run.metrics.truncate_after("train", "iteration", state.iteration - 1)
+    return state
+
+
+def _starts_in_warm_up(learner: Learner) -> bool:
+    return learner.config.warmup_iterations > 0 or learner.config.warmup_explained_variance is not None

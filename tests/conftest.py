@@ -1,0 +1,44 @@
+"""Shared set-up of all tests: shape checking, one thread each, markers by folder, reasons for skips."""
+
+import os
+
+# Before numpy or torch are imported: the suite runs in parallel processes, and results must not depend
+# on the number of cores. Worker processes inherit it.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+# Every public function and record of these is checked against its annotated shapes and dtypes.
+# The hook works on imports, so it comes before the first `import reachrl` of any test.
+SHAPE_CHECKED = ("reachrl.types", "reachrl.functional", "reachrl.policies")
+_hook = install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+_hook.__enter__()
+
+# The same examples in every run: a red CI can be repeated at home.
+hypothesis.settings.register_profile("reachrl", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("reachrl")
+
+MARKED_FOLDERS = ("sim", "gpu", "e2e", "learning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test the marker of its folder."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0]
+        if folder in MARKED_FOLDERS:
+            item.add_marker(folder)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")

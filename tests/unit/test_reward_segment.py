@@ -1,0 +1,118 @@
+"""Segments and keyframes against motions whose answer is known by construction."""
+
+import numpy as np
+import pytest
+
+from reachrl.errors import ExtensionError
+from reachrl.rewards.process.segment import gripper_cuts, rest_frames, segment
+
+OPTIONS = {"gripper_change": 0.15, "min_segment": 3, "keyframe_speed": 0.15}
+
+
+def cuts(opening, **overrides):
+    options = {"gripper_change": 0.15, "min_segment": 3} | overrides
+    return gripper_cuts(np.asarray(opening, dtype=np.float64), **options).tolist()
+
+
+def along_x(speeds):
+    """Positions f64[T+1 3] of an arm that moves along x with the given speeds in metres a decision."""
+    xyz = np.zeros((len(speeds) + 1, 3))
+    xyz[1:, 0] = np.cumsum(speeds)
+    return xyz
+
+
+def state(speeds, opening):
+    return np.concatenate([along_x(speeds), np.asarray(opening, dtype=np.float64)[:, None]], axis=1)
+
+
+def test_constant_gripper_is_one_segment():
+    assert cuts(np.full(20, 0.7)) == []
+    assert cuts(0.7 + 0.05 * np.sin(np.arange(50))) == []  # range 0.1, below the threshold
+
+
+def test_cut_is_the_first_frame_of_the_new_state():
+    assert cuts([1] * 6 + [0.4] * 7) == [6]
+    assert cuts([1] * 5 + [0] * 5 + [1] * 5) == [5, 10]
+    assert cuts([1, 1, 1, 1, 0.7, 0.45, 0.2, 0, 0, 0]) == [6]  # a slow closing is one cut, at the lower threshold
+
+
+def test_noise_around_one_level_does_not_cut():
+    rng = np.random.default_rng(0)
+    opening = np.concatenate([np.full(15, 0.9), np.full(15, 0.3)]) + rng.uniform(-0.05, 0.05, 30)
+    assert cuts(opening) == [15]
+
+
+@pytest.mark.parametrize("level", [0.45, 0.5, 0.55])
+def test_hovering_between_the_thresholds_keeps_the_state(level):
+    assert cuts([1] * 6 + [level] * 6 + [1] * 6 + [0] * 6) == [18]
+
+
+def test_chatter_is_absorbed():
+    chatter = [0, 1] * 4
+    assert cuts([1] * 6 + chatter + [1] * 6) == []
+    assert cuts([1] * 6 + chatter + [0] * 6) == [13]  # the final 0 of the chatter already belongs to the closed state
+    assert cuts([0, 1] * 20) == []  # nothing but chatter
+    assert cuts([0] + [1] * 10) == []  # a first state of one frame is too short to be a segment
+    assert cuts([1] * 10 + [0, 0]) == []  # and so is a last one of two
+    assert cuts([1] * 10 + [0, 0], min_segment=2) == [10]
+
+
+def test_flipping_open_and_closed_gives_the_same_cuts():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        levels = np.repeat(rng.integers(0, 2, 12), rng.integers(1, 6, 12)).astype(float)
+        levels[rng.integers(len(levels))] = 0.3
+        assert cuts(levels) == cuts(1.0 - levels)
+
+
+def test_rest_frames_are_where_the_arm_stops():
+    # 4 fast moves, rest over motions 4..6 with the slowest 5, 4 fast moves, a stop at the end
+    speeds = [0.1] * 4 + [0.01, 0.0, 0.008] + [0.1] * 4 + [0.002]
+    assert rest_frames(along_x(speeds), keyframe_speed=0.15).tolist() == [6, 12]
+
+
+def test_rest_before_the_first_motion_is_no_keyframe():
+    assert rest_frames(along_x([0.0, 0.0] + [0.1] * 5), keyframe_speed=0.15).tolist() == []
+
+
+def test_keyframes_do_not_depend_on_units_or_single_jumps():
+    speeds = np.array([0.1] * 12 + [0.003] + [0.09] * 12)
+    for scale in (1e-3, 1.0, 1e3):
+        assert rest_frames(along_x(speeds * scale), keyframe_speed=0.15).tolist() == [13]
+    speeds[3] = 50.0  # one glitch must not make all other motion look slow
+    assert rest_frames(along_x(speeds), keyframe_speed=0.15).tolist() == [13]
+
+
+def test_arm_that_never_moves_has_no_rest_frame():
+    assert rest_frames(np.full((9, 3), 0.3), keyframe_speed=0.15).tolist() == []
+
+
+def test_end_of_success_is_a_keyframe_and_end_of_failure_is_not():
+    ee_state = state([0.1] * 8, [1] * 9)
+    assert segment(ee_state, success=True, **OPTIONS).keyframes.tolist() == [8]
+    assert segment(ee_state, success=False, **OPTIONS).keyframes.tolist() == []
+    assert segment(ee_state, success=True, **OPTIONS).bounds.tolist() == [0, 8]
+
+
+def test_pick_and_place():
+    speeds = [0.1] * 5 + [0.0] * 3 + [0.1] * 5 + [0.0] * 3
+    opening = [1] * 7 + [0.5] * 10
+    milestones = segment(state(speeds, opening), success=True, **OPTIONS)
+    assert milestones.bounds.tolist() == [0, 7, 16]
+    assert milestones.keyframes.tolist() == [6, 14, 16]
+
+
+def test_short_episodes():
+    one = segment(np.ones((1, 4)), success=True, **OPTIONS)
+    assert (one.bounds.tolist(), one.keyframes.tolist()) == ([0, 0], [0])
+    two = segment(state([0.1], [1, 0]), success=True, **OPTIONS)
+    assert (two.bounds.tolist(), two.keyframes.tolist()) == ([0, 1], [1])
+
+
+def test_bad_poses_name_the_trajectory_and_the_frame():
+    ee_state = state([0.1] * 8, [1] * 9)
+    ee_state[4, 1] = np.nan
+    with pytest.raises(ExtensionError, match=r"door-open start 3.*frame 4 \(1 of 9"):
+        segment(ee_state, success=True, name="door-open start 3", **OPTIONS)
+    with pytest.raises(ExtensionError, match="expected"):
+        segment(np.ones((5, 3)), success=True, **OPTIONS)

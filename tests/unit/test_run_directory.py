@@ -1,0 +1,135 @@
+"""One configuration and one writer a run folder; stage records survive a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reachrl.errors import ConfigError
+from reachrl.run.directory import Run, config_differences
+from reachrl.run.memory import PeakMemory
+from reachrl.run.stages import StageRecords
+
+CONFIG = {"seed": 1, "ppo": {"lr": 1e-5, "epochs": 2}, "tasks": ["a", "b"]}
+
+
+def open_run(path: Path, config: dict = CONFIG, config_hash: str = "h1") -> Run:
+    return Run.open(path, config, config_hash=config_hash, tensorboard=False)
+
+
+def test_resume_with_the_same_config_and_refusal_of_another(tmp_path: Path) -> None:
+    open_run(tmp_path / "r").close()
+    open_run(tmp_path / "r").close()
+    assert json.loads((tmp_path / "r" / "config.json").read_text()) == CONFIG
+    other = {"seed": 1, "ppo": {"lr": 3e-6, "epochs": 2, "clip": 0.2}, "tasks": ["a"]}
+    with pytest.raises(ConfigError) as caught:
+        open_run(tmp_path / "r", other, "h2")
+    message = str(caught.value)
+    assert "ppo.lr: 1e-05 in the run, 3e-06 asked for" in message
+    assert "ppo.clip: absent in the run, 0.2 asked for" in message
+    assert 'tasks: ["a", "b"] in the run, ["a"] asked for' in message
+    assert "seed" not in message and "epochs" not in message and "--run" in message
+    open_run(tmp_path / "r").close()  # the refusal gave the lock back and changed nothing
+
+
+def test_differences_are_symmetric_and_empty_for_equal() -> None:
+    assert config_differences(CONFIG, json.loads(json.dumps(CONFIG))) == []
+    assert [key for key, _, _ in config_differences({"a": {"b": 1}}, {"a": 2})] == ["a"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from reachrl.run.directory import Run
+run = Run.open(Path(sys.argv[1]), {}, config_hash="h", tensorboard=False)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_lock_refuses_a_living_owner_and_is_taken_over_from_a_dead_one(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline().strip() == "held"
+        with pytest.raises(ConfigError, match=rf"process {holder.pid} "):
+            Run.open(path, {}, config_hash="h", tensorboard=False)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        Run.open(path, {}, config_hash="h", tensorboard=False).close()
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_lock_of_a_reused_process_id_is_stale_and_of_another_host_is_not(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    lock = tmp_path / ".lock"
+    alive = {"pid": os.getppid(), "started": 1.0, "host": os.uname().nodename, "token": "x"}
+    lock.write_text(json.dumps(alive))
+    open_run(tmp_path).close()
+    lock.write_text(json.dumps({**alive, "host": "elsewhere"}))
+    with pytest.raises(ConfigError, match="elsewhere"):
+        open_run(tmp_path)
+    lock.write_text('{"pid": 12')  # killed while writing it
+    open_run(tmp_path).close()
+
+
+def test_spans_add_up_in_the_next_record_only(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        for _ in range(2):
+            with run.span("rollout"):
+                time.sleep(0.02)
+        first = run.log({"kind": "train", "iteration": 1})
+        second = run.log({"kind": "train", "iteration": 2})
+    assert 0.04 <= first["seconds/rollout"] < 0.5
+    assert second == {"kind": "train", "iteration": 2}
+
+
+def test_stage_seconds_add_up_over_interrupted_attempts(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        with pytest.raises(KeyboardInterrupt), run.stage("sft"):
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        interrupted = run.stages.read()["sft"]
+        assert run.stage_done("sft") is None
+        assert interrupted["wall_s"] >= 0.05
+        with run.stage("sft") as clock:
+            clock.info["best_step"] = 7
+        done = run.stage_done("sft")
+        assert done is not None and done["info"] == {"best_step": 7} and done["attempts"] == 2
+        assert done["wall_s"] >= interrupted["wall_s"]
+        assert run.finish_stage("demos", 2.0, 123, episodes=5)["peak_rss_bytes"] == 123
+        assert list(run.stages.read()) == ["sft", "demos"]
+
+
+def test_a_killed_stage_keeps_its_seconds(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from reachrl.run.stages import StageRecords
+with StageRecords(Path(sys.argv[1]), beat_s=0.05).measure("train"):
+    time.sleep(0.4)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = tmp_path / "stages.json"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=60).returncode == -9
+    records = StageRecords(path)
+    assert records.done("train") is None
+    assert 0.1 <= records.read()["train"]["wall_s"] <= 0.5
+    assert records.finish("train", 1.0, 1)["wall_s"] >= 1.1
+
+
+def test_peak_memory_sees_a_child(tmp_path: Path) -> None:
+    with PeakMemory(interval_s=0.02) as memory:
+        before = memory.peak_rss_bytes
+        subprocess.run([sys.executable, "-c", "x = bytearray(80_000_000); import time; time.sleep(0.3)"], check=True)
+    assert 80_000_000 <= memory.peak_rss_bytes - before < 200_000_000
+    held = np.ones(1)  # nothing of the child is left afterwards
+    assert PeakMemory().sample() < memory.peak_rss_bytes and held.size == 1

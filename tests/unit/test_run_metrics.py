@@ -1,0 +1,106 @@
+"""metrics.jsonl survives kills, and resume drops what lies behind the checkpoint."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from reachrl.errors import StorageError
+from reachrl.run.metrics import MetricsLog, flatten_scalars, read_metrics
+
+
+def test_a_torn_last_line_is_no_record_and_the_next_line_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "iteration": 1}\n{"kind": "train", "iterat')
+    assert [r["iteration"] for r in read_metrics(path)] == [1]
+    log = MetricsLog(path)
+    log.log({"kind": "train", "iteration": 2, "loss": math.inf})
+    log.close()
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"kind": "train", "iteration": 1},
+        {"kind": "train", "iteration": 2, "loss": None},
+    ]
+
+
+def test_every_cut_of_a_file_reads_as_a_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    log = MetricsLog(path)
+    records = [{"kind": "train", "iteration": i, "x": "é\n" * i} for i in range(3)]
+    for record in records:
+        log.log(record)
+    log.close()
+    content = path.read_bytes()
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        assert read_metrics(path) == records[: content[:cut].count(b"\n")]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_naming_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "a"}\nrubbish\n{"kind": "a"}\n')
+    with pytest.raises(StorageError, match="line 2"):
+        read_metrics(path)
+
+
+def test_truncate_after_drops_only_later_records_of_the_kind(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in (100, 200):
+        log.log({"kind": "sft", "step": step})
+    for i in range(1, 6):
+        log.log({"kind": "train", "iteration": i})
+        log.log({"kind": "eval", "iteration": i})
+    assert log.truncate_after("train", "iteration", 3) == 2
+    log.log({"kind": "train", "iteration": 4, "again": True})
+    log.close()
+    assert [(r["kind"], r.get("iteration", r.get("step"))) for r in log.read()] == [
+        ("sft", 100), ("sft", 200),
+        ("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3), ("eval", 4), ("eval", 5),
+        ("train", 4),
+    ]  # fmt: skip
+    assert [r["iteration"] for r in log.read("train")] == [1, 2, 3, 4]
+
+
+def test_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.log({"kind": "train", "iteration": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"m\.jsonl"):
+            log.log({"kind": "train", "iteration": 2})
+    assert (tmp_path / "m.jsonl").read_text() == '{"kind": "train", "iteration": 1}\n'
+    log.log({"kind": "train", "iteration": 2})
+    assert len(log.read()) == 2
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_what_the_file_holds_also_after_a_resume(tmp_path: Path) -> None:
+    for resumed in (False, True):
+        log = MetricsLog(tmp_path / "m.jsonl", tmp_path / "tb")
+        if resumed:
+            log.truncate_after("train", "iteration", 2)
+        for i in range(3 if resumed else 0, 5):
+            log.log({"kind": "train", "iteration": i, "loss/policy": i / 4, "bad": math.nan})
+        log.log({"kind": "eval", "iteration": 5, "mode": "greedy", "per_task": {"reach-v3": {"k": 3, "n": 4}}})
+        log.close()
+    assert tensorboard_scalars(tmp_path / "tb" / "train") == {"loss/policy": [(i, i / 4) for i in range(5)]}
+    assert tensorboard_scalars(tmp_path / "tb" / "eval")["greedy/per_task/reach-v3"][0] == (5, 0.75)
+
+
+def test_flatten_skips_words_and_flags() -> None:
+    record = {"kind": "eval", "iteration": 3, "mode": "greedy", "k": 1, "rate": 0.5, "note": "x", "wilson95": [0, 1]}
+    assert dict(flatten_scalars(record)) == {"greedy/k": 1.0, "greedy/rate": 0.5}
