@@ -24,8 +24,8 @@ venv: $(INSTALLED) gl  ## Create .venv with everything, exactly as pinned in con
 $(INSTALLED): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer was not found; give it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,dev]'
 	@touch $@
 
 gl:  # Software rendering needs these libraries; macOS brings its own.
@@ -51,5 +51,5 @@ format: venv  ## Apply the formatting and the safe fixes
 	$(BIN)/ruff format .
 
 docs: venv  ## Build the documentation into site/
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[metaworld,dev,docs]'
 	$(BIN)/mkdocs build --strict

@@ -1,7 +1,13 @@
 """Collecting: clean actions recorded while noisy ones run, and a result independent of workers and interruptions."""
 
+import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -73,8 +79,8 @@ class PointEnv(Env):
         if self.start.index == 2 and self.start.task == "raise":
             raise RuntimeError("the gripper fell off")
         if self.start.task == "hang":
-            import time
-
+            if "POINT_ENV_PID_FILE" in os.environ:
+                Path(os.environ["POINT_ENV_PID_FILE"]).write_text(str(os.getpid()))
             time.sleep(60)
         assert self.action_space.contains(action)
         self.executed.append(action.copy())
@@ -137,10 +143,9 @@ def test_kept_are_the_lowest_starts_that_succeed(collected) -> None:
     assert collected.meta["tasks"] == {"near": 5, "far": 5}
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_workers_do_not_change_the_data(collected, tmp_path, workers: int) -> None:
+def test_workers_do_not_change_the_data(collected, tmp_path) -> None:
     progress = []
-    config = DEMOS.model_copy(update={"workers": workers})
+    config = DEMOS.model_copy(update={"workers": 3})
     other = collect_demos(PointConfig(), config, tmp_path, seed=7, on_progress=progress.append)
     assert all(same(a, b) for a, b in zip(collected, other, strict=True))
     assert progress[-1].total_kept == progress[-1].total == 10
@@ -202,7 +207,7 @@ def test_starts_are_visited_again_with_other_noise(tmp_path) -> None:
 
 
 def test_dead_worker_names_task_and_start(tmp_path) -> None:
-    with pytest.raises(WorkerError, match=r"died \(exit code 9\), in task 'crash', train start 2, after step 0"):
+    with pytest.raises(WorkerError, match=r"exited with code 9, in task 'crash', train start 2, after step 0"):
         collect_demos(PointConfig(tasks=("near", "crash")), DEMOS, tmp_path, seed=7)
     assert (tmp_path / shard_name("near")).exists()
 
@@ -223,8 +228,6 @@ def test_unknown_task_is_named(tmp_path) -> None:
 
 
 def test_full_disk_keeps_finished_tasks(tmp_path, monkeypatch) -> None:
-    import errno
-
     write = collect.ShardWriter.write
 
     def full(self, episode):
@@ -233,8 +236,49 @@ def test_full_disk_keeps_finished_tasks(tmp_path, monkeypatch) -> None:
         write(self, episode)
 
     monkeypatch.setattr(collect.ShardWriter, "write", full)
-    with pytest.raises(StorageError, match="disk is full"):
+    with pytest.raises(StorageError, match="No space left on device"):
         collect_demos(PointConfig(), DEMOS, tmp_path, seed=7)
     assert [p.name for p in tmp_path.iterdir()] == [shard_name("near")]
     monkeypatch.undo()
     assert len(collect_demos(PointConfig(), DEMOS, tmp_path, seed=7)) == 10
+
+
+def test_workers_leave_with_their_parent(tmp_path) -> None:
+    pid_file = tmp_path / "pid"
+    code = (
+        "from pathlib import Path\n"
+        "from reachrl.demos.collect import collect_demos\n"
+        "from test_demos_collect import DEMOS, PointConfig\n"
+        "if __name__ == '__main__':\n"
+        f"    collect_demos(PointConfig(tasks=('hang',)), DEMOS, Path({str(tmp_path / 'demos')!r}), seed=7)\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "POINT_ENV_PID_FILE": str(pid_file)}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment)
+    try:
+        _wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    worker = int(pid_file.read_text())
+    _wait_until(lambda: not _runs(worker))
+
+
+def _wait_until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_never_import_torch() -> None:
+    code = "import sys, reachrl.demos.expert, reachrl.demos.collect; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

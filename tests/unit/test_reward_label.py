@@ -35,24 +35,29 @@ def test_keyframe_labels_cover_the_window_before_each_keyframe():
     assert keyframe_labels(milestones([0, 9], [9]), window=1).tolist() == [0] * 9 + [1]
 
 
-def test_progress_by_time_is_linear_inside_each_segment():
+def test_progress_by_time_is_linear():
     labels = progress_labels(milestones([0, 2, 6]), np.zeros((7, 3)), by="time")
-    np.testing.assert_allclose(labels, [0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0])
+    np.testing.assert_allclose(labels, np.arange(7) / 6, atol=1e-7)
 
 
 def test_progress_by_distance_follows_the_path():
     xyz = np.zeros((7, 3))
-    xyz[:, 1] = [0, 3, 4, 4, 3, 3, 1]  # segment 1 travels 3 + 1; segment 2 travels 0 + 1 + 0 + 2
+    xyz[:, 1] = [0, 3, 4, 4, 3, 3, 1]  # travels 3 + 1 + 0 + 1 + 0 + 2
     labels = progress_labels(milestones([0, 2, 6]), xyz, by="distance")
-    np.testing.assert_allclose(labels, [0, 0.375, 0.5, 0.5, 0.5 + 1 / 6, 0.5 + 1 / 6, 1.0], atol=1e-7)
+    np.testing.assert_allclose(labels, np.array([0, 3, 4, 4, 5, 5, 7]) / 7, atol=1e-7)
 
 
-def test_progress_of_a_still_segment_falls_back_to_time():
+def test_progress_by_segments_makes_each_worth_the_same():
+    labels = progress_labels(milestones([0, 2, 6]), np.zeros((7, 3)), by="segments")
+    np.testing.assert_allclose(labels, [0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0], atol=1e-7)
+
+
+def test_progress_of_a_still_arm_falls_back_to_time():
     labels = progress_labels(milestones([0, 4]), np.ones((5, 3)), by="distance")
     np.testing.assert_allclose(labels, [0, 0.25, 0.5, 0.75, 1.0])
 
 
-@pytest.mark.parametrize("by", ["time", "distance"])
+@pytest.mark.parametrize("by", ["time", "distance", "segments"])
 def test_progress_rises_from_0_to_1_on_random_motion(by):
     rng = np.random.default_rng(0)
     for _ in range(30):

@@ -64,7 +64,7 @@ def test_unknown_words_are_ignored_and_an_unknown_instruction_is_refused(model, 
     np.testing.assert_array_equal(
         model.score(frames[:2], ["open the purple door"] * 2), model.score(frames[:2], [TEXTS[0]] * 2)
     )
-    with pytest.raises(ConfigError, match="'pick up mug'.*Fit it on this task"):
+    with pytest.raises(ConfigError, match=r"'pick up mug'.*Fit it on this task"):
         model.score(frames[:2], ["pick up mug"] * 2)
 
 

@@ -1,6 +1,7 @@
 """The process reward against an episode-by-episode brute force, for both modes and every kind of ending."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from reachrl.rewards.process.model import ProgressModel
 from reachrl.rewards.process.reward import ProcessReward, frame_numbers
 from reachrl.rewards.task import TaskReward
 from reachrl.testing.rewards import check_reward, make_rollout
-from reachrl.types import Rewards
 
 GAMMA = 0.9
 
@@ -75,7 +75,10 @@ def test_potential_telescopes_over_each_episode():
     config = ProcessRewardConfig(mode="potential", weight=0.3)
     process = ProcessReward(config, gamma=GAMMA, model=PixelModel())(rollout).parts["process"]
     checked = {"terminated": 0, "truncated": 0, "running": 0}
-    finals = {(int(t), int(n)): pixel_scores(f[None])[0] for (t, n), f in zip(rollout.final_rows, rollout.final_images, strict=True)}
+    finals = {
+        (int(t), int(n)): pixel_scores(f[None])[0]
+        for (t, n), f in zip(rollout.final_rows, rollout.final_images, strict=True)
+    }
     for n in range(3):
         begin = 0
         for t in range(12):
@@ -162,7 +165,8 @@ def test_the_contract_check_notices_each_breach():
         def reward(rollout):
             task = TaskReward()(rollout)
             total = change(task.total.copy(), rollout)
-            return Rewards(total=total, parts=task.parts if change is unsummed else {"task": total})
+            # No `Rewards`: the tests' own shape checks would refuse it before the kit can.
+            return SimpleNamespace(total=total, parts=task.parts if change is unsummed else {"task": total})
 
         return reward
 

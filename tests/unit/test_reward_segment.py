@@ -21,6 +21,10 @@ def along_x(speeds):
     return xyz
 
 
+def rests(xyz):
+    return rest_frames(xyz, np.array([0, len(xyz) - 1]), keyframe_speed=0.15).tolist()
+
+
 def state(speeds, opening):
     return np.concatenate([along_x(speeds), np.asarray(opening, dtype=np.float64)[:, None]], axis=1)
 
@@ -50,7 +54,8 @@ def test_hovering_between_the_thresholds_keeps_the_state(level):
 def test_chatter_is_absorbed():
     chatter = [0, 1] * 4
     assert cuts([1] * 6 + chatter + [1] * 6) == []
-    assert cuts([1] * 6 + chatter + [0] * 6) == [13]  # the final 0 of the chatter already belongs to the closed state
+    assert cuts([1] * 6 + chatter + [0] * 6) == [14]
+    assert cuts([1] * 6 + chatter + [0] + [0] * 6) == [14]
     assert cuts([0, 1] * 20) == []  # nothing but chatter
     assert cuts([0] + [1] * 10) == []  # a first state of one frame is too short to be a segment
     assert cuts([1] * 10 + [0, 0]) == []  # and so is a last one of two
@@ -68,23 +73,23 @@ def test_flipping_open_and_closed_gives_the_same_cuts():
 def test_rest_frames_are_where_the_arm_stops():
     # 4 fast moves, rest over motions 4..6 with the slowest 5, 4 fast moves, a stop at the end
     speeds = [0.1] * 4 + [0.01, 0.0, 0.008] + [0.1] * 4 + [0.002]
-    assert rest_frames(along_x(speeds), keyframe_speed=0.15).tolist() == [6, 12]
+    assert rests(along_x(speeds)) == [6, 12]
 
 
 def test_rest_before_the_first_motion_is_no_keyframe():
-    assert rest_frames(along_x([0.0, 0.0] + [0.1] * 5), keyframe_speed=0.15).tolist() == []
+    assert rests(along_x([0.0, 0.0] + [0.1] * 5)) == []
 
 
 def test_keyframes_do_not_depend_on_units_or_single_jumps():
     speeds = np.array([0.1] * 12 + [0.003] + [0.09] * 12)
     for scale in (1e-3, 1.0, 1e3):
-        assert rest_frames(along_x(speeds * scale), keyframe_speed=0.15).tolist() == [13]
+        assert rests(along_x(speeds * scale)) == [13]
     speeds[3] = 50.0  # one glitch must not make all other motion look slow
-    assert rest_frames(along_x(speeds), keyframe_speed=0.15).tolist() == [13]
+    assert rests(along_x(speeds)) == [13]
 
 
 def test_arm_that_never_moves_has_no_rest_frame():
-    assert rest_frames(np.full((9, 3), 0.3), keyframe_speed=0.15).tolist() == []
+    assert rests(np.full((9, 3), 0.3)) == []
 
 
 def test_end_of_success_is_a_keyframe_and_end_of_failure_is_not():
@@ -100,6 +105,13 @@ def test_pick_and_place():
     milestones = segment(state(speeds, opening), success=True, **OPTIONS)
     assert milestones.bounds.tolist() == [0, 7, 16]
     assert milestones.keyframes.tolist() == [6, 14, 16]
+
+
+def test_the_rest_that_opens_a_segment_belongs_to_the_one_before():
+    xyz = along_x([0.1] * 5 + [0.004, 0.003, 0.002, 0.001] + [0.1] * 5)
+    assert rests(xyz) == [9]
+    cut_in_the_rest = rest_frames(xyz, np.array([0, 7, 14]), keyframe_speed=0.15)
+    assert cut_in_the_rest.tolist() == [7]  # the slowest frame before the cut; motion resumes from the rest after it
 
 
 def test_short_episodes():

@@ -21,10 +21,10 @@ def fill(content: bytes):
 
 def test_latest_keeps_k_and_verifies(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
-    for step in (9, 10, 100_000, 1_000_000):
+    for step in (9, 10, 200_000, 1_000_000):
         path = save_checkpoint(tmp_path, step, fill(b"x" * step), keep=3)
         assert latest_checkpoint(tmp_path) == path
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000010", "step_100000", "step_1000000"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000010", "step_200000", "step_1000000"]
     assert verify_checkpoint(path)["step"] == 1_000_000
 
 

@@ -35,7 +35,17 @@ def test_resume_with_the_same_config_and_refusal_of_another(tmp_path: Path) -> N
     assert "ppo.clip: absent in the run, 0.2 asked for" in message
     assert 'tasks: ["a", "b"] in the run, ["a"] asked for' in message
     assert "seed" not in message and "epochs" not in message and "--run" in message
-    open_run(tmp_path / "r").close()  # the refusal gave the lock back and changed nothing
+    assert (tmp_path / "r" / ".lock").read_text() == ""  # the refusal gave the lock back
+    open_run(tmp_path / "r").close()  # and changed nothing
+
+
+def test_a_file_or_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        open_run(tmp_path / "file")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        open_run(tmp_path)
 
 
 def test_differences_are_symmetric_and_empty_for_equal() -> None:

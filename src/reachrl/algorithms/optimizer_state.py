@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.optim import Optimizer
 
-from reachrl.errors import CheckpointError, StorageError
+from reachrl.errors import CheckpointError
+from reachrl.run.atomic import storage_errors
 
 
 def _description(optimizer: Optimizer) -> dict[str, Any]:
@@ -50,15 +51,13 @@ def save_optimizer(optimizer: Optimizer, path: Path) -> None:
         groups.append(options)
     content = {**_description(optimizer), "groups": groups, "values": values, "indices": list(state["state"])}
     aside = path.with_name(path.name + ".partial")
-    try:
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata={"optimizer": json.dumps(content)})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: the optimizer's state could not be written: {error}. Free space and resume."
-        ) from error
+        try:
+            save_file(tensors, aside, metadata={"optimizer": json.dumps(content)})
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _restored(value: Any, like: Any) -> Any:

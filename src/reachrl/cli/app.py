@@ -1,18 +1,32 @@
 """The `reachrl` command: its subcommands, and errors as one clear message with an exit code."""
 
 import sys
-from importlib.metadata import version as installed_version
 from typing import NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.text import Text
 
-from reachrl.cli import config, demos, eval, listing, quickstart, report, reward, sft, train
+from reachrl import __version__
+from reachrl.cli import config, demos, eval, quickstart, report, reward, sft, train
+from reachrl.cli import list as listing
 from reachrl.errors import ReachRLError
+
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists commands in the order of the story; typer alone would put groups last."""
+
+    ORDER = ("quickstart", "demos", "sft", "reward", "train", "eval", "report", "list", "config", "version")
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """The names, the known ones first."""
+        return sorted(self.commands, key=lambda name: self.ORDER.index(name))
+
 
 app = typer.Typer(
     name="reachrl",
+    cls=_InOrder,
     help="Online reinforcement learning for vision-language-action policies.",
     epilog="Start with: reachrl quickstart metaworld_quickstart --run runs/quickstart",
     no_args_is_help=True,
@@ -21,22 +35,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-LOOK, STAGES, WHOLE = "Look around", "Stages, in their order", "Everything"
-app.command("list", rich_help_panel=LOOK)(listing.list_)
-app.command("config", rich_help_panel=LOOK)(config.config)
+WHOLE, STAGES, LOOK = "The whole story", "Its stages, in order", "Look around"
+app.command("quickstart", rich_help_panel=WHOLE)(quickstart.quickstart)
 app.command("demos", rich_help_panel=STAGES)(demos.demos)
 app.command("sft", rich_help_panel=STAGES)(sft.sft)
 app.add_typer(reward.app, name="reward", rich_help_panel=STAGES)
 app.command("train", rich_help_panel=STAGES)(train.train)
 app.command("eval", rich_help_panel=STAGES)(eval.eval_)
 app.command("report", rich_help_panel=STAGES)(report.report)
-app.command("quickstart", rich_help_panel=WHOLE)(quickstart.quickstart)
+app.command("list", rich_help_panel=LOOK)(listing.list_)
+app.command("config", rich_help_panel=LOOK)(config.config)
 
 
 @app.command(rich_help_panel=LOOK)
 def version() -> None:
     """Print the installed version."""
-    typer.echo(f"reachrl {installed_version('reachrl')}")
+    typer.echo(f"reachrl {__version__}")
 
 
 def main() -> NoReturn:

@@ -21,7 +21,10 @@ def config(
     overrides: OverridesArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as a run folder keeps it.")] = False,
     with_help: Annotated[bool, typer.Option("--docs", help="Print each key's help above it.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Print what differs from `paper`, and why.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Print what differs from `paper` (of `paper`: what `robust` repairs), and why."),
+    ] = False,
 ) -> None:
     """Print the resolved configuration as TOML; a copy of it is a preset of your own."""
     from reachrl.config.loading import config_dict, load_config
@@ -50,10 +53,13 @@ def _deviations(preset: str, overrides: list[str]) -> Table:
             f"--explain gives the reasons of the preset {preset!r}, and overrides ({' '.join(overrides)}) have none; "
             "leave them out."
         )
-    table = Table(title=f"Where {preset} departs from paper", title_justify="left", title_style="bold", pad_edge=False)
-    for column in ("key", "paper", preset, "why"):
+    compared = "robust" if preset == "paper" else preset
+    table = Table(
+        title=f"Where {compared} departs from paper", title_justify="left", title_style="bold", pad_edge=False
+    )
+    for column in ("key", "paper", compared, "why"):
         table.add_column(column, overflow="fold")
-    for deviation in explain(preset):
+    for deviation in explain(compared):
         values = (toml_value(deviation.paper_value), toml_value(deviation.value))
         table.add_row(Text(deviation.key), *map(Text, values), Text(deviation.reason))
     return table
@@ -76,15 +82,19 @@ def toml_lines(section: "Section", name: str = "", *, with_help: bool = False) -
     nested = {key: value for key in values if isinstance(value := getattr(section, key), Section)}
     if name:
         yield f"\n[{name}]"
-    for key, field in type(section).model_fields.items():
-        if key in nested:
-            continue
-        if with_help and field.description:
-            yield from (f"# {line}" for line in field.description.splitlines())
+    for key in [key for key in values if key not in nested]:
+        if with_help:
+            yield from (f"# {line}" for line in field_help(type(section), key).splitlines())
         prefix = "# " if values[key] is None else ""
         yield f"{prefix}{key} = {toml_value(values[key])}"
     for key, value in nested.items():
         yield from toml_lines(value, f"{name}.{key}" if name else key, with_help=with_help)
+
+
+def field_help(section: type["Section"], key: str) -> str:
+    """The docstring under a field, or under the one of the parent section that it gives another default."""
+    fields = (getattr(parent, "model_fields", {}).get(key) for parent in section.__mro__)
+    return next((field.description for field in fields if field is not None and field.description), "")
 
 
 def toml_value(value: Any) -> str:

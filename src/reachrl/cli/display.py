@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -123,7 +131,9 @@ class Display:
             self._progress.update(task, completed=stage.completed, figures=stage.text)
         elif not self.quiet and stage.due(self._interval_s):
             count = f"{stage.completed}/{stage.total}" if stage.total is not None else str(stage.completed)
-            self._print("  ".join(filter(None, [f"{stage.name} {count}", stage.text, format_duration(stage.elapsed_s)])))
+            self._print(
+                "  ".join(filter(None, [f"{stage.name} {count}", stage.text, format_duration(stage.elapsed_s)]))
+            )
 
     def log(self, text: str, style: str = "") -> None:
         """Print a line that stays, above any bar; nothing when quiet."""

@@ -1,6 +1,6 @@
 """`reachrl list`: presets, tasks and kinds that a configuration can name."""
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-class What(str, Enum):
+class What(StrEnum):
     """What can be listed."""
 
     presets = "presets"

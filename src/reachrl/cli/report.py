@@ -1,5 +1,6 @@
 """`reachrl report`: draw report.html."""
 
+from reachrl.cli.results import show_report
 from reachrl.cli.stages import OverridesArgument, PresetArgument, QuietOption, RunOption, run_command
 
 
@@ -7,4 +8,4 @@ def report(
     preset: PresetArgument, overrides: OverridesArgument = None, run: RunOption = None, quiet: QuietOption = False
 ) -> None:
     """Write summary.json and report.html from what lies in the run folder; may be repeated."""
-    run_command("report", preset, overrides, run, quiet)
+    show_report(run_command("report", preset, overrides, run, quiet))

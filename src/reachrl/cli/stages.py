@@ -10,12 +10,13 @@ import typer
 from reachrl.cli.display import Display
 
 if TYPE_CHECKING:
-    from reachrl.config.schema import TrainConfig
+    from reachrl.config.train import TrainConfig
 
-PRESETS = "Presets"
-PresetArgument = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name or a TOML file; see `reachrl list`.")]
+PresetArgument = Annotated[
+    str, typer.Argument(metavar="PRESET", help="A preset's name or a TOML file; see `reachrl list`.")
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the preset, such as ppo.lr=1e-4 seed=1.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as ppo.lr=1e-4 seed=1.")
 ]
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run folder.", show_default="runs/PRESET")
@@ -23,15 +24,13 @@ RunOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the result.")]
 
 
-def run_command(
-    stages: str | tuple[str, ...], preset: str, overrides: list[str] | None, run: Path | None, quiet: bool
-) -> Path:
-    """Run one stage or several, in order, in one run folder.
+def run_command(stage: str | None, preset: str, overrides: list[str] | None, run: Path | None, quiet: bool) -> Path:
+    """Run one stage, or all of them in order, in one run folder.
 
     The configuration is read before torch is imported, so that a mistake in it is told at once.
 
     Args:
-        stages: Stage names, as `reachrl.pipeline` knows them.
+        stage: A name of `reachrl.pipeline.STAGES`, or `None` for all.
         preset: Name or file of the preset.
         overrides: `key=value` changes.
         run: The run folder, or `None` for `runs/<preset>`.
@@ -50,18 +49,21 @@ def run_command(
     display = Display(quiet=quiet)
     try:
         with display.logging():
-            _run(stages, config, run_dir, display)
+            _run(stage, config, run_dir, display)
     except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted; finished work is kept in {run_dir}. The same command resumes:\n  {_this_command()}", err=True)
+        typer.echo(
+            f"\nInterrupted; finished work is kept in {run_dir}. The same command resumes:\n  {_this_command()}",
+            err=True,
+        )
         raise typer.Exit(130) from None
     return run_dir
 
 
-def _run(stages: str | tuple[str, ...], config: "TrainConfig", run_dir: Path, display: Display) -> None:
-    from reachrl.pipeline import run_stage
+def _run(stage: str | None, config: "TrainConfig", run_dir: Path, display: Display) -> None:
+    from reachrl.pipeline import STAGES, run_stage
 
-    for stage in (stages,) if isinstance(stages, str) else stages:
-        run_stage(stage, config, run_dir, display)
+    for name in STAGES if stage is None else (stage,):
+        run_stage(name, config, run_dir, display)
 
 
 def _this_command() -> str:

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
 
+ProgressMeasure = Literal["time", "distance", "segments"]
+
 
 class TaskRewardConfig(Section):
     """The simulator's sparse success reward alone."""
@@ -45,8 +47,9 @@ class RewardModelSection(Section):
     """`progress`: how much of a successful trajectory is behind a frame, 0 in failed ones. `keyframe`: the
     paper's 1 for frames that lead into a keyframe and 0 elsewhere."""
 
-    progress_by: Literal["time", "distance"] = "time"
-    """Inside a segment, progress grows with the decisions taken or with the distance the end effector travelled."""
+    progress_by: ProgressMeasure = "time"
+    """What progress is the share of: the trajectory's decisions (`time`), the way its end effector travelled
+    (`distance`), or its gripper segments, each worth the same (`segments`)."""
 
     gripper_change: float = Field(default=0.15, gt=0, le=1)
     """Smallest change of gripper opening (0 closed .. 1 open) within a trajectory that cuts it into segments."""
@@ -75,7 +78,7 @@ class RewardModelSection(Section):
     hidden: int = Field(default=128, ge=8)
     """Width of the layer that reads the feature grid."""
 
-    steps: int = Field(default=900, ge=1)
+    steps: int = Field(default=600, ge=1)
     """Optimiser steps of the fit."""
 
     batch_size: int = Field(default=64, ge=2)

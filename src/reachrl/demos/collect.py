@@ -4,22 +4,22 @@ import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pyarrow as pa
 
 from reachrl.config.base import Section
 from reachrl.config.demos import DemosSection
-from reachrl.demos.expert import Attempt, WorkerFailure, WorkerReady, worker_main
-from reachrl.demos.store import META_FILE, ShardWriter, TrajectoryStore, finish_store, shard_metadata
+from reachrl.demos.expert import Attempt, WorkerFailure, WorkerReady, WorkerSetup
+from reachrl.demos.process import ExpertProcess
+from reachrl.demos.shard import ShardWriter, shard_metadata
+from reachrl.demos.store import META_FILE, TrajectoryStore, finish_store
 from reachrl.errors import ConfigError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,6 @@ class CollectProgress:
     attempts: int  # attempts at this task so far
     total_kept: int  # successes of all tasks, those found on disk included
     total: int  # successes wanted
-
-
-@dataclass(slots=True)
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
-    deadline: float
-    ready: bool = False
-    attempt: Attempt | None = None
-    step: int = 0
 
 
 @dataclass(slots=True)
@@ -167,25 +157,26 @@ class _Collection:
         self.kept = wanted * (len(tasks) - len(missing))
         self.timeout_s = float(getattr(env_config, "worker_timeout_s", 60.0))
         self.num_starts: int | None = None
-        self.workers: list[_Worker] = []
+        self.workers: list[ExpertProcess] = []
 
     def run(self) -> None:
         """Collect all missing tasks; workers are stopped whatever happens."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         count = min(self.config.workers or cores, self.config.episodes_per_task * len(self.tasks))
-        context = multiprocessing.get_context("spawn")
+        setup = WorkerSetup(
+            kind=self.env_config.kind,  # pyright: ignore[reportAttributeAccessIssue]
+            env=self.env_config.model_dump(mode="json"),
+            demos=self.config.model_dump(mode="json"),
+            seed=self.seed,
+        )
         try:
             for _ in range(count):
-                here, there = context.Pipe()
-                arguments = (there, self.env_config, self.config, self.seed)
-                process = context.Process(target=worker_main, args=arguments, daemon=True, name="reachrl-demos")
-                process.start()
-                there.close()
-                self.workers.append(_Worker(process, here, time.monotonic() + START_TIMEOUT_S))
+                self.workers.append(ExpertProcess(setup, deadline=time.monotonic() + START_TIMEOUT_S))
             while self.tasks:
                 self._poll()
         finally:
-            self._stop()
+            for worker in self.workers:
+                worker.stop()
 
     def _poll(self) -> None:
         """Wait for messages, or for the first deadline."""
@@ -195,14 +186,13 @@ class _Collection:
             try:
                 self._receive(worker, worker.pipe.recv())
             except (EOFError, ConnectionResetError) as error:
-                worker.process.join(timeout=5.0)
-                raise self._worker_error(worker, f"died (exit code {worker.process.exitcode})") from error
+                raise self._worker_error(worker, worker.epitaph()) from error
         now = time.monotonic()
         for worker in self.workers:
             if worker.deadline < now and not worker.pipe.poll():
                 raise self._worker_error(worker, "hangs: it has been silent past its deadline (env.worker_timeout_s)")
 
-    def _receive(self, worker: _Worker, message: object) -> None:
+    def _receive(self, worker: ExpertProcess, message: object) -> None:
         worker.deadline = time.monotonic() + self.timeout_s
         if isinstance(message, WorkerFailure):
             if message.error is not None:
@@ -244,7 +234,7 @@ class _Collection:
             worker.deadline = time.monotonic() + self.timeout_s
             task.next_number += 1
             task.running += 1
-            worker.pipe.send(worker.attempt)
+            worker.send(worker.attempt)
 
     def _finished(self, attempt: Attempt, table: pa.Table | None) -> None:
         task = self.tasks[attempt.task]
@@ -280,7 +270,7 @@ class _Collection:
             logger.info("%s: %d demonstrations from %d attempts", task.name, task.wanted, task.next_number)
             del self.tasks[task.name]
 
-    def _worker_error(self, worker: _Worker, what: str) -> WorkerError:
+    def _worker_error(self, worker: ExpertProcess, what: str) -> WorkerError:
         where = "while building the environment"
         if worker.attempt is not None and self.num_starts is not None:
             start = worker.attempt.number % self.num_starts
@@ -290,17 +280,3 @@ class _Collection:
             f"demos: a worker of env {kind!r} {what}, {where}. Demonstrations of finished tasks are kept: run the same "
             "command again to continue; with demos.workers=1 a crash for lack of memory goes away."
         )
-
-    def _stop(self) -> None:
-        for worker in self.workers:
-            try:
-                worker.pipe.send(None)
-            except (BrokenPipeError, OSError):
-                pass  # it has already gone
-        idle = all(worker.attempt is None for worker in self.workers)
-        for worker in self.workers:
-            worker.process.join(timeout=5.0 if idle else 0.2)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.pipe.close()

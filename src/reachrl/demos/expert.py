@@ -1,24 +1,40 @@
-"""One attempt of a scripted expert, and the worker process that makes attempts on request."""
+"""One attempt of a scripted expert, and the worker (`python -m reachrl.demos.expert`) that makes attempts on request.
+
+A plain child process rather than `multiprocessing`: spawning there imports the parent's main script, and with it
+whatever that imports, into every worker.
+"""
 
 import os
+import signal
+import sys
 import threading
+import time
 import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from reachrl.config.base import Section
 from reachrl.config.demos import DemosSection
-from reachrl.demos.store import trajectory_table
+from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env
 from reachrl.errors import ReachRLError
-from reachrl.registry import resolve
+from reachrl.registry import build, section_class
 from reachrl.types import Start, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSetup:
+    """A worker's first message; options as plain dicts, validated again by the section of `kind`."""
+
+    kind: str
+    env: dict[str, Any]
+    demos: dict[str, Any]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -91,37 +107,52 @@ def run_attempt(
     )
 
 
-def _exit_with_parent() -> None:
-    """End this process as soon as the parent has gone, even in the middle of a simulator step."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def worker_main(pipe: Connection, env_config: Section, config: DemosSection, seed: int) -> None:
+def serve(pipe: Connection) -> None:
     """Make attempts until told to stop (None) or the parent goes away.
 
-    Sends `WorkerReady`, then for each `Attempt` the number of each step done (its heartbeat) and at the end a table
-    (success) or None (no success). `WorkerFailure` replaces any of these.
+    Takes a `WorkerSetup` and sends `WorkerReady`; then for each `Attempt` the number of each step done (its heartbeat)
+    and at the end `("done", table)`, the table being None without success. `WorkerFailure` replaces any of these.
     """
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     env: Env | None = None
     try:
-        env = resolve("envs", env_config.kind)(env_config)  # pyright: ignore[reportAttributeAccessIssue]
+        setup: WorkerSetup = pipe.recv()
+        config = DemosSection.model_validate(setup.demos)
+        env = build("envs", section_class("envs", setup.kind).model_validate(setup.env))
         assert env is not None
         num_starts = env.num_starts("train")
         pipe.send(WorkerReady(tasks=tuple(env.tasks), num_starts=num_starts))
         while (attempt := pipe.recv()) is not None:
             start = Start(attempt.task, "train", attempt.number % num_starts)
-            trajectory = run_attempt(env, start, config, noise_generator(seed, attempt), pipe.send)
+            trajectory = run_attempt(env, start, config, noise_generator(setup.seed, attempt), pipe.send)
             table: pa.Table | None = trajectory_table(trajectory) if trajectory.success else None
             pipe.send(("done", table))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        pass  # the parent has gone or is going; nothing is left to tell it
-    except Exception as error:  # noqa: BLE001 (whatever the simulator raises is told to the parent)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent has gone; nobody is left to tell
+    except Exception as error:
         shown = error if isinstance(error, ReachRLError) else None
         pipe.send(WorkerFailure(text=traceback.format_exc(), error=shown))
     finally:
         if env is not None:
             env.close()
+
+
+def _exit_without(parent: int) -> None:
+    """End this process when its parent has gone, even in the middle of a simulator step."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    """Entry of the worker process: arguments are the pipe's file descriptor and the parent's process id."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_exit_without, args=(int(sys.argv[2]),), daemon=True).start()
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # GL libraries complain when Python tears them down
+
+
+if __name__ == "__main__":
+    # Messages name classes by module: what is sent from here must not come from `__main__`.
+    from reachrl.demos.expert import main as imported_main
+
+    imported_main()

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -22,10 +21,12 @@ from torch.optim import AdamW
 from reachrl.algorithms.optimizer_state import load_optimizer, save_optimizer
 from reachrl.config.demos import SFTSection
 from reachrl.demos.augment import augment
+from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
 from reachrl.demos.split import heldout_trajectories
-from reachrl.demos.store import TrajectoryStore, Transitions, write_json
-from reachrl.errors import CheckpointError, ConfigError, DivergedError, StorageError
+from reachrl.demos.store import TrajectoryStore, Transitions
+from reachrl.errors import CheckpointError, ConfigError, DivergedError
 from reachrl.policies.base import Policy
+from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
 from reachrl.types import Observation
 
 logger = logging.getLogger(__name__)
@@ -53,35 +54,6 @@ class SFTResult:
     steps: int
     train_rows: int
     heldout_rows: int
-
-
-def total_steps(config: SFTSection, rows: int) -> int:
-    """Optimiser steps for a training set of `rows` steps."""
-    return config.steps or max(1, round(config.epochs * rows / config.batch_size))
-
-
-def learning_rate(config: SFTSection, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to `final_lr_fraction` at the last of `steps` (step counts from 0)."""
-    warmup = min(config.warmup_steps, steps // 10)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    floor = config.final_lr_fraction
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def batch_rows(rows: Int64[np.ndarray, "R"], step: int, batch_size: int, seed: int) -> Int64[np.ndarray, "B"]:
-    """The rows of one minibatch, from an endless stream of shuffled epochs.
-
-    A function of (seed, step) alone: a resumed training needs no loader state. Every row comes once an epoch.
-    """
-    first, last = step * batch_size, (step + 1) * batch_size
-    count = len(rows)
-    parts = []
-    for epoch in range(first // count, (last - 1) // count + 1):
-        order = np.random.default_rng([seed, 1, epoch]).permutation(count)
-        parts.append(order[max(0, first - epoch * count) : last - epoch * count])
-    return rows[np.concatenate(parts)]
 
 
 def train_sft(
@@ -208,7 +180,7 @@ class _Training:
             raise DivergedError(f"sft step {self.step}: held-out loss {score.loss} is not finite. Lower sft.lr.")
         if self.best is None or score.loss < self.best["loss"]:
             self.best = {"step": self.step, **asdict(score)}
-            self._write_folder(
+            replace_folder_atomic(
                 self.folder / "best", lambda aside: save_model(self.policy, str(aside / "model.safetensors"))
             )
         return {"heldout_loss": score.loss, "token_accuracy": score.token_accuracy, "action_error": score.action_error}
@@ -238,16 +210,15 @@ class _Training:
         def write(aside: Path) -> None:
             save_model(self.policy, str(aside / "model.safetensors"))
             save_optimizer(self.optimizer, aside / "optimizer.safetensors")
-            write_json(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
+            write_json_atomic(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
 
-        self._write_folder(self.folder / "checkpoint", write)
+        replace_folder_atomic(self.folder / "checkpoint", write)
 
     def resume(self) -> None:
         """Continue from `checkpoint/` if there is one."""
-        # A rename of two folders can be cut between its halves: then only the older one stands.
+        if self.folder.exists():
+            recover_tree(self.folder)  # puts back what a crash between two renames left aside
         checkpoint = self.folder / "checkpoint"
-        if not checkpoint.exists():
-            checkpoint = self.folder / "checkpoint.previous"
         if not checkpoint.exists():
             return
         state = self._read_state(checkpoint / "state.json")
@@ -268,12 +239,12 @@ class _Training:
     def finish(self) -> SFTResult:
         """Put the best weights into the policy, save it, and drop the checkpoints."""
         if self.best is not None:
-            self._load_weights(_existing(self.folder / "best") / "model.safetensors")
+            self._load_weights(self.folder / "best" / "model.safetensors")
             best = self.best
         else:
             score = self.score(self.train_rows[: self.config.heldout_rows])
             best = {"step": self.step, **asdict(score), "loss": math.nan}
-        self._write_folder(self.folder / "policy", self.policy.save_pretrained)
+        replace_folder_atomic(self.folder / "policy", self.policy.save_pretrained)
         result = SFTResult(
             best_step=best["step"],
             best_heldout_loss=best["loss"],
@@ -283,9 +254,8 @@ class _Training:
             train_rows=len(self.train_rows),
             heldout_rows=len(self.heldout_rows),
         )
-        stored = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(result).items()}
-        write_json(self.folder / "sft.json", {"identity": self.identity, "result": stored})
-        for name in ("checkpoint", "checkpoint.previous", "best", "best.previous"):
+        write_json_atomic(self.folder / "sft.json", {"identity": self.identity, "result": asdict(result)})
+        for name in ("checkpoint", "best"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return result
 
@@ -312,30 +282,6 @@ class _Training:
             raise CheckpointError(
                 f"{path}: missing, truncated or of another architecture ({error}); delete {self.folder} to start again."
             ) from error
-
-    @staticmethod
-    def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-        """Fill a folder aside, then swap it in; a reader finds the old or the new one (`.previous` in between)."""
-        aside, previous = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".previous")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write(aside)
-            if folder.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-                os.replace(folder, previous)
-            os.replace(aside, folder)
-            shutil.rmtree(previous, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"{folder}: could not be written: {error}. The last checkpoint is intact: free space, then run again."
-            ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else folder.with_name(folder.name + ".previous")
 
 
 def _number(value: float | None) -> float:

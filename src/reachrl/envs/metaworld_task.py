@@ -161,10 +161,18 @@ class MetaworldTask:
         return float(np.linalg.norm(self.normalised(held_out) - self.normalised(vector), axis=-1).min())
 
     def _accepts(self, vector: np.ndarray) -> bool:
+        """Ask the task itself, beside the running episode."""
+        sim = self.sim
+        running, model_state = dict(sim.__dict__), (sim.model.body_pos.copy(), sim.model.site_pos.copy())
+        sim.data = self._mujoco.MjData(sim.model)
         try:
             self._place(vector)
         except _Rejected:
             return False
+        finally:
+            sim.__dict__.clear()
+            sim.__dict__.update(running)
+            sim.model.body_pos[:], sim.model.site_pos[:] = model_state
         return True
 
 

@@ -9,7 +9,14 @@ import tempfile
 from multiprocessing import Pipe
 from typing import Any
 
-_ONE_THREAD = ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# One thread each, as the workers themselves fill the cores; large blocks go back to the system when freed.
+_SETTINGS = {
+    "LP_NUM_THREADS": "0",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+}
 
 
 class WorkerLost(Exception):
@@ -37,7 +44,7 @@ class WorkerProcess:
         self._stderr = tempfile.TemporaryFile()
         fds = (theirs.fileno(), setup["memory"])
         search_path = [os.path.abspath(folder) for folder in sys.path]
-        environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"PYTHONPATH": os.pathsep.join(search_path)}
+        environment = os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(search_path)}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "reachrl.envs.worker", str(fds[0]), str(os.getpid())],
             pass_fds=fds,

@@ -22,9 +22,11 @@ from reachrl.errors import MissingExtra
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")}
-_TEXTURE_SIZE = 256  # pixels; larger ones cost memory in every worker and cannot be seen in small frames
+_TEXTURE_SIZE = 256  # pixels; larger textures cost memory in every worker and cannot be seen in small frames
+_CUBE_SIZE = 128  # pixels; a cube texture holds its picture six times
 _HIDDEN_GROUP = 3  # geom groups 3..5 are not drawn by default, and inertia comes from groups 4 and 5 only
-_FORMAT = 1  # part of the cache key: raise it when the scenes built here change
+_ROUNDNESS = (12, 6, 1)  # slices, stacks and quads of drawn primitives; MuJoCo's 28, 16, 4 cost a quarter more a frame
+_FORMAT = 4  # part of the cache key: raise it when the scenes built here change
 
 
 def choose_gl() -> str:
@@ -36,8 +38,8 @@ def choose_gl() -> str:
     Raises:
         MissingExtra: neither library is installed.
     """
-    # One llvmpipe thread per worker: the workers themselves fill the cores.
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    # Draw in the calling thread: the workers themselves fill the cores.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted not in ("", "egl", "osmesa") or "mujoco" in sys.modules and wanted:
         return wanted
@@ -118,9 +120,10 @@ def build_scene(xml: Path, mesh_faces: int) -> Any:
     spec = mujoco.MjSpec.from_file(str(xml))
     if mesh_faces:
         _simplify_meshes(mujoco, spec, xml.parent / spec.meshdir, mesh_faces)
-    _shrink_textures(spec, xml.parent / spec.texturedir)
-    spec.visual.quality.offsamples = 0
-    spec.visual.quality.shadowsize = 0
+    _shrink_textures(mujoco, spec, xml.parent / spec.texturedir)
+    quality = spec.visual.quality
+    quality.offsamples = quality.shadowsize = 0
+    quality.numslices, quality.numstacks, quality.numquads = _ROUNDNESS
     model = spec.compile()
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
@@ -146,11 +149,11 @@ def _simplify_meshes(mujoco: Any, spec: Any, folder: Path, mesh_faces: int) -> N
         if len(faces) <= mesh_faces:
             continue
         vertices, faces = fast_simplification.simplify(vertices, faces, target_count=mesh_faces, agg=7)
-        colliding = [g for g in geoms.get(mesh.name, []) if g.contype or g.conaffinity]
-        if not colliding:
+        if not any(geom.contype or geom.conaffinity or geom.name for geom in geoms.get(mesh.name, [])):
             _set_triangles(mujoco, mesh, vertices, faces)
             continue
-        # A colliding mesh keeps its shape; a simple double without collisions is drawn in its place.
+        # A mesh that collides keeps its shape, and one whose geom has a name keeps its centre, which task code
+        # may read (a door handle's position); a simple double without collisions is drawn in its place.
         double = spec.add_mesh(name=f"{mesh.name}_drawn", scale=mesh.scale, refpos=mesh.refpos, refquat=mesh.refquat)
         _set_triangles(mujoco, double, vertices, faces)
         for geom in geoms[mesh.name]:
@@ -198,7 +201,7 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return vertices, index.reshape(-1, 3).astype(np.int32)
 
 
-def _shrink_textures(spec: Any, folder: Path) -> None:
+def _shrink_textures(mujoco: Any, spec: Any, folder: Path) -> None:
     import imageio.v3 as imageio
     from PIL import Image
 
@@ -206,7 +209,8 @@ def _shrink_textures(spec: Any, folder: Path) -> None:
         if not texture.file.lower().endswith(".png"):
             continue
         picture = Image.fromarray(imageio.imread(folder / texture.file)).convert("RGB")
-        width, height = (min(side, _TEXTURE_SIZE) for side in picture.size)
+        largest = _TEXTURE_SIZE if texture.type == mujoco.mjtTexture.mjTEXTURE_2D else _CUBE_SIZE
+        width, height = (min(side, largest) for side in picture.size)
         if (width, height) == picture.size:
             continue
         small = picture.resize((width, height), Image.Resampling.BOX)

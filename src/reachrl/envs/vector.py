@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -41,7 +41,7 @@ class VectorEnv:
         self.lost_episodes = 0
         self._config = config
         size = SharedArrays.size(num_envs, config.image_size)
-        memory = tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else os.fdopen(os.memfd_create("reachrl"), "r+b")
+        memory = _anonymous_file()
         memory.truncate(size)
         self._arrays = SharedArrays(memory.fileno(), num_envs, config.image_size)
         self._memory = memory
@@ -183,24 +183,28 @@ class VectorEnv:
         waiting = {self._workers[n].connection: n for n in rows}
         replies: dict[int, dict[str, Any] | WorkerLost] = {}
         deadline = time.monotonic() + timeout_s
-        while waiting:
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = WorkerLost(f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)")
-                return replies | dict.fromkeys(waiting.values(), late)
-            for connection in ready:
-                n = waiting.pop(connection)  # type: ignore[arg-type]
-                try:
-                    replies[n] = self._workers[n].receive()
-                except WorkerLost as lost:
-                    replies[n] = lost
+        try:
+            while waiting:
+                ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    late = WorkerLost(f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)")
+                    return replies | dict.fromkeys(waiting.values(), late)
+                for connection in ready:
+                    n = waiting.pop(connection)  # pyright: ignore[reportArgumentType]
+                    try:
+                        replies[n] = self._workers[n].receive()
+                    except WorkerLost as lost:
+                        replies[n] = lost
+        except BaseException:  # Ctrl-C: answers still under way would be taken for those of the next command
+            self.close()
+            raise
         return replies
 
     def _replace(self, n: int, lost: WorkerLost) -> None:
         """A new worker for row `n`, unless this has happened too often."""
         self.lost_episodes += 1
         self._losses[n] += 1
-        if self._losses[n] > _MAX_LOSSES:
+        if self._losses[n] > _MAX_LOSSES or lost.kind:  # what a user must mend will not go away by itself
             error = self._error(n, lost, f"was lost {self._losses[n]} times in a row")
             self.close()
             raise error
@@ -226,11 +230,20 @@ class VectorEnv:
         return Observation(images=self._arrays.images.copy(), instructions=instructions)
 
     def _check(self, starts: Sequence[Start]) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this VectorEnv is closed")
         if len(starts) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} starts, got {len(starts)}")
         for start in starts:
             if start.task not in self.tasks or not 0 <= start.index < self.num_starts(start.split):
                 raise ValueError(f"{start} does not exist: tasks are {', '.join(self.tasks)}; starts are numbered")
+
+
+def _anonymous_file() -> IO[bytes]:
+    """A file without a name: nothing is left behind however this process ends."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("reachrl"), "r+b")
+    return tempfile.TemporaryFile()
 
 
 def _packed(start: Start) -> tuple[str, str, int]:

@@ -1,0 +1,1 @@
+"""Vision-language-action policies with a value head: what acts, and what is trained."""

@@ -1,11 +1,15 @@
 """Actions as tokens: 256 bins over [-1, 1], the last 256 rows of the vocabulary, and un-normalisation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from reachrl.config.policy import NUM_ACTION_BINS
+
+Vector = np.ndarray | Sequence[float]
+Mask = np.ndarray | Sequence[bool]
 
 _EDGES = np.linspace(-1.0, 1.0, NUM_ACTION_BINS)
 _CENTRES = (_EDGES[:-1] + _EDGES[1:]) / 2.0
@@ -51,18 +55,19 @@ class ActionStats:
     q99: Float[np.ndarray, "D"]
     mask: Bool[np.ndarray, "D"]
 
-    def __post_init__(self) -> None:
-        if not self.q01.shape == self.q99.shape == self.mask.shape or self.q01.ndim != 1:
-            raise ValueError(
-                f"q01 {self.q01.shape}, q99 {self.q99.shape} and mask {self.mask.shape} must be vectors of one length"
-            )
-        if not np.all(np.isfinite(self.q01)) or not np.all(np.isfinite(self.q99)):
-            raise ValueError("the action quantiles are not finite")
-
     @classmethod
-    def create(cls, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> "ActionStats":
-        """Copy array-likes into f64 quantiles and a boolean mask."""
-        return cls(np.array(q01, np.float64), np.array(q99, np.float64), np.array(mask, np.bool_))
+    def create(cls, q01: Vector, q99: Vector, mask: Mask) -> "ActionStats":
+        """Copy vectors into f64 quantiles and a boolean mask.
+
+        Raises:
+            ValueError: the lengths differ, or a quantile is not finite.
+        """
+        low, high, moves = np.array(q01, np.float64), np.array(q99, np.float64), np.array(mask, np.bool_)
+        if not low.shape == high.shape == moves.shape or low.ndim != 1:
+            raise ValueError(f"q01 {low.shape}, q99 {high.shape} and mask {moves.shape} must be vectors of one length")
+        if not np.all(np.isfinite(low)) or not np.all(np.isfinite(high)):
+            raise ValueError("the action quantiles are not finite")
+        return cls(low, high, moves)
 
     @classmethod
     def identity(cls, num_dims: int) -> "ActionStats":

@@ -70,6 +70,10 @@ class Policy(nn.Module, ABC):
         return next(self.parameters()).device
 
     @abstractmethod
+    def prompt(self, instruction: str) -> str:
+        """What the policy is asked in words, for people to read."""
+
+    @abstractmethod
     def encode(self, observation: Observation) -> PolicyInput:
         """Turn frames and instructions into prompt tokens and pixels, on the policy's device."""
 

@@ -1,6 +1,7 @@
 """A walk over the layers of transformers' Llama: teacher-forced hidden states, or one cached decoding step."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +17,7 @@ Rotary = tuple[Tensor, Tensor]
 
 def build_llama(config: LanguageModelConfig) -> LlamaForCausalLM:
     """A randomly initialised `LlamaForCausalLM` of the given sizes."""
-    return LlamaForCausalLM(
+    llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -31,9 +32,15 @@ def build_llama(config: LanguageModelConfig) -> LlamaForCausalLM:
             pad_token_id=config.pad_token_id,
             tie_word_embeddings=False,
             use_cache=False,
-            attn_implementation="sdpa",
         )
     )
+    llama.set_attn_implementation("sdpa")
+    return llama
+
+
+def decoder_layers(model: LlamaModel) -> list[LlamaDecoderLayer]:
+    """The model's layers, first to last."""
+    return cast(list[LlamaDecoderLayer], list(model.layers))
 
 
 @dataclass(slots=True)
@@ -46,9 +53,9 @@ class KVCache:
     @classmethod
     def allocate(cls, model: LlamaModel, batch: int, length: int, like: Tensor) -> "KVCache":
         """Reserve room for `length` tokens in each of `batch` rows."""
-        config = model.config
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, length, head_dim)
+        attention = decoder_layers(model)[0].self_attn
+        num_heads = attention.k_proj.out_features // attention.head_dim
+        shape = (len(model.layers), 2, batch, num_heads, length, attention.head_dim)
         store = torch.empty(shape, dtype=like.dtype, device=like.device)
         return cls(keys=[layer[0] for layer in store], values=[layer[1] for layer in store])
 
@@ -145,7 +152,7 @@ def last_hidden(
     positions = position_ids(valid if padded else valid[:1])
     rotary: Rotary = model.rotary_emb(embeds, positions)
     mask = causal_mask(valid, length) if padded else None
-    *first_layers, final_layer = model.layers
+    *first_layers, final_layer = decoder_layers(model)
     for layer in first_layers:
         if cache is None:  # the whole module: its hooks (sharding, activation checkpointing) must run
             embeds = layer(embeds, attention_mask=mask, position_embeddings=rotary)
@@ -176,7 +183,7 @@ class CachedSteps:
         now, place = self._step, self._length + self._step
         rotary = (self._cos[:, now : now + 1], self._sin[:, now : now + 1])
         mask = None if self._seen is None else self._seen[..., : place + 1]
-        for layer in self.model.layers:
+        for layer in decoder_layers(self.model):
             embeds = _attend(layer, embeds, rotary, mask, 1, self.cache, place)
         self._step += 1
         return self.model.norm(embeds)

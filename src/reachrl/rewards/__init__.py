@@ -1,0 +1,1 @@
+"""Rewards: what a step of a rollout is worth to the learner."""

@@ -43,6 +43,8 @@ class Run:
             StorageError: The folder cannot be written.
         """
         path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--run {path} is a file; expected a folder, or a name that does not exist yet")
         if path.is_dir() and not (path / "config.json").exists() and (path / "metrics.jsonl").exists():
             raise ConfigError(
                 f"{path} has a metrics.jsonl but no config.json, so it cannot be resumed; choose another --run"
@@ -190,6 +192,15 @@ def _claim(path: Path, config: dict[str, Any], config_hash: str) -> None:
         + "\n".join(lines or ["  no key differs, but the hash does: it was written by another version"])
         + "\nUse the same configuration to resume it, or another --run for a new one."
     )
+
+
+def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a configuration as {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}.{key}" if prefix else key
+        flat.update(flatten_config(value, name) if isinstance(value, dict) and value else {name: value})
+    return flat
 
 
 _ABSENT = object()

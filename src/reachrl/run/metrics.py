@@ -69,7 +69,7 @@ class MetricsLog:
         self._board = TensorBoardSink(tensorboard) if tensorboard is not None else None
 
     def _open(self) -> Any:
-        file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by close())
+        file = open(self.path, "ab", buffering=0)
         content = self.path.read_bytes()
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
@@ -98,7 +98,8 @@ class MetricsLog:
                 self._file.truncate(end)  # no half line stays behind
                 raise
         if self._board is not None:
-            self._board.write(record)
+            with storage_errors(self._board.folder):
+                self._board.write(record)
 
     def read(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Return the records of one kind, or all; see `read_metrics`."""
@@ -179,8 +180,8 @@ class TensorBoardSink:
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record's numbers."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         writer = self._writer(record["kind"])
         step = int(record.get("iteration", record.get("step", 0)))

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reachrl.run.svg import Chart, percent, plain, span
+from reachrl.run.formats import percent, plain
+from reachrl.run.svg import Chart, span
 
 Z95 = 1.959963984540054
 
@@ -53,6 +54,19 @@ def moving_success(train: Sequence[dict[str, Any]], window: int) -> list[tuple[f
     return pooled
 
 
+def block_means(numbers: dict[float, float | None], most: int = 150) -> list[tuple[float, float | None]]:
+    """Order {step: number} and average neighbours until at most `most` points are left.
+
+    Args:
+        numbers: A number for each step; None (undefined) is left out.
+        most: Most points wanted.
+    """
+    known = sorted((step, number) for step, number in numbers.items() if number is not None)
+    size = max(1, math.ceil(len(known) / most))
+    blocks = [known[i : i + size] for i in range(0, len(known), size)]
+    return [tuple(sum(column) / len(block) for column in zip(*block, strict=True)) for block in blocks]  # type: ignore[misc]
+
+
 def success_interval_chart(rows: Sequence[tuple[str, dict[str, Any], str]]) -> str:
     """Draw one horizontal interval per (label, success record, colour)."""
     height = 30 + 30 * len(rows)
@@ -89,8 +103,8 @@ def learning_curve(
     window = window or max(1, min(10, round(len(train) / 10)))
     last = max([r["iteration"] for r in [*train, *evals]], default=1)
     chart = Chart(
-        (0, max(1, last) * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48), x_label="training iteration",
-        y_label="success rate", y_format=percent, title="Learning curve",
+        (-0.012 * max(1, last), max(1, last) * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48),
+        x_label="training iteration", y_label="success rate", y_format=percent, title="Learning curve",
     )  # fmt: skip
     pooled = moving_success(train, window)
     if pooled:
@@ -102,7 +116,7 @@ def learning_curve(
                 note = f"iteration {record['iteration']}: {k} of {n} training episodes"
                 chart.dot(record["iteration"], k / n, "c-train", radius=1.8, note=note, css="dot faint")
         chart.line(list(zip(xs, rates, strict=True)), "c-train")
-    for mode, colour, shift in (("sampled", "c-before", 0.004), ("greedy", "c-after", -0.004)):
+    for mode, colour, shift in (("sampled", "c-sampled", 0.004), ("greedy", "c-after", -0.004)):
         points = sorted((r for r in evals if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
         places = [(r, r["iteration"] + shift * max(1, last)) for r in points]
         chart.line([(x, rate_of(r)[0]) for r, x in places], colour, css="line thin dashed")
@@ -154,8 +168,8 @@ def heat_map(
     low, high = iterations[0], iterations[-1] + 1
     columns = min(max_columns, len(iterations))
     chart = Chart(
-        (low, high), (0, 1), width=960, height=24 * len(rows) + 48, margin=(4, 60, 42, 158), x_label="training iteration",
-        y_ticks=False, title="Heat map",
+        (low, high), (0, 1), width=960, height=24 * len(rows) + 48, margin=(4, 60, 42, 158),
+        x_label="training iteration", y_ticks=False, title="Heat map",
     )  # fmt: skip
     wide = (chart.right - chart.left) / columns
     for i, (task, points) in enumerate(rows.items()):
@@ -169,7 +183,7 @@ def heat_map(
             mean = sum(number for _, number in inside) / len(inside)
             note = f"{task}, iteration {plain(inside[0][0])}: {write(mean)}"
             shade = max(0.02, min(1.0, mean / top if top else 0))
-            chart.rect(chart.left + wide * column, y, wide + 0.3, 22, "c-heat", note=note, opacity=shade)
+            chart.rect(chart.left + wide * column, y, wide, 22, "c-heat", note=note, opacity=shade)
         last = next((number for _, number in reversed(points) if number is not None), None)
         if last is not None:
             chart.text(chart.right + 8, y + 15, write(last))
@@ -194,15 +208,21 @@ def calibration_chart(bins: Sequence[dict[str, Any]]) -> str:
 
 
 def panel(
-    series: Sequence[tuple[str, str, Sequence[tuple[float, float | None]]]], *, x_label: str, zero: bool = False
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float | None]]]],
+    *,
+    x_label: str,
+    zero: bool = False,
+    width: int = 310,
+    height: int = 170,
 ) -> str:
-    """Draw a small chart of one or a few (name, colour, points) series."""
+    """Draw a small chart of one or a few (name, colour, points) series; `zero` keeps 0 in sight."""
     everything = [point for _, _, points in series for point in points]
     xs = [x for x, _ in everything]
     low, high = min(xs), max(xs)
     chart = Chart(
         (low, high if high > low else low + 1), span([y for _, y in everything], include=(0.0,) if zero else ()),
-        width=310, height=170, margin=(8, 10, 34, 50), x_label=x_label, title=", ".join(name for name, _, _ in series),
+        width=width, height=height, margin=(8, 10, 34, 50), x_label=x_label,
+        title=", ".join(name for name, _, _ in series),
     )  # fmt: skip
     for name, colour, points in series:
         chart.line(points, colour)

@@ -104,20 +104,23 @@ def collect_provenance(
 
 
 def write_provenance(path: Path, **facts: Any) -> dict[str, Any]:
-    """Write `collect_provenance(**facts)` to a file, keeping the commands of earlier attempts.
+    """Write `collect_provenance(**facts)` to a file, keeping what earlier commands on the same run wrote.
 
     Args:
         path: The run's `provenance.json`.
         facts: The arguments of `collect_provenance`.
 
     Returns:
-        The record as written; `earlier` lists the (command, commit, started) a resumed run began with.
+        The record as written; `earlier` lists started, command, commit and dirty of every other command, in
+        order. The same command of the same source, as when a killed run is resumed, is listed once.
     """
     record = collect_provenance(**facts)
-    earlier: list[dict[str, Any]] = []
+    record["earlier"] = []
     if Path(path).exists():
         before = json.loads(Path(path).read_text())
-        earlier = [*before.get("earlier", []), {key: before.get(key) for key in ("started", "command", "commit")}]
-    record["earlier"] = earlier
+        again = all(before.get(key) == record[key] for key in ("command", "commit", "dirty"))
+        here = {key: before.get(key) for key in ("started", "command", "commit", "dirty")}
+        record["earlier"] = before.get("earlier", []) + ([] if again else [here])
+        record["started"] = before["started"] if again else record["started"]
     write_json_atomic(path, record)
     return record

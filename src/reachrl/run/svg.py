@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
+from reachrl.run.formats import plain
+
 Number = float | int | None
 Point = tuple[float, Number]
 
@@ -40,20 +42,6 @@ def span(numbers: Iterable[Number], *, include: Sequence[float] = (), pad: float
         return low - half, high + half
     air = (high - low) * pad
     return (low if low in include else low - air), (high if high in include else high + air)
-
-
-def plain(number: float) -> str:
-    """Write a number as briefly as it can be read."""
-    if number == 0:
-        return "0"
-    if abs(number) >= 1e5 or abs(number) < 1e-3:
-        return f"{number:.3g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{number:.4g}"
-
-
-def percent(number: float) -> str:
-    """Write a share as whole per cent."""
-    return f"{100 * number:.0f}%"
 
 
 class Chart:
@@ -107,12 +95,12 @@ class Chart:
         return round(self.bottom - (self.bottom - self.top) * (number - low) / (high - low), 2)
 
     def _axes(self, x_label: str, y_label: str, x_format: Callable, y_format: Callable, y_ticks: bool) -> None:
-        for tick in ticks(*self._y, about=max(2, (self.bottom - self.top) // 45)) if y_ticks else ():
+        for tick in ticks(*self._y, about=max(3, (self.bottom - self.top) // 45)) if y_ticks else ():
             y = self.y(tick)
             self.add(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y}" y2="{y}"/>')
             self.text(self.left - 7, y + 4, y_format(tick), anchor="end")
         self.add(f'<line class="axis" x1="{self.left}" x2="{self.right}" y1="{self.bottom}" y2="{self.bottom}"/>')
-        for tick in ticks(*self._x, about=max(2, (self.right - self.left) // 80)):
+        for tick in ticks(*self._x, about=max(3, (self.right - self.left) // 80)):
             self.text(self.x(tick), self.bottom + 16, x_format(tick), anchor="middle")
         if x_label:
             self.text((self.left + self.right) / 2, self._height - 5, x_label, anchor="middle", css="label")

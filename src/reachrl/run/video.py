@@ -4,6 +4,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def draw_overlay(
     success: bool,
     enlarge: int | None = None,
 ) -> UInt8[np.ndarray, "F H2 W2 3"]:
-    """Draw the instruction above and the value and process reward below every frame.
+    """Draw the instruction, the value and the process reward above every frame.
 
     Args:
         frames: The episode's frames, the true final one last.
@@ -105,39 +106,90 @@ def draw_overlay(
     """
     num_frames, height, width, _ = frames.shape
     times = enlarge or max(1, -(-288 // height))
-    size = (width * times, height * times)
-    font, small = _font(14), _font(12)
-    caption = _wrap(instruction, size[0], font)
-    total_width = size[0] + 2 * BORDER + (size[0] % 2)
-    top = 6 + LINE * len(caption) + 4
-    strip = top + size[1] + 2 * BORDER
-    total_height = strip + LINE + CURVES + 10
-    total_height += total_height % 2
-    drawn = np.empty((num_frames, total_height, total_width, 3), np.uint8)
+    layout = _Layout.of(width * times, height * times, instruction)
+    drawn = np.empty((num_frames, layout.total_height, layout.total_width, 3), np.uint8)
     for t in range(num_frames):
-        canvas = Image.new("RGB", (total_width, total_height), BACKGROUND)
+        canvas = Image.new("RGB", (layout.total_width, layout.total_height), BACKGROUND)
         draw = ImageDraw.Draw(canvas)
-        for i, line in enumerate(caption):
-            draw.text((BORDER, 4 + LINE * i), line, fill=INK, font=font)
-        last = t == num_frames - 1
-        verdict = SUCCESS_COLOUR if success else FAILURE_COLOUR
-        draw.rectangle((0, top, size[0] + 2 * BORDER - 1, strip - 1), fill=verdict if last else BACKGROUND)
-        canvas.paste(Image.fromarray(frames[t]).resize(size, Image.Resampling.BICUBIC), (BORDER, top + BORDER))
-        if last:
-            word = "SUCCESS" if success else "FAILED"
-            wide = font.getlength(word) + 12
-            draw.rectangle((BORDER, top + BORDER, BORDER + wide, top + BORDER + 20), fill=verdict)
-            draw.text((BORDER + 6, top + BORDER + 2), word, fill=BACKGROUND, font=font)
-        draw.text((BORDER, strip + 2), _readout("value", values, t), fill=VALUE_COLOUR, font=small)
-        draw.text((BORDER + size[0] // 3, strip + 2), _readout("process", process, t), fill=PROCESS_COLOUR, font=small)
-        step = f"step {t}/{num_frames - 1}"
-        draw.text((BORDER + size[0] - small.getlength(step), strip + 2), step, fill=FAINT, font=small)
-        box = (BORDER + 3, strip + LINE + 8, BORDER + size[0] - 4, total_height - 8)
-        draw.line((box[0], box[3], box[2], box[3]), fill=FAINT)
-        _draw_curve(draw, process, t, box, num_frames, PROCESS_COLOUR)
-        _draw_curve(draw, values, t, box, num_frames, VALUE_COLOUR)
+        for i, line in enumerate(layout.caption):
+            draw.text((BORDER, 4 + LINE * i), line, fill=INK, font=_font(14))
+        verdict = success if t == num_frames - 1 else None
+        _draw_frame(canvas, draw, frames[t], layout, verdict)
+        _draw_strip(draw, layout, t, num_frames, values, process)
         drawn[t] = np.asarray(canvas)
     return drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Where the parts of a drawn frame are, in pixels."""
+
+    caption: list[str]
+    width: int  # of the enlarged frame
+    height: int
+    strip: int  # top of the numbers and curves, above the frame: a player's controls cover the lower edge
+    top: int  # of the frame's border
+    total_width: int
+    total_height: int
+
+    @classmethod
+    def of(cls, width: int, height: int, instruction: str) -> "_Layout":
+        """Lay out a frame enlarged to `width` by `height`; totals are even, as video needs."""
+        caption = _wrap(instruction, width, _font(14))
+        strip = 8 + LINE * len(caption)
+        top = strip + LINE + CURVES
+        total_width, total_height = width + 2 * BORDER, top + height + 2 * BORDER
+        return cls(
+            caption=caption,
+            width=width,
+            height=height,
+            top=top,
+            strip=strip,
+            total_width=total_width + total_width % 2,
+            total_height=total_height + total_height % 2,
+        )
+
+
+def _draw_frame(
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    frame: UInt8[np.ndarray, "H W 3"],
+    layout: _Layout,
+    verdict: bool | None,
+) -> None:
+    """Paste the enlarged frame; where the verdict is known, add the border and the word."""
+    left, top = BORDER, layout.top + BORDER
+    enlarged = Image.fromarray(frame).resize((layout.width, layout.height), Image.Resampling.BICUBIC)
+    if verdict is None:
+        canvas.paste(enlarged, (left, top))
+        return
+    colour, word = (SUCCESS_COLOUR, "SUCCESS") if verdict else (FAILURE_COLOUR, "FAILED")
+    draw.rectangle(
+        (0, layout.top, layout.width + 2 * BORDER - 1, layout.top + layout.height + 2 * BORDER - 1), fill=colour
+    )
+    canvas.paste(enlarged, (left, top))
+    draw.rectangle((left, top, left + _font(14).getlength(word) + 12, top + 20), fill=colour)
+    draw.text((left + 6, top + 2), word, fill=BACKGROUND, font=_font(14))
+
+
+def _draw_strip(
+    draw: ImageDraw.ImageDraw,
+    layout: _Layout,
+    t: int,
+    num_frames: int,
+    values: Sequence[float] | None,
+    process: Sequence[float] | None,
+) -> None:
+    """Write the numbers of step `t` and draw the curves so far."""
+    font, y = _font(12), layout.strip + 2
+    draw.text((BORDER, y), _readout("value", values, t), fill=VALUE_COLOUR, font=font)
+    draw.text((BORDER + layout.width // 3, y), _readout("process", process, t), fill=PROCESS_COLOUR, font=font)
+    step = f"step {t}/{num_frames - 1}"
+    draw.text((BORDER + layout.width - font.getlength(step), y), step, fill=FAINT, font=font)
+    box = (BORDER + 3, layout.strip + LINE + 8, BORDER + layout.width - 4, layout.top - 6)
+    draw.line((box[0], box[3], box[2], box[3]), fill=FAINT)
+    _draw_curve(draw, process, t, box, num_frames, PROCESS_COLOUR)
+    _draw_curve(draw, values, t, box, num_frames, VALUE_COLOUR)
 
 
 def write_video(path: Path, frames: UInt8[np.ndarray, "F H W 3"], *, fps: int = 8, hold_last_s: float = 1.0) -> Path:

@@ -36,6 +36,10 @@ class TablePolicy(Policy):
         self.logits = nn.Parameter(torch.zeros(config.num_contexts, config.num_action_tokens, 256))
         self.value = nn.Parameter(torch.zeros(config.num_contexts))
 
+    def prompt(self, instruction: str) -> str:
+        """The instruction itself."""
+        return instruction
+
     def encode(self, observation: Observation) -> PolicyInput:
         """The context is the first pixel."""
         context = torch.from_numpy(observation.images[:, 0, 0, 0].astype(np.int64))

@@ -95,7 +95,7 @@ def check_reward(reward: Reward, rollout: Rollout | None = None) -> None:
 
 
 def _check_order(reward: Reward, rollout: Rollout, rewards: Rewards) -> None:
-    order = np.random.default_rng(1).permutation(rollout.valid.shape[1])
+    order = np.roll(np.arange(rollout.valid.shape[1]), 1)
     permuted = reward(permute_envs(rollout, order)).total
     if not np.allclose(permuted, rewards.total[:, order], atol=1e-5):
         raise ExtensionError(f"{type(reward).__name__}: a row's reward depends on the order of the environments.")

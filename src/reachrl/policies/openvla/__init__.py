@@ -1,0 +1,1 @@
+"""The OpenVLA architecture in any size, its prompt, pixels and checkpoints."""

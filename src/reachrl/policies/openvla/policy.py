@@ -21,7 +21,7 @@ from reachrl.policies.decoding import action_logits, decode
 from reachrl.policies.llama import build_llama, last_hidden
 from reachrl.policies.openvla import checkpoint
 from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
-from reachrl.policies.openvla.tokenizer import PromptTokenizer, build_tokenizer
+from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
 from reachrl.types import Observation
 
@@ -73,6 +73,10 @@ class OpenVLAPolicy(Policy):
         self.critic = SeparateTrunk(self.projector, self.language_model.model) if separate else None
 
     # --- from observations -------------------------------------------------------------------------------------
+
+    def prompt(self, instruction: str) -> str:
+        """What the policy is asked in words, for people to read."""
+        return PROMPT.format(instruction=instruction.lower())
 
     def encode(self, observation: Observation) -> PolicyInput:
         """Turn frames and instructions into prompt tokens and pixels, on the policy's device.
@@ -133,6 +137,9 @@ class OpenVLAPolicy(Policy):
         # BOS, then padding, then text; stable, so that tokens keep their order
         order = (mask.long() * 2 - first.long() * 3 + 1).argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order), mask.gather(1, order)
+        if mask.device.type == "cpu":  # padding that all rows share costs time; elsewhere fixed shapes are worth more
+            used = mask.any(0)
+            ids, mask = ids[:, used], mask[:, used]
         patches = projector(features)
         if action_ids is not None:
             ids = torch.cat([ids, action_ids], 1)

@@ -10,24 +10,24 @@ from reachrl.errors import ConfigError
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 # The words of tabletop instructions. Anything else is spelt letter by letter, then byte by byte.
-_WORDS = """
-0 1 2 3 4 5 6 7 8 9 10 45 90 180 360
-a across after against all along an and another around aside at away back backward backwards ball bar bars base basket
-basketball be before behind below beside between bin black block blue board book both bottle bottom bowl box bring
-brown butter button bypass by cabinet can cap carry center centre chair cheese chocolate clean clear clockwise close
-coffee compartment container corner counter counter-clockwise counterclockwise cover cream cube cup cupboard cylinder
-degrees desk detach dial direction disassemble dish disk distance do door down drag drawer dressing drop dunk edge end
-faucet fill first flat flip floor fold force forward from front frying fruit get gently goal grab grasp green grey
-gripper hammer hand handle hang hinge hit hold hole hoop horizontally in inner insert inside into is it its jar joint
-juice ketchup key kick kitchen knob lamp large latch left lever lid lift light lock lower machine make marker mat metal
-microwave middle middle milk moka move mug nail near nearest net next nut object obstacle of off on onto open opening
-orange other out outer oven over pan peg pen pick pink piece pin place plate plug point position pot pour press pudding
-pull purple push put puck rack raise ramekin reach red remove ring rod rotate rotating revolving round salad sauce
-screw second shelf side sideways silver slide slider slot slowly small soccer socket soup spoon spot square stack stand
-stick stove sweep swing switch table take tall tap target that the them then third this through tilt to tomato top
-tower toward towards toy tray turn twist under unlock unplug until up upper upright using vertically wall water while
-white wine window wipe wire with without wooden wrench yellow
-""".split()
+_WORDS = (
+    "0 1 2 3 4 5 6 7 8 9 10 45 90 180 360 a across after against all along an and another around aside at away back "
+    "backward backwards ball bar bars base basket basketball be before behind below beside between bin black block "
+    "blue board book both bottle bottom bowl box bring brown butter button bypass by cabinet can cap carry center "
+    "centre chair cheese chocolate clean clear clockwise close coffee compartment container corner counter "
+    "counter-clockwise counterclockwise cover cream cube cup cupboard cylinder degrees desk detach dial direction "
+    "disassemble dish disk distance do door down drag drawer dressing drop dunk edge end faucet fill first flat flip "
+    "floor fold force forward from front frying fruit get gently goal grab grasp green grey gripper hammer hand "
+    "handle hang hinge hit hold hole hoop horizontally in inner insert inside into is it its jar joint juice ketchup "
+    "key kick kitchen knob lamp large latch left lever lid lift light lock lower machine make marker mat metal "
+    "microwave middle milk moka move mug nail near nearest net next nut object obstacle of off on onto open opening "
+    "orange other out outer oven over pan peg pen pick pink piece pin place plate plug point position pot pour press "
+    "pudding pull purple push put puck rack raise ramekin reach red remove ring rod rotate rotating revolving round "
+    "salad sauce screw second shelf side sideways silver slide slider slot slowly small soccer socket soup spoon spot "
+    "square stack stand stick stove sweep swing switch table take tall tap target that the them then third this "
+    "through tilt to tomato top tower toward towards toy tray turn twist under unlock unplug until up upper upright "
+    "using vertically wall water while white wine window wipe wire with without wooden wrench yellow "
+)
 
 
 def build_tokenizer(config: LanguageModelConfig) -> Tokenizer:
@@ -44,7 +44,7 @@ def build_tokenizer(config: LanguageModelConfig) -> Tokenizer:
     template = [before.strip().replace(" ", "▁"), after]
     letters = [chr(code) for code in range(0x21, 0x7F)]
     pieces = [("<unk>", -100.0), ("<s>", -100.0), ("▁", -2.0), ("▁" + template[0], -1.0), (template[1], -1.0)]
-    pieces += [("▁" + word, -1.0) for word in dict.fromkeys(_WORDS)]
+    pieces += [("▁" + word, -1.0) for word in _WORDS.split()]
     pieces += [(letter, -10.0) for letter in letters]
     pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     first_action = config.vocab_end - NUM_ACTION_BINS

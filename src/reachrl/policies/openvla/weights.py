@@ -59,7 +59,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+                names = file.keys()
+                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}"
@@ -115,6 +116,7 @@ def copy_weights(module: nn.Module, folder: Path) -> None:
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                if key in targets:
-                    targets[key].copy_(file.get_tensor(key))
+            names = file.keys()
+            for name in names:
+                if name in targets:
+                    targets[name].copy_(file.get_tensor(name))

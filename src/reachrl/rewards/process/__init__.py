@@ -1,0 +1,1 @@
+"""The robotic process reward model: segment, label, fit, score."""

@@ -1,11 +1,9 @@
 """Gives every frame of a trajectory a target for P(progress)."""
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Float, Float32
 
-from reachrl.config.reward import RewardModelSection
+from reachrl.config.reward import ProgressMeasure, RewardModelSection
 from reachrl.rewards.process.segment import Segmentation, segment
 from reachrl.types import Trajectory
 
@@ -24,30 +22,31 @@ def keyframe_labels(milestones: Segmentation, *, window: int) -> Float32[np.ndar
 
 
 def progress_labels(
-    milestones: Segmentation, xyz: Float[np.ndarray, "T+1 3"], *, by: Literal["time", "distance"]
+    milestones: Segmentation, xyz: Float[np.ndarray, "T+1 3"], *, by: ProgressMeasure
 ) -> Float32[np.ndarray, "T+1"]:
-    """The share of the task that lies behind each frame, from 0 at the first frame to 1 at the last.
+    """The share of the task that lies behind each frame, from 0 at the first frame to 1 at the last; it never falls.
 
-    Each segment is worth the same; inside one, progress grows with time or with the distance travelled (with
-    time where the arm stood still throughout). It never falls.
+    `time` and `distance` measure the whole trajectory; `segments` makes each segment worth the same, with time
+    inside it. A gripper that merely settles after the reset is a segment too, and half of the task by the last
+    measure: it suits tasks whose gripper changes are all part of the work.
 
     Args:
         milestones: segments and keyframes of a successful trajectory.
         xyz: end-effector position of every frame in metres.
-        by: what measures progress inside a segment.
+        by: what measures progress; `distance` means time where the arm never moved.
     """
     bounds = milestones.bounds
     if bounds[-1] == 0:
         return np.ones(1, dtype=np.float32)  # the first frame already shows the goal
-    labels = np.zeros(bounds[-1] + 1)
-    travelled = np.linalg.norm(np.diff(xyz, axis=0), axis=1)
-    num_segments = len(bounds) - 1
-    for index, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        steps = travelled[start:stop]
-        if by == "time" or steps.sum() < 1e-9:
-            steps = np.ones(stop - start)
-        labels[start + 1 : stop + 1] = (index + np.cumsum(steps) / steps.sum()) / num_segments
-    return np.clip(labels, 0.0, 1.0).astype(np.float32)
+    worth = np.ones(bounds[-1])  # [T] of each decision
+    if by == "distance":
+        travelled = np.linalg.norm(np.diff(xyz.astype(np.float64), axis=0), axis=1)
+        worth = travelled if travelled.sum() > 1e-9 else worth
+    elif by == "segments":
+        lengths = np.diff(bounds)
+        worth = np.repeat(1.0 / lengths, lengths)
+    behind = np.concatenate([[0.0], np.cumsum(worth)])
+    return (behind / behind[-1]).astype(np.float32)
 
 
 def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Float32[np.ndarray, "T+1"]:

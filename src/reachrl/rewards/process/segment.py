@@ -1,5 +1,6 @@
 """Cuts a trajectory at gripper changes and finds the keyframes where the arm comes to rest."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,10 +62,11 @@ def segment(
         )
     last = len(ee_state) - 1
     cuts = gripper_cuts(ee_state[:, 3], gripper_change=gripper_change, min_segment=min_segment)
-    keyframes = rest_frames(ee_state[:, :3], keyframe_speed=keyframe_speed)
+    bounds = np.array([0, *cuts, last], dtype=np.int64)
+    keyframes = rest_frames(ee_state[:, :3], bounds, keyframe_speed=keyframe_speed)
     if success:
-        keyframes = np.union1d(keyframes, [last])
-    return Segmentation(bounds=np.array([0, *cuts, last], dtype=np.int64), keyframes=keyframes.astype(np.int64))
+        keyframes = np.union1d(keyframes, [last]).astype(np.int64)
+    return Segmentation(bounds=bounds, keyframes=keyframes)
 
 
 def gripper_cuts(
@@ -93,26 +95,33 @@ def gripper_cuts(
         state = value > closes if state else value >= opens
         is_open[frame] = state
     starts = np.concatenate([[0], np.flatnonzero(is_open[1:] != is_open[:-1]) + 1, [len(opening)]])
-    lasting = [start for start, stop in zip(starts[:-1], starts[1:], strict=True) if stop - start >= min_segment]
+    lasting = [start for start, stop in itertools.pairwise(starts) if stop - start >= min_segment]
     # The first lasting state also owns the chatter before it; a state that returns after chatter is no change.
-    return np.array([b for a, b in zip(lasting, lasting[1:], strict=False) if is_open[a] != is_open[b]], dtype=np.int64)
+    return np.array([b for a, b in itertools.pairwise(lasting) if is_open[a] != is_open[b]], dtype=np.int64)
 
 
-def rest_frames(xyz: Float[np.ndarray, "T+1 3"], *, keyframe_speed: float) -> Int64[np.ndarray, "K"]:
-    """Frames at which the end effector, having moved, comes to rest.
+def rest_frames(
+    xyz: Float[np.ndarray, "T+1 3"], bounds: Int64[np.ndarray, "S+1"], *, keyframe_speed: float
+) -> Int64[np.ndarray, "K"]:
+    """Frames at which the end effector, having moved, comes to rest inside a segment.
 
     Speed is measured against the trajectory's own fast motion (its 95th percentile), so the unit of length
-    and the time between decisions cancel. Each slow stretch gives one frame, that of lowest speed; the
-    stretch before the first motion gives none, because nothing led to it.
+    and the time between decisions cancel. Each slow stretch gives one frame, that of lowest speed; a
+    stretch that opens a segment gives none, because no motion of that segment led to it.
 
     Args:
         xyz: end-effector position of every frame.
+        bounds: first frame of each segment, then the last frame.
         keyframe_speed: fraction of the fast speed that counts as rest.
     """
-    speed = np.linalg.norm(np.diff(xyz, axis=0), axis=1)  # [T] the motion that led to frame t + 1
+    speed = np.linalg.norm(np.diff(xyz, axis=0), axis=1)  # [T] of the motion that led to frame t + 1
     fast = float(np.percentile(speed, 95)) if len(speed) else 0.0
     if fast < _STILL:
         return np.empty(0, dtype=np.int64)
-    slow = np.concatenate([[False], speed < keyframe_speed * fast, [False]])
-    edges = np.flatnonzero(slow[1:] != slow[:-1]).reshape(-1, 2)
-    return np.array([a + int(np.argmin(speed[a:b])) + 1 for a, b in edges if a > 0], dtype=np.int64)
+    keyframes: list[int] = []
+    for first, last in itertools.pairwise(bounds.tolist()):
+        inside = speed[first:last]
+        slow = np.concatenate([[False], inside < keyframe_speed * fast, [False]])
+        edges = np.flatnonzero(slow[1:] != slow[:-1]).reshape(-1, 2)
+        keyframes += [first + a + int(np.argmin(inside[a:b])) + 1 for a, b in edges.tolist() if a > 0]
+    return np.array(keyframes, dtype=np.int64)

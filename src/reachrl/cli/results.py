@@ -1,0 +1,45 @@
+"""The result of a run as a small table, and where its report is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_evaluations(run_dir: Path) -> None:
+    """Print success on held-out start states before and after training.
+
+    Args:
+        run_dir: A run folder whose `eval` stage is finished.
+    """
+    before, after = (json.loads((run_dir / "eval" / f"{when}.json").read_text()) for when in ("before", "after"))
+    table = Table(title="Success on held-out start states", title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("", "before", "after"):
+        table.add_column(column, no_wrap=True)
+    modes = list(after)
+    for mode in modes:
+        table.add_row(f"all tasks, {mode}", success(before[mode]), success(after[mode]), style="bold")
+    table.add_section()
+    for task, record in after[modes[0]]["per_task"].items():
+        table.add_row(f"{task}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
+    console = Console()
+    console.print(table)
+    console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
+
+
+def success(record: dict[str, Any]) -> str:
+    """Write one rate as `k/n  rate % [low, high]`.
+
+    Args:
+        record: `k`, `n`, `rate` and `wilson95`, the latter two as fractions.
+    """
+    low, high = (100 * bound for bound in record["wilson95"])
+    return f"{record['k']}/{record['n']}  {100 * record['rate']:.0f} % [{low:.0f}, {high:.0f}]"
+
+
+def show_report(run_dir: Path) -> None:
+    """Print where the report is; it opens in a browser without a network."""
+    # Plain print-out, unwrapped: the path is there to be clicked or copied.
+    Console().print(f"Report: {(run_dir / 'report.html').resolve()}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,260 @@
+"""One shard of a trajectory store: episodes as Parquet rows, frames as PNG, written aside and renamed.
+
+One row is one frame:
+
+    task, split, start_index   which numbered start state the episode began from
+    instruction, source        the sentence shown; who acted ("expert", "policy", ...)
+    episode_index              number of the episode within its shard
+    step, is_final, success    position; the frame after the last action; whether the episode succeeded
+    image                      {bytes: PNG, path: null}, the layout that Hugging Face `datasets` decodes
+    action                     f32[D] in the environment's units, null on the final row
+    ee_state                   f32[4], x y z in metres and gripper opening 0..1
+
+A row group holds exactly one episode, so reading needs memory for one. `pandas.read_parquet(shard)` and
+`datasets.load_dataset("parquet", data_files="folder/*.parquet")` open it without this package.
+"""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import UInt8
+from PIL import Image
+
+from reachrl.errors import StorageError
+from reachrl.run.atomic import storage_errors
+from reachrl.types import Start, Trajectory
+
+FORMAT_VERSION = 1
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("task", pa.string()),
+    ("split", pa.string()),
+    ("start_index", pa.int32()),
+    ("instruction", pa.string()),
+    ("source", pa.string()),
+    ("episode_index", pa.int32()),
+    ("step", pa.int32()),
+    ("is_final", pa.bool_()),
+    ("success", pa.bool_()),
+    ("image", _IMAGE),
+    ("action", pa.list_(pa.float32())),
+    ("ee_state", pa.list_(pa.float32())),
+]
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """How Hugging Face `datasets` names a column's type."""
+    if kind == _IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_list(kind):
+        return {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"}
+    return {"dtype": str(kind), "_type": "Value"}
+
+
+SCHEMA = pa.schema(
+    _COLUMNS,
+    metadata={
+        "huggingface": json.dumps({"info": {"features": {name: _feature(kind) for name, kind in _COLUMNS}}}),
+        "reachrl_format": str(FORMAT_VERSION),
+    },
+)
+
+
+def encode_frame(frame: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """Compress one frame without loss (PNG at its fastest level)."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_frame(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """The frame that `encode_frame` compressed."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def trajectory_table(trajectory: Trajectory) -> pa.Table:
+    """One episode as the rows of a store, frames compressed; cheap to send between processes.
+
+    Raises:
+        ValueError: frames, actions and end-effector states do not belong together.
+    """
+    steps = len(trajectory.actions)
+    if not len(trajectory.images) == len(trajectory.ee_state) == steps + 1:
+        raise ValueError(
+            f"{trajectory.start}: {len(trajectory.images)} frames and {len(trajectory.ee_state)} end-effector states "
+            f"for {steps} actions; one more of each than actions was expected."
+        )
+    if trajectory.images.dtype != np.uint8 or trajectory.images.shape[3:] != (3,):
+        raise ValueError(f"{trajectory.start}: frames must be u8[T+1 H W 3], not {trajectory.images.shape}.")
+    rows = steps + 1
+    actions = [*np.asarray(trajectory.actions, np.float32), None]
+    columns: dict[str, Any] = {
+        "task": [trajectory.start.task] * rows,
+        "split": [trajectory.start.split] * rows,
+        "start_index": [trajectory.start.index] * rows,
+        "instruction": [trajectory.instruction] * rows,
+        "source": [trajectory.source] * rows,
+        "episode_index": [0] * rows,  # numbered by the shard that takes it
+        "step": np.arange(rows),
+        "is_final": np.arange(rows) == steps,
+        "success": [bool(trajectory.success)] * rows,
+        "image": [{"bytes": encode_frame(frame), "path": None} for frame in trajectory.images],
+        "action": actions,
+        "ee_state": list(np.asarray(trajectory.ee_state, np.float32)),
+    }
+    return pa.table([pa.array(columns[name], type=kind) for name, kind in _COLUMNS], schema=SCHEMA)
+
+
+def table_trajectory(table: pa.Table) -> Trajectory:
+    """The episode that `trajectory_table` turned into rows."""
+    column = {name: table[name].to_pylist() for name, _ in _COLUMNS if name not in ("image", "action", "ee_state")}
+    images = [decode_frame(image["bytes"]) for image in table["image"].to_pylist()]
+    actions = table["action"].to_pylist()[:-1]
+    return Trajectory(
+        start=Start(column["task"][0], column["split"][0], column["start_index"][0]),
+        instruction=column["instruction"][0],
+        images=np.stack(images),
+        actions=np.array(actions, np.float32).reshape(len(actions), -1),
+        ee_state=np.array(table["ee_state"].to_pylist(), np.float32),
+        success=column["success"][0],
+        source=column["source"][0],
+    )
+
+
+class ShardWriter:
+    """Writes one shard; it appears under its name only when the `with` block ends without an error."""
+
+    def __init__(self, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Open a shard.
+
+        Args:
+            path: where the complete shard will be.
+            metadata: facts kept in the file's own metadata, read back by `shard_metadata`.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        self.path = path
+        self.num_trajectories = 0
+        self._aside = path.with_name(path.name + ".partial")
+        schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **(metadata or {})})
+        # PNG does not compress any further.
+        compression = {"image.bytes": "NONE"} | {name: "ZSTD" for name, _ in _COLUMNS if name != "image"}
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(
+                self._aside,
+                schema,
+                compression=compression,  # pyright: ignore[reportArgumentType]
+                write_page_checksum=True,
+            )
+        self._schema = schema
+
+    def write(self, episode: Trajectory | pa.Table) -> None:
+        """Append one episode as one row group.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        table = trajectory_table(episode) if isinstance(episode, Trajectory) else episode
+        number = pa.array([self.num_trajectories] * len(table), pa.int32())
+        table = table.set_column(table.schema.get_field_index("episode_index"), "episode_index", number)
+        with storage_errors(self.path):
+            self._writer.write_table(table.cast(self._schema), row_group_size=len(table))
+        self.num_trajectories += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                self._abandon()
+                return
+            with storage_errors(self.path):
+                self._writer.close()
+                with self._aside.open("rb") as file:
+                    os.fsync(file.fileno())
+                self._aside.replace(self.path)
+        finally:
+            self._aside.unlink(missing_ok=True)
+
+    def _abandon(self) -> None:
+        """Close a file that nobody will read; the error that led here is the one to report."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
+
+
+def write_shard(path: Path, trajectories: Iterable[Trajectory], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a whole shard from an iterable of episodes, holding one of them at a time.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; no part of the shard remains.
+    """
+    with ShardWriter(path, metadata=metadata) as writer:
+        for trajectory in trajectories:
+            writer.write(trajectory)
+
+
+def open_shard(shard: Path) -> pq.ParquetFile:
+    """Open a shard for reading, every page to be checked against its checksum.
+
+    Raises:
+        StorageError: it is missing, truncated or no shard of trajectories.
+    """
+    try:
+        file = pq.ParquetFile(shard, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(shard, error) from error
+    if missing := [name for name, _ in _COLUMNS if name not in file.schema_arrow.names]:
+        raise StorageError(f"{shard}: not a shard of trajectories: it has no column {missing[0]!r}.")
+    return file
+
+
+def damaged(shard: Path, error: Exception) -> StorageError:
+    """The error to raise for a shard that cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return StorageError(f"{shard}: this shard is missing. Delete the store's folder and collect again.")
+    return StorageError(
+        f"{shard}: truncated or damaged ({str(error).splitlines()[0]}). Delete this file and meta.json beside it, "
+        "then collect again: the other shards are kept."
+    )
+
+
+def shard_metadata(shard: Path) -> dict[str, str]:
+    """The facts given to `ShardWriter` when the shard was written.
+
+    Raises:
+        StorageError: the shard is truncated or damaged.
+    """
+    with open_shard(shard) as file:
+        metadata = file.schema_arrow.metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def iter_shard(shard: Path) -> Iterator[Trajectory]:
+    """Read a shard's episodes in order, one row group in memory at a time.
+
+    Raises:
+        StorageError: the shard is truncated or damaged.
+    """
+    with open_shard(shard) as file:
+        for group in range(file.num_row_groups):
+            try:
+                trajectory = table_trajectory(file.read_row_group(group))
+            except (pa.ArrowException, OSError) as error:
+                raise damaged(shard, error) from error
+            yield trajectory

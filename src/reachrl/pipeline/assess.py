@@ -1,0 +1,217 @@
+"""Stages `eval` and `report`: held-out success before and after, videos, one conversation, the summary."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from reachrl.config.loading import config_hash
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.envs.vector import VectorEnv
+from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
+from reachrl.pipeline.base import Display, saved_policy
+from reachrl.pipeline.reinforce import build_reward, needs_reward_model
+from reachrl.policies.base import Policy
+from reachrl.rewards.base import Reward
+from reachrl.rollout.episodes import PlayedEpisode
+from reachrl.run.atomic import write_json_atomic
+from reachrl.run.directory import Run
+from reachrl.run.report import write_report
+from reachrl.run.video import draw_overlay, write_video
+from reachrl.types import Observation, Rewards, Rollout, Start
+
+
+def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
+    """Evaluate the warm-started and the trained policy on the same held-out starts; record some episodes.
+
+    A finished half (`eval/before.json`) is kept when the stage is resumed.
+    """
+    starts = heldout_starts(config.env, config.eval)
+    with VectorEnv(config.env, config.env.num_envs) as envs:
+        for when, folder in (("before", run.sft / "policy"), ("after", run.policy)):
+            if (run.eval / f"{when}.json").exists():
+                continue
+            policy = saved_policy(config, folder).eval()
+            _evaluate_one(config, run, display, policy, envs, starts, when)
+    return {when: _headline(config, _read(run, when))["rate"] for when in ("before", "after")}
+
+
+def _evaluate_one(
+    config: TrainConfig,
+    run: Run,
+    display: Display,
+    policy: Policy,
+    envs: VectorEnv,
+    starts: Sequence[Start],
+    when: str,
+) -> None:
+    modes = config.eval.modes
+    filmed = {Start(task, "eval", 0) for task in config.env.tasks[: config.eval.num_videos]}
+    record: dict[str, Any] = {}
+    episodes: list[PlayedEpisode] = []
+    with display.stage("eval", len(starts) * len(modes), f"{when} RL, held-out starts") as progress:
+        for mode in modes:
+            result = evaluate(
+                policy,
+                envs,
+                starts,
+                mode=mode,
+                config=config.eval,
+                record=lambda start, first=mode == modes[0]: first and start in filmed,
+                on_episode=lambda _: progress.advance(1),
+            )
+            record[mode] = result.record()
+            episodes += [episode for episode in result.episodes if episode.turns]
+    reward = build_reward(config, run)
+    for episode in episodes:
+        _film(config, run, reward, episode, when)
+    if when == "after" and episodes:
+        # The longest success has most to show; with none, the first failure.
+        chosen = max(episodes, key=lambda episode: (episode.success, episode.num_steps))
+        write_json_atomic(run.conversation, conversation(config, policy, reward, chosen))
+    for mode, outcome in record.items():
+        iteration = config.num_iterations if when == "after" else 0
+        figures = {key: value for key, value in outcome.items() if key != "episodes"}
+        run.log({"kind": "eval", "iteration": iteration, "mode": mode} | figures)
+    run.eval.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(run.eval / f"{when}.json", record)
+
+
+def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode) -> Rewards:
+    """The training reward of a recorded episode, step by step: f32[T 1] parts."""
+    steps = len(episode.turns)
+    assert episode.final_image is not None
+    ended = np.zeros((steps, 1), dtype=bool)
+    ended[-1] = True
+    success = ended & episode.success
+    rollout = Rollout(
+        images=np.stack([turn.image for turn in episode.turns])[:, None],
+        instructions=((episode.instruction,),) * steps,
+        tasks=((episode.start.task,),) * steps,
+        last_observation=Observation(images=episode.final_image[None], instructions=(episode.instruction,)),
+        final_images=episode.final_image[None],
+        final_rows=np.array([[steps - 1, 0]]),
+        action_ids=np.stack([turn.action_ids for turn in episode.turns])[:, None],
+        behaviour_logprobs=np.zeros((steps, 1, len(episode.turns[0].action_ids)), dtype=np.float32),
+        success=success,
+        terminated=success,
+        truncated=ended & ~success,
+        valid=np.ones((steps, 1), dtype=bool),
+        ee_state=np.stack([turn.ee_state for turn in episode.turns])[:, None],
+        episodes=(),
+        policy_version=0,
+    )
+    return reward(rollout)
+
+
+def conversation(config: TrainConfig, policy: Policy, reward: Reward, episode: PlayedEpisode) -> dict[str, Any]:
+    """One episode as the multi-turn conversation it is, JSON-ready."""
+    rewards = episode_rewards(config, reward, episode)
+    turns = [
+        {
+            "step": step,
+            "image_png_base64": _png(turn.image),
+            "prompt": policy.prompt(episode.instruction),
+            "action_tokens": turn.action_ids.tolist(),
+            "action": turn.action.tolist(),
+            "logprob": turn.logprob,
+            "value": turn.value,
+            "rewards": {name: float(part[step, 0]) for name, part in rewards.parts.items()},
+        }
+        for step, turn in enumerate(episode.turns)
+    ]
+    return {
+        "task": episode.start.task,
+        "instruction": episode.instruction,
+        "start": episode.start.index,
+        "success": episode.success,
+        "turns": turns,
+    }
+
+
+def run_report(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
+    """Write `summary.json` and `report.html` from what lies in the run folder."""
+    write_json_atomic(run.summary, summary(config, run))
+    path = write_report(run.path)
+    display.log(f"report: {path}")
+    return {"report": path.name}
+
+
+def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
+    """The machine-readable end of a run."""
+    before, after = _read(run, "before"), _read(run, "after")
+    test = compare(_headline(config, before), _headline(config, after))
+    records = run.stages.read()
+    wall = {name: record["wall_s"] for name, record in records.items()}
+    found: dict[str, Any] = {
+        "success_before": _figures(_headline(config, before)),
+        "success_after": _figures(_headline(config, after)),
+        "mode": config.eval.modes[0],
+        "paired_test": {"improved": test.improved, "worsened": test.worsened, "p_value": test.p_value},
+    }
+    for mode in config.eval.modes:
+        found |= {
+            f"success_before_{mode}": _figures(before[mode]),
+            f"success_after_{mode}": _figures(after[mode]),
+        }
+    return found | {
+        "protocol_hash": protocol_hash(config),
+        "config_hash": config_hash(config),
+        "seed": config.seed,
+        "wall_s": wall | {"total": round(sum(wall.values()), 3)},
+        "peak_rss_bytes": max(record["peak_rss_bytes"] for record in records.values()),
+        "num_env_steps": records["train"]["info"]["env_steps"],
+        "reward_model": _reward_quality(config, run),
+    }
+
+
+def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode, when: str) -> None:
+    assert isinstance(config.ppo, PPOConfig) and episode.final_image is not None
+    parts = episode_rewards(config, reward, episode).parts
+    frames = draw_overlay(
+        np.stack([*(turn.image for turn in episode.turns), episode.final_image]),
+        instruction=episode.instruction,
+        # An untrained critic has nothing to say about the warm-started policy.
+        values=[turn.value for turn in episode.turns] if when == "after" else None,
+        process=parts["process"][:, 0].tolist() if "process" in parts else None,
+        success=episode.success,
+    )
+    run.videos.mkdir(parents=True, exist_ok=True)
+    write_video(run.videos / f"{when}_{episode.start.task}.mp4", frames, fps=5)
+
+
+def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
+    """Held-out quality of the reward model this run fitted, or none."""
+    if not needs_reward_model(config):
+        return None
+    quality = json.loads((run.reward_model / "quality.json").read_text())["heldout"]
+    return quality | {
+        "ece": quality["calibration_error"],
+        "calibration": [
+            {"p": found["mean_score"], "observed": found["mean_label"], "n": found["n"]}
+            for found in quality["reliability"]
+        ],
+    }
+
+
+def _read(run: Run, when: str) -> dict[str, Any]:
+    return json.loads((run.eval / f"{when}.json").read_text())
+
+
+def _headline(config: TrainConfig, record: dict[str, Any]) -> dict[str, Any]:
+    return record[config.eval.modes[0]]
+
+
+def _figures(outcome: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in outcome.items() if key != "episodes"}
+
+
+def _png(image: np.ndarray) -> str:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,308 @@
+"""The report: one HTML file that needs no network, made from what the run folder holds."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reachrl.errors import StorageError
+from reachrl.run import plots
+from reachrl.run.atomic import write_bytes_atomic
+from reachrl.run.directory import flatten_config
+from reachrl.run.formats import duration, gibibytes, signed, tenths
+from reachrl.run.metrics import read_metrics
+from reachrl.run.video import data_uri, poster
+
+MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
+MAX_TURNS = 60
+TEMPLATES = Path(__file__).parent / "templates"
+
+# (title, metric, how it is read); drawn where the training records carry the metric.
+PANELS = (
+    ("policy loss", "loss/policy", ""),
+    ("value loss", "loss/value", "zero"),
+    ("entropy of the action tokens", "entropy", "zero"),
+    ("approximate KL of the update", "approx_kl", "zero"),
+    ("clipped share", "clip_frac", "zero"),
+    ("gradient norm", "grad_norm", "zero"),
+    ("explained variance of the critic", "explained_variance", "zero"),
+    ("sampler against learner, KL", "engine_kl", "zero"),
+    ("episode length, decisions", "episode_length", "zero"),
+    ("task reward a step", "reward/task", "zero"),
+    ("process reward a step", "reward/process", "zero"),
+)
+ACTION_NAMES = {
+    4: ("dx", "dy", "dz", "gripper"),
+    7: ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
+}
+
+
+def _read(path: Path) -> Any:
+    """Return a JSON file's content, or None where the stage that writes it has not run."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise StorageError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
+
+
+def write_report(run_path: Path | str) -> Path:
+    """Write `report.html` into a run folder; parts that have not run say so.
+
+    Args:
+        run_path: The run folder.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        StorageError: A file of the run is damaged, or the report cannot be written.
+    """
+    run_path = Path(run_path)
+    if not run_path.is_dir():
+        raise StorageError(f"run folder {run_path} does not exist; expected a folder made by an earlier stage")
+    path = run_path / "report.html"
+    write_bytes_atomic(path, render_report(run_path).encode())
+    return path
+
+
+def render_report(run_path: Path) -> str:
+    """Return the report's HTML for a run folder."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=tenths, duration=duration, size=gibibytes, signed=signed)
+    summary = _read(run_path / "summary.json") or {}
+    provenance = _read(run_path / "provenance.json") or {}
+    config = _read(run_path / "config.json")
+    train = read_metrics(run_path / "metrics.jsonl", "train")
+    evals = {name: _read(run_path / "eval" / f"{name}.json") or {} for name in ("before", "after")}
+    html = environment.get_template("report.html.j2").render(
+        name=run_path.resolve().name,
+        provenance=provenance,
+        summary=summary,
+        headline=_headline(summary, evals),
+        learning=_learning(run_path, train, evals),
+        tasks=_tasks(evals),
+        videos=_videos(run_path, evals),
+        conversation=_conversation(_read(run_path / "conversation.json")),
+        curriculum=_curriculum(train),
+        reward_model=_reward_model(run_path, summary.get("reward_model")),
+        warm_start=_losses(run_path, "sft", 960),
+        panels=_panels(train),
+        timing=_timing(summary, _read(run_path / "stages.json") or {}, train),
+        config=sorted(flatten_config(config).items()) if config else None,
+        commands=_commands(provenance),
+    )
+    return html
+
+
+def _commands(provenance: dict) -> list[str]:
+    """Return the commands that made the run, the earliest first, each once."""
+    attempts = [*provenance.get("earlier", []), provenance]
+    return list(dict.fromkeys(shlex.join(a["command"]) for a in attempts if a.get("command")))
+
+
+def _svg(picture: str) -> Any:
+    """Mark a drawn picture as HTML; its words were escaped when it was drawn."""
+    import markupsafe
+
+    return markupsafe.Markup(picture)
+
+
+def _result(summary: dict, evals: dict, when: str, mode: str) -> dict[str, Any] | None:
+    """Return a {k, n, rate, wilson95} record with rate and interval filled in, or None."""
+    record = summary.get(f"success_{when}_{mode}") or evals[when].get(mode)
+    if not record and mode == summary.get("mode", "greedy"):
+        record = summary.get(f"success_{when}")
+    if not record:
+        return None
+    rate, (low, high) = plots.rate_of(record)
+    return {"k": record["k"], "n": record["n"], "rate": rate, "wilson95": [low, high]}
+
+
+def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
+    modes = [
+        {
+            "mode": mode,
+            "before": _result(summary, evals, "before", mode),
+            "after": _result(summary, evals, "after", mode),
+        }
+        for mode in sorted(("greedy", "sampled"), key=lambda mode: mode != summary.get("mode", "greedy"))
+    ]
+    if not any(entry["before"] or entry["after"] for entry in modes):
+        return None
+    rows = [
+        (f"{when}, {entry['mode']}", entry[when], f"c-{when}")
+        for entry in modes
+        for when in ("before", "after")
+        if entry[when]
+    ]
+    return {"modes": modes, "chart": _svg(plots.success_interval_chart(rows)), "paired": summary.get("paired_test")}
+
+
+def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, Any] | None:
+    logged = [r for r in read_metrics(run_path / "metrics.jsonl", "eval") if "k" in r and "iteration" in r]
+    # A repeated evaluation counts once, as it came out last.
+    points = list({(r["iteration"], r.get("mode", "greedy")): r for r in logged}.values())
+    last = max((r["iteration"] for r in train), default=None)
+    for when, iteration in (("before", 0), ("after", last)):
+        for mode, record in evals[when].items():
+            known = [p["iteration"] for p in points if p.get("mode", "greedy") == mode]
+            there = 0 in known if when == "before" else last is not None and any(i >= max(last, 1) for i in known)
+            if iteration is not None and record.get("n") and not there:
+                points.append({**record, "iteration": iteration, "mode": mode})
+    if not train and not points:
+        return None
+    picture, window = plots.learning_curve(train, points)
+    steps = max((r.get("env_steps") or 0 for r in train), default=0)
+    return {"chart": _svg(picture), "window": window, "env_steps": steps, "iterations": len(train)}
+
+
+def _tasks(evals: dict) -> list[dict[str, Any]] | None:
+    charts = []
+    for mode in ("greedy", "sampled"):
+        before, after = ((evals[when].get(mode) or {}).get("per_task") or {} for when in ("before", "after"))
+        if before or after:
+            charts.append({"mode": mode, "chart": _svg(plots.task_chart(before, after))})
+    return charts or None
+
+
+def _videos(run_path: Path, evals: dict) -> dict[str, Any] | None:
+    folder = run_path / "videos"
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.glob("*.mp4")) if folder.is_dir() else ():
+        when, _, task = path.stem.partition("_")
+        if when in ("before", "after") and task:
+            found.setdefault(task, {})[when] = path
+    if not found:
+        return None
+    order = [t for record in evals["after"].values() for t in record.get("per_task", {}) if t in found]
+    room, rows, left_out = MAX_VIDEO_BYTES, [], []
+    for task in dict.fromkeys([*order, *sorted(found)]):
+        size = sum(path.stat().st_size for path in found[task].values())
+        if size > room:
+            left_out.append(task)
+            continue
+        room -= size
+        clips = {
+            when: {"video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)}
+            for when, path in found[task].items()
+        }
+        rows.append({"task": task, "clips": clips})
+    return {"rows": rows, "left_out": left_out}
+
+
+def _conversation(record: dict | None) -> dict[str, Any] | None:
+    if not record or not record.get("turns"):
+        return None
+    turns = record["turns"]
+    dimensions = len(turns[0].get("action") or ())
+    names = ACTION_NAMES.get(dimensions, tuple(f"a{i}" for i in range(dimensions)))
+    lines = [
+        ("value", "c-value", [(t["step"], t.get("value")) for t in turns]),
+        ("process reward", "c-process", [(t["step"], (t.get("rewards") or {}).get("process")) for t in turns]),
+    ]
+    lines = [line for line in lines if any(y is not None for _, y in line[2])]
+    return {
+        **{key: record.get(key) for key in ("task", "instruction", "start", "success")},
+        "turns": turns[:MAX_TURNS],
+        "more": max(0, len(turns) - MAX_TURNS),
+        "names": names,
+        "chart": _svg(plots.panel(lines, x_label="step", zero=True, width=960, height=190)) if lines else None,
+        "lines": [(name, colour) for name, colour, _ in lines],
+    }
+
+
+def _curriculum(train: Sequence[dict]) -> list[dict[str, Any]] | None:
+    maps = []
+    for prefix, title in (
+        ("curriculum/", "Sampling weight of each task"),
+        ("curriculum_success/", "Estimated success of each task"),
+    ):
+        keys = list(dict.fromkeys(key for record in train for key in record if key.startswith(prefix)))
+        rows: dict[str, Sequence[tuple[float, float | None]]] = {
+            key.removeprefix(prefix): [(r["iteration"], r.get(key)) for r in train] for key in keys
+        }
+        numbers = [y for points in rows.values() for _, y in points if y is not None]
+        if not numbers:
+            continue
+        share = prefix == "curriculum_success/" or max(numbers) <= 1
+        top = 1.0 if prefix == "curriculum_success/" else max(numbers)
+        maps.append({"title": title, "chart": _svg(plots.heat_map(rows, top=top, form="share" if share else "plain"))})
+    return maps or None
+
+
+def _losses(run_path: Path, kind: str, width: int) -> Any | None:
+    """Draw training and held-out loss of the warm start or the reward model."""
+    records = read_metrics(run_path / "metrics.jsonl", kind)
+    series = [
+        (name, colour, plots.block_means({r["step"]: r[key] for r in records if "step" in r and key in r}))
+        for name, colour, key in (("training", "c-train", "train_loss"), ("held out", "c-after", "heldout_loss"))
+    ]
+    series = [entry for entry in series if entry[2]]
+    return _svg(plots.panel(series, x_label="step", width=width, height=240)) if series else None
+
+
+def _reward_model(run_path: Path, record: dict | None) -> dict[str, Any] | None:
+    losses = _losses(run_path, "reward_model", 520)
+    if not record and losses is None:
+        return None
+    record = record or {}
+    figures = [
+        ("held-out AUC", record.get("auc"), "0.5 is chance, 1 is perfect"),
+        ("rank correlation", record.get("rank_correlation"), "with progress through the episode"),
+        ("accuracy", record.get("accuracy"), "at a threshold of 0.5"),
+        ("calibration error", record.get("ece"), "expected, 0 is perfect"),
+    ]
+    calibration = record.get("calibration")
+    return {
+        "figures": [(name, f"{number:.3f}", hint) for name, number, hint in figures if number is not None],
+        "calibration": _svg(plots.calibration_chart(calibration)) if calibration else None,
+        "losses": losses,
+    }
+
+
+def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:
+    drawn = []
+    for title, key, form in PANELS:
+        points = [(record["iteration"], record.get(key)) for record in train]
+        if any(y is not None for _, y in points):
+            series = [(title, "c-after", points)]
+            drawn.append(
+                {
+                    "title": title,
+                    "key": key,
+                    "chart": _svg(plots.panel(series, x_label="iteration", zero=form == "zero")),
+                }
+            )
+    return drawn or None
+
+
+def _timing(summary: dict, stages: dict, train: Sequence[dict]) -> dict[str, Any] | None:
+    wall = {name: seconds for name, seconds in (summary.get("wall_s") or {}).items() if name != "total"}
+    wall = wall or {name: record["wall_s"] for name, record in stages.items()}
+    if not wall:
+        return None
+    rows = []
+    for name, seconds in wall.items():
+        peak = (stages.get(name) or {}).get("peak_rss_bytes")
+        rows.append((name, seconds, duration(seconds) + (f", {gibibytes(peak)}" if peak else "")))
+    spans: dict[str, list[float]] = {}
+    for record in train:
+        for key, seconds in record.items():
+            if key.startswith("seconds/") and seconds is not None:
+                spans.setdefault(key.removeprefix("seconds/"), []).append(seconds)
+    means = [(name, sum(s) / len(train), f"{sum(s) / len(train):.2f} s") for name, s in spans.items()]
+    total = (summary.get("wall_s") or {}).get("total") or sum(wall.values())
+    return {
+        "stages": _svg(plots.bar_rows(rows)),
+        "spans": _svg(plots.bar_rows(means, "c-process")) if means else None,
+        "total": total,
+        "peak": summary.get("peak_rss_bytes")
+        or max((r.get("peak_rss_bytes", 0) for r in stages.values()), default=None),
+    }

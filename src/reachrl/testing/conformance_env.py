@@ -1,0 +1,161 @@
+"""Checks that an environment keeps the contract of `reachrl.envs.base.Env`, for plug-in authors.
+
+    from reachrl.testing.conformance_env import check_env
+    check_env(MyEnv(MyEnv.Config()))
+"""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from reachrl.envs.base import Env
+from reachrl.errors import ExtensionError
+from reachrl.types import Split, Start
+
+_MAX_DECISIONS = 10_000  # an episode that lasts longer has no time limit
+_SPLITS: tuple[Split, Split] = ("train", "eval")
+
+
+def check_env(env: Env, *, num_steps: int = 5, expert: bool | None = None) -> None:
+    """Try an environment out.
+
+    Args:
+        env: a fresh instance; it is not closed.
+        num_steps: decisions compared in the determinism check.
+        expert: whether `expert_action` must work; None: only if it does not raise `NotImplementedError`.
+
+    Raises:
+        ExtensionError: the first promise that is broken, and how to keep it.
+    """
+    _check_description(env)
+    starts = [Start(task, split, 0) for task, split in product(env.tasks[:3], _SPLITS)]
+    _check_refusals(env)
+    for start in starts:
+        _check_observation(env, start)
+    _check_frames_differ(env)
+    _check_determinism(env, starts, num_steps)
+    _check_ends(env, starts[0])
+    _check_expert(env, starts[0], expert)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ExtensionError(f"environment contract: {message}")
+
+
+def _check_description(env: Env) -> None:
+    _require(isinstance(env.tasks, tuple) and len(env.tasks) > 0, "`tasks` is a non-empty tuple of names")
+    sentences = [env.instruction(task) for task in env.tasks]
+    _require(all(isinstance(s, str) and s.strip() for s in sentences), "each task has an instruction")
+    _require(len(set(sentences)) == len(sentences), f"two tasks share an instruction: {sentences}")
+    for split in _SPLITS:
+        _require(env.num_starts(split) >= 1, f"there is at least one {split} start")
+    space: Any = env.action_space
+    _require(len(space.shape) == 1 and space.dtype == np.float32, "`action_space` is a Box f32[D]")
+    _require(bool(np.isfinite([space.low, space.high]).all()), "`action_space` is bounded")
+
+
+def _check_refusals(env: Env) -> None:
+    task = env.tasks[0]
+    wrong = [None, {}, {"start": task}, {"start": Start("no such task", "train", 0)}]
+    wrong += [{"start": Start(task, "train", number)} for number in (-1, env.num_starts("train"))]
+    for options in wrong:
+        try:
+            env.reset(options=options)  # pyright: ignore[reportGeneralTypeIssues]
+        except ValueError:
+            continue
+        _require(False, f"reset(options={options!r}) raises ValueError; `start_option` and `check_start` do it")
+
+
+def _reset(env: Env, start: Start) -> dict[str, np.ndarray]:
+    observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
+    return observation
+
+
+def _check_observation(env: Env, start: Start) -> None:
+    _check_dtypes(env, _reset(env, start), "reset")
+    action = np.zeros(env.action_space.shape, np.float32)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    first, reward, terminated, truncated, info = env.step(action)
+    _check_dtypes(env, first, "step")
+    _require("success" in info, 'step returns info["success"]')
+    _require(isinstance(terminated, bool) and isinstance(truncated, bool), "terminated and truncated are bools")
+    _require(float(reward) == float(terminated) == float(info["success"]), "reward is 1 on success and 0 otherwise")
+    kept = first["image"].copy()
+    if not (terminated or truncated):
+        env.step(np.ones_like(action))
+        _require(np.array_equal(first["image"], kept), "a returned frame is not overwritten by the next step: copy it")
+
+
+def _check_dtypes(env: Env, observation: dict[str, np.ndarray], where: str) -> None:
+    image, ee_state = observation["image"], observation["ee_state"]
+    _require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, f"{where}: image is u8[H W 3]")
+    _require(ee_state.dtype == np.float32 and ee_state.shape == (4,), f"{where}: ee_state is f32[4]")
+    _require(bool(np.isfinite(ee_state).all()) and 0 <= ee_state[3] <= 1, f"{where}: ee_state is finite, gripper 0..1")
+    _require(env.observation_space.contains(observation), f"{where}: the observation lies in `observation_space`")
+
+
+def _check_frames_differ(env: Env) -> None:
+    """Every pair of tasks, of starts and of splits shows another first frame."""
+    starts = [Start(task, "train", 0) for task in env.tasks]
+    starts += [Start(env.tasks[0], "train", i) for i in range(1, min(5, env.num_starts("train")))]
+    starts += [Start(env.tasks[0], "eval", i) for i in range(min(5, env.num_starts("eval")))]
+    frames = {start: _reset(env, start)["image"].tobytes() for start in starts}
+    for i, start in enumerate(starts):
+        for other in starts[:i]:
+            _require(frames[start] != frames[other], f"{start} and {other} show different first frames")
+
+
+def _trace(env: Env, start: Start, actions: np.ndarray) -> list[bytes]:
+    """Everything an episode shows, as bytes."""
+    observation = _reset(env, start)
+    seen = [observation["image"].tobytes() + observation["ee_state"].tobytes()]
+    for action in actions:
+        observation, reward, terminated, truncated, _ = env.step(action)
+        outcome = np.array([reward, terminated, truncated], np.float64)
+        seen.append(observation["image"].tobytes() + observation["ee_state"].tobytes() + outcome.tobytes())
+        if terminated or truncated:
+            break
+    return seen
+
+
+def _check_determinism(env: Env, starts: list[Start], num_steps: int) -> None:
+    """The same start and actions show the same episode, whatever ran before: nothing leaks from the last one."""
+    space: Any = env.action_space
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(space.low, space.high, (num_steps, *space.shape)).astype(np.float32)
+    first = {start: _trace(env, start, actions) for start in starts}
+    moved = any(len(set(trace)) > 1 for trace in first.values())
+    _require(moved, "actions change what is seen")
+    for start in reversed(starts):
+        _trace(env, starts[0], -actions)  # another episode in between
+        again = _trace(env, start, actions)
+        same = first[start] == again
+        _require(same, f"{start} with the same actions shows the same episode whatever was run before")
+    clipped = np.where(actions > 0, space.high, space.low)
+    same = _trace(env, starts[0], clipped) == _trace(env, starts[0], clipped + np.sign(actions))
+    _require(same, "actions beyond `action_space` are clipped to it")
+
+
+def _check_ends(env: Env, start: Start) -> None:
+    _reset(env, start)
+    still = np.zeros(env.action_space.shape, np.float32)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    for _ in range(_MAX_DECISIONS):
+        _, _, terminated, truncated, info = env.step(still)
+        _require(not (terminated and truncated), "an episode is terminated or truncated, never both")
+        _require(bool(info["success"]) == terminated, "terminated means success")
+        if terminated or truncated:
+            return
+    _require(False, f"an episode ends at a time limit; this one goes on after {_MAX_DECISIONS} decisions")
+
+
+def _check_expert(env: Env, start: Start, required: bool | None) -> None:
+    _reset(env, start)
+    try:
+        action = env.expert_action()
+    except NotImplementedError:
+        _require(not required, "this environment promises an expert")
+        return
+    same = isinstance(action, np.ndarray) and action.dtype == np.float32 and action.shape == env.action_space.shape
+    _require(same, "expert_action is f32[D]")
+    _require(env.action_space.contains(action), "expert_action lies in `action_space`")

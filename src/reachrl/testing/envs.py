@@ -1,0 +1,146 @@
+"""A tiny environment with the full contract: a dot that moves to the square of the named colour."""
+
+import zlib
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from pydantic import Field, field_validator
+
+from reachrl.config.env import EnvSection
+from reachrl.envs.base import Env, check_start, start_option
+from reachrl.errors import ConfigError
+from reachrl.types import Split
+
+COLORS = {
+    "red-square": (220, 50, 50),
+    "green-square": (50, 200, 70),
+    "blue-square": (60, 90, 230),
+    "yellow-square": (220, 210, 60),
+}
+_BACKGROUND = 25
+_SPEED = 0.06  # m per decision at full action
+_GRIP_SPEED = 0.5  # opening per decision at full effort
+_APART = 0.2  # m between squares, and between the dot and each of them, at the start
+
+
+class ReachConfig(EnvSection):
+    """A dot and coloured squares in a unit square; steps take microseconds."""
+
+    kind: Literal["reach_toy"] = "reach_toy"
+
+    tasks: tuple[str, ...] = Field(default=("red-square", "green-square", "blue-square"), min_length=1)
+
+    image_size: int = Field(default=24, ge=8, le=1024)
+
+    max_steps: int = Field(default=15, ge=1)
+
+    num_envs: int = Field(default=4, ge=1)
+
+    radius: float = Field(default=0.1, gt=0, le=0.2)
+    """Distance to the square's centre that counts as reached, in metres."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for task in tasks:
+            if task not in COLORS:
+                close = get_close_matches(task, COLORS, n=1, cutoff=0.5) or list(COLORS)
+                raise ConfigError(f"env.tasks: reach_toy has no task {task!r}; did you mean {' or '.join(close)}?")
+        return tasks
+
+
+class ReachEnv(Env):
+    """Squares of all colours lie about; the instruction says which one to move the dot to.
+
+    Actions are f32[4] in [-1, 1]: displacement x y z and gripper effort (positive closes). Height and
+    gripper are shown in `ee_state` only; success is nearness in x and y.
+    """
+
+    Config = ReachConfig
+    metadata = {"render_modes": []}
+
+    def __init__(self, config: ReachConfig):
+        self.config = config
+        self.tasks = config.tasks
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+        size = config.image_size
+        self.observation_space = gym.spaces.Dict(
+            {
+                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+            }
+        )
+        self._state = np.zeros(4)  # x y z in 0..1, gripper opening
+        self._squares = np.zeros((len(COLORS), 2))
+        self._target = 0
+        self._steps = 0
+        self._over = True
+
+    def instruction(self, task: str) -> str:
+        """The sentence that describes `task`."""
+        return f"move to the {task.replace('-', ' ')}"
+
+    def num_starts(self, split: Split) -> int:
+        """How many numbered start states each task has in `split`."""
+        return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
+        start = start_option(options)
+        check_start(self, start)
+        rng = np.random.default_rng([zlib.crc32(start.task.encode()), int(start.split == "eval"), start.index])
+        while True:
+            places = rng.uniform(0.1, 0.9, (len(COLORS) + 1, 2))
+            distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
+            if distances[~np.eye(len(places), dtype=bool)].min() > _APART:
+                break
+        self._state = np.array([*places[0], 0.5, 1.0])
+        self._squares = places[1:]
+        self._target = list(COLORS).index(start.task)
+        self._steps = 0
+        self._over = False
+        return self._observe(), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Move the dot by `action` f32[4]."""
+        if self._over:
+            raise RuntimeError("the episode is over: call reset first")
+        action = np.asarray(action, np.float32)
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 4 finite numbers, got {action!r}")
+        action = np.clip(action, -1.0, 1.0).astype(np.float64)
+        self._state = np.clip(self._state + action * [_SPEED, _SPEED, _SPEED, -_GRIP_SPEED], 0.0, 1.0)
+        success = bool(np.linalg.norm(self._to_target()) < self.config.radius)
+        self._steps += 1
+        truncated = not success and self._steps >= self.config.max_steps
+        self._over = success or truncated
+        return self._observe(), float(success), success, truncated, {"success": success}
+
+    def expert_action(self) -> np.ndarray:
+        """Straight to the target at full speed, closing the gripper near it; f32[4]."""
+        offset = self._to_target()
+        near = np.linalg.norm(offset) < 3 * _SPEED
+        return np.array([*np.clip(offset / _SPEED, -1, 1), 0.0, 1.0 if near else -1.0], np.float32)
+
+    def _to_target(self) -> np.ndarray:
+        return self._squares[self._target] - self._state[:2]
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        size = self.config.image_size
+        image = np.full((size, size, 3), _BACKGROUND, np.uint8)
+        for place, color in zip(self._squares, COLORS.values(), strict=True):
+            self._draw(image, place, 0.07, color)
+        self._draw(image, self._state[:2], 0.035, (255, 255, 255))
+        return {"image": image, "ee_state": self._state.astype(np.float32)}
+
+    def _draw(self, image: np.ndarray, place: np.ndarray, half: float, color: tuple[int, int, int]) -> None:
+        size = self.config.image_size
+        x, y = place[0] * size, (1.0 - place[1]) * size
+        reach = max(half * size, 0.5)
+        columns = slice(max(0, round(x - reach)), min(size, round(x + reach)))
+        rows = slice(max(0, round(y - reach)), min(size, round(y + reach)))
+        image[rows, columns] = color

@@ -1,0 +1,63 @@
+"""PPO must solve a contextual bandit over several seeds, and must not when rewards are shuffled between episodes."""
+
+import numpy as np
+import pytest
+import torch
+
+from reachrl.algorithms.base import PPOBatch
+from reachrl.algorithms.ppo import PPO
+from reachrl.config.ppo import PPOConfig
+from reachrl.rollout.noise import episode_gumbel
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.types import Observation
+
+ROWS, ITERATIONS = 256, 25
+
+
+def succeeds(contexts, action_ids):
+    """Context 0 wants both tokens low, context 1 both high: a quarter of random actions."""
+    wanted_high = torch.from_numpy(contexts == 1)[:, None]
+    return ((action_ids >= 128) == wanted_high).all(1)
+
+
+def final_success(seed, *, shuffled, level="action"):
+    torch.manual_seed(seed)
+    policy = TablePolicy(TablePolicyConfig())
+    config = PPOConfig(lr=0.05, value_lr=0.05, epochs=2, minibatch_size=64, ratio_level=level)
+    algorithm = PPO(config, policy, seed=seed)
+    rng = np.random.default_rng(seed)
+    rate = 0.0
+    for iteration in range(ITERATIONS):
+        contexts = rng.integers(0, 2, ROWS)
+        images = contexts.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
+        inputs = policy.encode(Observation(images=images, instructions=("",) * ROWS))
+        gumbel = torch.from_numpy(episode_gumbel((seed, iteration), (ROWS, 2, 256)))
+        sample = policy.act(inputs, gumbel=gumbel)
+        success = succeeds(contexts, sample.action_ids)
+        rate = success.float().mean().item()
+        rewards = success.float()
+        if shuffled:
+            rewards = rewards[torch.from_numpy(rng.permutation(ROWS))]
+        batch = PPOBatch(
+            inputs=inputs.rows,
+            action_ids=sample.action_ids,
+            behaviour_logprobs=sample.logprobs,
+            old_logprobs=sample.logprobs,
+            old_values=sample.values,
+            advantages=rewards - sample.values,
+            returns=rewards,
+        )
+        algorithm.update(batch, iteration=iteration, train_policy=True)
+    return rate
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("level", ["action", "token"])
+def test_the_bandit_is_solved_on_every_seed(level):
+    assert min(final_success(seed, shuffled=False, level=level) for seed in range(3)) > 0.8
+
+
+@pytest.mark.learning
+def test_shuffled_rewards_teach_nothing():
+    rates = [final_success(seed, shuffled=True) for seed in range(3)]
+    assert max(rates) < 0.45

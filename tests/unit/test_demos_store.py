@@ -1,0 +1,207 @@
+"""The trajectory store: bit-exact, streamed, atomic, and outspoken about damage."""
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from reachrl.demos.shard import trajectory_table
+from reachrl.demos.store import (
+    META_FILE,
+    ShardWriter,
+    TrajectoryStore,
+    compute_action_stats,
+    finish_store,
+    iter_shard,
+    iter_trajectories,
+    shard_metadata,
+    write_shard,
+)
+from reachrl.errors import ConfigError, StorageError
+from reachrl.types import Start, Trajectory
+
+
+def trajectory(index: int, *, task: str = "reach", steps: int = 5, size: int = 10, dim: int = 3) -> Trajectory:
+    rng = np.random.default_rng([index, steps])
+    return Trajectory(
+        start=Start(task, "train", index),
+        instruction=f"{task} the ünïcode goal",
+        images=rng.integers(0, 256, (steps + 1, size, size, 3), dtype=np.uint8),
+        actions=rng.normal(size=(steps, dim)).astype(np.float32),
+        ee_state=rng.normal(size=(steps + 1, 4)).astype(np.float32),
+        success=index % 2 == 0,
+        source="expert",
+    )
+
+
+def assert_same(a: Trajectory, b: Trajectory) -> None:
+    for name in ("images", "actions", "ee_state"):
+        left, right = getattr(a, name), getattr(b, name)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    assert (a.start, a.instruction, a.success, a.source) == (b.start, b.instruction, b.success, b.source)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shard(tmp_path / "reach.parquet", [trajectory(i, steps=3 + i) for i in range(4)])
+    write_shard(tmp_path / "push.parquet", [trajectory(i, task="push") for i in range(2)])
+    finish_store(tmp_path, ["reach.parquet", "push.parquet"], info={"seed": 3})
+    return tmp_path
+
+
+EXPECTED = [trajectory(i, steps=3 + i) for i in range(4)] + [trajectory(i, task="push") for i in range(2)]
+
+
+def test_round_trip_is_bit_exact(folder: Path) -> None:
+    found = list(iter_trajectories(folder))
+    for a, b in zip(EXPECTED, found, strict=True):
+        assert_same(a, b)
+
+
+def test_meta_counts_and_quantiles(folder: Path) -> None:
+    store = TrajectoryStore(folder)
+    assert len(store) == 6
+    assert store.tasks == ("reach", "push")
+    assert store.meta["num_steps"] == 3 + 4 + 5 + 6 + 5 + 5
+    assert store.meta["image_size"] == [10, 10]
+    assert store.meta["info"] == {"seed": 3}
+    column = np.sort(np.concatenate([t.actions for t in EXPECTED])[:, 1].astype(np.float64))
+    position = 0.01 * (len(column) - 1)  # linear interpolation between order statistics, by hand
+    low = column[int(position)] + (position % 1) * (column[int(position) + 1] - column[int(position)])
+    assert store.action_stats().q01[1] == pytest.approx(low, rel=1e-12)
+    assert store.action_stats().mask.all()
+
+
+def test_a_dimension_that_never_moves_passes_through() -> None:
+    stats = compute_action_stats(np.stack([np.linspace(-1, 1, 50), np.full(50, 0.5)], 1).astype(np.float32))
+    assert stats.mask.tolist() == [True, False]
+
+
+def test_load_leaves_final_frames_out(folder: Path) -> None:
+    data = TrajectoryStore(folder).load()
+    np.testing.assert_array_equal(data.images, np.concatenate([t.images[:-1] for t in EXPECTED]))
+    np.testing.assert_array_equal(data.actions, np.concatenate([t.actions for t in EXPECTED]))
+    assert [data.instructions[i] for i in data.instruction_ids] == [t.instruction for t in EXPECTED for _ in t.actions]
+    assert [data.starts[i] for i in data.trajectory_ids] == [t.start for t in EXPECTED for _ in t.actions]
+
+
+def test_reading_holds_one_row_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = pq.ParquetFile.read_row_group
+
+    def spy(self, group, **kwargs):
+        read.append(group)
+        return original(self, group, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    stream = iter_trajectories(folder)
+    for count in range(1, 4):
+        next(stream)
+        assert len(read) == count  # nothing is read ahead
+
+
+def test_plain_parquet_readers_understand_it(folder: Path) -> None:
+    table = pq.read_table(folder / "reach.parquet")
+    rows = table.to_pylist()
+    final = [row for row in rows if row["is_final"]]
+    assert len(final) == 4
+    assert all(row["action"] is None for row in final)
+    assert [row["step"] for row in rows if row["episode_index"] == 1] == [0, 1, 2, 3, 4]
+    frame = np.array(Image.open(io.BytesIO(rows[0]["image"]["bytes"])))
+    np.testing.assert_array_equal(frame, EXPECTED[0].images[0])
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == table.schema.names
+    assert features["image"] == {"_type": "Image"}
+
+
+def test_without_meta_a_store_is_incomplete(folder: Path) -> None:
+    (folder / META_FILE).unlink()
+    with pytest.raises(StorageError, match="no complete store"):
+        TrajectoryStore(folder)
+
+
+def test_truncated_shard_is_named(folder: Path) -> None:
+    shard = folder / "push.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(StorageError, match="push.parquet: truncated or damaged"):
+        TrajectoryStore(folder)
+    with pytest.raises(StorageError, match="push.parquet: truncated or damaged"):
+        list(iter_shard(shard))
+
+
+def test_flipped_bit_is_noticed(folder: Path) -> None:
+    shard = folder / "push.parquet"
+    data = bytearray(shard.read_bytes())
+    middle = data.find(b"IDAT") + 40  # inside a frame
+    data[middle] ^= 0x10
+    shard.write_bytes(data)
+    with pytest.raises(StorageError, match="push.parquet: truncated or damaged"):
+        list(iter_trajectories(folder))
+
+
+def test_missing_shard_and_other_files_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "push.parquet").unlink()
+    with pytest.raises(StorageError, match="push.parquet"):
+        TrajectoryStore(folder)
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(StorageError, match="no column 'task'"):
+        list(iter_shard(tmp_path / "other.parquet"))
+
+
+def test_newer_format_is_refused(folder: Path) -> None:
+    meta = json.loads((folder / META_FILE).read_text())
+    (folder / META_FILE).write_text(json.dumps({**meta, "format_version": 99}))
+    with pytest.raises(StorageError, match="format_version is 99"):
+        TrajectoryStore(folder)
+
+
+def test_an_interrupted_shard_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "a.parquet") as writer:
+        writer.write(trajectory(0))
+        assert not (tmp_path / "a.parquet").exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_loses_nothing_written_earlier(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(StorageError, match="No space left"):
+            write_shard(folder / "reach.parquet", [trajectory(9)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            write_shard(folder / "reach.parquet", [trajectory(9)])
+        with pytest.raises(StorageError, match="No space left"):
+            finish_store(folder, ["push.parquet"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_metadata_round_trip(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", [trajectory(0)], metadata={"collection_id": "abc"})
+    assert shard_metadata(tmp_path / "a.parquet")["collection_id"] == "abc"
+
+
+def test_shapes_must_belong_together(tmp_path: Path) -> None:
+    good = trajectory(0)
+    fields = {name: getattr(good, name) for name in Trajectory.__slots__}
+    unequal = SimpleNamespace(**{**fields, "images": good.images[:-1]})  # the record's own check is for tests only
+    with pytest.raises(ValueError, match="one more of each than actions"):
+        trajectory_table(unequal)  # pyright: ignore[reportArgumentType]
+    write_shard(tmp_path / "a.parquet", [trajectory(0), trajectory(1, size=12)])
+    with pytest.raises(ConfigError, match="one frame size"):
+        finish_store(tmp_path, ["a.parquet"])

@@ -1,0 +1,125 @@
+"""The conformance kit passes a sound environment and names each broken promise of an unsound one."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reachrl.errors import ExtensionError
+from reachrl.testing.conformance_env import check_env
+from reachrl.testing.envs import ReachConfig, ReachEnv
+
+CONFIG = ReachConfig(max_steps=8)
+
+
+def test_the_toy_keeps_the_contract():
+    check_env(ReachEnv(CONFIG), expert=True)
+
+
+def test_its_expert_succeeds_from_every_start_and_standing_still_never_does():
+    env = ReachEnv(ReachConfig())
+    for split in ("train", "eval"):
+        for index in range(env.num_starts(split)):
+            for still in (False, True):
+                from reachrl.types import Start
+
+                env.reset(options={"start": Start(env.tasks[index % 3], split, index)})
+                terminated = truncated = False
+                while not (terminated or truncated):
+                    action = np.zeros(4, np.float32) if still else env.expert_action()
+                    _, reward, terminated, truncated, _ = env.step(action)
+                assert terminated == (reward == 1.0) == (not still)
+
+
+class Leaky(ReachEnv):
+    """Keeps the gripper of the last episode."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        gripper = self._state[3]
+        super().reset(seed=seed, options=options)
+        self._state[3] = gripper
+        return self._observe(), {}
+
+
+class Random(ReachEnv):
+    def step(self, action: np.ndarray):
+        return super().step(action + np.random.default_rng().normal(0, 0.1, 4))
+
+
+class Both(ReachEnv):
+    """A time limit that is reported as both ends."""
+
+    def step(self, action: np.ndarray):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, float(truncated or terminated), terminated or truncated, truncated, info | {
+            "success": terminated or truncated
+        }
+
+
+class Endless(ReachEnv):
+    def step(self, action: np.ndarray):
+        self._steps = 0
+        return super().step(action)
+
+
+class Unclipped(ReachEnv):
+    def step(self, action: np.ndarray):
+        if np.abs(action).max() > 1:
+            self._state[0] += 0.01
+        return super().step(action)
+
+
+class OneBuffer(ReachEnv):
+    """Returns the same array every time."""
+
+    frame = np.zeros((24, 24, 3), np.uint8)
+
+    def _observe(self):
+        observation = super()._observe()
+        self.frame[:] = observation["image"]
+        return observation | {"image": self.frame}
+
+
+class SameStarts(ReachEnv):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        from reachrl.envs.base import check_start, start_option
+        from reachrl.types import Start
+
+        start = start_option(options)
+        check_start(self, start)
+        return super().reset(options={"start": Start(start.task, "train", start.index)})
+
+
+class Float(ReachEnv):
+    def _observe(self):
+        observation = super()._observe()
+        return observation | {"ee_state": observation["ee_state"].astype(np.float64)}
+
+
+class AnyStart(ReachEnv):
+    def num_starts(self, split: str) -> int:
+        return 200 if self._over else 10**6
+
+
+class SameWords(ReachEnv):
+    def instruction(self, task: str) -> str:
+        return "do it"
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (Leaky, "whatever was run before"),
+        (Random, "whatever was run before"),
+        (Both, "never both"),
+        (Endless, "ends at a time limit"),
+        (Unclipped, "clipped"),
+        (OneBuffer, "copy it"),
+        (SameStarts, "different first frames"),
+        (Float, r"ee_state is f32\[4\]"),
+        (SameWords, "share an instruction"),
+    ],
+)
+def test_each_broken_promise_is_found(broken: type[ReachEnv], words: str):
+    with pytest.raises(ExtensionError, match=words):
+        check_env(broken(CONFIG))

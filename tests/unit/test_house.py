@@ -1,0 +1,175 @@
+"""House rules that no other tool checks: light imports, safe loading, pinned versions, help for every option."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import reachrl.config
+from reachrl.cli.config import field_help
+from reachrl.config.base import Section
+from reachrl.testing.envs import ReachConfig
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "mujoco", "metaworld", "gymnasium", "pyarrow", "matplotlib", "tensorboard"}
+
+
+def heavy_modules_after(code: str) -> set[str]:
+    """Which heavy packages a fresh interpreter has imported once `code` has run."""
+    script = (
+        f"import sys\ntry:\n{re.sub('^', '    ', code, flags=re.M)}\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print('HEAVY', *sorted({HEAVY!r} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def command(*arguments: str) -> str:
+    return f"sys.argv = ['reachrl', *{arguments!r}]\nfrom reachrl.cli.app import main\nmain()"
+
+
+# --- imports ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["quickstart", "--help"],
+        ["version"],
+        ["list"],
+        ["config", "metaworld_quickstart", "--docs"],
+        ["config", "paper", "--explain"],
+    ],
+    ids=" ".join,
+)
+def test_looking_around_imports_neither_torch_nor_a_simulator(arguments):
+    assert heavy_modules_after(command(*arguments)) == set()
+
+
+def test_a_wrong_configuration_is_told_before_torch_is_imported():
+    code = command("train", "metaworld_quickstart", "ppo.lrr=1")
+    assert heavy_modules_after(f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept SystemExit: pass") == set()
+
+
+def test_a_stage_does_import_torch():
+    # The control of the tests above: what they look for can be found.
+    assert "torch" in heavy_modules_after("import reachrl.pipeline, reachrl.backends.local")
+
+
+def test_a_process_that_steps_environments_does_not_import_torch():
+    code = "import reachrl.envs.vector, reachrl.envs.worker, reachrl.envs.metaworld, reachrl.testing.envs"
+    assert heavy_modules_after(code) & {"torch", "transformers", "tensorboard"} == set()
+
+
+# --- safety -----------------------------------------------------------------------------------------
+
+
+def calls(path: Path) -> list[tuple[int, str, dict[str, ast.expr]]]:
+    """Every call in a file: line, dotted name, keyword arguments."""
+    tree = ast.parse(path.read_text())
+    return [
+        (node.lineno, ast.unparse(node.func), {k.arg: k.value for k in node.keywords if k.arg})
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+
+
+def unsafe(path: Path) -> list[str]:
+    """Calls that run whatever a file says."""
+    found = []
+    for line, name, keywords in calls(path):
+        flags = [
+            k for k in ("allow_pickle", "trust_remote_code") if k in keywords and ast.unparse(keywords[k]) == "True"
+        ]
+        if (
+            re.fullmatch(r"(torch\.load|(c?[pP]ickle|dill|joblib)\.loads?|yaml\.(unsafe_|full_)?load|eval|exec)", name)
+            or flags
+        ):
+            found.append(f"{path.name}:{line} {name} {' '.join(flags)}")
+    return found
+
+
+def test_nothing_is_loaded_that_could_run_code():
+    files = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "benchmarks").rglob("*.py"))
+    assert len(files) > 50
+    assert [found for path in files for found in unsafe(path)] == []
+
+
+def test_unsafe_loading_would_be_found(tmp_path):
+    (tmp_path / "bad.py").write_text("import torch\ntorch.load('x')\nnp.load('y', allow_pickle=True)\nnp.load('z')\n")
+    assert unsafe(tmp_path / "bad.py") == ["bad.py:2 torch.load ", "bad.py:3 np.load allow_pickle"]
+
+
+# --- installation -----------------------------------------------------------------------------------
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    rows = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(row) == 2 for row in rows)
+    return {canonicalize_name(name): version for name, version in rows}
+
+
+def closure(extras: tuple[str, ...]) -> set[str]:
+    """Every distribution the project needs with `extras`, as installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    todo, seen, needed = [Requirement(line) for line in wanted], set(), set()
+    while todo:
+        requirement = todo.pop()
+        key = (canonicalize_name(requirement.name), *sorted(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        needed.add(key[0])
+        for line in distribution(requirement.name).requires or []:
+            inner = Requirement(line)
+            if inner.marker is None or any(inner.marker.evaluate({"extra": e}) for e in {"", *requirement.extras}):
+                todo.append(inner)
+    return needed
+
+
+def test_every_package_an_install_brings_is_pinned_at_the_version_tested_here():
+    pinned = pins()
+    try:
+        needed = closure(("metaworld", "dev"))
+    except PackageNotFoundError as missing:
+        pytest.fail(f"{missing} is a dependency in pyproject.toml but is not installed; run `make venv`")
+    installed = {name: distribution(name).version.split("+")[0] for name in needed}
+    assert {name: pinned.get(name) for name in needed} == installed
+
+
+# --- words ------------------------------------------------------------------------------------------
+
+
+def sections() -> list[type[Section]]:
+    modules = [
+        importlib.import_module(f"reachrl.config.{m.name}") for m in pkgutil.iter_modules(reachrl.config.__path__)
+    ]
+    found = {
+        cls for module in modules for _, cls in inspect.getmembers(module, inspect.isclass) if issubclass(cls, Section)
+    }
+    return sorted(found - {Section} | {ReachConfig}, key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda cls: cls.__name__)
+def test_every_option_has_help(section):
+    assert [key for key in section.model_fields if not field_help(section, key)] == []
+
+
+def test_make_has_every_target_that_is_spoken_of():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / ".ci" / "run"]
+    spoken = {word for page in pages for word in re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), flags=re.M)}
+    assert {"quickstart", "test", "lint", "docs"} <= spoken <= targets

@@ -1,0 +1,279 @@
+"""The policy against transformers' own forward pass, brute force, and sampling frequencies."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.types import Observation
+
+INSTRUCTIONS = ("push the puck", "reach around the wall and close the drawer")
+FIRST_ACTION = 768
+
+
+def micro(**changes: object) -> OpenVLAConfig:
+    """A policy of 80 k parameters, 16 px, with a ViT and a convolutional tower."""
+    sizes: dict[str, object] = {
+        "image_size": 16,
+        "towers": (
+            {"kind": "vit", "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24, "patch_size": 8},
+            {"kind": "conv", "stages": [{"channels": 8, "kernel": 5, "stride": 4}, {"channels": 16}]},
+        ),
+        "language_model": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+        },
+        "value_hidden_size": 16,
+    }
+    return OpenVLAConfig.model_validate({**sizes, **changes})
+
+
+def build(**changes: object) -> OpenVLAPolicy:
+    """Random weights, sharpened so that probabilities differ and values are not zero."""
+    torch.manual_seed(3)
+    policy = OpenVLAPolicy(micro(**changes))
+    with torch.no_grad():
+        policy.language_model.lm_head.weight.mul_(25)
+        policy.value_head.fc2.weight.normal_()
+        for layer in policy.language_model.model.layers:
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(6)
+    return policy
+
+
+def observe(batch: int, size: int = 16) -> Observation:
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    return Observation(images=images, instructions=tuple(INSTRUCTIONS[i % 2] for i in range(batch)))
+
+
+def gumbel_noise(batch: int, num_tokens: int = 4, seed: int = 0) -> torch.Tensor:
+    uniform = np.random.default_rng(seed).random((batch, num_tokens, 256))
+    return torch.from_numpy(-np.log(-np.log(uniform))).float()
+
+
+def reference_logits(policy: OpenVLAPolicy, inputs: PolicyInput, action_ids: torch.Tensor) -> torch.Tensor:
+    """Full-vocabulary logits of transformers' own forward pass, one unpadded row at a time."""
+    llama: LlamaForCausalLM = policy.language_model
+    rows = []
+    for i in range(len(action_ids)):
+        ids = torch.cat([inputs.prompt_ids[i][inputs.prompt_mask[i]], action_ids[i, :-1]])[None]
+        patches = policy.projector(policy.vision_features(inputs.pixel_values[i : i + 1]))
+        text = llama.get_input_embeddings()(ids)
+        embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
+        rows.append(llama(inputs_embeds=embeds, use_cache=False).logits[0, -action_ids.shape[1] :])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_evaluate_equals_transformers_forward(temperature: float) -> None:
+    policy = build()
+    inputs = policy.encode(observe(4))
+    action_ids = torch.randint(FIRST_ACTION, FIRST_ACTION + 256, (4, 4), generator=torch.Generator().manual_seed(0))
+    scored = policy.evaluate(inputs, action_ids, temperature=temperature)
+    logits = reference_logits(policy, inputs, action_ids)[..., FIRST_ACTION : FIRST_ACTION + 256].double() / temperature
+    probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    chosen = torch.stack(
+        [torch.stack([probs[b, a, action_ids[b, a] - FIRST_ACTION] for a in range(4)]) for b in range(4)]
+    )
+    assert probs.max() > 0.1  # not the uniform distribution
+    torch.testing.assert_close(scored.logprobs.double(), chosen.log(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(scored.entropy.double(), -(probs * probs.log()).sum(-1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_decoding_equals_teacher_forcing(critic: str, sampled: bool) -> None:
+    policy = build(critic=critic)
+    if policy.critic is not None:
+        with torch.no_grad():
+            policy.critic.model.norm.weight.mul_(0.5)  # another trunk than the actor's
+    inputs = policy.encode(observe(6))
+    noise = gumbel_noise(6) if sampled else None
+    sample = policy.act(inputs, temperature=1.4, gumbel=noise)
+    scored = policy.evaluate(inputs, sample.action_ids, temperature=1.4)
+    torch.testing.assert_close(sample.logprobs, scored.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample.values, scored.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample.values, policy.values(inputs), rtol=0, atol=1e-5)
+    assert sample.values.std() > 1e-3
+    if not sampled:
+        logits = reference_logits(policy, inputs, sample.action_ids)[..., FIRST_ACTION : FIRST_ACTION + 256]
+        assert torch.equal(logits.argmax(-1) + FIRST_ACTION, sample.action_ids)
+
+
+def test_rows_do_not_depend_on_their_batch() -> None:
+    policy = build()
+    observation, noise = observe(5), gumbel_noise(5)
+    together = policy.act(policy.encode(observation), gumbel=noise)
+    for i in range(5):
+        alone = Observation(images=observation.images[i : i + 1], instructions=observation.instructions[i : i + 1])
+        sample = policy.act(policy.encode(alone), gumbel=noise[i : i + 1])
+        assert torch.equal(sample.action_ids[0], together.action_ids[i])
+        torch.testing.assert_close(sample.logprobs[0], together.logprobs[i], rtol=0, atol=1e-5)
+
+
+def test_sampling_frequencies_follow_the_softmax() -> None:
+    policy = build(num_action_tokens=1)
+    inputs = policy.encode(observe(1))
+    num_draws, temperature = 6000, 1.5
+    many = PolicyInput(
+        prompt_ids=inputs.prompt_ids.expand(num_draws, -1),
+        prompt_mask=inputs.prompt_mask.expand(num_draws, -1),
+        vision_features=policy.vision_features(inputs.pixel_values).detach().expand(num_draws, -1, -1),
+    )
+    sample = policy.act(many, temperature=temperature, gumbel=gumbel_noise(num_draws, 1))
+    logits = reference_logits(policy, inputs, sample.action_ids[:1])[0, 0, FIRST_ACTION : FIRST_ACTION + 256].double()
+    expected = (logits / temperature).softmax(-1) * num_draws
+    counts = torch.bincount(sample.action_ids[:, 0] - FIRST_ACTION, minlength=256).double()
+    rare = expected < 5
+    groups = [(counts[i], expected[i]) for i in torch.nonzero(~rare).flatten()]
+    groups.append((counts[rare].sum(), expected[rare].sum()))
+    assert len(groups) > 20
+    chi2 = sum((count - mean) ** 2 / mean for count, mean in groups)
+    degrees = len(groups) - 1
+    assert chi2 < degrees + 4 * (2 * degrees) ** 0.5
+    # the same draws are improbable under another temperature: the test can tell
+    wrong = logits.softmax(-1) * num_draws
+    assert sum((counts[i] - wrong[i]) ** 2 / wrong[i] for i in torch.nonzero(wrong >= 5).flatten()) > 3 * chi2
+
+
+def test_cached_vision_features_give_the_same() -> None:
+    policy = build()
+    inputs = policy.encode(observe(3))
+    cached = replace(inputs, pixel_values=None, vision_features=policy.vision_features(inputs.pixel_values).detach())
+    action_ids = policy.act(inputs).action_ids
+    assert torch.equal(policy.act(cached).action_ids, action_ids)
+    assert torch.equal(policy.evaluate(cached, action_ids).logprobs, policy.evaluate(inputs, action_ids).logprobs)
+    with pytest.raises(ValueError, match="pixel_values or vision_features"):
+        policy.act(replace(inputs, pixel_values=None))
+
+
+def test_every_pixel_and_word_reaches_the_action() -> None:
+    policy = build()
+    inputs = policy.encode(observe(1))
+    pixels = inputs.pixel_values.clone().requires_grad_()
+    action_ids = torch.full((1, 4), FIRST_ACTION)
+    policy.evaluate(replace(inputs, pixel_values=pixels), action_ids).logprobs[0, 0].backward()
+    assert (pixels.grad.abs().amax(1) > 0).all()
+    used = policy.language_model.model.embed_tokens.weight.grad.abs().sum(1).nonzero().flatten()
+    assert set(inputs.prompt_ids[inputs.prompt_mask].tolist()) == set(used.tolist())
+
+
+def gradients(policy: OpenVLAPolicy) -> dict[str, set[str]]:
+    """Names of the parameters with a non-zero gradient, by role."""
+    names = {id(parameter): name for name, parameter in policy.named_parameters()}
+    moved = {
+        role: {names[id(p)] for p in group if p.grad is not None and p.grad.abs().sum() > 0}
+        for role, group in policy.parameter_groups().items()
+    }
+    policy.zero_grad(set_to_none=True)
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("critic", "to_trunk", "roles"),
+    [
+        ("shared", True, {"vision", "trunk", "value"}),
+        ("shared", False, {"value"}),
+        ("separate", True, {"value"}),
+    ],
+)
+def test_value_loss_moves_only_what_it_should(critic: str, to_trunk: bool, roles: set[str]) -> None:
+    policy = build(critic=critic, value_gradient_to_trunk=to_trunk)
+    inputs = policy.encode(observe(2))
+    action_ids = policy.act(inputs).action_ids
+    for values in (policy.values(inputs), policy.evaluate(inputs, action_ids).values):
+        values.square().sum().backward()
+        moved = gradients(policy)
+        assert {role for role, names in moved.items() if names} == roles
+        assert ("critic.model.layers.0.mlp.up_proj.weight" in moved["value"]) == (critic == "separate")
+
+
+def test_policy_loss_moves_the_actor_and_only_the_action_rows() -> None:
+    policy = build(critic="separate")
+    inputs = policy.encode(observe(2))
+    policy.evaluate(inputs, policy.act(inputs, gumbel=gumbel_noise(2)).action_ids).logprobs.sum().backward()
+    head = policy.language_model.lm_head.weight.grad
+    rows = head.abs().sum(1).nonzero().flatten()
+    assert (rows.min(), rows.max(), len(rows)) == (FIRST_ACTION, FIRST_ACTION + 255, 256)
+    moved = gradients(policy)
+    everything = {name for name, _ in policy.named_parameters() if not name.startswith(("critic.", "value_head."))}
+    assert moved["vision"] | moved["trunk"] == everything  # nothing is dead weight
+    assert not moved["value"]
+
+
+def test_separate_critic_leaves_the_actor_unchanged() -> None:
+    policy = build(critic="separate")
+    inputs = policy.encode(observe(3))
+    before = policy.act(inputs)
+    optimiser = torch.optim.SGD(policy.parameter_groups()["value"], lr=0.01)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (policy.values(inputs) - 1).square().mean().backward()
+        optimiser.step()
+    after = policy.act(inputs)
+    assert torch.equal(before.logprobs, after.logprobs)
+    assert (before.values - after.values).abs().max() > 1e-3
+    assert policy.critic is not None
+    policy.reset_critic()
+    for name, value in policy.language_model.model.named_parameters():
+        assert torch.equal(dict(policy.critic.model.named_parameters())[name], value)
+
+
+def test_untrained_values_are_zero_and_groups_hold_each_parameter_once() -> None:
+    for critic in ("shared", "separate"):
+        policy = OpenVLAPolicy(micro(critic=critic))
+        assert torch.equal(policy.values(policy.encode(observe(2))), torch.zeros(2))
+        groups = policy.parameter_groups()
+        held = [id(parameter) for group in groups.values() for parameter in group]
+        assert sorted(held) == sorted(id(parameter) for parameter in policy.parameters())
+
+
+def test_bfloat16_trunk_agrees_roughly_and_keeps_its_value_head() -> None:
+    full, half = OpenVLAPolicy(micro()), OpenVLAPolicy(micro(dtype="bfloat16"))
+    half.load_state_dict(full.state_dict())
+    assert half.value_head.fc1.weight.dtype == torch.float32
+    assert half.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    inputs = full.encode(observe(2))
+    action_ids = full.act(inputs).action_ids
+    torch.testing.assert_close(
+        half.evaluate(inputs, action_ids).logprobs, full.evaluate(inputs, action_ids).logprobs, rtol=0, atol=0.05
+    )
+
+
+def test_actions_round_trip_in_the_environments_units() -> None:
+    policy = build()
+    q01, q99 = np.array([-0.2, -1.0, 0.0, -1.0]), np.array([0.3, 1.0, 0.5, 1.0])
+    policy.set_action_stats(q01, q99, np.array([True, True, True, False]))
+    actions = np.random.default_rng(0).uniform(q01, q99, (50, 4)).astype(np.float32)
+    ids = policy.encode_actions(actions)
+    assert ids.min() >= FIRST_ACTION and ids.max() < FIRST_ACTION + 256
+    decoded = policy.decode_actions(ids)
+    assert decoded.dtype == np.float32
+    half_bin = np.where([True, True, True, False], (q99 - q01) / 255 / 2, 1 / 255)
+    assert (np.abs(decoded - actions) <= half_bin * 1.001).all()
+    assert policy.encode_actions(q99[None])[0, 0] == FIRST_ACTION  # the largest action has the smallest id
+    with pytest.raises(ValueError, match="3 action dimensions for 4"):
+        policy.set_action_stats(q01[:3], q99[:3], np.ones(3, bool))
+
+
+def test_frames_of_another_size_are_resized() -> None:
+    policy = build()
+    flat = Observation(images=np.full((1, 40, 30, 3), 128, np.uint8), instructions=("reach the goal",))
+    pixels = policy.encode(flat).pixel_values
+    assert pixels.shape == (1, 6, 16, 16)
+    expected = [
+        (128 / 255 - m) / s
+        for m, s in zip((0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375), strict=True)
+    ]
+    for channel, value in enumerate([*expected, *[(128 / 255 - 0.5) / 0.5] * 3]):
+        torch.testing.assert_close(pixels[0, channel], torch.full((16, 16), value), rtol=0, atol=1e-6)
