@@ -40,7 +40,8 @@ class FaultyEnv(ReachEnv):
         if self._due(self._steps):
             fault = self.faults.fault
             if fault == "exit":
-                print("these were my last words", file=sys.stderr, flush=True)
+                sys.stderr.write("these were my last words\n")
+                sys.stderr.flush()
                 os._exit(7)
             if fault == "segfault":
                 os.kill(os.getpid(), 11)

@@ -331,7 +331,7 @@ def test_full_disk_keeps_the_last_checkpoint(whole, store_folder: Path, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("reachrl.algorithms.optimizer_state.save_file", full)
+        patch.setattr("reachrl.run.optimizer_state.save_file", full)
         with pytest.raises(StorageError, match="No space left"):
             fit(store_folder, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint", "best"}

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reachrl.envs.base import check_start, start_option
 from reachrl.errors import ExtensionError
 from reachrl.testing.conformance_env import check_env
 from reachrl.testing.envs import ReachConfig, ReachEnv
+from reachrl.types import Start
 
 CONFIG = ReachConfig(max_steps=8)
 
@@ -21,8 +23,6 @@ def test_its_expert_succeeds_from_every_start_and_standing_still_never_does():
     for split in ("train", "eval"):
         for index in range(env.num_starts(split)):
             for still in (False, True):
-                from reachrl.types import Start
-
                 env.reset(options={"start": Start(env.tasks[index % 3], split, index)})
                 terminated = truncated = False
                 while not (terminated or truncated):
@@ -50,10 +50,14 @@ class Both(ReachEnv):
     """A time limit that is reported as both ends."""
 
     def step(self, action: np.ndarray):
-        observation, reward, terminated, truncated, info = super().step(action)
-        return observation, float(truncated or terminated), terminated or truncated, truncated, info | {
-            "success": terminated or truncated
-        }
+        observation, _, terminated, truncated, info = super().step(action)
+        return (
+            observation,
+            float(truncated or terminated),
+            terminated or truncated,
+            truncated,
+            info | {"success": terminated or truncated},
+        )
 
 
 class Endless(ReachEnv):
@@ -82,9 +86,6 @@ class OneBuffer(ReachEnv):
 
 class SameStarts(ReachEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        from reachrl.envs.base import check_start, start_option
-        from reachrl.types import Start
-
         start = start_option(options)
         check_start(self, start)
         return super().reset(options={"start": Start(start.task, "train", start.index)})
@@ -96,9 +97,13 @@ class Float(ReachEnv):
         return observation | {"ee_state": observation["ee_state"].astype(np.float64)}
 
 
-class AnyStart(ReachEnv):
-    def num_starts(self, split: str) -> int:
-        return 200 if self._over else 10**6
+class Forgiving(ReachEnv):
+    """Takes the nearest start there is."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        start = start_option(options)
+        index = min(max(start.index, 0), self.num_starts(start.split) - 1)
+        return super().reset(options={"start": Start(start.task, start.split, index)})
 
 
 class SameWords(ReachEnv):
@@ -117,6 +122,7 @@ class SameWords(ReachEnv):
         (OneBuffer, "copy it"),
         (SameStarts, "different first frames"),
         (Float, r"ee_state is f32\[4\]"),
+        (Forgiving, r"index=-1.* raises ValueError"),
         (SameWords, "share an instruction"),
     ],
 )

@@ -27,7 +27,8 @@ HEAVY = {"torch", "transformers", "mujoco", "metaworld", "gymnasium", "pyarrow",
 def heavy_modules_after(code: str) -> set[str]:
     """Which heavy packages a fresh interpreter has imported once `code` has run."""
     script = (
-        f"import sys\ntry:\n{re.sub('^', '    ', code, flags=re.M)}\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"import sys\ntry:\n{re.sub('^', '    ', code, flags=re.M)}\n"
+        "except SystemExit as end:\n    assert not end.code\n"
         f"print('HEAVY', *sorted({HEAVY!r} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

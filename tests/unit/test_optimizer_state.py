@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reachrl.algorithms.optimizer_state import load_optimizer, save_optimizer
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.errors import CheckpointError, StorageError
 
 
@@ -110,7 +110,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reachrl.algorithms.optimizer_state.save_file", full)
+    monkeypatch.setattr("reachrl.run.optimizer_state.save_file", full)
     with pytest.raises(StorageError, match="No space left"):
         save_optimizer(make()[1], path)
     assert path.read_bytes() == before

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from reachrl.algorithms.base import PPOBatch, UpdateStats
-from reachrl.algorithms.optimizer_state import load_optimizer, save_optimizer
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.algorithms.ppo import PPO
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import CheckpointError
 from reachrl.functional.gae import gae
 from reachrl.policies.base import Policy, PolicyInput
+from reachrl.registry import build
 from reachrl.rollout.collector import Collector
 from reachrl.types import Observation, Rewards, Rollout, Scored, Start
 
@@ -74,7 +75,7 @@ class LocalLearner:
 
     def __init__(self, policy: Policy, config: PPOConfig, *, seed: int) -> None:
         self.policy, self.config = policy, config
-        self.algorithm = PPO(config, policy, seed=seed)
+        self.algorithm: PPO = build("algorithms", config, policy, seed=seed)
         self.version = 0
         self._inputs: PolicyInput | None = None  # of the last scored rollout, vision features cached
 

@@ -1,6 +1,7 @@
 """The `reachrl` command: its subcommands, and errors as one clear message with an exit code."""
 
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -55,6 +56,8 @@ def version() -> None:
 
 def main() -> NoReturn:
     """Run the command line; a `ReachRLError` becomes a message on stderr and its own exit code."""
+    # A plug-in such as `my_lab.sim:MyEnv` is found beside where the command runs, without being installed.
+    sys.path.append(str(Path.cwd()))
     try:
         app()
     except ReachRLError as error:

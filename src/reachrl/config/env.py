@@ -53,7 +53,7 @@ class EnvSection(Section):
 class MetaworldConfig(EnvSection):
     """Meta-World: a Sawyer arm, 50 table-top tasks, MuJoCo physics, assets inside the package."""
 
-    kind: Literal["metaworld"] = "metaworld"
+    kind: Literal["metaworld"] = "metaworld"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     tasks: tuple[str, ...] = Field(
         default=(
@@ -73,7 +73,7 @@ class MetaworldConfig(EnvSection):
     """Simulator steps (12.5 ms each) for which one decision is held."""
 
     mesh_faces: int = Field(default=400, ge=0)
-    """Visual meshes are simplified to at most this many faces when a scene is built; 0 leaves them alone.
+    """Visual meshes are simplified to about this many faces when a scene is built; 0 leaves them alone.
     Meshes that take part in collisions keep their shape, so physics does not change."""
 
     @field_validator("tasks")

@@ -42,7 +42,8 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
         ConfigError: unknown preset, unknown key, wrong type; the message names the key and what was expected.
     """
     data, _ = _layers(preset)
-    for override in overrides:
+    # Kinds first: the options of a section are those of its kind, whatever order they were typed in.
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".kind")):
         _apply(data, override)
     return validate(data, where=preset)
 
@@ -125,6 +126,8 @@ def _layers(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    if _another_kind(below, above.get("kind")):
+        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -143,7 +146,15 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section.")
         data[parent] = dict(node)  # the preset's own dict stays as it is
         data = data[parent]
-    data[leaf] = _value(text)
+    value = _value(text)
+    if leaf == "kind" and _another_kind(data, value):
+        data.clear()
+    data[leaf] = value
+
+
+def _another_kind(section: dict[str, Any], kind: Any) -> bool:
+    """Whether `kind` replaces the one that a lower layer chose, whose options then mean nothing."""
+    return kind is not None and section.get("kind", kind) != kind
 
 
 def _value(text: str) -> Any:

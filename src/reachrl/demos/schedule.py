@@ -1,4 +1,4 @@
-"""When and what: the number of steps, the learning rate at each, the rows of each minibatch; functions of the step alone."""
+"""The number of steps, the learning rate at each and the rows of each minibatch: functions of the step alone."""
 
 import math
 

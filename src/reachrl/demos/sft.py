@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.optim import AdamW
 
-from reachrl.algorithms.optimizer_state import load_optimizer, save_optimizer
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.config.demos import SFTSection
 from reachrl.demos.augment import augment
 from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
@@ -234,6 +234,7 @@ class _Training:
             return None
         state = self._read_state(path)
         self.policy.load_state_dict(type(self.policy).from_pretrained(self.folder / "policy").state_dict())
+        self.policy.eval()
         return SFTResult(**{**state["result"], "best_heldout_loss": _number(state["result"]["best_heldout_loss"])})
 
     def finish(self) -> SFTResult:

@@ -25,6 +25,8 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     Config: ClassVar[type[Section]]
     tasks: tuple[str, ...]
+    observation_space: gym.spaces.Dict  # pyright: ignore[reportIncompatibleVariableOverride]
+    action_space: gym.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @abstractmethod
     def instruction(self, task: str) -> str:
@@ -43,7 +45,9 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """
 
     @abstractmethod
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin the episode `options["start"]`, a `Start`."""
 
 

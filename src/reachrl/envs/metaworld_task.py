@@ -55,7 +55,9 @@ class MetaworldTask:
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
             from metaworld.policies import ENV_POLICY_MAP
         except ImportError as error:
-            raise MissingExtra(f"Meta-World is not installed ({error}); run  pip install 'reachrl[metaworld]'") from error
+            raise MissingExtra(
+                f"Meta-World is not installed ({error}); run  pip install 'reachrl[metaworld]'"
+            ) from error
         self.name = name
         base = ALL_V3_ENVIRONMENTS[f"{name}-v3"]
         self.sim: Any = type(f"Lean{base.__name__}", (_Lean, base), {"scene_faces": mesh_faces})()
@@ -151,8 +153,10 @@ class MetaworldTask:
         return (vectors[..., free] - space.low[free]) / extent[free]
 
     def start_gap(self) -> float:
-        """Least normalised distance between a training and an evaluation start: a quarter of the spacing
-        that `EVAL_POOL` starts would have on a regular grid."""
+        """Least normalised distance between a training and an evaluation start.
+
+        A quarter of the spacing that `EVAL_POOL` starts would have on a regular grid.
+        """
         dimensions = self.normalised(self.sim._random_reset_space.low).size
         return 0.25 * EVAL_POOL ** (-1.0 / dimensions)
 

@@ -25,8 +25,9 @@ _LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8", 
 _TEXTURE_SIZE = 256  # pixels; larger textures cost memory in every worker and cannot be seen in small frames
 _CUBE_SIZE = 128  # pixels; a cube texture holds its picture six times
 _HIDDEN_GROUP = 3  # geom groups 3..5 are not drawn by default, and inertia comes from groups 4 and 5 only
+_CARE = 3  # fast-simplification's aggressiveness: its default of 7 tears holes, 1 stops far above the target
 _ROUNDNESS = (12, 6, 1)  # slices, stacks and quads of drawn primitives; MuJoCo's 28, 16, 4 cost a quarter more a frame
-_FORMAT = 4  # part of the cache key: raise it when the scenes built here change
+_FORMAT = 5  # part of the cache key: raise it when the scenes built here change
 
 
 def choose_gl() -> str:
@@ -41,7 +42,7 @@ def choose_gl() -> str:
     # Draw in the calling thread: the workers themselves fill the cores.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     wanted = os.environ.get("MUJOCO_GL", "").lower()
-    if wanted not in ("", "egl", "osmesa") or "mujoco" in sys.modules and wanted:
+    if wanted not in ("", "egl", "osmesa") or (wanted and "mujoco" in sys.modules):
         return wanted
     for name in (wanted,) if wanted else ("egl", "osmesa"):
         if any(_loads(library) for library in _LIBRARIES[name]):
@@ -82,7 +83,7 @@ def load_scene(xml: Path, mesh_faces: int) -> Any:
 
     Args:
         xml: the scene.
-        mesh_faces: visual meshes are simplified to at most this many faces; 0 leaves them alone.
+        mesh_faces: visual meshes are simplified to about this many faces; 0 leaves them alone.
 
     Returns:
         A model whose physics equal those of `mujoco.MjModel.from_xml_path(xml)`.
@@ -148,7 +149,7 @@ def _simplify_meshes(mujoco: Any, spec: Any, folder: Path, mesh_faces: int) -> N
         vertices, faces = read_stl(folder / mesh.file)
         if len(faces) <= mesh_faces:
             continue
-        vertices, faces = fast_simplification.simplify(vertices, faces, target_count=mesh_faces, agg=7)
+        vertices, faces, *_ = fast_simplification.simplify(vertices, faces, target_count=mesh_faces, agg=_CARE)
         if not any(geom.contype or geom.conaffinity or geom.name for geom in geoms.get(mesh.name, [])):
             _set_triangles(mujoco, mesh, vertices, faces)
             continue

@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from reachrl.envs.process import WorkerLost, WorkerProcess
 from reachrl.envs.worker import SharedArrays
 from reachrl.types import EnvStep, Observation, Split, Start
 
-_MAX_LOSSES = 3  # of the same environment in a row; one more is an error
+_MAX_LOSSES = 3  # of the same environment without a finished episode in between; one more is an error
 _START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, all workers at once
 
 
@@ -109,7 +108,7 @@ class VectorEnv:
         """
         self._check(next_starts)
         if actions.shape != (self.num_envs, self.action_dim):
-            raise ValueError(f"actions must be [{self.num_envs} {self.action_dim}], got {list(actions.shape)}")
+            raise ValueError(f"actions must be f32{[self.num_envs, self.action_dim]}, got {list(actions.shape)}")
         for n, worker in enumerate(self._workers):
             worker.send(do="step", action=actions[n].tolist(), next_start=_packed(next_starts[n]))
         replies = self._gather(range(self.num_envs), self._config.worker_timeout_s)
@@ -121,14 +120,13 @@ class VectorEnv:
                 self._replace(n, reply)
                 continue
             flags[n] = reply["flags"]
-            self._losses[n] = 0
             self._steps[n] += 1
             if flags[n, 1:].any():
-                self._starts[n], self._steps[n] = next_starts[n], 0
+                self._starts[n], self._steps[n], self._losses[n] = next_starts[n], 0, 0
         ee_state = self._arrays.ee_state.copy()
         final_images = self._arrays.final_images.copy()
         nothing = np.zeros((0, self.action_dim), np.float32)
-        self._begin({int(n): (next_starts[n], nothing) for n in np.flatnonzero(~valid)})
+        self._begin({n: (next_starts[n], nothing) for n in range(self.num_envs) if not valid[n]})
         return EnvStep(
             observation=self._observation(),
             success=flags[:, 0],
@@ -146,7 +144,7 @@ class VectorEnv:
     def __enter__(self) -> "VectorEnv":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- workers ----

@@ -74,14 +74,14 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         """What the parent needs to know about the environment."""
         env, shape = self.env, self.arrays.images.shape[1:]
-        seen = env.observation_space["image"].shape  # type: ignore[index]
+        seen = env.observation_space["image"].shape
         if seen != shape:
             raise ValueError(f"frames are {seen}, but env.image_size promises {shape}")
         return {
             "tasks": env.tasks,
             "instructions": {task: env.instruction(task) for task in env.tasks},
             "num_starts": {split: env.num_starts(split) for split in ("train", "eval")},
-            "action_dim": env.action_space.shape[0],  # type: ignore[index]
+            "action_dim": env.action_space.shape[0],
         }
 
     def reset(self, start: list[Any], actions: list[list[float]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checks that an environment keeps the contract of `reachrl.envs.base.Env`, for plug-in authors.
 
-    from reachrl.testing.conformance_env import check_env
-    check_env(MyEnv(MyEnv.Config()))
+from reachrl.testing.conformance_env import check_env
+check_env(MyEnv(MyEnv.Config()))
 """
 
 from itertools import product
@@ -62,20 +62,20 @@ def _check_refusals(env: Env) -> None:
     wrong += [{"start": Start(task, "train", number)} for number in (-1, env.num_starts("train"))]
     for options in wrong:
         try:
-            env.reset(options=options)  # pyright: ignore[reportGeneralTypeIssues]
+            env.reset(options=options)
         except ValueError:
             continue
         _require(False, f"reset(options={options!r}) raises ValueError; `start_option` and `check_start` do it")
 
 
 def _reset(env: Env, start: Start) -> dict[str, np.ndarray]:
-    observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
+    observation, _ = env.reset(options={"start": start})
     return observation
 
 
 def _check_observation(env: Env, start: Start) -> None:
     _check_dtypes(env, _reset(env, start), "reset")
-    action = np.zeros(env.action_space.shape, np.float32)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    action = np.zeros(env.action_space.shape, np.float32)
     first, reward, terminated, truncated, info = env.step(action)
     _check_dtypes(env, first, "step")
     _require("success" in info, 'step returns info["success"]')
@@ -139,7 +139,7 @@ def _check_determinism(env: Env, starts: list[Start], num_steps: int) -> None:
 
 def _check_ends(env: Env, start: Start) -> None:
     _reset(env, start)
-    still = np.zeros(env.action_space.shape, np.float32)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    still = np.zeros(env.action_space.shape, np.float32)
     for _ in range(_MAX_DECISIONS):
         _, _, terminated, truncated, info = env.step(still)
         _require(not (terminated and truncated), "an episode is terminated or truncated, never both")

@@ -1,0 +1,136 @@
+"""Kill a training run at awkward moments; resumed, it must end with the numbers of a run left alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+# Two iterations between checkpoints, so that a kill loses finished iterations that must be run again.
+OVERRIDES = [
+    "num_iterations=5",
+    "num_steps=20",
+    "demos.episodes_per_task=4",
+    "sft.epochs=2",
+    "reward_model.steps=10",
+    "reward_model.rollouts_per_task=2",
+    "eval.num_starts=2",
+    "num_threads=1",
+]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(stage: str, run: Path) -> list[str]:
+    return [sys.executable, "-m", "reachrl", *stage.split(), "toy", *OVERRIDES, "--run", str(run)]
+
+
+def run_to_end(stage: str, run: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(stage, run), env=ENV, capture_output=True, text=True, timeout=300, check=False)
+
+
+def train_lines(run: Path) -> list[dict]:
+    """The training records without what depends on the clock."""
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    records = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [
+        {key: value for key, value in record.items() if not key.startswith("seconds/")}
+        for record in records
+        if record["kind"] == "train"
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("prepared") / "run"
+    for stage in ("demos", "sft", "reward fit"):
+        done = run_to_end(stage, run)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(prepared, run)
+    done = run_to_end("train", run)
+    assert done.returncode == 0, done.stderr
+    assert len(train_lines(run)) == 5
+    return run
+
+
+def interrupt(run: Path, after_lines: int, how: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Start training, wait for some iterations and a moment into the next, and stop it."""
+    process = subprocess.Popen(command("train", run), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(train_lines(run)) < after_lines and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.parametrize(("after_lines", "how"), [(3, signal.SIGKILL), (1, signal.SIGKILL), (4, signal.SIGINT)])
+def test_a_resumed_run_equals_one_left_alone(prepared, uninterrupted, tmp_path, after_lines, how):
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run)
+    stopped = interrupt(run, after_lines, how)
+    assert stopped.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stopped.stderr
+    if how == signal.SIGINT:
+        assert "resume" in stopped.stderr and "Traceback" not in stopped.stderr
+    resumed = run_to_end("train", run)
+    assert resumed.returncode == 0, resumed.stderr
+    assert train_lines(run) == train_lines(uninterrupted)
+    ours, theirs = (folder / "policy" / "model.safetensors" for folder in (run, uninterrupted))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_story_ends_with_a_summary_and_a_report(uninterrupted):
+    for stage in ("eval", "report"):
+        done = run_to_end(stage, uninterrupted)
+        assert done.returncode == 0, done.stderr
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    for when in ("success_before", "success_after"):
+        assert summary[when]["n"] == 6 and summary[when]["wilson95"][0] <= summary[when]["rate"]
+        assert set(summary[when]["per_task"]) == {"red-square", "green-square", "blue-square"}
+    assert summary["num_env_steps"] == 5 * 20 * 4
+    assert {"demos", "sft", "reward", "train", "eval", "total"} <= set(summary["wall_s"])
+    assert summary["peak_rss_bytes"] > 100e6 and summary["protocol_hash"] and summary["config_hash"]
+    assert {"auc", "rank_correlation"} <= set(summary["reward_model"])
+    page = (uninterrupted / "report.html").read_text()
+    assert summary["protocol_hash"] in page and "In: What action should the robot take to" in page
+
+
+def test_another_configuration_is_refused_in_the_same_folder(uninterrupted):
+    done = subprocess.run(
+        [*command("train", uninterrupted), "ppo.lr=0.5"], env=ENV, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "ppo.lr" in done.stderr and "0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "architecture"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(prepared, uninterrupted, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run)
+    shutil.copytree(uninterrupted / "checkpoints", run / "checkpoints")
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    weights = newest / "policy" / "model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        config = newest / "policy" / "config.json"
+        config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    done = run_to_end("train", run)
+    assert done.returncode == 6, done.stderr
+    assert newest.name in done.stderr and "Traceback" not in done.stderr
+    assert newest.exists()

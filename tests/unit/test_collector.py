@@ -1,0 +1,120 @@
+"""Rollouts against a replay in a fresh environment, and a resumed collector against one left alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy_policy import toy_config, toy_policy
+
+from reachrl.backends.local import LocalLearner
+from reachrl.config.ppo import PPOConfig
+from reachrl.envs.vector import VectorEnv
+from reachrl.registry import build
+from reachrl.rollout.collector import Collector
+from reachrl.types import Start
+
+STEPS = 25
+
+
+def assigner(tasks, first=0):
+    """Start states in a fixed order."""
+    count = iter(range(first, 10_000))
+
+    def assign():
+        i = next(count)
+        return Start(tasks[i % len(tasks)], "train", i % 50)
+
+    return assign
+
+
+@pytest.fixture(scope="module")
+def setting():
+    config = toy_config()
+    with VectorEnv(config.env, 2) as envs:
+        yield config, toy_policy(config), envs
+
+
+def test_rollouts_replay_in_a_fresh_environment(setting):
+    config, policy, envs = setting
+    collector = Collector(policy, envs, seed=3, temperature=1.0)
+    rollouts = [collector.collect(assigner(config.env.tasks), STEPS, policy_version=v) for v in range(2)]
+    env = build("envs", config.env)
+    episodes = [episode for rollout in rollouts for episode in rollout.episodes]
+    images = np.concatenate([rollout.images for rollout in rollouts])
+    ids = np.concatenate([rollout.action_ids for rollout in rollouts])
+    ends = np.concatenate([rollout.terminated | rollout.truncated for rollout in rollouts])
+    finals = {}
+    for number, rollout in enumerate(rollouts):
+        for image, (t, n) in zip(rollout.final_images, rollout.final_rows, strict=True):
+            finals[int(t) + number * STEPS, int(n)] = image
+    checked = 0
+    for n in range(2):
+        begin = 0
+        for end in np.flatnonzero(ends[:, n]):
+            episode = [e for e in episodes if e.env == n][sum(ends[:end, n])]
+            observation, _ = env.reset(options={"start": episode.start})
+            for t in range(begin, end + 1):
+                np.testing.assert_array_equal(images[t, n], observation["image"])
+                action = policy.decode_actions(torch.from_numpy(ids[t, n][None]))[0]
+                observation, reward, terminated, truncated, _ = env.step(action)
+                assert (terminated or truncated) == bool(ends[t, n])
+            np.testing.assert_array_equal(finals[end, n], observation["image"])
+            assert episode.num_steps == end - begin + 1
+            assert episode.success == terminated == bool(reward)
+            begin, checked = end + 1, checked + 1
+    assert checked >= 4 and any(begin for begin in finals)
+
+
+def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
+    config, policy, envs = setting
+    rollout = Collector(policy, envs, seed=4, temperature=1.3).collect(assigner(config.env.tasks), STEPS, policy_version=0)
+    learner = LocalLearner(policy, PPOConfig(temperature=1.3), seed=0)
+    scored = learner.score(rollout)
+    np.testing.assert_allclose(scored.old_logprobs, rollout.behaviour_logprobs, atol=1e-5)
+    # An independent pass: one row at a time, full distribution.
+    from reachrl.types import Observation
+
+    for t, n in [(0, 0), (7, 1), (24, 0)]:
+        one = policy.encode(Observation(images=rollout.images[t, n][None], instructions=(rollout.instructions[t][n],)))
+        out = policy.evaluate(one, torch.from_numpy(rollout.action_ids[t, n][None]), temperature=1.3)
+        np.testing.assert_allclose(scored.old_logprobs[t, n], out.logprobs[0].detach().numpy(), atol=1e-5)
+        assert scored.values[t, n] == pytest.approx(out.values.item(), abs=1e-5)
+    for image, (t, n) in zip(rollout.final_images, rollout.final_rows, strict=True):
+        one = policy.encode(Observation(images=image[None], instructions=(rollout.instructions[t][n],)))
+        assert scored.final_values[t, n] == pytest.approx(policy.values(one).item(), abs=1e-5)
+    last = policy.values(policy.encode(rollout.last_observation)).detach().numpy()
+    np.testing.assert_allclose(scored.values[-1], last, atol=1e-5)
+
+
+def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
+    config, policy, envs = setting
+    whole, tail = Collector(policy, envs, seed=5, temperature=1.0), assigner(config.env.tasks)
+    whole.collect(tail, STEPS, policy_version=0)
+    state = json.loads(json.dumps(whole.state_dict()))
+    expected = whole.collect(tail, STEPS, policy_version=1)
+    resumed = Collector(policy, envs, seed=5, temperature=1.0)
+    resumed.load_state_dict(state)
+    found = resumed.collect(assigner(config.env.tasks, first=state["begun"] + 2), STEPS, policy_version=1)
+    for name in ("images", "action_ids", "behaviour_logprobs", "success", "truncated", "final_images", "final_rows"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    assert found.episodes == expected.episodes
+
+
+def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(setting):
+    config, policy, envs = setting
+    rollout = Collector(policy, envs, seed=6, temperature=1.0).collect(assigner(config.env.tasks), 5, policy_version=0)
+    rows = torch.arange(10)
+    grads = []
+    for train_vision in (False, True):
+        learner = LocalLearner(policy, PPOConfig(train_vision=train_vision), seed=0)
+        scored = learner.score(rollout)
+        inputs = learner._rows(rollout, rows)(rows)
+        assert (inputs.vision_features is None) == train_vision
+        policy.zero_grad()
+        ids = torch.from_numpy(rollout.action_ids).reshape(10, -1)
+        policy.evaluate(inputs, ids).logprobs.sum().backward()
+        grads.append([p.grad.clone() for p in policy.parameter_groups()["trunk"] if p.grad is not None])
+        assert np.isfinite(scored.values).all()
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,127 @@
+"""The documentation is run: code of the how-to pages, commands of every page, links between pages."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from reachrl.cli.app import app
+from reachrl.config.loading import list_presets, load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HOW_TO = sorted(path for path in (ROOT / "docs" / "how-to").glob("*.md") if path.stem != "index")
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """Title and text of a page's code blocks in one language."""
+    return [(title, text) for found, title, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `reachrl ...` line of a page's shell blocks, split into words."""
+    lines = [line for _, text in blocks(page, "bash") for line in text.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("reachrl ")]
+
+
+def check_command(words: list[str]) -> None:
+    """The command and its options exist, and its configuration resolves."""
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, f"no command {words[0]!r}"
+        command, words = command.commands[words[0]], words[1:]
+    options = {name for parameter in command.params for name in parameter.opts}
+    rest = iter(words)
+    plain = []
+    for word in rest:
+        if word.startswith("-"):
+            assert word in options, f"no option {word!r}"
+            if word == "--run":
+                next(rest)
+        else:
+            plain.append(word)
+    if plain and "preset" in {parameter.name for parameter in command.params}:
+        load_config(plain[0], plain[1:])
+
+
+@pytest.fixture
+def my_lab(tmp_path, monkeypatch):
+    """A folder to write a page's plug-in into, importable in this test only."""
+    (tmp_path / "my_lab").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_lab"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
+def test_the_code_of_a_how_to_page_works(page, my_lab):
+    code = blocks(page, "python")
+    assert code and all(title for title, _ in code), "each block says which file it is"
+    for title, text in code:
+        (my_lab / title).write_text(text)
+    tests = [(title, text) for title, text in code if title.startswith("test_")]
+    assert tests
+    for title, text in tests:
+        exec(compile(text, title, "exec"), {"__name__": title})
+    for words in commands(page):
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in HOW_TO and commands(page)], ids=lambda page: page.stem
+)
+def test_the_commands_of_a_page_exist_and_resolve(page, my_lab):
+    for title, text in [("mine.toml", text) for _, text in blocks(page, "toml") if "base =" in text]:
+        (my_lab / title).write_text(text)
+        load_config(title)
+    for words in commands(page):
+        check_command(words)
+
+
+def test_make_lines_of_the_readme_resolve():
+    found = re.findall(r"^make quickstart .*ARGS=\"([^\"]+)\"", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert found
+    for arguments in found:
+        load_config("metaworld_quickstart", arguments.split())
+
+
+def test_the_reference_names_every_command():
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+
+    def names(command, path):
+        if not hasattr(command, "commands"):
+            return [path]
+        return [name for key, inner in command.commands.items() for name in names(inner, f"{path} {key}")]
+
+    assert [name for name in names(typer.main.get_command(app), "reachrl") if f"`{name}" not in page] == []
+
+
+def test_every_preset_is_explained():
+    page = (ROOT / "docs" / "concepts" / "configuration.md").read_text()
+    assert [preset for preset in list_presets() if f"`{preset}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    local = [link for link in links if link and "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    index = (ROOT / "docs" / "decisions" / "index.md").read_text()
+    missing = []
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        listed = page.name in index if re.match(r"decisions/\d", name) else name in nav
+        if not listed and not name.startswith("benchmarks/"):
+            missing.append(name)
+    assert missing == []
