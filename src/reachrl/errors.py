@@ -48,6 +48,6 @@ class DivergedError(ReachRLError):
 
 
 class StorageError(ReachRLError):
-    """A file could not be written (full disk, permissions) or a stored data file is damaged; earlier files are intact."""
+    """A file could not be written (full disk, permissions) or a stored one is damaged; earlier files are intact."""
 
     exit_code = 8

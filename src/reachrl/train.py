@@ -149,9 +149,7 @@ def metrics(
     )
 
 
-def save(
-    run: Run, state: TrainState, actors: Actors, learner: Learner, curriculum: TaskSampler, *, keep: int
-) -> None:
+def save(run: Run, state: TrainState, actors: Actors, learner: Learner, curriculum: TaskSampler, *, keep: int) -> None:
     """Write one complete checkpoint: weights, optimiser, running episodes, curriculum, counters."""
 
     def fill(folder: Path) -> None:

@@ -91,7 +91,7 @@ class Rewards:
     """The reward of every step; `parts` sum to `total` and stay apart up to the plot."""
 
     total: Float32[np.ndarray, "T N"]
-    parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=dict)
+    parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,5 +118,3 @@ class Trajectory:
     ee_state: Float32[np.ndarray, "T+1 4"]  # x y z in m, gripper opening 0..1
     success: bool
     source: str  # "expert", "policy", ...
-
-

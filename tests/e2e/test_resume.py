@@ -67,7 +67,9 @@ def uninterrupted(prepared, tmp_path_factory) -> Path:
 
 def interrupt(run: Path, after_lines: int, how: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Start training, wait for some iterations and a moment into the next, and stop it."""
-    process = subprocess.Popen(command("train", run), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("train", run), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while len(train_lines(run)) < after_lines and process.poll() is None:
         assert time.monotonic() < deadline
@@ -110,7 +112,12 @@ def test_the_story_ends_with_a_summary_and_a_report(uninterrupted):
 
 def test_another_configuration_is_refused_in_the_same_folder(uninterrupted):
     done = subprocess.run(
-        [*command("train", uninterrupted), "ppo.lr=0.5"], env=ENV, capture_output=True, text=True, timeout=60, check=False
+        [*command("train", uninterrupted), "ppo.lr=0.5"],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2
     assert "ppo.lr" in done.stderr and "0.5" in done.stderr and "Traceback" not in done.stderr

@@ -68,7 +68,9 @@ def test_rollouts_replay_in_a_fresh_environment(setting):
 
 def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
     config, policy, envs = setting
-    rollout = Collector(policy, envs, seed=4, temperature=1.3).collect(assigner(config.env.tasks), STEPS, policy_version=0)
+    rollout = Collector(policy, envs, seed=4, temperature=1.3).collect(
+        assigner(config.env.tasks), STEPS, policy_version=0
+    )
     learner = LocalLearner(policy, PPOConfig(temperature=1.3), seed=0)
     scored = learner.score(rollout)
     np.testing.assert_allclose(scored.old_logprobs, rollout.behaviour_logprobs, atol=1e-5)

@@ -76,14 +76,18 @@ def test_draws_follow_the_probabilities():
     assert (error < 4 * np.sqrt(expected * (1 - expected) / 4000) + 1e-9).all()
 
 
-@pytest.mark.parametrize("make", [lambda: trained(seed=7), lambda: UniformSampler(UniformConfig(), tasks=TASKS, num_starts=5, seed=7)])
+@pytest.mark.parametrize(
+    "make", [lambda: trained(seed=7), lambda: UniformSampler(UniformConfig(), tasks=TASKS, num_starts=5, seed=7)]
+)
 def test_resume_continues_the_same_draws(make):
     whole, cut = make(), make()
     first = [whole.assign() for _ in range(20)]
     assert [cut.assign() for _ in range(20)] == first
     state = json.loads(json.dumps(cut.state_dict()))
-    resumed = UniformSampler(UniformConfig(), tasks=TASKS, num_starts=5, seed=7) if isinstance(cut, UniformSampler) else (
-        SuccessRateSampler(SuccessRateConfig(), tasks=TASKS, num_starts=5, seed=7)
+    resumed = (
+        UniformSampler(UniformConfig(), tasks=TASKS, num_starts=5, seed=7)
+        if isinstance(cut, UniformSampler)
+        else (SuccessRateSampler(SuccessRateConfig(), tasks=TASKS, num_starts=5, seed=7))
     )
     resumed.load_state_dict(state)
     whole.observe([episode("half", 1, True)])

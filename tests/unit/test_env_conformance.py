@@ -31,6 +31,20 @@ def test_its_expert_succeeds_from_every_start_and_standing_still_never_does():
                 assert terminated == (reward == 1.0) == (not still)
 
 
+def test_success_in_the_last_decision_is_not_a_time_limit():
+    start = Start("red-square", "train", 0)
+    longer = ReachEnv(ReachConfig())
+    longer.reset(options={"start": start})
+    steps = 1
+    while not longer.step(longer.expert_action())[2]:
+        steps += 1
+    for limit, ends in ((steps, (True, False)), (steps - 1, (False, True))):
+        env = ReachEnv(ReachConfig(max_steps=limit))
+        env.reset(options={"start": start})
+        outcomes = [env.step(env.expert_action())[2:4] for _ in range(limit)]
+        assert outcomes == [(False, False)] * (limit - 1) + [ends]
+
+
 class Leaky(ReachEnv):
     """Keeps the gripper of the last episode."""
 

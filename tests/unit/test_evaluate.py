@@ -67,5 +67,11 @@ def test_the_protocol_hash_covers_what_decides_an_outcome_and_nothing_else():
     base = protocol_hash(toy_config())
     for same in ("env.num_envs=7", "env.worker_timeout_s=5", "ppo.lr=1e-5", "seed=9", "env.num_train_starts=10"):
         assert protocol_hash(toy_config(same)) == base, same
-    for other in ("env.max_steps=20", "env.tasks=red-square", "eval.num_starts=3", "eval.temperature=1.5", "eval.seed=1"):
+    for other in (
+        "env.max_steps=20",
+        "env.tasks=red-square",
+        "eval.num_starts=3",
+        "eval.temperature=1.5",
+        "eval.seed=1",
+    ):
         assert protocol_hash(toy_config(other)) != base, other

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.errors import CheckpointError, StorageError
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 
 
 def make(hidden: int = 5, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options):

@@ -44,7 +44,12 @@ def test_policy_loss_equals_the_scalar_formula(level):
 def test_the_clip_stops_gradients_only_where_the_change_is_already_too_good(shift, advantage, moves):
     logprobs = torch.tensor([[shift, 0.0]], requires_grad=True)
     loss, _ = policy_loss(
-        logprobs, torch.zeros(1, 2), torch.tensor([advantage]), clip_eps_low=0.2, clip_eps_high=0.2, ratio_level="action"
+        logprobs,
+        torch.zeros(1, 2),
+        torch.tensor([advantage]),
+        clip_eps_low=0.2,
+        clip_eps_high=0.2,
+        ratio_level="action",
     )
     loss.sum().backward()
     assert logprobs.grad is not None
@@ -66,5 +71,8 @@ def test_value_loss_takes_the_larger_of_clipped_and_unclipped():
 
 
 def test_importance_weights_are_truncated():
-    old, behaviour = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.9]])), torch.log(torch.tensor([[0.5, 0.25], [0.1, 0.9]]))
+    old, behaviour = (
+        torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.9]])),
+        torch.log(torch.tensor([[0.5, 0.25], [0.1, 0.9]])),
+    )
     np.testing.assert_allclose(importance_weights(old, behaviour, cap=3.0).numpy(), [2.0, 3.0], rtol=1e-6)

@@ -48,7 +48,9 @@ def test_the_micro_batch_does_not_change_the_update(micro):
     other = copy.deepcopy(policy)
     config = PPOConfig(epochs=3, minibatch_size=24, micro_batch_size=48, lr=1e-2, warmup_iterations=0)
     PPO(config, policy, seed=1).update(batch, iteration=0, train_policy=True)
-    PPO(config.model_copy(update={"micro_batch_size": micro}), other, seed=1).update(batch, iteration=0, train_policy=True)
+    PPO(config.model_copy(update={"micro_batch_size": micro}), other, seed=1).update(
+        batch, iteration=0, train_policy=True
+    )
     for name, tensor in weights(policy).items():
         torch.testing.assert_close(weights(other)[name], tensor, atol=2e-6, rtol=1e-5)
 
@@ -121,7 +123,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(field):
 
 def test_engine_gap_is_measured_between_sampler_and_learner():
     policy, batch = make()
-    shifted = PPOBatch(**{f: getattr(batch, f) for f in batch.__slots__} | {"behaviour_logprobs": batch.old_logprobs - 0.1})
+    shifted = PPOBatch(
+        **{f: getattr(batch, f) for f in batch.__slots__} | {"behaviour_logprobs": batch.old_logprobs - 0.1}
+    )
     stats = PPO(PPOConfig(), policy, seed=0).update(shifted, iteration=0, train_policy=True)
     assert stats.engine_kl == pytest.approx(np.exp(0.2) - 1 - 0.2, rel=1e-4)
 

@@ -113,6 +113,13 @@ def test_returned_arrays_survive_later_steps(healthy: VectorEnv):
     assert all(np.array_equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
+def test_workers_leave_ctrl_c_to_their_parent(healthy: VectorEnv):
+    healthy.reset(some_starts(0), some_starts(3))
+    for worker in healthy._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert healthy.step(np.zeros((N, 4), np.float32), some_starts(3)).valid.all()
+
+
 def test_wrong_arguments_are_named_before_anything_is_sent(healthy: VectorEnv):
     healthy.reset(some_starts(0), some_starts(0))
     with pytest.raises(ValueError, match="no-such-task"):

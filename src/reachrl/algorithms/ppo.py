@@ -161,7 +161,9 @@ class PPO:
 
     def _step(self, *, train_policy: bool) -> tuple[float, float]:
         norms = (
-            nn.utils.clip_grad_norm_(self._policy_parameters, self.config.max_grad_norm).item() if train_policy else 0.0,
+            nn.utils.clip_grad_norm_(self._policy_parameters, self.config.max_grad_norm).item()
+            if train_policy
+            else 0.0,
             nn.utils.clip_grad_norm_(self._value_parameters, self.config.max_grad_norm).item(),
         )
         if not np.isfinite(norms).all():

@@ -73,4 +73,7 @@ class Learner(Protocol):
 class Weights(Protocol):
     """A version of the weights; how they travel is the backend's affair."""
 
-    version: int
+    @property
+    def version(self) -> int:
+        """Grows by one with each update."""
+        ...

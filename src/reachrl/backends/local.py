@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reachrl.algorithms.base import PPOBatch, UpdateStats
-from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.algorithms.ppo import PPO
+from reachrl.backends.base import Weights
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import CheckpointError
@@ -19,6 +19,7 @@ from reachrl.functional.gae import gae
 from reachrl.policies.base import Policy, PolicyInput
 from reachrl.registry import build
 from reachrl.rollout.collector import Collector
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.types import Observation, Rewards, Rollout, Scored, Start
 
 SCORE_ROWS = 256  # rows per no-gradient forward pass
@@ -40,9 +41,10 @@ class LocalActors:
         self.collector = Collector(policy, envs, seed=seed, temperature=temperature)
         self._version = -1
 
-    def load_weights(self, weights: SharedWeights) -> int:
+    def load_weights(self, weights: Weights) -> int:
         """Note the version; the weights are already here."""
-        assert weights.policy is self.policy, "local actors share the learner's policy"
+        shared = isinstance(weights, SharedWeights) and weights.policy is self.policy
+        assert shared, "local actors share the learner's policy"
         self._version = weights.version
         return self._version
 

@@ -1,6 +1,6 @@
 """The base of every configuration section."""
 
-from typing import Any, get_origin
+from typing import Any, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -16,8 +16,9 @@ class Section(BaseModel):
         """Accept `a,b` for a list, as it is typed on a command line."""
         if not isinstance(data, dict):
             return data
-        out = dict(data)
+        out = dict(cast("dict[str, Any]", data))
         for name, field in cls.model_fields.items():
-            if isinstance(out.get(name), str) and get_origin(field.annotation) is tuple:
-                out[name] = [part.strip() for part in out[name].split(",") if part.strip()]
+            value = out.get(name)
+            if isinstance(value, str) and get_origin(field.annotation) is tuple:
+                out[name] = [part.strip() for part in value.split(",") if part.strip()]
         return out

@@ -7,7 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -54,10 +54,10 @@ def validate(data: dict[str, Any], *, where: str) -> TrainConfig:
     Raises:
         ConfigError: every problem found, each with its key.
     """
-    data, problems = dict(data), []
+    data, problems, config = dict(data), list[str](), None
     for key, group in KIND_SECTIONS.items():
-        section = data.get(key, {})
-        if not isinstance(section, dict):
+        section = _as_section(data.get(key, {}))
+        if section is None:
             raise ConfigError(f"{where}: {key!r} is a section; set its options, for example {key}.kind=...")
         default = TrainConfig.model_fields[key].default
         cls = section_class(group, str(section.get("kind", default.kind)))
@@ -70,7 +70,7 @@ def validate(data: dict[str, Any], *, where: str) -> TrainConfig:
         config = TrainConfig.model_validate(data)
     except ValidationError as error:
         problems += _problems(error, TrainConfig, prefix="")
-    if problems:
+    if problems or config is None:
         raise ConfigError(f"{where}: " + "\n  ".join(["the configuration is not valid:", *problems]))
     return config
 
@@ -92,10 +92,17 @@ def explain(preset: str) -> list[Deviation]:
     ours, theirs = _flat(config_dict(load_config(preset))), _flat(config_dict(validate(paper, where="paper")))
     skipped = {"description"}
     return [
-        Deviation(key, theirs.get(key), value, reasons.get(key, ""))
+        Deviation(key, theirs.get(key), value, _reason(reasons, key))
         for key, value in sorted(ours.items())
         if key not in skipped and theirs.get(key) != value
     ]
+
+
+def _reason(reasons: dict[str, str], key: str) -> str:
+    """The reason given for `key`, or for the nearest section around it."""
+    while key not in reasons and "." in key:
+        key = key.rpartition(".")[0]
+    return reasons.get(key, "")
 
 
 def _layers(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -130,9 +137,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         return dict(above)
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        lower, upper = _as_section(merged.get(key)), _as_section(value)
+        merged[key] = value if lower is None or upper is None else _merge(lower, upper)
     return merged
+
+
+def _as_section(value: Any) -> dict[str, Any] | None:
+    """`value` if it is a section, that is a TOML table."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -141,8 +153,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form key=value, for example ppo.lr=3e-6.")
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = data.setdefault(parent, {})
-        if not isinstance(node, dict):
+        node = _as_section(data.setdefault(parent, {}))
+        if node is None:
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section.")
         data[parent] = dict(node)  # the preset's own dict stays as it is
         data = data[parent]
@@ -168,7 +180,7 @@ def _value(text: str) -> Any:
 
 
 def _problems(error: ValidationError, cls: type[Section], prefix: str) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
         key = ".".join(part for part in [prefix, *path] if part)
@@ -198,8 +210,6 @@ def _close(word: str, known: list[str]) -> str:
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        section = _as_section(value)
+        flat |= {prefix + key: value} if section is None else _flat(section, f"{prefix}{key}.")
     return flat

@@ -99,7 +99,7 @@ _TINY_TOWER = ConvTowerConfig(
     stages=(
         ConvStage(channels=32, kernel=7, stride=4),
         ConvStage(channels=64, kernel=3, stride=2),
-        ConvStage(channels=96, kernel=3, stride=2),
+        ConvStage(channels=128, kernel=5, stride=3),
     )
 )
 

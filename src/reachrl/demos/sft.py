@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.optim import AdamW
 
-from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.config.demos import SFTSection
 from reachrl.demos.augment import augment
 from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
@@ -27,6 +26,7 @@ from reachrl.demos.store import TrajectoryStore, Transitions
 from reachrl.errors import CheckpointError, ConfigError, DivergedError
 from reachrl.policies.base import Policy
 from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.types import Observation
 
 logger = logging.getLogger(__name__)

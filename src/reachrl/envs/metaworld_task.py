@@ -34,6 +34,18 @@ class _Lean:
     def _reset_hand(self: Any, steps: int = 50) -> None:
         super()._reset_hand(steps if self.settle_hand else 0)  # type: ignore[misc]
 
+    def _get_curr_obs_combined_no_goal(self: Any) -> np.ndarray:
+        """Meta-World's own f64[18] without its splitting and stacking, which took a fifth of a decision."""
+        observation = np.zeros(18)
+        observation[:3] = self.get_endeff_pos()
+        opening = np.linalg.norm(self.data.body("rightclaw").xpos - self.data.body("leftclaw").xpos)
+        observation[3] = min(opening / 0.1, 1.0)
+        positions, quaternions = self._get_pos_objects(), self._get_quat_objects()
+        for i in range(len(positions) // 3):
+            observation[4 + 7 * i : 7 + 7 * i] = positions[3 * i : 3 * i + 3]
+            observation[7 + 7 * i : 11 + 7 * i] = quaternions[4 * i : 4 * i + 4]
+        return observation
+
     def _get_state_rand_vec(self: Any) -> np.ndarray:
         vector, self._last_rand_vec = self._last_rand_vec, None
         if vector is None:

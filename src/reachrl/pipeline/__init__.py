@@ -54,8 +54,8 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         for earlier in STAGES[: STAGES.index(name)]:
             if run.stage_done(earlier) is None:
                 raise ConfigError(
-                    f"{run_dir}: stage {name!r} needs {earlier!r}, which has not finished there. Run "
-                    f"`reachrl {'reward fit' if earlier == 'reward' else earlier}` with the same preset and --run first."
+                    f"{run_dir}: stage {name!r} needs {earlier!r}, which has not finished there. Run `reachrl "
+                    f"{'reward fit' if earlier == 'reward' else earlier}` with the same preset and --run first."
                 )
         module, _, function = _RUNNERS[name].partition(":")
         runner = getattr(importlib.import_module(module), function)

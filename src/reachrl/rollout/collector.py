@@ -33,7 +33,12 @@ class Collector:
         self._begun = 0
 
     def collect(
-        self, assign: Callable[[], Start], num_steps: int, *, policy_version: int, on_step: Callable[[], None] | None = None
+        self,
+        assign: Callable[[], Start],
+        num_steps: int,
+        *,
+        policy_version: int,
+        on_step: Callable[[], None] | None = None,
     ) -> Rollout:
         """Take `num_steps` decisions in each environment.
 
@@ -46,7 +51,9 @@ class Collector:
         if self._observation is None:
             self._begin(assign)
         assert self._observation is not None
-        rows: dict[str, list[Any]] = {name: [] for name in ("images", "instructions", "tasks", "ids", "logprobs", "steps")}
+        rows: dict[str, list[Any]] = {
+            name: [] for name in ("images", "instructions", "tasks", "ids", "logprobs", "steps")
+        }
         finals: list[tuple[np.ndarray, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):

@@ -44,7 +44,9 @@ class TablePolicy(Policy):
         """The context is the first pixel."""
         context = torch.from_numpy(observation.images[:, 0, 0, 0].astype(np.int64))
         pixels = context.float()[:, None, None, None]
-        return PolicyInput(prompt_ids=context[:, None], prompt_mask=torch.ones_like(context[:, None]) > 0, pixel_values=pixels)
+        return PolicyInput(
+            prompt_ids=context[:, None], prompt_mask=torch.ones_like(context[:, None]) > 0, pixel_values=pixels
+        )
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
         """The context again, scaled by the one vision weight."""

@@ -1,0 +1,75 @@
+"""Configuration: layers, overrides, errors that name the key, and a reason for every deviation."""
+
+import pytest
+
+from reachrl.config.loading import config_hash, explain, list_presets, load_config
+from reachrl.errors import ConfigError
+
+
+@pytest.mark.parametrize("preset", list_presets())
+def test_every_preset_loads_and_explains_every_deviation_from_the_paper(preset):
+    assert list_presets()[preset]
+    load_config(preset)
+    unexplained = [deviation.key for deviation in explain(preset) if not deviation.reason]
+    assert not unexplained
+
+
+def test_the_paper_preset_is_the_paper():
+    """Values of the published script of the day before the submission, and of the paper's text."""
+    ppo = load_config("paper").ppo
+    assert (ppo.gamma, ppo.gae_lambda, ppo.clip_eps_low, ppo.clip_eps_high) == (0.99, 0.95, 0.2, 0.2)
+    assert (ppo.temperature, ppo.warmup_iterations, ppo.lr, ppo.epochs) == (1.5, 5, 2e-5, 1)
+    assert ppo.ratio_level == "action" and not ppo.bootstrap_truncated and not ppo.normalize_advantages
+    assert load_config("paper").reward.mode == "sum" and load_config("paper").reward.weight == 1.0
+    assert explain("paper") == []
+
+
+def test_overrides_reach_their_fields_and_change_the_hash():
+    plain = load_config("metaworld_quickstart")
+    changed = load_config("metaworld_quickstart", ["ppo.lr=3e-6", "env.tasks=reach,push", "ppo.target_kl=none"])
+    assert changed.ppo.lr == 3e-6 and changed.env.tasks == ("reach", "push") and changed.ppo.target_kl is None
+    assert plain.ppo.lr != 3e-6 and config_hash(plain) != config_hash(changed)
+    assert config_hash(plain) == config_hash(load_config("metaworld_quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.lrr=1", "unknown key 'ppo.lrr' (did you mean 'lr'?)"),
+        ("pppo.lr=1", "unknown key 'pppo' (did you mean 'ppo'?)"),
+        ("ppo.lr=fast", "ppo.lr = 'fast': Input should be a valid number"),
+        ("ppo.lr=-1", "ppo.lr = -1: Input should be greater than 0"),
+        ("ppo=3", "'ppo' is a section"),
+        ("seed", "not of the form key=value"),
+        ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: metaworld, reach_toy"),
+        ("env.tasks=drawer-opn", "no task 'drawer-opn'"),
+        ("seed.x=1", "'seed' is a value, not a section"),
+    ],
+)
+def test_mistakes_name_the_key_and_what_was_expected(override, message):
+    overrides = ["seed=2", override] if override.startswith("seed.") else [override]
+    with pytest.raises(ConfigError) as error:
+        load_config("metaworld_quickstart", overrides)
+    assert message in str(error.value)
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_config("metaworld_quickstart", ["ppo.lrr=1", "sft.batch_size=none", "num_steps=0"])
+    for key in ("ppo.lrr", "sft.batch_size", "num_steps"):
+        assert key in str(error.value)
+
+
+def test_a_preset_file_builds_on_another(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('base = "robust"\nseed = 7\n[ppo]\nlr = 1e-5\n')
+    config = load_config(str(mine))
+    assert (config.seed, config.ppo.lr) == (7, 1e-5)
+    assert config.ppo.target_kl == load_config("robust").ppo.target_kl
+    mine.write_text("seed = = 7")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(str(mine))
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(str(tmp_path / "absent.toml"))
+    with pytest.raises(ConfigError, match="did you mean 'robust'"):
+        load_config("robst")
