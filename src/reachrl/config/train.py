@@ -25,9 +25,9 @@ KIND_SECTIONS = {
 class EvalSection(Section):
     """Evaluation on start states that nothing was ever trained on."""
 
-    num_starts: Annotated[int, Field(ge=1)] = 20
+    num_starts: Annotated[int, Field(ge=1)] = 50
     """Held-out start states per task in the final evaluation, before and after; the first ones of the set."""
-    modes: tuple[Literal["greedy", "sampled"], ...] = ("greedy", "sampled")
+    modes: tuple[Literal["greedy", "sampled"], ...] = ("sampled", "greedy")
     """How actions are chosen; the first mode is the headline of the report."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of `sampled`."""
