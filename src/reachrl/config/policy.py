@@ -51,7 +51,7 @@ class ViTTowerConfig(Section):
 
 
 class ConvStage(Section):
-    """One strided convolution of a convolutional tower, followed by GroupNorm and GELU."""
+    """One strided convolution of a convolutional tower, followed by GroupNorm and (but for the last) GELU."""
 
     channels: int = Field(gt=0)
     """Output channels; a multiple of 8 (the groups of the normalisation)."""

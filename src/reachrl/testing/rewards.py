@@ -99,3 +99,27 @@ def _check_order(reward: Reward, rollout: Rollout, rewards: Rewards) -> None:
     permuted = reward(permute_envs(rollout, order)).total
     if not np.allclose(permuted, rewards.total[:, order], atol=1e-5):
         raise ExtensionError(f"{type(reward).__name__}: a row's reward depends on the order of the environments.")
+
+
+class ShuffledReward:
+    """Deals the rewards of ended episodes out again at random: what is left to learn from is nothing.
+
+    A control for learning tests: the amounts and the times of reward stay as they are, only which episode
+    gets which is random, so any gain that survives comes from something else than the reward.
+
+    Args:
+        reward: a reward that pays at episode ends only, such as the task's.
+        seed: of the dealing; the rollout's policy version is mixed in.
+    """
+
+    def __init__(self, reward: Reward, *, seed: int) -> None:
+        self.reward, self.seed = reward, seed
+
+    def __call__(self, rollout: Rollout) -> Rewards:
+        """The wrapped reward with its episode ends permuted."""
+        total = self.reward(rollout).total.copy()
+        ends = rollout.terminated | rollout.truncated
+        if np.any(total[~ends]):
+            raise ExtensionError("ShuffledReward needs a reward that pays at episode ends only")
+        total[ends] = np.random.default_rng((self.seed, rollout.policy_version)).permutation(total[ends])
+        return Rewards(total=total, parts={"shuffled": total})

@@ -20,6 +20,7 @@ from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
 from reachrl.policies.llama import build_llama, last_hidden
 from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
@@ -64,6 +65,8 @@ class OpenVLAPolicy(Policy):
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(config.vision_width, llm.hidden_size, config.projector_expansion, len(config.towers))
         self.language_model = build_llama(llm)
+        if config.checkpoint is None:
+            initialise(self.projector, self.language_model, llm)
         self.value_head = ValueHead(llm.hidden_size, config.value_hidden_size)
         dtype = getattr(torch, config.dtype)
         for module in (self.vision_backbone, self.projector, self.language_model):

@@ -116,7 +116,7 @@ class ViTTower(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """Strided convolutions with GroupNorm and GELU, plus a learned 2-D position embedding."""
+    """Strided convolutions, GroupNorm after each and GELU between them, plus a learned position embedding."""
 
     def __init__(self, config: ConvTowerConfig, image_size: int) -> None:
         super().__init__()
@@ -130,9 +130,9 @@ class ConvTower(nn.Module):
                 nn.GELU(),
             ]
             channels = stage.channels
-        self.stages = nn.Sequential(*layers)
+        self.stages = nn.Sequential(*layers[:-1])  # no GELU at the end: features stay centred, patches differ
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid(image_size) ** 2, channels))
-        nn.init.trunc_normal_(self.pos_embed, std=0.2)  # comparable with the features: where matters as much as what
+        nn.init.trunc_normal_(self.pos_embed, std=0.5)  # comparable with the features: where matters as much as what
         for layer in self.stages:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

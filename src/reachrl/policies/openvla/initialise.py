@@ -1,0 +1,53 @@
+"""Initial weights for a policy trained from scratch; a checkpoint overwrites all of them."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.policies.openvla.vision import Projector
+
+_NUM_HARMONICS = 8
+
+
+def ordinal_rows(num_harmonics: int = _NUM_HARMONICS) -> Float[Tensor, "256 K"]:
+    """Smooth functions of a bin's action: cosines whose amplitude falls as 1 / k, of unit mean-square length.
+
+    Row 0 stands for action +1 and row 255 for -1, as in the vocabulary.
+    """
+    action = torch.linspace(1, -1, NUM_ACTION_BINS)
+    order = torch.arange(1, num_harmonics + 1)
+    rows = torch.cos(math.pi / 2 * (action[:, None] + 1) * order) / order
+    return rows / rows.square().sum(1).mean().sqrt()
+
+
+@torch.no_grad()
+def initialise(projector: Projector, language_model: LlamaForCausalLM, config: LanguageModelConfig) -> None:
+    """Start where gradients say something.
+
+    Three changes to the libraries' defaults, each measured on a block to be located in a picture:
+
+    * neighbouring action tokens start with neighbouring rows in head and embedding. With independent rows every
+      one of the 256 tokens must be learned on its own, and a policy trained from scratch sees nothing but the mean
+      action for tens of thousands of samples;
+    * the projector keeps the variance of its input and has no bias, so that patches do not all look alike;
+    * matrices of the trunk scale with its width instead of the 0.02 that suits 4096 columns.
+    """
+    *hidden_layers, last_layer = (layer for layer in projector.children() if isinstance(layer, nn.Linear))
+    for layer in (*hidden_layers, last_layer):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is last_layer else "relu")
+        nn.init.zeros_(layer.bias)
+    width = config.hidden_size
+    std = 0.7 / math.sqrt(width)
+    for name, parameter in language_model.named_parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.02 if name == "lm_head.weight" else std)
+    rows = ordinal_rows(min(_NUM_HARMONICS, width))
+    first = config.vocab_end - NUM_ACTION_BINS
+    for table, scale in ((language_model.lm_head, 0.02), (language_model.model.embed_tokens, std)):
+        directions = torch.empty(rows.shape[1], width)
+        nn.init.orthogonal_(directions)
+        table.weight[first : config.vocab_end] = rows @ directions * scale * math.sqrt(width)

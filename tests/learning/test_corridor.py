@@ -1,0 +1,64 @@
+"""The whole loop (collector, reward, advantages, PPO, curriculum) must learn a corridor on every seed.
+
+With the reward shuffled between episodes, everything else untouched, the gain must vanish.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from corridor import LENGTH, CorridorConfig
+
+from reachrl.backends.local import LocalActors, LocalLearner
+from reachrl.config.curriculum import SuccessRateConfig
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.curriculum.success_rate import SuccessRateSampler
+from reachrl.envs.vector import VectorEnv
+from reachrl.rewards.task import TaskReward
+from reachrl.run.directory import Run
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.testing.rewards import ShuffledReward
+from reachrl.train import train
+
+PPO_OPTIONS = PPOConfig(
+    lr=0.15, value_lr=0.1, gamma=0.95, minibatch_size=64, epochs=2, target_kl=None, warmup_iterations=2
+)
+
+
+@pytest.fixture(scope="module")
+def envs():
+    with VectorEnv(CorridorConfig(), 2) as vector:
+        yield vector
+
+
+def success_by_iteration(envs, path, seed, reward):
+    """Success rate of each iteration's episodes."""
+    torch.manual_seed(seed)
+    policy = TablePolicy(TablePolicyConfig(num_contexts=2 * LENGTH))
+    config = TrainConfig(
+        seed=seed, num_iterations=30, num_steps=128, checkpoint_every=100, env=envs._config, policy=policy.config, ppo=PPO_OPTIONS
+    )
+    learner = LocalLearner(policy, PPO_OPTIONS, seed=seed)
+    actors = LocalActors(policy, envs, seed=seed, temperature=1.0)
+    curriculum = SuccessRateSampler(SuccessRateConfig(), tasks=config.env.tasks, num_starts=30, seed=seed)
+    watcher = SimpleNamespace(step=lambda: None, iteration=lambda record: None)
+    with Run.open(path, {}, config_hash="x", tensorboard=False) as run:
+        train(config, actors, learner, reward, curriculum, run, watcher)
+        records = run.metrics.read("train")
+    return [record["success_k"] / max(record["success_n"], 1) for record in records]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_corridor_is_learned(envs, tmp_path, seed):
+    rates = success_by_iteration(envs, tmp_path, seed, TaskReward())
+    assert np.mean(rates[:3]) < 0.45 and np.mean(rates[-3:]) > 0.85, rates
+
+
+def test_rewards_shuffled_between_episodes_teach_nothing(envs, tmp_path):
+    gains = []
+    for seed in range(3):
+        rates = success_by_iteration(envs, tmp_path / str(seed), seed, ShuffledReward(TaskReward(), seed=seed))
+        gains.append(np.mean(rates[-4:]) - np.mean(rates[:4]))
+    assert np.mean(gains) < 0.1, gains
