@@ -16,6 +16,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import psutil
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from reachrl.config.env import MetaworldConfig
@@ -52,6 +53,9 @@ class Gymnasium:
         makers = [partial(OwnStarts, config, row) for row in range(num_envs)]
         self.envs = AsyncVectorEnv(makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP)
 
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.envs.processes if process.pid is not None]
+
     def reset(self) -> np.ndarray:
         return self.envs.reset()[0]["image"]
 
@@ -66,6 +70,9 @@ class ReachRL:
         self.envs = VectorEnv(config, num_envs)
         self._starts = [starts(config, row) for row in range(num_envs)]
 
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self.envs._workers]
+
     def reset(self) -> np.ndarray:
         current = [next(row) for row in self._starts]
         self._next = [next(row) for row in self._starts]
@@ -76,6 +83,12 @@ class ReachRL:
         for n in np.flatnonzero(step.terminated | step.truncated):
             self._next[n] = next(self._starts[n])
         return step.observation.images
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """CPU time used so far by this process and the given ones; unlike the clock, hardly moved by a busy machine."""
+    times = [psutil.Process(pid).cpu_times() for pid in (os.getpid(), *pids)]
+    return sum(t.user + t.system for t in times)
 
 
 def main() -> None:
@@ -92,25 +105,31 @@ def main() -> None:
     assert np.array_equal(first["ReachRL"], first["gymnasium"])
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     warm_up = -(-config.max_steps * len(config.tasks) // arguments.steps)  # every worker has built every task
     for turn in range(warm_up + arguments.rounds):
         actions = rng.uniform(-1, 1, (arguments.steps, arguments.num_envs, 4)).astype(np.float32)
         last = {}
         for name in sorted(sides, reverse=bool(turn % 2)):
-            begin = time.perf_counter()
+            cpu_begin, begin = cpu_seconds(sides[name].pids()), time.perf_counter()
             for action in actions:
                 last[name] = sides[name].step(action)
             if turn >= warm_up:
-                rates[name].append(arguments.steps * arguments.num_envs / (time.perf_counter() - begin))
+                decisions = arguments.steps * arguments.num_envs
+                rates[name].append(decisions / (time.perf_counter() - begin))
+                cpu[name].append((cpu_seconds(sides[name].pids()) - cpu_begin) / decisions * 1e3)
         assert np.array_equal(last["ReachRL"], last["gymnasium"])
     for side in sides.values():
         side.envs.close()
+    print("decisions/s; ", end="")
     print(f"{arguments.num_envs} environments, {len(config.tasks)} tasks, {config.image_size} px, ", end="")
     print(f"{config.action_repeat} simulator steps a decision, {len(os.sched_getaffinity(0))} cores, ", end="")
     print(f"{arguments.rounds} rounds of {arguments.steps} vector steps in turns, resets included")
     ratios = [a / b for a, b in zip(rates["ReachRL"], rates["gymnasium"], strict=True)]
     for name, values in (*rates.items(), ("ratio", ratios)):
         print(f"{name:>9}: median {statistics.median(values):.2f} ({min(values):.2f}..{max(values):.2f})")
+    for name, values in cpu.items():
+        print(f"{name:>9}: {statistics.median(values):.2f} CPU ms a decision ({min(values):.2f}..{max(values):.2f})")
 
 
 if __name__ == "__main__":

@@ -37,16 +37,18 @@ def micro(**changes: object) -> OpenVLAConfig:
 
 
 def build(**changes: object) -> OpenVLAPolicy:
-    """Random weights, sharpened so that probabilities differ and values are not zero."""
+    """Random weights, sharp enough that probabilities differ and values are not zero."""
     torch.manual_seed(3)
     policy = OpenVLAPolicy(micro(**changes))
     with torch.no_grad():
-        policy.language_model.lm_head.weight.mul_(25)
+        policy.language_model.lm_head.weight.normal_(std=0.5)
+        policy.language_model.model.embed_tokens.weight.normal_(std=0.02)
         policy.value_head.fc2.weight.normal_()
         for layer in policy.language_model.model.layers:
             for parameter in layer.parameters():
                 if parameter.ndim == 2:
-                    parameter.mul_(6)
+                    parameter.normal_(std=0.12)
+    policy.reset_critic()
     return policy
 
 
@@ -236,6 +238,21 @@ def test_untrained_values_are_zero_and_groups_hold_each_parameter_once() -> None
         groups = policy.parameter_groups()
         held = [id(parameter) for group in groups.values() for parameter in group]
         assert sorted(held) == sorted(id(parameter) for parameter in policy.parameters())
+
+
+def test_neighbouring_bins_start_alike() -> None:
+    torch.manual_seed(0)
+    policy = OpenVLAPolicy(OpenVLAConfig())
+    for table in (policy.language_model.lm_head, policy.language_model.model.embed_tokens):
+        rows = torch.nn.functional.normalize(table.weight[FIRST_ACTION : FIRST_ACTION + 256], dim=1)
+        similarity = rows @ rows.T
+        assert similarity.diagonal(1).min() > 0.95
+        assert similarity[0, 255] < 0 and similarity[0, 128] < similarity[0, 32] < similarity[0, 8]
+        norms = table.weight[FIRST_ACTION : FIRST_ACTION + 256].norm(dim=1)
+        others = table.weight[3:500].norm(dim=1)
+        torch.testing.assert_close(norms.square().mean().sqrt(), others.square().mean().sqrt(), rtol=0.05, atol=0)
+    scored = policy.evaluate(policy.encode(observe(2, size=96)), torch.full((2, 4), FIRST_ACTION))
+    assert scored.entropy.min() > 5.4  # of ln 256 = 5.545: no action is ruled out at the start
 
 
 def test_bfloat16_trunk_agrees_roughly_and_keeps_its_value_head() -> None:

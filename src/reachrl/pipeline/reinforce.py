@@ -103,6 +103,7 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
     """Improve the warm-started policy with PPO; the result lands in `policy/`."""
     assert isinstance(config.ppo, PPOConfig)
     policy = saved_policy(config, run.sft / "policy").eval()
+    policy.reset_critic()  # a separate critic has seen none of the warm start
     curriculum = build(
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )

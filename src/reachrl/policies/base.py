@@ -115,6 +115,10 @@ class Policy(nn.Module, ABC):
         """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through."""
 
     @abstractmethod
+    def reset_critic(self) -> None:
+        """Begin a critic with a trunk of its own from the actor's current weights; nothing to do for a shared one."""
+
+    @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`."""
 

@@ -89,6 +89,9 @@ class TablePolicy(Policy):
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
         """Actions are not normalised here."""
 
+    def reset_critic(self) -> None:
+        """The value table is the critic; there is no trunk to copy."""
+
     def save_pretrained(self, folder: Path) -> None:
         """Write the tensors."""
         from safetensors.torch import save_file

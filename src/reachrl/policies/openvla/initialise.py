@@ -28,13 +28,14 @@ def ordinal_rows(num_harmonics: int = _NUM_HARMONICS) -> Float[Tensor, "256 K"]:
 def initialise(projector: Projector, language_model: LlamaForCausalLM, config: LanguageModelConfig) -> None:
     """Start where gradients say something.
 
-    Three changes to the libraries' defaults, each measured on a block to be located in a picture:
+    Three changes to the libraries' defaults:
 
-    * neighbouring action tokens start with neighbouring rows in head and embedding. With independent rows every
-      one of the 256 tokens must be learned on its own, and a policy trained from scratch sees nothing but the mean
-      action for tens of thousands of samples;
-    * the projector keeps the variance of its input and has no bias, so that patches do not all look alike;
-    * matrices of the trunk scale with its width instead of the 0.02 that suits 4096 columns.
+    * neighbouring action tokens start with neighbouring rows in head and embedding. With independent rows each of the
+      256 tokens is learned on its own: after 12,800 pictures of a block to be located, a small policy still answered
+      with the mean (error 0.58 in [-1, 1]); with these rows the error was 0.03;
+    * the projector keeps the variance of its input and has no bias: under the default initialisation the patches of
+      one picture enter the trunk nearly alike (mean cosine 0.79, now about 0.5);
+    * matrices of the trunk scale with its width; 0.02 suits 4096 columns and all but silences 128.
     """
     *hidden_layers, last_layer = (layer for layer in projector.children() if isinstance(layer, nn.Linear))
     for layer in (*hidden_layers, last_layer):
