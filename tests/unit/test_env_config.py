@@ -70,3 +70,9 @@ def test_a_missing_gl_library_names_the_packages(wanted: str | None, monkeypatch
     monkeypatch.setenv("MUJOCO_GL", wanted) if wanted else monkeypatch.delenv("MUJOCO_GL", raising=False)
     with pytest.raises(MissingExtra, match="(?s)apt-get install libegl1 libgl1-mesa-dri libosmesa6"):
         render.choose_gl()
+
+
+def test_a_back_end_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "bogus")
+    with pytest.raises(MissingExtra, match="MUJOCO_GL=bogus.*egl, osmesa"):
+        render.choose_gl()

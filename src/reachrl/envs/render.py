@@ -21,6 +21,7 @@ from reachrl.errors import MissingExtra
 
 logger = logging.getLogger(__name__)
 
+_BACK_ENDS = ("", "egl", "osmesa", "glfw", "glx", "cgl", "wgl")  # what MuJoCo can draw with
 _LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")}
 _TEXTURE_SIZE = 256  # pixels; larger textures cost memory in every worker and cannot be seen in small frames
 _CUBE_SIZE = 128  # pixels; a cube texture holds its picture six times
@@ -42,6 +43,11 @@ def choose_gl() -> str:
     # Draw in the calling thread: the workers themselves fill the cores.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     wanted = os.environ.get("MUJOCO_GL", "").lower()
+    if wanted not in _BACK_ENDS:
+        raise MissingExtra(
+            f"MUJOCO_GL={wanted} names no GL back end; expected {', '.join(filter(None, _BACK_ENDS))}, or unset it and "
+            "the one that is installed is taken"
+        )
     if wanted not in ("", "egl", "osmesa") or (wanted and "mujoco" in sys.modules):
         return wanted
     for name in (wanted,) if wanted else ("egl", "osmesa"):
