@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from reachrl.config.policy import OpenVLAConfig
+from reachrl.errors import ConfigError
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation
@@ -279,7 +280,7 @@ def test_actions_round_trip_in_the_environments_units() -> None:
     half_bin = np.where([True, True, True, False], (q99 - q01) / 255 / 2, 1 / 255)
     assert (np.abs(decoded - actions) <= half_bin * 1.001).all()
     assert policy.encode_actions(q99[None])[0, 0] == FIRST_ACTION  # the largest action has the smallest id
-    with pytest.raises(ValueError, match="3 action dimensions for 4"):
+    with pytest.raises(ConfigError, match="num_action_tokens = 4, but the actions have 3 dimensions"):
         policy.set_action_stats(q01[:3], q99[:3], np.ones(3, bool))
 
 

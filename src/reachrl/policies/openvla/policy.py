@@ -13,7 +13,7 @@ from transformers import LlamaModel
 
 from reachrl.config.base import Section
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
-from reachrl.errors import CheckpointError
+from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_from_tokens
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
@@ -234,11 +234,14 @@ class OpenVLAPolicy(Policy):
         """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through.
 
         Raises:
-            ValueError: the vectors do not have one entry per action token.
+            ConfigError: the vectors do not have one entry per action token.
         """
         stats = ActionStats.create(q01, q99, mask)
         if len(stats.q01) != self.num_action_tokens:
-            raise ValueError(f"{len(stats.q01)} action dimensions for {self.num_action_tokens} action tokens")
+            raise ConfigError(
+                f"policy.num_action_tokens = {self.num_action_tokens}, but the actions have {len(stats.q01)} dimensions: "
+                f"one token each is expected. Set policy.num_action_tokens={len(stats.q01)}"
+            )
         self.action_stats = stats
 
     # --- weights -----------------------------------------------------------------------------------------------
