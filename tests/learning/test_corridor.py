@@ -38,7 +38,13 @@ def success_by_iteration(envs, path, seed, reward):
     torch.manual_seed(seed)
     policy = TablePolicy(TablePolicyConfig(num_contexts=2 * LENGTH))
     config = TrainConfig(
-        seed=seed, num_iterations=30, num_steps=128, checkpoint_every=100, env=envs._config, policy=policy.config, ppo=PPO_OPTIONS
+        seed=seed,
+        num_iterations=30,
+        num_steps=128,
+        checkpoint_every=100,
+        env=CorridorConfig(),
+        policy=policy.config,
+        ppo=PPO_OPTIONS,
     )
     learner = LocalLearner(policy, PPO_OPTIONS, seed=seed)
     actors = LocalActors(policy, envs, seed=seed, temperature=1.0)

@@ -280,7 +280,7 @@ def test_actions_round_trip_in_the_environments_units() -> None:
     half_bin = np.where([True, True, True, False], (q99 - q01) / 255 / 2, 1 / 255)
     assert (np.abs(decoded - actions) <= half_bin * 1.001).all()
     assert policy.encode_actions(q99[None])[0, 0] == FIRST_ACTION  # the largest action has the smallest id
-    with pytest.raises(ConfigError, match="num_action_tokens = 4, but the actions have 3 dimensions"):
+    with pytest.raises(ConfigError, match="num_action_tokens = 4, but actions have 3 dimensions"):
         policy.set_action_stats(q01[:3], q99[:3], np.ones(3, bool))
 
 

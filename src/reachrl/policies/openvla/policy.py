@@ -239,8 +239,8 @@ class OpenVLAPolicy(Policy):
         stats = ActionStats.create(q01, q99, mask)
         if len(stats.q01) != self.num_action_tokens:
             raise ConfigError(
-                f"policy.num_action_tokens = {self.num_action_tokens}, but the actions have {len(stats.q01)} dimensions: "
-                f"one token each is expected. Set policy.num_action_tokens={len(stats.q01)}"
+                f"policy.num_action_tokens = {self.num_action_tokens}, but actions have {len(stats.q01)} dimensions; "
+                f"expected one token each. Set policy.num_action_tokens={len(stats.q01)}"
             )
         self.action_stats = stats
 
