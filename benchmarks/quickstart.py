@@ -24,7 +24,7 @@ def show(k: int, n: int) -> str:
 
 def main() -> None:
     """Run and pool."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--preset", default="metaworld_quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/pooled"))

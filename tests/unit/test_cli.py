@@ -234,14 +234,14 @@ def plain(**options) -> tuple[Display, StringIO, Clock]:
 def test_a_log_file_gets_a_line_every_few_seconds_and_the_last_one():
     display, file, clock = plain()
     with display.stage("sft", 4, "warm start") as progress:
-        for seconds, loss in ((1, 2.0), (5, 1.0), (6, 0.5), (70, 0.25)):
+        for seconds, loss in ((1, 2.0), (69, 1.0), (70, 0.5), (71, 0.25)):
             clock.now = seconds
             progress.advance(1, train_loss=loss, note=None, success="1/2")
     assert file.getvalue().splitlines() == [
         "sft: warm start",
-        "sft 2/4  train_loss 1  success 1/2  5s",
-        "sft 4/4  train_loss 0.25  success 1/2  1m10s",
-        "sft: finished in 1m10s",
+        "sft 2/4  train_loss 1  success 1/2  1m09s",
+        "sft 4/4  train_loss 0.25  success 1/2  1m11s",
+        "sft: finished in 1m11s",
     ]
 
 
