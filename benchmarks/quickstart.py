@@ -9,17 +9,27 @@ episodes; the spread between seeds is shown beside it, because episodes of one s
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from reachrl.functional.stats import wilson
+from reachrl.run.metrics import read_metrics
 
 
 def show(k: int, n: int) -> str:
     """`k/n` with rate and interval in per cent."""
     low, high = wilson(k, n)
     return f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def collecting_speed(run: Path) -> float:
+    """Decisions per second of the median iteration's rollout, policy and simulators together."""
+    records = read_metrics(run / "metrics.jsonl", "train")
+    steps = [record["env_steps"] for record in records]
+    taken = [after - before for before, after in zip([0, *steps], steps, strict=False)]
+    return statistics.median(n / record["seconds/rollout"] for n, record in zip(taken, records, strict=True))
 
 
 def main() -> None:
@@ -57,8 +67,10 @@ def main() -> None:
     print("\nwall clock and memory")
     for seed, summary in zip(arguments.seeds, summaries, strict=True):
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items() if name != "total")
+        speed = collecting_speed(arguments.out / f"seed{seed}")
         minutes, gib = summary["wall_s"]["total"] / 60, summary["peak_rss_bytes"] / 2**30
         print(f"  seed {seed}: {minutes:.1f} min ({stages} s), {gib:.2f} GiB, {summary['num_env_steps']} decisions")
+        print(f"          collecting with the policy in the loop: {speed:.0f} decisions/s (median iteration)")
 
 
 if __name__ == "__main__":

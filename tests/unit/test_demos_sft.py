@@ -86,6 +86,8 @@ class ToyPolicy(Policy):
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
         self.stats.copy_(torch.from_numpy(np.stack([q01, q99])))
 
+    def reset_critic(self) -> None: ...
+
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.clone() for k, v in self.state_dict().items()}, folder / "model.safetensors")
