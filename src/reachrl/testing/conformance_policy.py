@@ -1,0 +1,96 @@
+"""Checks that a policy keeps the contract of `reachrl.policies.base.Policy`, for plug-in authors.
+
+from reachrl.testing.conformance_policy import check_policy
+check_policy(my_policy, observation)
+"""
+
+import numpy as np
+import torch
+
+from reachrl.errors import ExtensionError
+from reachrl.policies.base import ActionSample, Policy, PolicyInput
+from reachrl.rollout.noise import episode_gumbel
+from reachrl.types import Observation
+
+_TOLERANCE = 1e-4  # between a decoder with a cache and one teacher-forced pass, in float32
+
+
+def check_policy(policy: Policy, observation: Observation, *, temperature: float = 1.3) -> None:
+    """Try a policy out on real observations.
+
+    Args:
+        policy: any weights; it is left as it was.
+        observation: N >= 2 rows, with different frames.
+        temperature: of sampling and scoring.
+
+    Raises:
+        ExtensionError: the first promise that is broken, and how to keep it.
+    """
+    rows = len(observation.images)
+    inputs = policy.encode(observation)
+    gumbel = torch.from_numpy(episode_gumbel((0,), (rows, policy.num_action_tokens, 256))).to(policy.device)
+    sample = policy.act(inputs, temperature=temperature, gumbel=gumbel)
+    _check_scores(policy, inputs, sample, temperature)
+    _check_rows_alone(policy, inputs, sample, gumbel, temperature)
+    _check_cached_vision(policy, inputs, sample, temperature)
+    _check_actions(policy, sample)
+    _check_groups(policy)
+
+
+@torch.no_grad()
+def _check_scores(policy: Policy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> None:
+    scored = policy.evaluate(inputs, sample.action_ids, temperature=temperature)
+    _same(sample.logprobs, scored.logprobs, "act's log-probs are not those evaluate gives the same actions")
+    _same(sample.values, scored.values, "act's values are not evaluate's")
+    _same(sample.values, policy.values(inputs), "act's values are not those of values()")
+    if not (scored.entropy > -_TOLERANCE).all() or not (scored.entropy < np.log(256) + _TOLERANCE).all():
+        raise ExtensionError("evaluate's entropy lies outside [0, ln 256]: it is that of the 256 action tokens.")
+
+
+@torch.no_grad()
+def _check_rows_alone(
+    policy: Policy, inputs: PolicyInput, sample: ActionSample, gumbel: torch.Tensor, temperature: float
+) -> None:
+    for row in range(len(sample.action_ids)):
+        index = torch.tensor([row], device=policy.device)
+        alone = policy.act(inputs.rows(index), temperature=temperature, gumbel=gumbel[index])
+        if not torch.equal(alone.action_ids, sample.action_ids[index]):
+            raise ExtensionError(f"row {row} decodes to other tokens alone than in its batch; rows must not interact.")
+        _same(alone.logprobs, sample.logprobs[index], "a row's log-probs depend on its batch")
+
+
+@torch.no_grad()
+def _check_cached_vision(policy: Policy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> None:
+    if inputs.pixel_values is None:
+        raise ExtensionError(
+            "encode returned no pixel_values; vision features are cached by the learner, not by encode."
+        )
+    cached = PolicyInput(
+        prompt_ids=inputs.prompt_ids,
+        prompt_mask=inputs.prompt_mask,
+        vision_features=policy.vision_features(inputs.pixel_values),
+    )
+    scored = policy.evaluate(cached, sample.action_ids, temperature=temperature)
+    _same(sample.logprobs, scored.logprobs, "log-probs from cached vision features differ from those from pixels")
+
+
+def _check_actions(policy: Policy, sample: ActionSample) -> None:
+    actions = policy.decode_actions(sample.action_ids)
+    again = policy.decode_actions(policy.encode_actions(actions))
+    if not np.allclose(actions, again, atol=1e-5):
+        raise ExtensionError("decode_actions(encode_actions(a)) is not a for an action that a token stands for.")
+
+
+def _check_groups(policy: Policy) -> None:
+    groups = policy.parameter_groups()
+    if set(groups) != {"vision", "trunk", "value"}:
+        raise ExtensionError(f"parameter_groups needs the roles vision, trunk and value; got {sorted(groups)}.")
+    held = [id(parameter) for group in groups.values() for parameter in group]
+    if sorted(held) != sorted(id(parameter) for parameter in policy.parameters()):
+        raise ExtensionError("parameter_groups must hold every parameter exactly once.")
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor, problem: str) -> None:
+    gap = (ours - theirs).abs().max().item()
+    if not gap < _TOLERANCE:
+        raise ExtensionError(f"{problem} (largest difference {gap:.2g}).")

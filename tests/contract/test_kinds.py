@@ -1,0 +1,85 @@
+"""Every registered kind resolves, names its own section and keeps its contract; the kit finds broken promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from reachrl.config.env import EnvSection
+from reachrl.config.loading import load_config
+from reachrl.errors import ExtensionError
+from reachrl.policies.base import ActionSample, Evaluation
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.registry import BUILTINS, resolve, section_class
+from reachrl.testing.conformance_policy import check_policy
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.types import Observation
+
+KINDS = [(group, kind) for group, kinds in BUILTINS.items() for kind in kinds]
+
+
+@pytest.mark.parametrize(("group", "kind"), KINDS)
+def test_a_kind_and_its_section_belong_together(group, kind):
+    section = section_class(group, kind)
+    assert resolve(group, kind).Config is section
+    assert section().kind == kind
+    if group == "envs":
+        assert issubclass(section, EnvSection)
+
+
+def frames(size: int) -> Observation:
+    images = np.random.default_rng(0).integers(0, 255, (3, size, size, 3), dtype=np.uint8)
+    return Observation(images=images, instructions=("open the drawer", "reach", "press the button on top of the box"))
+
+
+def toy(**changes: object) -> OpenVLAPolicy:
+    torch.manual_seed(1)
+    config = load_config("toy").policy
+    assert isinstance(config, section_class("policies", "openvla"))
+    policy = OpenVLAPolicy(config.model_copy(update=changes)).eval()
+    with torch.no_grad():
+        for parameter in policy.value_head.parameters():
+            parameter.normal_()
+    return policy
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_openvla_keeps_the_contract(critic):
+    check_policy(toy(critic=critic), frames(24))
+
+
+def test_the_table_policy_keeps_the_contract():
+    policy = TablePolicy(TablePolicyConfig(num_contexts=256))
+    torch.nn.init.normal_(policy.logits)
+    check_policy(policy, frames(8))
+
+
+class OtherTemperature(TablePolicy):
+    def evaluate(self, inputs, action_ids, *, temperature: float = 1.0) -> Evaluation:
+        return super().evaluate(inputs, action_ids)
+
+
+class RowsInteract(TablePolicy):
+    def act(self, inputs, *, temperature: float = 1.0, gumbel=None) -> ActionSample:
+        sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
+        ids = sample.action_ids if len(sample.values) > 1 else sample.action_ids * 0
+        return ActionSample(action_ids=ids, logprobs=sample.logprobs, values=sample.values)
+
+
+class ForgetsItsCritic(TablePolicy):
+    def parameter_groups(self):
+        return super().parameter_groups() | {"value": []}
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (OtherTemperature, "not those evaluate"),
+        (RowsInteract, "rows must not interact"),
+        (ForgetsItsCritic, "exactly once"),
+    ],
+)
+def test_a_broken_promise_is_named(broken, message):
+    policy = broken(TablePolicyConfig(num_contexts=256))
+    torch.nn.init.normal_(policy.logits)
+    with pytest.raises(ExtensionError, match=message):
+        check_policy(policy, frames(8))
