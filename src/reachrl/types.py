@@ -66,7 +66,6 @@ class Rollout:
 
     images: UInt8[np.ndarray, "T N H W 3"]
     instructions: tuple[tuple[str, ...], ...]  # [T][N]
-    tasks: tuple[tuple[str, ...], ...]  # [T][N]
     last_observation: Observation  # after step T, the bootstrap of rows still running
     final_images: UInt8[np.ndarray, "E H W 3"]  # true last frame of each of the E ended episodes
     final_rows: Int64[np.ndarray, "E 2"]  # (t, n) of the step that ended each of them

@@ -1,7 +1,6 @@
 """PPO: epochs over minibatches, exact gradient accumulation, KL stop, critic-only warm-up."""
 
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,10 +87,6 @@ class PPO:
                 break
         self._train_only_critic(False)
         return self._summary(batch, sums, policy_steps, value_steps, lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state."""
-        return self.optimizer.state_dict()
 
     def _set_lr(self, iteration: int) -> float:
         ramp = self.config.lr_warmup_iterations

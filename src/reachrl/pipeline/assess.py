@@ -92,7 +92,6 @@ def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode)
     rollout = Rollout(
         images=np.stack([turn.image for turn in episode.turns])[:, None],
         instructions=((episode.instruction,),) * steps,
-        tasks=((episode.start.task,),) * steps,
         last_observation=Observation(images=episode.final_image[None], instructions=(episode.instruction,)),
         final_images=episode.final_image[None],
         final_rows=np.array([[steps - 1, 0]]),

@@ -51,9 +51,7 @@ class Collector:
         if self._observation is None:
             self._begin(assign)
         assert self._observation is not None
-        rows: dict[str, list[Any]] = {
-            name: [] for name in ("images", "instructions", "tasks", "ids", "logprobs", "steps")
-        }
+        rows: dict[str, list[Any]] = {name: [] for name in ("images", "instructions", "ids", "logprobs", "steps")}
         finals: list[tuple[np.ndarray, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):
@@ -64,7 +62,6 @@ class Collector:
             actions = self.policy.decode_actions(sample.action_ids)
             rows["images"].append(observation.images)
             rows["instructions"].append(observation.instructions)
-            rows["tasks"].append(tuple(start.task for start in self._starts))
             rows["ids"].append(sample.action_ids.cpu().numpy())
             rows["logprobs"].append(sample.logprobs.float().cpu().numpy())
             step = self.envs.step(actions, self._next_starts)
@@ -141,7 +138,6 @@ class Collector:
         return Rollout(
             images=images,
             instructions=tuple(rows["instructions"]),
-            tasks=tuple(rows["tasks"]),
             last_observation=self._observation,
             final_images=np.stack([image for image, _ in finals]) if finals else images[:0, 0],
             final_rows=np.array([row for _, row in finals], dtype=np.int64).reshape(-1, 2),

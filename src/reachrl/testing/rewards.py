@@ -32,7 +32,6 @@ def make_rollout(
     return Rollout(
         images=generator.integers(0, 256, (*shape, *size), dtype=np.uint8),
         instructions=((instruction,) * num_envs,) * num_steps,
-        tasks=(("reach",) * num_envs,) * num_steps,
         last_observation=Observation(
             images=generator.integers(0, 256, (num_envs, *size), dtype=np.uint8), instructions=(instruction,) * num_envs
         ),
@@ -61,7 +60,6 @@ def permute_envs(rollout: Rollout, order: np.ndarray) -> Rollout:
         rollout,
         **{name: getattr(rollout, name)[:, order] for name in per_step},
         instructions=tuple(tuple(row[n] for n in order) for row in rollout.instructions),
-        tasks=tuple(tuple(row[n] for n in order) for row in rollout.tasks),
         last_observation=Observation(
             images=last.images[order], instructions=tuple(last.instructions[n] for n in order)
         ),
