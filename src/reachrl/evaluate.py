@@ -48,8 +48,7 @@ def rate(outcomes: Sequence[bool]) -> dict[str, Any]:
 
 def heldout_starts(env: EnvSection, config: EvalSection) -> list[Start]:
     """The first `num_starts` evaluation starts of each task, tasks interleaved to balance the load."""
-    count = min(config.num_starts, env.num_eval_starts)
-    return [Start(task, "eval", index) for index in range(count) for task in env.tasks]
+    return [Start(task, "eval", index) for index in range(config.num_starts) for task in env.tasks]
 
 
 def evaluate(

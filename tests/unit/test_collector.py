@@ -7,12 +7,13 @@ import pytest
 import torch
 from toy_policy import toy_config, toy_policy
 
-from reachrl.backends.local import LocalLearner
+from reachrl.backends.local import LocalLearner, _concatenate
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
+from reachrl.policies.base import PolicyInput
 from reachrl.registry import build
 from reachrl.rollout.collector import Collector
-from reachrl.types import Start
+from reachrl.types import Observation, Start
 
 STEPS = 25
 
@@ -75,8 +76,6 @@ def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
     scored = learner.score(rollout)
     np.testing.assert_allclose(scored.old_logprobs, rollout.behaviour_logprobs, atol=1e-5)
     # An independent pass: one row at a time, full distribution.
-    from reachrl.types import Observation
-
     for t, n in [(0, 0), (7, 1), (24, 0)]:
         one = policy.encode(Observation(images=rollout.images[t, n][None], instructions=(rollout.instructions[t][n],)))
         out = policy.evaluate(one, torch.from_numpy(rollout.action_ids[t, n][None]), temperature=1.3)
@@ -120,3 +119,24 @@ def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(sett
         assert np.isfinite(scored.values).all()
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_parts_with_longer_instructions_are_padded_together(setting):
+    _, policy, _ = setting
+    texts = ("move to the red square", "reach around the wall and press the button on the front of the box please now")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
+    parts = []
+    for n in range(2):
+        inputs = policy.encode(Observation(images=images[n][None], instructions=texts[n : n + 1]))
+        features = policy.vision_features(inputs.pixel_values).detach()
+        parts.append(
+            PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
+        )
+    assert parts[0].prompt_ids.shape != parts[1].prompt_ids.shape
+    ids = policy.encode_actions(np.zeros((2, 4), np.float32))
+    together = policy.evaluate(_concatenate(parts), ids)
+    for n in range(2):
+        alone = policy.evaluate(parts[n], ids[n : n + 1])
+        torch.testing.assert_close(together.logprobs[n], alone.logprobs[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.values[n], alone.values[0], atol=1e-5, rtol=1e-5)

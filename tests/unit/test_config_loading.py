@@ -41,6 +41,9 @@ def test_overrides_reach_their_fields_and_change_the_hash():
         ("ppo.lr=-1", "ppo.lr = -1: Input should be greater than 0"),
         ("ppo=3", "'ppo' is a section"),
         ("seed", "not of the form key=value"),
+        ("eval.num_starts=51", "eval.num_starts=51 exceeds env.num_eval_starts=50"),
+        ("eval.modes=", "eval.modes = []"),
+        ("eval.seed=-1", "eval.seed = -1: Input should be greater than or equal to 0"),
         ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: metaworld, reach_toy"),
         ("env.tasks=drawer-opn", "no task 'drawer-opn'"),
         ("seed.x=1", "'seed' is a value, not a section"),
@@ -73,3 +76,12 @@ def test_a_preset_file_builds_on_another(tmp_path):
         load_config(str(tmp_path / "absent.toml"))
     with pytest.raises(ConfigError, match="did you mean 'robust'"):
         load_config("robst")
+
+
+def test_presets_in_a_circle_are_refused_and_a_base_lies_beside_its_preset(tmp_path):
+    (tmp_path / "below.toml").write_text('base = "robust"\nseed = 3\n')
+    (tmp_path / "above.toml").write_text('base = "below.toml"\n')
+    assert load_config(str(tmp_path / "above.toml")).seed == 3
+    (tmp_path / "below.toml").write_text('base = "above.toml"\n')
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(str(tmp_path / "above.toml"))

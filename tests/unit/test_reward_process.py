@@ -199,3 +199,25 @@ def test_a_missing_final_frame_is_our_own_mistake():
 def test_process_reward_without_model_says_what_to_do():
     with pytest.raises(ConfigError, match="reward fit"):
         ProcessReward(ProcessRewardConfig(), gamma=GAMMA)
+
+
+def test_at_weight_zero_no_model_is_needed():
+    rollout = make_rollout()
+    rewards = ProcessReward(ProcessRewardConfig(weight=0), gamma=GAMMA)(rollout)
+    assert not rewards.parts["process"].any() and np.array_equal(rewards.total, rewards.parts["task"])
+
+
+def test_a_time_limit_that_counts_as_terminal_has_potential_zero():
+    rollout = make_rollout()
+    config = ProcessRewardConfig(mode="potential", weight=0.5)
+    cut = ProcessReward(config, gamma=GAMMA, model=PixelModel())(rollout).parts["process"]
+    terminal = ProcessReward(config, gamma=GAMMA, bootstrap_truncated=False, model=PixelModel())(rollout).parts[
+        "process"
+    ]
+    finals = dict(zip(map(tuple, rollout.final_rows.tolist()), rollout.final_images, strict=True))
+    ended = rollout.truncated & rollout.valid
+    assert ended.any()
+    for t, n in np.argwhere(ended):
+        score = PixelModel().score(finals[t, n][None], [rollout.instructions[t][n]], batch_size=1)[0]
+        assert cut[t, n] - terminal[t, n] == pytest.approx(0.5 * GAMMA * score, abs=1e-5)
+    np.testing.assert_array_equal(cut[~ended], terminal[~ended])

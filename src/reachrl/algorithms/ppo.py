@@ -68,7 +68,7 @@ class PPO:
                     self._check_first_ratio(stats["ratio_max"])
                 target = self.config.target_kl
                 if train_policy and not stopped and target is not None and stats["approx_kl"] > target:
-                    stopped = True  # what is left of the iteration trains the critic alone
+                    stopped = True  # what is left of the epoch trains the critic alone
                     self._train_only_critic(True)
                     self.optimizer.zero_grad(set_to_none=True)
                     sums["approx_kl_last"] = stats["approx_kl"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from reachrl.algorithms.base import PPOBatch, UpdateStats
 from reachrl.algorithms.ppo import PPO
@@ -56,7 +57,7 @@ class LocalActors:
 
     @property
     def lost_episodes(self) -> int:
-        """Episodes lost with a dead or stuck worker so far."""
+        """Episodes lost with a dead or stuck worker since this process began."""
         return self.envs.lost_episodes
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,8 +205,14 @@ class LocalLearner:
 
 def _concatenate(parts: list[PolicyInput]) -> PolicyInput:
     assert all(part.vision_features is not None for part in parts)
+    # A long instruction lengthens its own part only; padding changes no answer.
+    length = max(part.prompt_ids.shape[1] for part in parts)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return functional.pad(tensor, (0, length - tensor.shape[1]))
+
     return PolicyInput(
-        prompt_ids=torch.cat([part.prompt_ids for part in parts]),
-        prompt_mask=torch.cat([part.prompt_mask for part in parts]),
+        prompt_ids=torch.cat([padded(part.prompt_ids) for part in parts]),
+        prompt_mask=torch.cat([padded(part.prompt_mask) for part in parts]),
         vision_features=torch.cat([part.vision_features for part in parts if part.vision_features is not None]),
     )

@@ -12,10 +12,14 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from reachrl.config.base import Section
+from reachrl.config.env import EnvSection
+from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.registry import section_class
 
+# The loop reads these sections' common options, whatever the kind.
+_SECTION_BASES: dict[str, type[Section]] = {"env": EnvSection, "ppo": PPOConfig}
 PRESETS = files("reachrl.config") / "presets"
 
 
@@ -61,6 +65,11 @@ def validate(data: dict[str, Any], *, where: str) -> TrainConfig:
             raise ConfigError(f"{where}: {key!r} is a section; set its options, for example {key}.kind=...")
         default = TrainConfig.model_fields[key].default
         cls = section_class(group, str(section.get("kind", default.kind)))
+        if not issubclass(cls, _SECTION_BASES.get(key, Section)):
+            needed = _SECTION_BASES[key].__name__
+            raise ConfigError(
+                f"{where}: {key}.kind={section.get('kind')!r}: its `Config` must be a subclass of {needed}."
+            )
         try:
             data[key] = cls.model_validate(section)
         except ValidationError as error:
@@ -105,8 +114,10 @@ def _reason(reasons: dict[str, str], key: str) -> str:
     return reasons.get(key, "")
 
 
-def _layers(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """The preset's merged dict (its `base` first) and the reasons given for its keys."""
+    if preset in above:
+        raise ConfigError(f"presets build on each other in a circle: {' -> '.join([*above, preset])}.")
     path = Path(preset)
     if preset.endswith(".toml"):
         if not path.is_file():
@@ -128,7 +139,9 @@ def _layers(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
     base, reasons = data.pop("base", None), data.pop("reasons", {})
     if base is None:
         return data, reasons
-    below, below_reasons = _layers(base)
+    if base.endswith(".toml") and preset.endswith(".toml"):
+        base = str(path.parent / base)  # beside the file that names it
+    below, below_reasons = _layers(base, (*above, preset))
     return _merge(below, data), below_reasons | reasons
 
 

@@ -42,7 +42,7 @@ class PPOConfig(Section):
     value_lr: Positive = 1e-3
     """Learning rate of the value head (and of the separate critic)."""
     lr_warmup_iterations: Annotated[int, Field(ge=0)] = 0
-    """Policy iterations over which the policy's learning rate rises linearly."""
+    """Iterations, counted from `warmup_iterations` on, over which the policy's learning rate rises linearly."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay."""
     adam_eps: Positive = 1e-5
@@ -50,7 +50,8 @@ class PPOConfig(Section):
     max_grad_norm: Positive = 1.0
     """Gradient norm clip of the policy's parameters and, separately, of the critic's."""
     value_coef: Positive = 0.5
-    """Weight of the value loss."""
+    """Weight of the value loss against the policy's, where both move a shared trunk. A critic that is separate or
+    detached feels it through its gradient clip only: AdamW does not see the scale of a loss."""
     value_loss: Literal["mse", "huber"] = "huber"
     """Squared error halved, or Huber with delta 1."""
     value_clip: Positive | None = None

@@ -1,8 +1,8 @@
 """The root of the configuration: one run from demonstrations to report."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from reachrl.config.base import Section
 from reachrl.config.curriculum import SuccessRateConfig
@@ -27,11 +27,11 @@ class EvalSection(Section):
 
     num_starts: Annotated[int, Field(ge=1)] = 50
     """Held-out start states per task in the final evaluation, before and after; the first ones of the set."""
-    modes: tuple[Literal["greedy", "sampled"], ...] = ("sampled", "greedy")
+    modes: Annotated[tuple[Literal["greedy", "sampled"], ...], Field(min_length=1)] = ("sampled", "greedy")
     """How actions are chosen; the first mode is the headline of the report."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of `sampled`."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampling noise, so that two evaluations of equal weights are equal."""
     num_videos: Annotated[int, Field(ge=0)] = 3
     """Tasks whose first held-out episode is recorded before and after."""
@@ -72,3 +72,12 @@ class TrainConfig(Section):
     """The algorithm."""
     eval: EvalSection = EvalSection()
     """Held-out evaluation."""
+
+    @model_validator(mode="after")
+    def _enough_held_out_starts(self) -> Self:
+        if self.eval.num_starts > self.env.num_eval_starts:
+            raise ValueError(
+                f"eval.num_starts={self.eval.num_starts} exceeds env.num_eval_starts={self.env.num_eval_starts}: "
+                "lower the one or raise the other"
+            )
+        return self

@@ -40,9 +40,10 @@ class SuccessRateSampler(TaskSampler):
         """Chance f64[tasks, starts]: the floor's uniform share plus the weighted share."""
         _, success = self.success_rates()
         if self.config.weighting == "peak":
-            weights = (4 * success * (1 - success)) ** (1 / self.config.temperature)
+            logits = np.log(4 * success * (1 - success)) / self.config.temperature
         else:
-            weights = np.exp((0.5 - success) / self.config.temperature)
+            logits = (0.5 - success) / self.config.temperature
+        weights = np.exp(logits - logits.max())  # a small temperature must not overflow
         return self.config.floor / weights.size + (1 - self.config.floor) * weights / weights.sum()
 
     def observe(self, episodes: Sequence[Episode]) -> None:

@@ -74,8 +74,9 @@ def _evaluate_one(
         # The longest success has most to show; with none, the first failure.
         chosen = max(episodes, key=lambda episode: (episode.success, episode.num_steps))
         write_json_atomic(run.conversation, conversation(config, policy, reward, chosen))
+    iteration = config.num_iterations if when == "after" else 0
+    run.metrics.truncate_after("eval", "iteration", iteration - 1)  # of an evaluation that was cut short here
     for mode, outcome in record.items():
-        iteration = config.num_iterations if when == "after" else 0
         figures = {key: value for key, value in outcome.items() if key != "episodes"}
         run.log({"kind": "eval", "iteration": iteration, "mode": mode} | figures)
     run.eval.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from reachrl.rewards.base import Reward
 from reachrl.rewards.process.fit import fit_reward_model
 from reachrl.rewards.process.model import ProgressModel
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
+from reachrl.run.atomic import replace_folder_atomic
+from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
 from reachrl.run.directory import Run
 from reachrl.train import train
 from reachrl.types import Start, Trajectory
@@ -36,6 +38,7 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
             progress.advance(step - last, **record)
             last = step
 
+        run.metrics.truncate_after("reward_model", "step", 0)  # of a fit that was cut short
         result = fit_reward_model(
             trajectories, config.reward_model, seed=config.seed, folder=run.reward_model, on_step=show
         )
@@ -45,7 +48,7 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
 
 
 def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> list[Trajectory]:
-    """Episodes of the warm-started policy on training starts, kept in `reward_model/rollouts/`.
+    """Episodes of the warm-started policy on training starts; a copy is kept in `reward_model/rollouts/` to look at.
 
     The last numbered starts are used: demonstrations took the first.
     """
@@ -76,7 +79,13 @@ def build_reward(config: TrainConfig, run: Run) -> Reward:
     assert isinstance(config.ppo, PPOConfig)
     if isinstance(config.reward, ProcessRewardConfig):
         model = ProgressModel.from_pretrained(run.reward_model / "model") if needs_reward_model(config) else None
-        return build("rewards", config.reward, gamma=config.ppo.gamma, model=model)
+        return build(
+            "rewards",
+            config.reward,
+            gamma=config.ppo.gamma,
+            bootstrap_truncated=config.ppo.bootstrap_truncated,
+            model=model,
+        )
     return build("rewards", config.reward)
 
 
@@ -116,11 +125,13 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
         temperature=config.ppo.temperature,
     )
     try:
-        with display.stage("train", config.num_iterations, "PPO") as progress:
+        latest = latest_checkpoint(run.checkpoints)
+        done = 0 if latest is None else checkpoint_step(latest)
+        with display.stage("train", config.num_iterations, "PPO", completed=done) as progress:
             state = train(config, actors, learner, reward, curriculum, run, _TrainDisplay(progress))
     finally:
         actors.close()
-    policy.save_pretrained(run.policy)
+    replace_folder_atomic(run.policy, policy.save_pretrained)
     return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
 
 

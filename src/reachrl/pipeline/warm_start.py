@@ -32,6 +32,8 @@ def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
 
         def show(record: dict[str, Any]) -> None:
             nonlocal last
+            if last == 0:  # steps after the checkpoint that a killed training resumes from come again
+                run.metrics.truncate_after("sft", "step", record["step"] - 1)
             run.log({"kind": "sft"} | record)
             figures = {key: value for key, value in record.items() if key.endswith("loss")}
             progress.advance(int(record["step"]) - last, **figures)

@@ -33,7 +33,7 @@ def action_logits(
     Returns:
         f32 logits whose softmax is the sampling distribution.
     """
-    return F.linear(hidden, head).float() / temperature
+    return F.linear(hidden.float(), head.float()) / temperature
 
 
 @torch.no_grad()

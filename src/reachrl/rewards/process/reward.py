@@ -18,7 +18,8 @@ class ProcessReward:
     Args:
         config: weight and mode.
         gamma: the learner's discount; a potential shaped with another one changes the best policy.
-        model: the progress model; read from `config.checkpoint` when None.
+        bootstrap_truncated: the learner's; where it treats a time limit as terminal, so must the potential.
+        model: the progress model; at a weight above 0 it is read from `config.checkpoint` when None.
 
     Raises:
         ConfigError: neither a model nor a checkpoint was given.
@@ -27,8 +28,15 @@ class ProcessReward:
 
     Config: ClassVar[type[ProcessRewardConfig]] = ProcessRewardConfig
 
-    def __init__(self, config: ProcessRewardConfig, *, gamma: float, model: ProgressModel | None = None) -> None:
-        if model is None:
+    def __init__(
+        self,
+        config: ProcessRewardConfig,
+        *,
+        gamma: float,
+        bootstrap_truncated: bool = True,
+        model: ProgressModel | None = None,
+    ) -> None:
+        if model is None and config.weight > 0:
             if config.checkpoint is None:
                 raise ConfigError(
                     "The process reward has no model: run the `reward fit` stage first, or set `reward.checkpoint` "
@@ -37,7 +45,8 @@ class ProcessReward:
             model = ProgressModel.from_pretrained(config.checkpoint)
         self.config = config
         self.gamma = gamma
-        self.model = model.eval().requires_grad_(False)
+        self.bootstrap_truncated = bootstrap_truncated
+        self.model = None if model is None else model.eval().requires_grad_(False)
 
     def __call__(self, rollout: Rollout) -> Rewards:
         """Score every step of `rollout`; no frame is scored twice."""
@@ -48,7 +57,8 @@ class ProcessReward:
     def _process(self, rollout: Rollout) -> Float32[np.ndarray, "T N"]:
         now, after = frame_numbers(rollout)
         potential = self.config.mode == "potential"
-        terminated = rollout.terminated & rollout.valid
+        terminal = rollout.terminated if self.bootstrap_truncated else rollout.terminated | rollout.truncated
+        terminated = terminal & rollout.valid
         # The potential of a terminal state is 0 by definition (Ng et al. 1999): its frame need not be scored.
         wanted = [after[rollout.valid & ~terminated]] if potential else [after[rollout.valid]]
         if potential:
@@ -63,6 +73,7 @@ class ProcessReward:
 
     def _score(self, rollout: Rollout, wanted: Int64[np.ndarray, "K"]) -> Float32[np.ndarray, "F"]:
         """Scores by frame number; frames that are not wanted keep 0."""
+        assert self.model is not None, "frames are scored only where the weight is above 0"
         num_steps, num_envs = rollout.valid.shape
         instructions = [text for row in rollout.instructions for text in row]
         instructions += rollout.last_observation.instructions
