@@ -1,11 +1,17 @@
 """Shared set-up of all tests: shape checking, one thread each, markers by folder, reasons for skips."""
 
 import os
+import signal
 
 # Before numpy or torch are imported: the suite runs in parallel processes, and results must not depend
 # on the number of cores. Worker processes inherit it.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# A shell that starts the suite in the background makes it deaf to Ctrl-C, and with it every process that
+# the tests start in order to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 
