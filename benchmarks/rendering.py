@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from reachrl.config.env import MetaworldConfig
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
@@ -30,7 +32,7 @@ def expert_states(task: str) -> tuple[str, list[dict[str, np.ndarray]]]:
     from reachrl.envs.metaworld_task import MetaworldTask
 
     warnings.simplefilter("ignore")  # experts ask for more than the action range
-    made = MetaworldTask(task, 400)
+    made = MetaworldTask(task, MetaworldConfig().mesh_faces)
     made.reset(made.start("train", 0))
     states = []
     for step in range(60):
@@ -61,7 +63,7 @@ def ours(xml: str, size: int) -> tuple[Any, ...]:
     from reachrl.envs.render import Renderer, import_mujoco, load_scene
 
     mujoco = import_mujoco()
-    model = load_scene(Path(xml), 400)
+    model = load_scene(Path(xml), MetaworldConfig().mesh_faces)
     model.camera(CAMERA).pos[:] = CAMERA_POSITION_M
     data = mujoco.MjData(model)
     renderer = Renderer(size)

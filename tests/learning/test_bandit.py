@@ -7,7 +7,7 @@ import torch
 from reachrl.algorithms.base import PPOBatch
 from reachrl.algorithms.ppo import PPO
 from reachrl.config.ppo import PPOConfig
-from reachrl.rollout.noise import episode_gumbel
+from reachrl.streams import Stream, generator
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.types import Observation
 
@@ -31,7 +31,9 @@ def final_success(seed, *, shuffled, level="action"):
         contexts = rng.integers(0, 2, ROWS)
         images = contexts.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
         inputs = policy.encode(Observation(images=images, instructions=("",) * ROWS))
-        gumbel = torch.from_numpy(episode_gumbel((seed, iteration), (ROWS, 2, 256)))
+        gumbel = torch.from_numpy(
+            generator(seed, Stream.ROLLOUT_NOISE, iteration, 0).gumbel(size=(ROWS, 2, 256)).astype(np.float32)
+        )
         sample = policy.act(inputs, gumbel=gumbel)
         success = succeeds(contexts, sample.action_ids)
         rate = success.float().mean().item()

@@ -174,7 +174,7 @@ def whole(store_folder: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_toy_is_fitted(whole, store_folder: Path) -> None:
     _, policy, result, records = whole
     assert records[0]["train_loss"] > 5.0  # log(256) = 5.5 before anything is learnt
-    assert result.best_heldout_loss < 0.2
+    assert result.best_heldout_loss < 0.5
     assert result.token_accuracy > 0.95
     # Checked without the trainer: every column and sentence gives the action the data were made of.
     images = np.full((SIZE, SIZE, SIZE, 3), 20, np.uint8)
@@ -199,7 +199,7 @@ def test_shuffled_actions_cannot_be_held_out(whole, store_folder: Path, tmp_path
     finish_store(tmp_path / "store", ["reach.parquet"])
     _, result, _ = fit(tmp_path / "store", tmp_path / "sft")
     assert result is not None
-    assert result.best_heldout_loss > 5 * whole[2].best_heldout_loss
+    assert result.best_heldout_loss > 3 * whole[2].best_heldout_loss
 
 
 @pytest.mark.parametrize("stop_after", [7, 37, 60])

@@ -12,6 +12,7 @@ from reachrl.errors import DivergedError
 from reachrl.functional.ppo import importance_weights, policy_loss, value_loss
 from reachrl.functional.stats import explained_variance
 from reachrl.policies.base import Policy
+from reachrl.streams import Stream, generator
 
 # How far the very first ratio may be from 1: rounding in another batch shape, nothing more.
 FIRST_RATIO_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -102,7 +103,7 @@ class PPO:
         return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> list[Tensor]:
-        order = np.random.default_rng((self.seed, iteration, epoch)).permutation(num_rows)
+        order = generator(self.seed, Stream.MINIBATCHES, iteration, epoch).permutation(num_rows)
         return list(torch.from_numpy(order).split(self.config.minibatch_size))
 
     def _train_only_critic(self, only: bool) -> None:

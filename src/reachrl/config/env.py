@@ -72,7 +72,7 @@ class MetaworldConfig(EnvSection):
     action_repeat: int = Field(default=5, ge=1, le=50)
     """Simulator steps (12.5 ms each) for which one decision is held."""
 
-    mesh_faces: int = Field(default=400, ge=0)
+    mesh_faces: int = Field(default=200, ge=0)
     """Visual meshes are simplified to about this many faces when a scene is built; 0 leaves them alone.
     Meshes that take part in collisions keep their shape, so physics does not change."""
 

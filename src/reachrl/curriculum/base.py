@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from reachrl.config.base import Section
+from reachrl.streams import Stream, generator
 from reachrl.types import Episode, Start
 
 
@@ -32,10 +33,10 @@ class TaskSampler(ABC):
     def assign(self) -> Start:
         """The next episode's task and start state."""
         probabilities = self.probabilities()
-        # A generator per draw: the counter is all the random state there is to checkpoint.
-        generator = np.random.default_rng((self.seed, self.assigned))
+        # A stream per draw: the counter is all the random state there is to checkpoint.
+        draw = generator(self.seed, Stream.CURRICULUM, self.assigned)
         self.assigned += 1
-        unit = int(generator.choice(probabilities.size, p=probabilities.ravel()))
+        unit = int(draw.choice(probabilities.size, p=probabilities.ravel()))
         task, index = divmod(unit, self.num_starts)
         return Start(self.tasks[task], "train", index)
 

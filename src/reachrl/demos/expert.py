@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -24,6 +23,7 @@ from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env
 from reachrl.errors import ReachRLError
 from reachrl.registry import build, section_class
+from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
 
 
@@ -63,7 +63,7 @@ class WorkerFailure:
 
 def noise_generator(seed: int, attempt: Attempt) -> np.random.Generator:
     """The stream of one attempt's noise; it depends on nothing else, so neither does the episode."""
-    return np.random.default_rng([seed, zlib.crc32(attempt.task.encode()), attempt.number])
+    return generator(seed, Stream.EXPERT_NOISE, attempt.task, attempt.number)
 
 
 def run_attempt(

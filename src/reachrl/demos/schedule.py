@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from reachrl.config.demos import SFTSection
+from reachrl.streams import Stream, generator
 
 
 def total_steps(config: SFTSection, rows: int) -> int:
@@ -32,6 +33,6 @@ def batch_rows(rows: Int64[np.ndarray, "R"], step: int, batch_size: int, seed: i
     count = len(rows)
     parts = []
     for epoch in range(first // count, (last - 1) // count + 1):
-        order = np.random.default_rng([seed, 1, epoch]).permutation(count)
+        order = generator(seed, Stream.SFT_ORDER, epoch).permutation(count)
         parts.append(order[max(0, first - epoch * count) : last - epoch * count])
     return rows[np.concatenate(parts)]

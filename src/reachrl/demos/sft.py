@@ -27,6 +27,7 @@ from reachrl.errors import CheckpointError, ConfigError, DivergedError
 from reachrl.policies.base import Policy
 from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
 from reachrl.run.optimizer_state import load_optimizer, save_optimizer
+from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class _Training:
         is_heldout = heldout[self.data.trajectory_ids]
         self.train_rows = np.flatnonzero(~is_heldout)
         rows = np.flatnonzero(is_heldout)
-        chosen = np.random.default_rng([seed, 3]).permutation(len(rows))[: config.heldout_rows]
+        chosen = generator(seed, Stream.SFT_HELDOUT).permutation(len(rows))[: config.heldout_rows]
         self.heldout_rows = rows[np.sort(chosen)]
         if len(self.train_rows) == 0:
             raise ConfigError(f"{store.folder}: no step to train on; collect at least one demonstration per task.")
@@ -131,7 +132,8 @@ class _Training:
             group["lr"] = lr
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_step_seed(self.seed, self.step))  # dropout, if the policy has any
+            # For dropout, if the policy has any.
+            torch.manual_seed(int(sequence(self.seed, Stream.SFT_DROPOUT, self.step).generate_state(1)[0]))
             loss, grad_norm = self._backward()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
@@ -152,7 +154,7 @@ class _Training:
         """Gradients of the mean loss over one minibatch, clipped; returns the loss and the norm before clipping."""
         self.policy.train()
         rows = batch_rows(self.train_rows, self.step, self.config.batch_size, self.seed)
-        rng = np.random.default_rng([self.seed, 2, self.step])
+        rng = generator(self.seed, Stream.SFT_AUGMENTATION, self.step)
         frames = augment(self.data.images[rows], self.config, rng)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.micro_batch_size or len(rows)
@@ -287,10 +289,6 @@ class _Training:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, 4, step]).generate_state(1)[0])
 
 
 def _identity(policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Which start states are held out of training: whole starts of every task, never single steps."""
 
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
+from reachrl.streams import Stream, generator
 from reachrl.types import Start
 
 
@@ -27,6 +27,6 @@ def heldout_trajectories(starts: Sequence[Start], *, fraction: float, seed: int)
     for task in sorted({start.task for start in starts}):
         unique = sorted({start for start in starts if start.task == task})
         count = min(len(unique) - 1, max(1, round(fraction * len(unique)))) if fraction > 0 else 0
-        rng = np.random.default_rng([seed, zlib.crc32(task.encode()), len(unique)])
+        rng = generator(seed, Stream.DEMO_SPLIT, task, len(unique))
         chosen.update(unique[i] for i in rng.permutation(len(unique))[:count])
     return np.array([start in chosen for start in starts], np.bool_)

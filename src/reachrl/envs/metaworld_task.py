@@ -13,6 +13,7 @@ from reachrl.errors import MissingExtra
 from reachrl.types import Split
 
 _MIN_RANGE_M = 0.005  # dimensions of the start space that vary by less make no visible difference
+_HAND_DOWN = (1.0, 0.0, 1.0, 0.0)  # the hand's orientation, a quaternion
 _LIVE = ("model", "data", "mujoco_renderer")  # attributes that hold the simulation itself
 
 
@@ -25,14 +26,38 @@ class _Lean:
 
     max_path_length = 10**9
     scene_faces = 0
+    mujoco: Any = None
     settle_hand = True
 
     def _initialize_simulation(self: Any) -> tuple[Any, Any]:
         model = load_scene(Path(self.fullpath), self.scene_faces)
-        return model, import_mujoco().MjData(model)
+        return model, self.mujoco.MjData(model)
 
     def _reset_hand(self: Any, steps: int = 50) -> None:
-        super()._reset_hand(steps if self.settle_hand else 0)  # type: ignore[misc]
+        """Meta-World's own, in one call: the pose and the effort are the same at every step."""
+        if self.settle_hand:
+            self.data.mocap_pos[0] = self.hand_init_pos
+            self.data.mocap_quat[0] = _HAND_DOWN
+            self.data.ctrl[:] = (-1.0, 1.0)
+            self.mujoco.mj_step(self.model, self.data, nstep=steps * self.frame_skip)
+        super()._reset_hand(0)  # type: ignore[misc]
+
+    def step(self: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Meta-World's own without what it does for nobody: copies, limits in time, contact forces."""
+        mocap = self.data.mocap_pos
+        mocap[0] = np.minimum(np.maximum(mocap[0] + action[:3] * self.action_scale, self.mocap_low), self.mocap_high)
+        self.data.mocap_quat[0] = _HAND_DOWN
+        self.data.ctrl[:] = (action[3], -action[3])
+        self.mujoco.mj_step(self.model, self.data, nstep=self.frame_skip)
+        self.curr_path_length += 1
+        for site in self._target_site_config:
+            self._set_pos_site(*site)
+        self.mujoco.mj_forward(self.model, self.data)
+        space = self.sawyer_observation_space
+        observation = np.minimum(np.maximum(self._get_obs(), space.low), space.high)
+        self._last_stable_obs = observation
+        reward, info = self.evaluate_state(observation, action)
+        return observation, reward, False, False, info
 
     def _get_curr_obs_combined_no_goal(self: Any) -> np.ndarray:
         """Meta-World's own f64[18] without its splitting and stacking, which took a fifth of a decision."""
@@ -72,7 +97,8 @@ class MetaworldTask:
             ) from error
         self.name = name
         base = ALL_V3_ENVIRONMENTS[f"{name}-v3"]
-        self.sim: Any = type(f"Lean{base.__name__}", (_Lean, base), {"scene_faces": mesh_faces})()
+        ours = {"scene_faces": mesh_faces, "mujoco": self._mujoco}
+        self.sim: Any = type(f"Lean{base.__name__}", (_Lean, base), ours)()
         self.sim._set_task_called = True
         self.sim._partially_observable = False  # the expert sees the goal; the policy sees only the frame
         self.sim.__dict__.pop("sawyer_observation_space", None)  # computed for a hidden goal

@@ -9,13 +9,15 @@ import tempfile
 from multiprocessing import Pipe
 from typing import Any
 
-# One thread each, as the workers themselves fill the cores; large blocks go back to the system when freed.
+# One thread each, as the workers themselves fill the cores. Large blocks go back to the system when freed; the
+# heap's end does not, as drawing takes and frees it several times a frame (a twentieth of a decision in page faults).
 _SETTINGS = {
     "LP_NUM_THREADS": "0",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "16777216",
 }
 
 

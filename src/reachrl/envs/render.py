@@ -27,8 +27,11 @@ _TEXTURE_SIZE = 256  # pixels; larger textures cost memory in every worker and c
 _CUBE_SIZE = 128  # pixels; a cube texture holds its picture six times
 _HIDDEN_GROUP = 3  # geom groups 3..5 are not drawn by default, and inertia comes from groups 4 and 5 only
 _CARE = 3  # fast-simplification's aggressiveness: its default of 7 tears holes, 1 stops far above the target
+_DETAILED = 10  # a mesh of more than so many times the wanted faces loses its smallest pieces
+_SMALLEST_PIECE = 0.3  # of the mesh's diagonal; the arm's links hold dozens of screws and hidden parts
 _ROUNDNESS = (12, 6, 1)  # slices, stacks and quads of drawn primitives; MuJoCo's 28, 16, 4 cost a quarter more a frame
-_FORMAT = 5  # part of the cache key: raise it when the scenes built here change
+_PLANE_GRID_M = 1.0  # spacing of the grid a plane is drawn as
+_FORMAT = 8  # part of the cache key: raise it when the scenes built here change
 
 
 def choose_gl() -> str:
@@ -132,19 +135,15 @@ def build_scene(xml: Path, mesh_faces: int) -> Any:
     quality.offsamples = quality.shadowsize = 0
     quality.numslices, quality.numstacks, quality.numquads = _ROUNDNESS
     model = spec.compile()
+    # A plane's third size serves nothing but drawing: Meta-World's floor was 12,800 triangles.
+    planes = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+    model.geom_size[planes, 2] = np.maximum(model.geom_size[planes, 2], _PLANE_GRID_M)
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
     return model
 
 
 def _simplify_meshes(mujoco: Any, spec: Any, folder: Path, mesh_faces: int) -> None:
-    try:
-        import fast_simplification
-    except ImportError as error:
-        raise MissingExtra(
-            "simplifying meshes needs the fast-simplification package; run  pip install 'reachrl[metaworld]'"
-            "  or set env.mesh_faces=0 (frames then cost several times more)"
-        ) from error
     geoms: dict[str, list[Any]] = {}
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_MESH and geom.meshname:
@@ -152,25 +151,54 @@ def _simplify_meshes(mujoco: Any, spec: Any, folder: Path, mesh_faces: int) -> N
     for mesh in list(spec.meshes):
         if not mesh.file.lower().endswith(".stl"):
             continue
-        vertices, faces = read_stl(folder / mesh.file)
-        if len(faces) <= mesh_faces:
+        simple = simplified(folder / mesh.file, mesh_faces)
+        if simple is None:
             continue
-        vertices, faces, *_ = fast_simplification.simplify(vertices, faces, target_count=mesh_faces, agg=_CARE)
         if not any(geom.contype or geom.conaffinity or geom.name for geom in geoms.get(mesh.name, [])):
-            _set_triangles(mujoco, mesh, vertices, faces)
+            _set_triangles(mujoco, mesh, *simple)
             continue
         # A mesh that collides keeps its shape, and one whose geom has a name keeps its centre, which task code
         # may read (a door handle's position); a simple double without collisions is drawn in its place.
         double = spec.add_mesh(name=f"{mesh.name}_drawn", scale=mesh.scale, refpos=mesh.refpos, refquat=mesh.refquat)
-        _set_triangles(mujoco, double, vertices, faces)
+        _set_triangles(mujoco, double, *simple)
         for geom in geoms[mesh.name]:
             _draw_double(mujoco, geom, double.name)
 
 
+def simplified(path: Path, faces: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The surface in mesh file `path` with about `faces` triangles; one in great detail loses its screws as well.
+
+    Returns:
+        Vertices f32[V 3] and faces i32[F 3]; None where the file has no more than `faces` already.
+
+    Raises:
+        MissingExtra: the packages that do it are not installed.
+    """
+    try:
+        import fast_simplification  # noqa: F401  (trimesh uses it)
+        import trimesh
+    except ImportError as error:
+        raise MissingExtra(
+            f"simplifying meshes needs trimesh and fast-simplification ({error}); run  pip install 'reachrl[metaworld]'"
+            "  or set env.mesh_faces=0 (frames then cost several times more)"
+        ) from error
+    mesh: Any = trimesh.load_mesh(path)
+    if len(mesh.faces) <= faces:
+        return None
+    if len(mesh.faces) > _DETAILED * faces:
+        groups = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+        pieces = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+        extents = [np.linalg.norm(np.ptp(mesh.vertices[mesh.faces[piece].ravel()], axis=0)) for piece in pieces]
+        mesh.update_faces(np.isin(groups, np.flatnonzero(np.array(extents) >= _SMALLEST_PIECE * mesh.scale)))
+        mesh.remove_unreferenced_vertices()
+    simple = mesh.simplify_quadric_decimation(face_count=faces, aggression=_CARE)
+    return simple.vertices.astype(np.float32), simple.faces.astype(np.int32)
+
+
 def _set_triangles(mujoco: Any, mesh: Any, vertices: np.ndarray, faces: np.ndarray) -> None:
     mesh.file = ""
-    mesh.uservert = vertices.astype(np.float32).ravel()
-    mesh.userface = faces.astype(np.int32).ravel()
+    mesh.uservert = vertices.ravel()
+    mesh.userface = faces.ravel()
     mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # a simplified surface need not be closed
 
 
@@ -190,22 +218,6 @@ def _draw_double(mujoco: Any, geom: Any, mesh: str) -> None:
     for name in ("type", "axisangle", "xyaxes", "zaxis", "euler"):  # an orientation not given as a quaternion
         setattr(double.alt, name, getattr(geom.alt, name))
     geom.group = _HIDDEN_GROUP
-
-
-def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The triangles of a binary STL file with shared vertices merged.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Vertices f32[V 3] and faces i32[F 3].
-    """
-    record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-    count = int(np.fromfile(path, "<u4", 1, offset=80)[0])
-    corners = np.fromfile(path, record, count, offset=84)["corners"].reshape(-1, 3)
-    vertices, index = np.unique(corners, axis=0, return_inverse=True)
-    return vertices, index.reshape(-1, 3).astype(np.int32)
 
 
 def _shrink_textures(mujoco: Any, spec: Any, folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import Policy
-from reachrl.rollout.noise import episode_gumbel
+from reachrl.streams import Stream, generator
 from reachrl.types import Episode, Observation, Rollout, Start
 
 
@@ -123,8 +123,11 @@ class Collector:
 
     def _noise(self) -> torch.Tensor:
         shape = (self.policy.num_action_tokens, 256)
-        keys = [(self.seed, number, len(taken)) for number, taken in zip(self._numbers, self._actions, strict=True)]
-        return torch.from_numpy(np.stack([episode_gumbel(key, shape) for key in keys])).to(self.policy.device)
+        noise = [
+            generator(self.seed, Stream.ROLLOUT_NOISE, number, len(taken)).gumbel(size=shape)
+            for number, taken in zip(self._numbers, self._actions, strict=True)
+        ]
+        return torch.from_numpy(np.stack(noise).astype(np.float32)).to(self.policy.device)
 
     def _rollout(
         self,

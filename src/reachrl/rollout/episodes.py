@@ -1,6 +1,5 @@
 """Plays a list of start states to their ends, each once, on however many environments there are."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +9,7 @@ import torch
 
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.noise import episode_gumbel
+from reachrl.streams import Stream, generator
 from reachrl.types import EnvStep, Observation, Start
 
 Mode = Literal["greedy", "sampled"]
@@ -118,12 +117,12 @@ class EpisodePlayer:
         if self.mode == "sampled":
             shape = (self.policy.num_action_tokens, 256)
             noise = [
-                episode_gumbel((self.seed, zlib.crc32(start.task.encode()), start.index, length), shape)
+                generator(self.seed, Stream.EVALUATION_NOISE, start.task, start.index, length).gumbel(size=shape)
                 if start is not None
-                else np.zeros(shape, dtype=np.float32)
+                else np.zeros(shape)
                 for start, length in zip(current, lengths, strict=True)
             ]
-            gumbel = torch.from_numpy(np.stack(noise)).to(self.policy.device)
+            gumbel = torch.from_numpy(np.stack(noise).astype(np.float32)).to(self.policy.device)
         return self.policy.act(self.policy.encode(observation), temperature=self.temperature, gumbel=gumbel)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy, PolicyInput
-from reachrl.rollout.noise import episode_gumbel
 from reachrl.types import Observation
 
 _TOLERANCE = 1e-4  # between a decoder with a cache and one teacher-forced pass, in float32
@@ -28,7 +27,8 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     """
     rows = len(observation.images)
     inputs = policy.encode(observation)
-    gumbel = torch.from_numpy(episode_gumbel((0,), (rows, policy.num_action_tokens, 256))).to(policy.device)
+    noise = np.random.default_rng(0).gumbel(size=(rows, policy.num_action_tokens, 256))
+    gumbel = torch.from_numpy(noise.astype(np.float32)).to(policy.device)
     sample = policy.act(inputs, temperature=temperature, gumbel=gumbel)
     _check_scores(policy, inputs, sample, temperature)
     _check_rows_alone(policy, inputs, sample, gumbel, temperature)

@@ -21,6 +21,7 @@ from reachrl.errors import ConfigError, DivergedError, StorageError
 from reachrl.rewards.process.label import class_weights, label_trajectory
 from reachrl.rewards.process.model import ProgressModel
 from reachrl.rewards.process.quality import ScoredTrajectory, binary_cross_entropy, measure
+from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
 
 log = logging.getLogger(__name__)
@@ -112,11 +113,11 @@ def split_starts(trajectories: Sequence[Trajectory], fraction: float, seed: int)
     strata: dict[tuple[str, bool], list[Start]] = {}
     for start in sorted({trajectory.start for trajectory in trajectories}):
         strata.setdefault((start.task, start in failed), []).append(start)
-    generator = np.random.default_rng([seed, 0])
+    draw = generator(seed, Stream.REWARD_SPLIT)
     heldout: set[Start] = set()
     for _, starts in sorted(strata.items()):
         count = min(max(1, round(fraction * len(starts))), len(starts) - 1)
-        heldout.update(starts[i] for i in generator.permutation(len(starts))[:count])
+        heldout.update(starts[i] for i in draw.permutation(len(starts))[:count])
     return frozenset(heldout)
 
 
@@ -155,7 +156,7 @@ def _optimise(
 ) -> ProgressModel:
     """Minimise the cross-entropy for a fixed number of steps; nothing is chosen on the held-out side."""
     probe = _frames(labels, test_rows)
-    probe = probe[np.random.default_rng([seed, 2]).permutation(len(probe))[:_PROBE_FRAMES]]
+    probe = probe[generator(seed, Stream.REWARD_PROBE).permutation(len(probe))[:_PROBE_FRAMES]]
     positive, negative = 1.0, 1.0
     if config.balance:
         positive, negative = class_weights(np.concatenate([labels[row] for row in fit_rows]))
@@ -170,7 +171,7 @@ def _optimise(
         )
     optimizer = _optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, config.steps))
-    batches = _batches(data, labels, fit_rows, config, np.random.default_rng([seed, 1]))
+    batches = _batches(data, labels, fit_rows, config, generator(seed, Stream.REWARD_BATCHES))
     losses: list[float] = []
     model.train()
     for step, (images, instructions, target) in enumerate(itertools.islice(batches, config.steps), start=1):
