@@ -59,6 +59,14 @@ class _Lean:
         reward, info = self.evaluate_state(observation, action)
         return observation, reward, False, False, info
 
+    def _get_obs(self: Any) -> np.ndarray:
+        """Meta-World's own f64[39]: what is seen now, what was seen one step ago, and the goal."""
+        observation = np.empty(39)
+        observation[36:] = self._get_pos_goal()
+        observation[18:36] = self._prev_obs
+        self._prev_obs = observation[:18] = self._get_curr_obs_combined_no_goal()
+        return observation
+
     def _get_curr_obs_combined_no_goal(self: Any) -> np.ndarray:
         """Meta-World's own f64[18] without its splitting and stacking, which took a fifth of a decision."""
         observation = np.zeros(18)

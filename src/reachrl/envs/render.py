@@ -45,6 +45,7 @@ def choose_gl() -> str:
     """
     # Draw in the calling thread: the workers themselves fill the cores.
     os.environ.setdefault("LP_NUM_THREADS", "0")
+    os.environ.setdefault("LP_PERF", "no_mip_linear")  # the nearest level of a texture alone: a tenth of a frame's time
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted not in _BACK_ENDS:
         raise MissingExtra(
