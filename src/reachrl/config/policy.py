@@ -152,6 +152,31 @@ class LanguageModelConfig(Section):
         return self.vocab_size - self.pad_to_multiple_of
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters: the base stays frozen, small matrices beside its linear maps are trained (in float32).
+
+    Source: Hu et al. 2021, LoRA, equation 3: W x + alpha / rank * B A x.
+    """
+
+    rank: int = Field(default=32, gt=0)
+    """Inner size of the two matrices."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scale; the update is multiplied by alpha / rank (OpenVLA's recipe: min(rank, 16))."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the matrices while training by demonstrations. RL needs 0: the ratio must start at 1."""
+    parts: tuple[Literal["language_model", "projector", "vision"], ...] = Field(
+        default=("language_model",), min_length=1
+    )
+    """What gets adapters: all linear maps of the decoder layers, of the projector, of the towers' blocks. Never the
+    language model's head."""
+
+    @model_validator(mode="after")
+    def _parts_are_distinct(self) -> Self:
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"parts={list(self.parts)} names a part twice")
+        return self
+
+
 class OpenVLAConfig(Section):
     """OpenVLA: vision towers, projector, Llama, 256-way action head. The defaults are the `tiny` size."""
 
@@ -175,14 +200,22 @@ class OpenVLAConfig(Section):
     """Tokens prompts are padded to, so that shapes stay fixed; a longer prompt lengthens its batch."""
     num_action_tokens: int = Field(default=4, gt=0)
     """Tokens per action = action dimensions (4 on Meta-World, 7 on LIBERO)."""
-    critic: Literal["shared", "separate"] = "shared"
-    """`shared`: the value head reads the actor's trunk; `separate`: its own copy of projector and trunk."""
+    critic: Literal["shared", "separate", "adapter"] = "shared"
+    """`shared`: the value head reads the actor's trunk; `separate`: its own copy of projector and trunk; `adapter`: a
+    second set of adapters on the actor's frozen base (needs `lora`): a critic of its own at nearly no memory."""
     value_hidden_size: int = Field(default=128, gt=0)
     """Hidden units of the value head."""
     value_gradient_to_trunk: bool = True
     """Whether the value loss may change a shared trunk; `false` detaches the hidden state first."""
+    lora: LoRAConfig | None = None
+    """Train adapters on the frozen weights of `checkpoint`; unset trains the weights themselves."""
+    gradient_checkpointing: bool = False
+    """Compute each decoder layer again in the backward pass instead of keeping it: less memory, a third more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage and arithmetic of towers, projector and trunk; the value head stays in float32."""
+    """How towers, projector and trunk are stored; adapters and the value head are always float32."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of towers, projector and trunk; unset means `dtype`. `bfloat16` over `dtype="float32"` computes
+    cheaply and keeps float32 master weights."""
     checkpoint: Path | None = None
     """Folder with weights to start from: one written by ReachRL, or the official OpenVLA layout."""
     dataset: str | None = None
@@ -193,6 +226,10 @@ class OpenVLAConfig(Section):
         grids = {tower.grid(self.image_size) for tower in self.towers}
         if len(grids) != 1:
             raise ValueError(f"the towers' patch grids differ: {sorted(grids)} patches a side at {self.image_size} px")
+        if self.critic == "adapter" and self.lora is None:
+            raise ValueError('critic="adapter" is a second set of adapters: set policy.lora.rank, or another critic')
+        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
         if not len(self.image_mean) == len(self.image_std) == len(self.towers):
             raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
         return self
