@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -95,7 +96,10 @@ class ToyPolicy(Policy):
     @classmethod
     def from_pretrained(cls, folder: Path) -> "ToyPolicy":
         policy = cls()
-        policy.load_state_dict(load_file(folder / "model.safetensors"))
+        try:
+            policy.load_state_dict(load_file(folder / "model.safetensors"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / 'model.safetensors'}: {error}") from error
         return policy
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -261,7 +265,7 @@ def test_other_options_are_refused(whole, store_folder: Path) -> None:
 
 def test_truncated_checkpoint_is_named(store_folder: Path, tmp_path: Path) -> None:
     fit(store_folder, tmp_path, stop_after=20)
-    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights = tmp_path / "checkpoint" / "policy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="model.safetensors"):
         fit(store_folder, tmp_path)
@@ -322,7 +326,7 @@ def test_divergence_stops_before_anything_is_saved(store_folder: Path, tmp_path:
         fit(store_folder, tmp_path)
     state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
     assert state["step"] == 15
-    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    weights = load_file(tmp_path / "checkpoint" / "policy" / "model.safetensors")
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 

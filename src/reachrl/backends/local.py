@@ -15,7 +15,6 @@ from reachrl.algorithms.ppo import PPO
 from reachrl.backends.base import Weights
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import CheckpointError
 from reachrl.functional.gae import gae
 from reachrl.policies.base import Policy, PolicyInput
 from reachrl.registry import build
@@ -163,10 +162,7 @@ class LocalLearner:
         Raises:
             CheckpointError: a file is missing, damaged or of another architecture.
         """
-        saved = type(self.policy).from_pretrained(folder / "policy")
-        if saved.architecture() != self.policy.architecture():
-            raise CheckpointError(f"{folder}: the checkpoint's architecture is not the configuration's.")
-        self.policy.load_state_dict(saved.state_dict())
+        self.policy.restore(folder / "policy")
         load_optimizer(self.algorithm.optimizer, folder / "optimizer.safetensors")
 
     def _encode(self, observation: Observation, rows: slice) -> PolicyInput:

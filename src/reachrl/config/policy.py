@@ -228,6 +228,12 @@ class OpenVLAConfig(Section):
             raise ValueError(f"the towers' patch grids differ: {sorted(grids)} patches a side at {self.image_size} px")
         if self.critic == "adapter" and self.lora is None:
             raise ValueError('critic="adapter" is a second set of adapters: set policy.lora.rank, or another critic')
+        if self.critic == "separate" and self.lora is not None:
+            raise ValueError(
+                'critic="separate" copies what adapters leave frozen: use critic="adapter" with policy.lora'
+            )
+        if self.lora is not None and self.checkpoint is None:
+            raise ValueError("policy.lora trains adapters beside frozen weights: policy.checkpoint must say which")
         if self.dtype == "bfloat16" and self.compute_dtype == "float32":
             raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
         if not len(self.image_mean) == len(self.image_std) == len(self.towers):

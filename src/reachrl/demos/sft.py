@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int64
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch.optim import AdamW
 
 from reachrl.config.demos import SFTSection
@@ -182,9 +180,7 @@ class _Training:
             raise DivergedError(f"sft step {self.step}: held-out loss {score.loss} is not finite. Lower sft.lr.")
         if self.best is None or score.loss < self.best["loss"]:
             self.best = {"step": self.step, **asdict(score)}
-            replace_folder_atomic(
-                self.folder / "best", lambda aside: save_model(self.policy, str(aside / "model.safetensors"))
-            )
+            replace_folder_atomic(self.folder / "best", self.policy.save_pretrained)
         return {"heldout_loss": score.loss, "token_accuracy": score.token_accuracy, "action_error": score.action_error}
 
     @torch.no_grad()
@@ -210,7 +206,7 @@ class _Training:
         """Write `checkpoint/`: weights, optimiser and position, complete or absent."""
 
         def write(aside: Path) -> None:
-            save_model(self.policy, str(aside / "model.safetensors"))
+            self.policy.save_pretrained(aside / "policy")
             save_optimizer(self.optimizer, aside / "optimizer.safetensors")
             write_json_atomic(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
 
@@ -224,7 +220,7 @@ class _Training:
         if not checkpoint.exists():
             return
         state = self._read_state(checkpoint / "state.json")
-        self._load_weights(checkpoint / "model.safetensors")
+        self.policy.restore(checkpoint / "policy")
         load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")
         self.step, self.best = state["step"], state["best"]
         logger.info("sft: resumed at step %d of %d", self.step, self.steps)
@@ -235,14 +231,14 @@ class _Training:
         if not path.exists():
             return None
         state = self._read_state(path)
-        self.policy.load_state_dict(type(self.policy).from_pretrained(self.folder / "policy").state_dict())
+        self.policy.restore(self.folder / "policy")
         self.policy.eval()
         return SFTResult(**{**state["result"], "best_heldout_loss": _number(state["result"]["best_heldout_loss"])})
 
     def finish(self) -> SFTResult:
         """Put the best weights into the policy, save it, and drop the checkpoints."""
         if self.best is not None:
-            self._load_weights(self.folder / "best" / "model.safetensors")
+            self.policy.restore(self.folder / "best")
             best = self.best
         else:
             score = self.score(self.train_rows[: self.config.heldout_rows])
@@ -277,14 +273,6 @@ class _Training:
                 f"{self.identity.get(key)!r}. Use the same options, another folder, or delete {self.folder}."
             )
         return state
-
-    def _load_weights(self, path: Path) -> None:
-        try:
-            load_model(self.policy, str(path), device=str(self.policy.device))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: missing, truncated or of another architecture ({error}); delete {self.folder} to start again."
-            ) from error
 
 
 def _number(value: float | None) -> float:

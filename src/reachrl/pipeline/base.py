@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from reachrl.config.train import TrainConfig
+from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.registry import build, resolve
 
@@ -33,10 +34,26 @@ class Display(Protocol):
         ...
 
 
+def device_of(config: TrainConfig) -> torch.device:
+    """The device that `config.device` stands for on this machine.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    present = torch.cuda.device_count()
+    if config.device == "auto":
+        return torch.device("cuda" if present else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= present:
+        raise ConfigError(f"device={config.device}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
+    return device
+
+
 def new_policy(config: TrainConfig) -> Policy:
     """The configured policy with the seed's initial weights, or its checkpoint's."""
     torch.manual_seed(config.seed)
-    return build("policies", config.policy)
+    with torch.device(device_of(config)):
+        return build("policies", config.policy)
 
 
 def saved_policy(config: TrainConfig, folder: Path) -> Policy:
@@ -46,4 +63,5 @@ def saved_policy(config: TrainConfig, folder: Path) -> Policy:
         CheckpointError: a file is missing, damaged, or of another architecture.
     """
     kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
-    return resolve("policies", kind).from_pretrained(folder)
+    with torch.device(device_of(config)):
+        return resolve("policies", kind).from_pretrained(folder)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
+from reachrl.errors import CheckpointError
 from reachrl.types import Observation
 
 
@@ -131,9 +132,23 @@ class Policy(nn.Module, ABC):
             CheckpointError: a file is missing, truncated or of another architecture.
         """
 
+    def restore(self, folder: Path) -> None:
+        """Read what `save_pretrained` wrote back into this policy; override to do it without building a second one.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or of another architecture.
+        """
+        saved = type(self).from_pretrained(folder)
+        if saved.architecture() != self.architecture():
+            raise CheckpointError(f"{folder}: the checkpoint's architecture is not the configuration's")
+        self.load_state_dict(saved.state_dict())
+
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`."""
+        """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`.
+
+        What is frozen for good (the weights under adapters) is in none of them.
+        """
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:

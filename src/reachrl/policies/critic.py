@@ -26,7 +26,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "B E"]) -> Float[Tensor, "B"]:
         """One value per row."""
-        return self.fc2(F.silu(self.fc1(hidden.float()))).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.fc2(F.silu(self.fc1(hidden.float()))).squeeze(-1)
 
 
 class SeparateTrunk(nn.Module):

@@ -33,7 +33,8 @@ def action_logits(
     Returns:
         f32 logits whose softmax is the sampling distribution.
     """
-    return F.linear(hidden.float(), head.float()) / temperature
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.float()) / temperature
 
 
 @torch.no_grad()

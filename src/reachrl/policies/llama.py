@@ -1,5 +1,7 @@
 """A walk over the layers of transformers' Llama: teacher-forced hidden states, or one cached decoding step."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -7,12 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 
 from reachrl.config.policy import LanguageModelConfig
 
 Rotary = tuple[Tensor, Tensor]
+Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
 def build_llama(config: LanguageModelConfig) -> LlamaForCausalLM:
@@ -132,6 +136,7 @@ def last_hidden(
     valid: Bool[Tensor, "B S"],
     num_last: int,
     cache: KVCache | None = None,
+    recompute: Contexts | None = None,
 ) -> Float[Tensor, "B Q E"]:
     """Normed hidden states of the last `num_last` positions.
 
@@ -143,6 +148,8 @@ def last_hidden(
         valid: which positions are real tokens; the last `num_last` must be.
         num_last: how many positions to return.
         cache: filled with the keys and values of all `S` positions when given.
+        recompute: layers are computed again in the backward pass instead of being kept; it makes the contexts of
+            the two passes.
 
     Returns:
         Hidden states after the final normalisation.
@@ -154,7 +161,11 @@ def last_hidden(
     mask = causal_mask(valid, length) if padded else None
     *first_layers, final_layer = decoder_layers(model)
     for layer in first_layers:
-        if cache is None:  # the whole module: its hooks (sharding, activation checkpointing) must run
+        # Without a cache the whole module is called: its hooks (sharding) must run.
+        if cache is None and recompute is not None and torch.is_grad_enabled():
+            inputs = {"attention_mask": mask, "position_embeddings": rotary}
+            embeds = checkpoint(layer, embeds, use_reentrant=False, context_fn=recompute, **inputs)
+        elif cache is None:
             embeds = layer(embeds, attention_mask=mask, position_embeddings=rotary)
         else:
             embeds = _attend(layer, embeds, rotary, mask, length, cache)

@@ -86,8 +86,8 @@ def _check_groups(policy: Policy) -> None:
     if set(groups) != {"vision", "trunk", "value"}:
         raise ExtensionError(f"parameter_groups needs the roles vision, trunk and value; got {sorted(groups)}.")
     held = [id(parameter) for group in groups.values() for parameter in group]
-    if sorted(held) != sorted(id(parameter) for parameter in policy.parameters()):
-        raise ExtensionError("parameter_groups must hold every parameter exactly once.")
+    if sorted(held) != sorted(id(parameter) for parameter in policy.parameters() if parameter.requires_grad):
+        raise ExtensionError("parameter_groups must hold every parameter that can be trained exactly once.")
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor, problem: str) -> None:

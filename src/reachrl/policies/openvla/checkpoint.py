@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from reachrl.config.policy import OpenVLAConfig, ViTTowerConfig
 from reachrl.errors import CheckpointError, StorageError
 from reachrl.policies.action_tokens import ActionStats
+from reachrl.policies.openvla import adapters
+from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import is_dead, is_official, official_config, official_stats
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
@@ -24,9 +28,11 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 STATS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
+VALUE_FILE = "value_head.safetensors"
 _OUR_STATS = "reachrl"
 # The critic is ours: an official checkpoint has none and its configuration does not mention it.
 _NOT_OFFICIAL = {"critic", "value_hidden_size", "image_mean", "image_std", "num_action_tokens"}
+_VALUE = "value_head."
 
 
 def save(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -38,18 +44,10 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    stats = policy.action_stats
-    action = {"q01": stats.q01.tolist(), "q99": stats.q99.tolist(), "mask": stats.mask.tolist()}
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        weights = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
-        save_file(weights, aside / SINGLE_FILE, metadata={"format": "pt"})
-        config = policy.config.model_copy(update={"checkpoint": None, "dataset": None})
-        (aside / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (aside / STATS_FILE).write_text(json.dumps({_OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
-        if policy.tokenizer is not None:
-            policy.tokenizer.save(aside / TOKENIZER_FILE)
+        _write(policy, aside)
         if folder.exists():
             folder.rename(replaced)
         aside.rename(folder)
@@ -57,6 +55,26 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(f"the policy could not be written to {folder}: {error}; free space and try again") from error
+
+
+def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
+    """Whole weights; or, on a frozen base, the adapters and the value head alone."""
+    config, update = policy.config, {"checkpoint": None, "dataset": None}
+    state = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
+    if config.lora is None:
+        save_file(state, folder / SINGLE_FILE, metadata={"format": "pt"})
+    else:
+        assert policy.base is not None
+        update["checkpoint"] = policy.base
+        adapters.save(policy, config.lora, folder, base=policy.base, critic=config.critic == "adapter")
+        save_file({k: v for k, v in state.items() if k.startswith(_VALUE)}, folder / VALUE_FILE, {"format": "pt"})
+    text = config.model_copy(update=update).model_dump_json(indent=2)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    stats = policy.action_stats
+    action = {"q01": stats.q01.tolist(), "q99": stats.q99.tolist(), "mask": stats.mask.tolist()}
+    (folder / STATS_FILE).write_text(json.dumps({_OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
+    if policy.tokenizer is not None:
+        policy.tokenizer.save(folder / TOKENIZER_FILE)
 
 
 def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenVLAConfig:
@@ -68,7 +86,9 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenV
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"policy checkpoint {folder} does not exist or is not a folder")
-    if is_official(folder):
+    if adapters.is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
+        config = read_config(adapters.base_of(folder), tower_heads)
+    elif is_official(folder):
         config = official_config(folder, tower_heads)
     else:
         try:
@@ -78,36 +98,112 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenV
     return config.model_copy(update={"checkpoint": folder})
 
 
-def load_into(policy: "OpenVLAPolicy", folder: Path) -> None:
-    """Fill a policy that was built without storage (on the meta device) from `folder`.
+def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
+    """Fill a policy that was built without storage (on the meta device) from `folder`, straight onto `device`.
+
+    Whole weights are read as they are; adapters are read with their base. A policy configured without adapters gets
+    them folded into its weights; one configured with adapters on whole weights gets fresh ones.
 
     Raises:
         CheckpointError: a file is missing or truncated, or the folder holds another architecture.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), policy.config
+    _check_architecture(policy, folder)
+    if not adapters.is_adapter(folder):
+        _load_whole(policy, folder, device)
+        if config.lora is not None:
+            policy.add_adapters(folder.resolve())
+        return
+    base, ours = adapters.base_of(folder), (folder / VALUE_FILE).is_file()
+    _load_whole(policy, base, device)
+    adapters.check_base(folder, base)
+    if config.lora is None:
+        merge_into(policy, folder, skipped=lambda key: is_dead(key, config))
+    elif ours:
+        policy.add_adapters(base)
+        adapters.load(policy, folder, critic=config.critic == "adapter")
+    else:
+        raise CheckpointError(
+            f"{folder} holds adapters of another tool, and policy.lora would put new ones on top: fold them in first "
+            f"with  reachrl export {folder} --merge --out MERGED  and set policy.checkpoint=MERGED"
+        )
+    if ours and read_config(folder).critic == config.critic:
+        _load_value_head(policy, folder)
+    _load_stats_and_tokenizer(policy, folder)
+
+
+def restore(policy: "OpenVLAPolicy", folder: Path) -> None:
+    """Read what `save` wrote back into a policy of the same architecture, without building a second one.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or the folder holds another architecture.
+    """
+    folder, config = Path(folder), policy.config
+    stored = type(policy).architecture_of(read_config(folder))
+    _compare(stored, policy.architecture(), folder, set())
+    if config.lora is None:
+        own = {key: tuple(value.shape) for key, value in policy.state_dict().items()}
+        check_shapes(own, read_shapes(folder), folder)
+        copy_weights(policy, folder)
+    else:
+        adapters.check_base(folder, adapters.base_of(folder))
+        adapters.load(policy, folder, critic=config.critic == "adapter")
+        _load_value_head(policy, folder)
+    _load_stats_and_tokenizer(policy, folder)
+
+
+def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
     config = policy.config
     heads = [tower.num_heads if isinstance(tower, ViTTowerConfig) else 1 for tower in config.towers]
     stored = read_config(folder, heads)
-    official = is_official(folder)
-    _compare(type(policy).architecture_of(stored), policy.architecture(), folder, _NOT_OFFICIAL if official else set())
+    whole = adapters.base_of(folder) if adapters.is_adapter(folder) else folder
+    ignored = set(_NOT_OFFICIAL) if is_official(whole) else set()
+    if stored.lora is None or config.lora is None:  # adapters begin as nothing, and can be folded in
+        ignored |= {"lora"}
+    if "adapter" in (stored.critic, config.critic):
+        ignored |= {"critic"}
+    _compare(type(policy).architecture_of(stored), policy.architecture(), folder, ignored)
+
+
+def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
+    """Give the policy storage and the weights, statistics and tokenizer of a folder without adapters."""
+    official, config = is_official(folder), policy.config
     check_shapes(
         {key: tuple(value.shape) for key, value in policy.state_dict().items()},
         read_shapes(folder),
         folder,
         skipped=(lambda key: is_dead(key, config)) if official else (lambda key: False),
-        optional=(lambda key: key.startswith(("value_head.", "critic."))) if official else (lambda key: False),
+        optional=(lambda key: key.startswith((_VALUE, "critic."))) if official else (lambda key: False),
     )
-    policy.to_empty(device="cpu")
+    policy.to_empty(device=device)
     for module in policy.modules():
         if isinstance(module, LlamaRotaryEmbedding):
             module.__init__(module.config)  # its frequencies are computed, not stored
+            module.to(device)
     copy_weights(policy, folder)
     if official:
         policy.value_head.reset()
         policy.reset_critic()
+    _load_stats_and_tokenizer(policy, folder)
+
+
+def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
+    try:
+        state = load_file(folder / VALUE_FILE)
+        policy.value_head.load_state_dict({key.removeprefix(_VALUE): tensor for key, tensor in state.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / VALUE_FILE} is missing, truncated or of another size: {error}") from error
+
+
+def _load_stats_and_tokenizer(policy: "OpenVLAPolicy", folder: Path) -> None:
+    config = policy.config
+    whole = not adapters.is_adapter(folder)
+    if whole and is_official(folder):
         stats = official_stats(folder, config.dataset)
-    else:
+    elif whole or (folder / VALUE_FILE).is_file():
         stats = _read_stats(folder)
+    else:
+        stats = None  # adapters of another tool: the base's hold
     if stats is not None:
         try:
             policy.set_action_stats(stats.q01, stats.q99, stats.mask)

@@ -1,7 +1,7 @@
 """OpenVLA as a policy: two vision towers, projector, Llama, a 256-way action head and a value head."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
 from reachrl.policies.llama import build_llama, last_hidden
-from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
@@ -27,7 +27,10 @@ from reachrl.policies.openvla.vision import Projector, VisionBackbone
 from reachrl.types import Observation
 
 # Options that change no weight's shape or meaning; everything else in the section is architecture.
-_NOT_ARCHITECTURE = {"checkpoint", "dataset", "dtype", "prompt_length", "value_gradient_to_trunk", "tokenizer"}
+_NOT_ARCHITECTURE = {
+    *("checkpoint", "dataset", "dtype", "compute_dtype", "gradient_checkpointing", "prompt_length", "resize"),
+    *("center_crop", "value_gradient_to_trunk", "tokenizer"),
+}
 
 
 class OpenVLAPolicy(Policy):
@@ -42,6 +45,8 @@ class OpenVLAPolicy(Policy):
     def __init__(self, config: OpenVLAConfig, tokenizer: PromptTokenizer | None = None) -> None:
         """Build the policy; random weights unless `config.checkpoint` names a folder.
 
+        Under `with torch.device(...)` it is made on that device, and stored weights go straight there.
+
         Raises:
             CheckpointError: `config.checkpoint` cannot be read or has another architecture.
         """
@@ -53,12 +58,13 @@ class OpenVLAPolicy(Policy):
         with torch.device("meta") if config.checkpoint is not None else nullcontext():
             self._build()
         self.action_stats = ActionStats.identity(config.num_action_tokens)
+        self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.tokenizer = tokenizer
         if tokenizer is None and config.tokenizer == "built_in":
             self.tokenizer = PromptTokenizer(build_tokenizer(llm), llm)
         self.eval()
         if config.checkpoint is not None:
-            checkpoint.load_into(self, config.checkpoint)
+            checkpoint.load_into(self, config.checkpoint, torch.get_default_device())
 
     def _build(self) -> None:
         config, llm = self.config, self.config.language_model
@@ -74,6 +80,12 @@ class OpenVLAPolicy(Policy):
                 parameter.data = parameter.data.to(dtype)
         separate = config.critic == "separate"
         self.critic = SeparateTrunk(self.projector, self.language_model.model) if separate else None
+
+    def add_adapters(self, base: Path) -> None:
+        """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
+        assert self.config.lora is not None
+        self.base = base
+        adapters.add_adapters(self, self.config.lora, critic=self.config.critic == "adapter")
 
     # --- from observations -------------------------------------------------------------------------------------
 
@@ -115,7 +127,22 @@ class OpenVLAPolicy(Policy):
 
     def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
         """The vision towers' output: what may be cached while the towers are frozen."""
-        return self.vision_backbone(pixel_values.to(self.projector.fc1.weight.dtype))
+        with self._arithmetic():
+            return self.vision_backbone(pixel_values.to(self.projector.fc1.weight.dtype))
+
+    def _arithmetic(self) -> AbstractContextManager:
+        """Mixed precision where `compute_dtype` asks for another type than the weights have."""
+        wanted = self.config.compute_dtype
+        if wanted in (None, self.config.dtype):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, wanted))
+
+    def _hidden(
+        self, model: LlamaModel, embeds: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"], num_last: int
+    ) -> Float[Tensor, "B Q E"]:
+        """Normed hidden states of the last positions, by the adapters that are active now."""
+        recompute = (lambda: adapters.recomputing(self)) if self.config.gradient_checkpointing else None
+        return last_hidden(model, embeds, valid, num_last, recompute=recompute)
 
     # --- sequences ---------------------------------------------------------------------------------------------
 
@@ -159,15 +186,17 @@ class OpenVLAPolicy(Policy):
         self, features: Float[Tensor, "B P F"], inputs: PolicyInput, first_hidden: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B"]:
         """The value at the first action position, from the actor's hidden state or the critic's own trunk."""
-        if self.critic is not None:
-            model = self.critic.model
-            # detached: the towers belong to the actor
-            embeds, valid = self._embed(self.critic.projector, model, features.detach(), inputs)
-            return self.value_head(last_hidden(model, embeds, valid, 1)[:, 0])
+        model, projector = self.language_model.model, self.projector
+        if self.config.critic != "shared":
+            if self.critic is not None:
+                model, projector = self.critic.model, self.critic.projector
+            with adapters.active(self, adapters.CRITIC):
+                # detached: the towers belong to the actor
+                embeds, valid = self._embed(projector, model, features.detach(), inputs)
+                return self.value_head(self._hidden(model, embeds, valid, 1)[:, 0])
         if first_hidden is None:
-            model = self.language_model.model
-            embeds, valid = self._embed(self.projector, model, features, inputs)
-            first_hidden = last_hidden(model, embeds, valid, 1)[:, 0]
+            embeds, valid = self._embed(projector, model, features, inputs)
+            first_hidden = self._hidden(model, embeds, valid, 1)[:, 0]
         return self.value_head(first_hidden if self.config.value_gradient_to_trunk else first_hidden.detach())
 
     # --- the policy's four questions ---------------------------------------------------------------------------
@@ -179,18 +208,19 @@ class OpenVLAPolicy(Policy):
         """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
         features = self._features(inputs)
         model = self.language_model.model
-        embeds, valid = self._embed(self.projector, model, features, inputs)
-        decoded = decode(
-            model,
-            self._action_head(),
-            embeds,
-            valid,
-            first_action_id=self.first_action_id,
-            num_tokens=self.num_action_tokens,
-            temperature=temperature,
-            gumbel=gumbel,
-        )
-        values = self._value(features, inputs, decoded.first_hidden)
+        with self._arithmetic():
+            embeds, valid = self._embed(self.projector, model, features, inputs)
+            decoded = decode(
+                model,
+                self._action_head(),
+                embeds,
+                valid,
+                first_action_id=self.first_action_id,
+                num_tokens=self.num_action_tokens,
+                temperature=temperature,
+                gumbel=gumbel,
+            )
+            values = self._value(features, inputs, decoded.first_hidden)
         return ActionSample(action_ids=decoded.action_ids, logprobs=decoded.logprobs, values=values)
 
     def action_logits(
@@ -199,10 +229,11 @@ class OpenVLAPolicy(Policy):
         """Teacher-forced logits of the 256 action tokens at each action position, and the values."""
         features = self._features(inputs)
         model = self.language_model.model
-        embeds, valid = self._embed(self.projector, model, features, inputs, action_ids[:, :-1])
-        hidden = last_hidden(model, embeds, valid, action_ids.shape[1])
-        logits = action_logits(hidden, self._action_head(), temperature)
-        return logits, self._value(features, inputs, hidden[:, 0])
+        with self._arithmetic():
+            embeds, valid = self._embed(self.projector, model, features, inputs, action_ids[:, :-1])
+            hidden = self._hidden(model, embeds, valid, action_ids.shape[1])
+            logits = action_logits(hidden, self._action_head(), temperature)
+            return logits, self._value(features, inputs, hidden[:, 0])
 
     def evaluate(
         self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
@@ -215,7 +246,8 @@ class OpenVLAPolicy(Policy):
 
     def values(self, inputs: PolicyInput) -> Float[Tensor, "B"]:
         """State values; the same number that `act` and `evaluate` return for the same state."""
-        return self._value(self._features(inputs), inputs, None)
+        with self._arithmetic():
+            return self._value(self._features(inputs), inputs, None)
 
     # --- actions -----------------------------------------------------------------------------------------------
 
@@ -247,13 +279,26 @@ class OpenVLAPolicy(Policy):
     # --- weights -----------------------------------------------------------------------------------------------
 
     def reset_critic(self) -> None:
-        """Start a separate critic's trunk again from the actor's weights (after supervised training)."""
+        """Start a critic of its own again from the actor's weights (after supervised training)."""
         if self.critic is not None:
             self.critic.copy_from(self.projector, self.language_model.model)
+        if self.base is not None and self.config.critic == "adapter":
+            adapters.copy_set(self, adapters.ACTOR, adapters.CRITIC)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`."""
+        """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`.
+
+        With `config.lora`, the weights are the adapters (a standard peft folder) and the value head.
+        """
         checkpoint.save(self, folder)
+
+    def restore(self, folder: Path) -> None:
+        """Read back what `save_pretrained` wrote, without building a second policy.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or of another architecture.
+        """
+        checkpoint.restore(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "OpenVLAPolicy":
@@ -288,8 +333,15 @@ class OpenVLAPolicy(Policy):
         return cls(config.model_copy(update={"dataset": dataset, "critic": critic}))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters by role: `vision`, `trunk` (projector, language model), `value`."""
+        """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`."""
         value = list(self.value_head.parameters())
+        if self.base is not None:
+            trunk = ("projector.", "language_model.")
+            return {
+                "vision": adapters.parameters(self, adapters.ACTOR, ("vision_backbone.",)),
+                "trunk": adapters.parameters(self, adapters.ACTOR, trunk),
+                "value": [*value, *adapters.parameters(self, adapters.CRITIC, trunk)],
+            }
         return {
             "vision": list(self.vision_backbone.parameters()),
             "trunk": [*self.projector.parameters(), *self.language_model.parameters()],

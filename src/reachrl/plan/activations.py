@@ -1,0 +1,175 @@
+"""Bytes that one row of a training pass keeps for its backward pass, and what a pass needs while it runs.
+
+The count follows PyTorch operation by operation: what autograd saves depends on what is trained, and on the number
+format. Fused attention is assumed, which keeps its inputs and output but no scores.
+"""
+
+from dataclasses import dataclass
+
+from reachrl.config.policy import NUM_ACTION_BINS, ConvTowerConfig, OpenVLAConfig, TowerConfig, ViTTowerConfig
+from reachrl.plan.parameters import BYTES, block_linears, key_width, projector_linears
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How tensors of a module are kept: its numbers, and what of it is trained."""
+
+    stored: int  # bytes of a weight, and of the residual stream
+    computed: int  # bytes of what a linear map returns
+    full: bool  # the weights themselves are trained
+    rank: int = 0  # of the adapters; 0 is none
+
+    @property
+    def mixed(self) -> bool:
+        """Autocast: float32 weights, bfloat16 arithmetic."""
+        return self.stored != self.computed
+
+    def inputs(self, width: int, consumers: int = 1, *, fresh: bool = True) -> int:
+        """Bytes kept of one token's `width` channels because `consumers` linear maps read them.
+
+        Args:
+            width: channels.
+            consumers: maps that read the same input; a cast is made for each of them anew.
+            fresh: whether nothing else keeps the tensor in the format of the arithmetic already.
+        """
+        if self.full:
+            casts = consumers if self.mixed and fresh else int(fresh)
+            return casts * self.computed * width
+        if not self.rank:
+            return 0
+        inner = consumers * self.rank * (self.computed if self.mixed else 4)
+        if self.stored == 4 and not self.mixed:
+            return int(fresh) * 4 * width + inner
+        return consumers * (2 if self.mixed else 4) * width + inner  # peft casts to its own float32 first
+
+
+def numbers(policy: OpenVLAConfig) -> tuple[int, int]:
+    """Bytes of a stored and of a computed number."""
+    return BYTES[policy.dtype], BYTES[policy.compute_dtype or policy.dtype]
+
+
+def kept(policy: OpenVLAConfig, part: str) -> Kept:
+    """How the actor's `part` is kept: `language_model`, `projector` or `vision`."""
+    stored, computed = numbers(policy)
+    rank = policy.lora.rank if policy.lora is not None and part in policy.lora.parts else 0
+    return Kept(stored, computed, full=policy.lora is None, rank=rank)
+
+
+def prompt_tokens(policy: OpenVLAConfig) -> int:
+    """Positions in front of the first action token: BOS, patches and the padded prompt."""
+    return policy.num_patches + policy.prompt_length
+
+
+def training_row(policy: OpenVLAConfig, *, train_vision: bool) -> dict[str, int]:
+    """Bytes that one row keeps between its forward and its backward pass, by part."""
+    tokens, actions = prompt_tokens(policy), policy.num_action_tokens
+    parts = {
+        "vision": sum(tower_row(policy, tower) for tower in policy.towers) if train_vision else 0,
+        "actor": projector_row(policy, train_vision=train_vision) + trunk_row(policy, tokens + actions - 1, actions),
+        "critic": 0,
+        "logits": logits_row(policy),
+    }
+    if policy.critic != "shared":
+        parts["critic"] = projector_row(policy, train_vision=False) + trunk_row(policy, tokens, 1)
+    return parts
+
+
+def trunk_row(policy: OpenVLAConfig, tokens: int, queries: int) -> int:
+    """Bytes kept by all decoder layers of a row; the last layer computes `queries` positions only."""
+    llm, how = policy.language_model, kept(policy, "language_model")
+    first_layers = llm.num_layers - 1
+    if policy.gradient_checkpointing:  # inputs alone; the last layer is never computed again
+        first = first_layers * tokens * how.stored * llm.hidden_size
+    else:
+        first = first_layers * layer_row(policy, tokens)
+    head = queries * norm_token(how, llm.hidden_size)
+    return first + final_layer_row(policy, tokens, queries) + head
+
+
+def norm_token(how: Kept, width: int) -> int:
+    """Bytes kept by one RMSNorm of one token: its float32 input, 1 / rms, and what its scale's gradient needs."""
+    return 4 * width + 4 + how.stored * width * how.full
+
+
+def layer_row(policy: OpenVLAConfig, tokens: int) -> int:
+    """Bytes kept by one decoder layer of one row of `tokens` positions."""
+    llm, how = policy.language_model, kept(policy, "language_model")
+    width = llm.hidden_size
+    # Queries, repeated keys and values and the output, log-sum-exp, and the mask as numbers.
+    attention = 4 * how.computed * width + 4 * llm.num_heads + how.computed * tokens
+    token = norm_token(how, width) + how.inputs(width, 3) + attention + how.inputs(width, fresh=False)
+    return tokens * (token + mlp_token(policy))
+
+
+def mlp_token(policy: OpenVLAConfig) -> int:
+    """Bytes kept by a layer's second half for one token: normalisation, gate, its SiLU, up, and their product."""
+    llm, how = policy.language_model, kept(policy, "language_model")
+    hidden = llm.intermediate_size
+    gated = 3 * how.computed * hidden + how.inputs(hidden, fresh=True)
+    if how.full and how.mixed:  # the product is in the arithmetic's format already
+        gated = 4 * how.computed * hidden
+    return norm_token(how, llm.hidden_size) + how.inputs(llm.hidden_size, 2) + gated
+
+
+def final_layer_row(policy: OpenVLAConfig, tokens: int, queries: int) -> int:
+    """Bytes kept by the last layer, which has keys and values everywhere and the rest at `queries` positions."""
+    llm, how = policy.language_model, kept(policy, "language_model")
+    width = llm.hidden_size
+    everywhere = norm_token(how, width) + how.inputs(width, 2) + 2 * how.computed * key_width(llm)
+    attention = 2 * how.computed * width + 4 * llm.num_heads + how.computed * tokens
+    here = how.inputs(width) * how.mixed + attention + how.inputs(width, fresh=False) + mlp_token(policy)
+    return tokens * everywhere + queries * here
+
+
+def projector_row(policy: OpenVLAConfig, *, train_vision: bool) -> int:
+    """Bytes kept by the projector: what its maps read, and the inputs of the GELUs between them."""
+    how = kept(policy, "projector")
+    if not (how.full or how.rank or train_vision):
+        return 0
+    *hidden, _ = (linear.outputs for linear in projector_linears(policy))
+    gelus = how.computed * sum(hidden)
+    return policy.num_patches * (gelus + sum(how.inputs(linear.inputs) for linear in projector_linears(policy)))
+
+
+def tower_row(policy: OpenVLAConfig, tower: TowerConfig) -> int:
+    """Bytes kept by a vision tower in training."""
+    how = kept(policy, "vision")
+    if not (how.full or how.rank):
+        return 0
+    if isinstance(tower, ConvTowerConfig):
+        return _conv_row(tower, policy.image_size, how) if how.full else 0
+    return _vit_row(tower, policy.image_size, how)
+
+
+def _conv_row(tower: ConvTowerConfig, image_size: int, how: Kept) -> int:
+    side, total = image_size, 3 * image_size**2
+    for index, stage in enumerate(tower.stages):
+        side //= stage.stride
+        # The convolution's output, which GroupNorm keeps; the norm's, which GELU keeps; GELU's, the next one's input.
+        tensors = 1 if index + 1 == len(tower.stages) else 3
+        total += tensors * stage.channels * side**2
+    return how.computed * total
+
+
+def _vit_row(tower: ViTTowerConfig, image_size: int, how: Kept) -> int:
+    tokens = tower.grid(image_size) ** 2 + tower.class_token + tower.num_registers
+    qkv, out, fc1, fc2 = block_linears(tower)
+    norms = 2 * (how.computed * tower.width + 8)
+    attention = how.computed * (qkv.outputs + out.inputs) + 4 * tower.num_heads
+    scales = 2 * how.computed * tower.width * (tower.layer_scale and how.full)
+    linears = how.inputs(qkv.inputs) + how.inputs(out.inputs, fresh=False) + how.inputs(fc1.inputs)
+    mlp = how.computed * fc1.outputs + how.inputs(fc2.inputs)
+    block = norms + attention + scales + linears + mlp
+    return how.computed * 3 * image_size**2 + (tower.depth - 1) * tokens * block
+
+
+def logits_row(policy: OpenVLAConfig) -> int:
+    """Bytes of the restricted head: logits, log-probabilities, probabilities and their product, all float32."""
+    llm = policy.language_model
+    return policy.num_action_tokens * 4 * (4 * NUM_ACTION_BINS + llm.hidden_size)
+
+
+def working_row(policy: OpenVLAConfig, tokens: int) -> int:
+    """Bytes of a row while one decoder layer runs without keeping anything: the widest moment is in its MLP."""
+    llm, (stored, computed) = policy.language_model, numbers(policy)
+    return tokens * (stored * llm.hidden_size + computed * (llm.hidden_size + 3 * llm.intermediate_size))

@@ -1,0 +1,123 @@
+"""The machines a plan is made for: memory, peak arithmetic and bandwidth, and the share of it that is reached."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from reachrl.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator, or the machine itself.
+
+    Arithmetic and bandwidth are the vendor's peak; the three shares say how much of it a pass is expected to reach.
+    """
+
+    name: str
+    memory: float  # GiB that programs can have
+    bf16: float  # dense TFLOP/s
+    fp32: float  # TFLOP/s
+    bandwidth: float  # GB/s
+    forward_share: float = 0.52
+    training_share: float = 0.36
+    bandwidth_share: float = 0.72
+    layer_call_s: float = 3e-4  # least time to have one decoder layer started, s
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the learner shares its memory with the simulators."""
+        return self.name == "cpu"
+
+    def flops(self, width: int) -> float:
+        """Peak FLOP/s of arithmetic in `width` bytes a number."""
+        return 1e12 * (self.bf16 if width == 2 else self.fp32)
+
+
+# Arithmetic and bandwidth are those of NVIDIA's data sheets, without sparsity; memory is what PyTorch reports as total
+# capacity in its out-of-memory messages. fp32 is plain, as PyTorch multiplies unless told to use TF32.
+#
+# The shares (fields above) go back to an H200: large bf16 products reach 790 of 989 TFLOP/s and copies 4.3 of 4.8 TB/s
+# there; of that, 65 % in a forward pass, 45 % in training and 80 % of the bandwidth are good. 0.65 * 790 / 989 = 0.52,
+# 0.45 * 790 / 989 = 0.36, 0.80 * 4.3 / 4.8 = 0.72. The time to start a layer is an estimate for eager PyTorch.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(name="h200", memory=139, bf16=989, fp32=67, bandwidth=4800),
+        Device(name="h100", memory=79, bf16=989, fp32=67, bandwidth=3350),  # SXM, 80 GB
+        Device(name="a100-80", memory=79, bf16=312, fp32=19.5, bandwidth=2039),
+        Device(name="a100-40", memory=39, bf16=312, fp32=19.5, bandwidth=1555),
+        Device(name="l40s", memory=44, bf16=362, fp32=91.6, bandwidth=864),
+        Device(name="4090", memory=23.5, bf16=165, fp32=82.6, bandwidth=1008),
+    )
+}
+
+
+def find_device(name: str, memory: float | None = None) -> Device:
+    """The device called `name`; `cpu` is measured, which takes under half a second.
+
+    Args:
+        name: `cpu` or a name of `DEVICES`.
+        memory: GiB to plan for in place of the device's own.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    known = ["cpu", *DEVICES]
+    if name not in known:
+        close = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"unknown device {name!r}{hint}. Known devices: {', '.join(known)}.")
+    device = measure_cpu() if name == "cpu" else DEVICES[name]
+    if memory is None:
+        return device
+    if memory <= 0:
+        raise ConfigError(f"--memory {memory:g}: expected the memory to plan for in GiB, more than 0.")
+    return replace_memory(device, memory)
+
+
+def replace_memory(device: Device, memory: float) -> Device:
+    """The same device with other memory, in GiB."""
+    from dataclasses import replace
+
+    return replace(device, memory=memory)
+
+
+def measure_cpu() -> Device:
+    """This machine: float32 products and copies of numpy, and the memory that is free now."""
+    import numpy as np
+    import psutil
+
+    size = 1024
+    matrix = np.ones((size, size), np.float32)
+    product = np.empty_like(matrix)
+    source = np.ones(2**24, np.float32)
+    target = np.zeros_like(source)  # written once: the pages are there
+    tflops = 2e-12 * size**3 / _shortest(lambda: np.matmul(matrix, matrix, out=product))
+    bandwidth = 2e-9 * source.nbytes / _shortest(lambda: np.copyto(target, source))  # read and written
+    return Device(
+        name="cpu",
+        memory=psutil.virtual_memory().available / GIB,
+        bf16=tflops,
+        fp32=tflops,
+        bandwidth=bandwidth,
+        forward_share=0.5,
+        training_share=0.5,
+        bandwidth_share=0.5,
+        layer_call_s=2e-4,
+    )
+
+
+def _shortest(run: Callable[[], object], budget_s: float = 0.15) -> float:
+    """Seconds of the fastest of several runs; the others were disturbed."""
+    end, best = time.perf_counter() + budget_s, float("inf")
+    while True:
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return best

@@ -1,0 +1,227 @@
+"""Low-rank adapters on a frozen base: added by peft, kept in peft's files."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reachrl.config.policy import LoRAConfig
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
+
+ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CRITIC_FOLDER = "critic"
+_BASE_FILE = "base.json"
+PREFIX = "base_model.model."
+_TARGETS = {
+    "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "projector": ("projector.fc1", "projector.fc2", "projector.fc3"),
+    "vision": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+}
+
+
+def add_adapters(policy: nn.Module, config: LoRAConfig, *, critic: bool) -> None:
+    """Freeze `policy` and put trainable float32 adapters beside its linear maps; they change nothing yet.
+
+    Args:
+        policy: with the official module names.
+        config: sizes and places.
+        critic: whether a second set is added, for the language model and the projector only.
+
+    Raises:
+        ConfigError: a part of the policy has no linear map to adapt.
+    """
+    for part in config.parts:
+        if not any(name.endswith(_TARGETS[part]) for name, _ in policy.named_modules()):
+            raise ConfigError(f"policy.lora.parts: {part!r} has no linear maps to adapt in this policy; leave it out")
+    policy.requires_grad_(False)
+    inject_adapter_in_model(_peft_config(config, config.parts), policy, ACTOR)
+    if critic:
+        with warnings.catch_warnings():  # peft wonders at a second set
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(_peft_config(config, [p for p in config.parts if p != "vision"]), policy, CRITIC)
+    for name, parameter in policy.named_parameters():
+        adapts = ".lora_" in name
+        parameter.requires_grad_(adapts or name.startswith("value_head."))
+        if adapts:
+            parameter.data = parameter.data.float()
+    for layer in _layers(policy):
+        layer._active_adapter = [ACTOR]
+
+
+def _peft_config(config: LoRAConfig, parts: Any) -> LoraConfig:
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (peft divides it; a fraction is fine)
+        lora_dropout=config.dropout,
+        target_modules=[target for part in parts for target in _TARGETS[part]],
+        bias="none",
+    )
+
+
+def _layers(policy: nn.Module) -> list[LoraLayer]:
+    return [module for module in policy.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def active(policy: nn.Module, adapter: str) -> Iterator[None]:
+    """Compute with the adapters named `adapter` in place of the others."""
+    # Not peft's `set_adapter`: that would also say which of them may be trained.
+    layers = _layers(policy)
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [adapter]
+    try:
+        yield
+    finally:
+        for layer, name in zip(layers, before, strict=True):
+            layer._active_adapter = name
+
+
+def recomputing(policy: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a forward pass and of its repetition in the backward pass: both use the same adapters."""
+    layers = _layers(policy)
+    return nullcontext(), active(policy, layers[0]._active_adapter[0]) if layers else nullcontext()
+
+
+def parameters(policy: nn.Module, adapter: str, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
+    """The matrices of one set in the modules whose names begin with one of `prefixes`."""
+    return [p for name, p in policy.named_parameters() if f".{adapter}." in name and name.startswith(prefixes)]
+
+
+def tensors(policy: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The matrices of one set under the names of peft's files."""
+    return {
+        PREFIX + name.replace(f".{adapter}.", "."): parameter.detach()
+        for name, parameter in policy.named_parameters()
+        if ".lora_" in name and f".{adapter}." in name
+    }
+
+
+@torch.no_grad()
+def copy_set(policy: nn.Module, source: str, target: str) -> None:
+    """Give the set `target` the matrices that `source` has in the same places."""
+    origin = tensors(policy, source)
+    for key, tensor in tensors(policy, target).items():
+        tensor.copy_(origin[key])
+
+
+# --- peft's files ------------------------------------------------------------------------------------------------
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds adapters rather than whole weights."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the weights that the adapters in `folder` belong on.
+
+    Raises:
+        CheckpointError: the file does not say, or the base is not there.
+    """
+    base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path is empty; name the base there")
+    if not Path(base).is_dir():
+        raise CheckpointError(
+            f"the adapters in {folder} belong on {base}, which does not exist. Put the base back, or write its place "
+            f"into base_model_name_or_path of {folder / CONFIG_FILE}"
+        )
+    return Path(base)
+
+
+def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, critic: bool) -> None:
+    """Write both sets as standard peft adapters into an existing folder, the critic's in a folder of its own.
+
+    Args:
+        policy: with adapters.
+        config: what they were made with.
+        folder: where to.
+        base: the folder of the weights the adapters are on; its fingerprint is kept.
+        critic: whether there is a second set.
+    """
+    sets = {ACTOR: (folder, config.parts)}
+    if critic:
+        sets[CRITIC] = (folder / CRITIC_FOLDER, tuple(part for part in config.parts if part != "vision"))
+    for name, (place, parts) in sets.items():
+        place.mkdir(exist_ok=True)
+        peft_config = _peft_config(config, parts)
+        peft_config.base_model_name_or_path = str(base)
+        peft_config.inference_mode = True
+        peft_config.save_pretrained(str(place))
+        state = {key: tensor.cpu().contiguous() for key, tensor in tensors(policy, name).items()}
+        save_file(state, place / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / _BASE_FILE).write_text(json.dumps({"fingerprint": fingerprint(base)}) + "\n", encoding="utf-8")
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells weights apart without reading them all: sizes, headers and the last million bytes of every file."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode() + file.read(1_000_000))
+            file.seek(max(0, size - 1_000_000))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def check_base(folder: Path, weights: Path) -> None:
+    """Refuse adapters on other weights than they were trained on; foreign adapters do not say.
+
+    Raises:
+        CheckpointError: the base has changed since the adapters were saved.
+    """
+    if not (folder / _BASE_FILE).is_file():
+        return
+    if read_json(folder / _BASE_FILE).get("fingerprint") != fingerprint(weights):
+        raise CheckpointError(
+            f"the adapters in {folder} were trained on other weights than {weights} holds now. Put the base back, or "
+            f"write its place into base_model_name_or_path of {folder / CONFIG_FILE}"
+        )
+
+
+@torch.no_grad()
+def load(policy: nn.Module, folder: Path, *, critic: bool) -> None:
+    """Copy saved matrices into the policy's adapters.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapters are of another size.
+    """
+    for name, place in ((ACTOR, folder), (CRITIC, folder / CRITIC_FOLDER))[: 2 if critic else 1]:
+        stored, own = read_adapter(place), tensors(policy, name)
+        check_shapes(
+            {key: tuple(tensor.shape) for key, tensor in own.items()},
+            {key: tuple(tensor.shape) for key, tensor in stored.items()},
+            place,
+        )
+        for key, tensor in own.items():
+            tensor.copy_(stored[key])
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """All matrices in a peft folder, by their names there.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; adapters are read from safetensors files only") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error

@@ -1,0 +1,317 @@
+"""Adapters: nothing at first, then what a dense update would be; saved in peft's format; merged without drift."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
+from reachrl.policies.openvla.merging import merged
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.types import Observation
+
+VIT = {"kind": "vit", "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24, "patch_size": 8}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def small(**changes: object) -> OpenVLAConfig:
+    sizes: dict[str, object] = {
+        "image_size": 16,
+        "towers": (VIT,),
+        "image_mean": ((0.5, 0.5, 0.5),),
+        "image_std": ((0.5, 0.5, 0.5),),
+        "language_model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 2},
+        "value_hidden_size": 8,
+    }
+    return OpenVLAConfig.model_validate({**sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    policy = OpenVLAPolicy(small())
+    with torch.no_grad():
+        policy.value_head.fc2.weight.normal_()
+    policy.set_action_stats(np.full(4, -0.5), np.full(4, 0.5), np.ones(4, bool))
+    folder = tmp_path_factory.mktemp("base") / "policy"
+    policy.save_pretrained(folder)
+    return folder
+
+
+def adapted(base: Path, seed: int | None = 1, **changes: object) -> OpenVLAPolicy:
+    """Adapters on `base`; with a seed, ones that change something."""
+    lora = {"rank": 3, "alpha": 6.0, **changes.pop("lora", {})}  # pyright: ignore[reportGeneralTypeIssues]
+    policy = OpenVLAPolicy(small(checkpoint=base, lora=lora, **changes))
+    if seed is not None:
+        torch.manual_seed(seed)
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return policy
+
+
+def inputs(policy: OpenVLAPolicy) -> PolicyInput:
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    return policy.encode(Observation(images=images, instructions=("push the puck", "close it", "open the window")))
+
+
+def scores(policy: OpenVLAPolicy) -> torch.Tensor:
+    ids = torch.arange(12).view(3, 4) + policy.first_action_id
+    return policy.evaluate(inputs(policy), ids).logprobs
+
+
+def test_fresh_adapters_change_nothing_and_only_they_are_trained(base: Path) -> None:
+    whole = OpenVLAPolicy.from_pretrained(base)
+    policy = adapted(base, seed=None, critic="adapter")
+    sample, plain = policy.act(inputs(policy)), whole.act(inputs(whole))
+    assert torch.equal(sample.logprobs, plain.logprobs)
+    assert torch.allclose(sample.values, plain.values, atol=1e-6) and plain.values.abs().min() > 0.01
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name} == set(LINEARS)
+    assert {name for name in trained if ".lora_" not in name} == {n for n in trained if n.startswith("value_head.")}
+    groups = policy.parameter_groups()
+    held = [id(parameter) for group in groups.values() for parameter in group]
+    assert sorted(held) == sorted(id(dict(policy.named_parameters())[name]) for name in trained)
+    # 3 layers, 7 linear maps of rank * (in + out)
+    assert sum(p.numel() for p in groups["trunk"]) == 3 * 3 * (4 * (32 + 32) + 3 * (32 + 48))
+    assert groups["vision"] == []
+
+
+def test_an_adapted_policy_is_the_policy_with_dense_updates(base: Path) -> None:
+    """The same function as weights W + alpha/rank B A, formed here in float64."""
+    policy = adapted(base, lora={"parts": ("language_model", "projector", "vision")})
+    dense = OpenVLAPolicy.from_pretrained(base)
+    state = dense.state_dict()
+    for name, module in policy.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A[ACTOR].weight.double(), module.lora_B[ACTOR].weight.double()
+            state[f"{name}.weight"] += (6.0 / 3.0 * b @ a).float()
+    assert len([name for name, m in policy.named_modules() if hasattr(m, "lora_A")]) == 3 * 7 + 2 + 2 * 4
+    dense.load_state_dict(state)
+    assert torch.allclose(scores(policy), scores(dense), atol=1e-5)
+    assert not torch.allclose(scores(policy), scores(OpenVLAPolicy.from_pretrained(base)), atol=1e-2)
+
+
+def test_rollout_and_training_agree(base: Path) -> None:
+    policy = adapted(base, critic="adapter")
+    sample = policy.act(inputs(policy))
+    out = policy.evaluate(inputs(policy), sample.action_ids)
+    assert torch.allclose(out.logprobs, sample.logprobs, atol=1e-5)
+    assert torch.allclose(out.values, sample.values, atol=1e-5)
+    assert torch.allclose(policy.values(inputs(policy)), sample.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_actor_and_critic_do_not_touch_each_other(base: Path, checkpointing: bool) -> None:
+    """Also when layers are computed again in the backward pass, long after the critic's adapters were active."""
+    policy = adapted(base, critic="adapter", gradient_checkpointing=checkpointing)
+    ids = torch.arange(12).view(3, 4) + policy.first_action_id
+    groups = policy.parameter_groups()
+    policy.evaluate(inputs(policy), ids).values.sum().backward()
+    assert all(p.grad is None for p in groups["trunk"])
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in groups["value"] if p.ndim == 2)
+    policy.zero_grad()
+    policy.evaluate(inputs(policy), ids).logprobs.sum().backward()
+    assert all(p.grad is None for p in groups["value"])
+    assert all(p.grad is not None for p in groups["trunk"])
+
+
+def test_computing_layers_again_gives_the_same_gradients(base: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        policy = adapted(base, critic="adapter", gradient_checkpointing=checkpointing)
+        out = policy.evaluate(inputs(policy), torch.arange(12).view(3, 4) + policy.first_action_id)
+        (out.logprobs.sum() + out.values.sum()).backward()
+        gradients.append([p.grad for group in policy.parameter_groups().values() for p in group])
+    assert len(gradients[0]) > 80
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.allclose(plain, again, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_are_really_computed_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    policy = adapted(base, gradient_checkpointing=True)
+    layer = policy.language_model.model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy.evaluate(inputs(policy), torch.arange(12).view(3, 4) + policy.first_action_id).logprobs.sum().backward()
+    assert len(calls) == 2
+
+
+def test_the_critic_starts_from_the_actors_adapters(base: Path) -> None:
+    policy = adapted(base, critic="adapter")
+    with active(policy, CRITIC):
+        before = scores(policy)
+    assert not torch.allclose(before, scores(policy), atol=1e-2)
+    policy.reset_critic()
+    with active(policy, CRITIC):
+        assert torch.equal(scores(policy), scores(policy))
+        after = scores(policy)
+    assert torch.equal(after, scores(policy))
+    policy.language_model.model.layers[0].self_attn.q_proj.lora_B[ACTOR].weight.data.add_(1)
+    assert not torch.equal(scores(policy), after)  # copied, not shared
+
+
+def test_saved_adapters_are_small_standard_and_exact(base: Path, tmp_path: Path) -> None:
+    policy = adapted(base, critic="adapter")
+    policy.set_action_stats(np.full(4, -0.3), np.full(4, 0.2), np.ones(4, bool))
+    policy.save_pretrained(tmp_path / "policy")
+    names = {path.name for path in (tmp_path / "policy").iterdir()}
+    assert "model.safetensors" not in names
+    assert {"adapter_config.json", "adapter_model.safetensors", "critic", "value_head.safetensors"} <= names
+    other = OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+    for name, value in policy.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert other.action_stats.q99[0] == 0.2
+    ours, theirs = policy.act(inputs(policy)), other.act(inputs(other))
+    assert torch.equal(ours.values, theirs.values) and torch.equal(ours.logprobs, theirs.logprobs)
+    fresh = adapted(base, seed=None, critic="adapter")
+    fresh.restore(tmp_path / "policy")
+    assert torch.equal(scores(fresh), scores(policy))
+
+
+def test_peft_itself_reads_the_saved_adapters(base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    policy = adapted(base)
+    policy.save_pretrained(tmp_path / "policy")
+    wrapped = PeftModel.from_pretrained(OpenVLAPolicy.from_pretrained(base), str(tmp_path / "policy"))  # pyright: ignore
+    theirs = wrapped.base_model.model
+    assert torch.allclose(scores(theirs), scores(policy), atol=1e-6)  # pyright: ignore[reportArgumentType]
+
+
+def test_without_lora_adapters_are_folded_in(base: Path, tmp_path: Path) -> None:
+    policy = adapted(base, lora={"parts": ("language_model", "vision")})
+    policy.save_pretrained(tmp_path / "policy")
+    whole = OpenVLAPolicy(small(checkpoint=tmp_path / "policy"))
+    assert not any("lora" in name for name, _ in whole.named_parameters())
+    assert torch.allclose(scores(whole), scores(policy), atol=1e-5)
+
+
+def test_merging_rounds_once_in_the_weights_type() -> None:
+    """Merging and unmerging in place in bfloat16 would drift; from the same base it is the same every time."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32, dtype=torch.bfloat16)
+    a, b = torch.randn(4, 32) * 0.1, torch.randn(64, 4) * 0.1
+    exact = (weight.double() + 0.5 * b.double() @ a.double()).bfloat16()
+    before = weight.clone()
+    assert (merged(weight, a, b, 0.5) == exact).float().mean() > 0.99  # float32 sums may fall on the other side
+    assert torch.equal(weight, before)
+
+
+def foreign(base: Path, folder: Path, **config: object) -> Path:
+    """What another tool writes: peft's two files, here for the head and the patch embedding as well."""
+    torch.manual_seed(3)
+    state = load_file(base / "model.safetensors")
+    folder.mkdir()
+    chosen = ("language_model.model.layers.1.mlp.up_proj", "language_model.lm_head")
+    chosen += ("vision_backbone.featurizer.patch_embed.proj",)
+    stored = {}
+    for name in chosen:
+        shape = state[f"{name}.weight"].shape
+        stored[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, *shape[1:])
+        stored[f"base_model.model.{name}.lora_B.weight"] = torch.randn(shape[0], 2, *(1 for _ in shape[2:])) * 0.1
+    save_file(stored, folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps({**content, **config}))
+    return folder
+
+
+def test_adapters_of_another_tool_are_folded_in_head_and_convolution_included(base: Path, tmp_path: Path) -> None:
+    folder = foreign(base, tmp_path / "foreign")
+    policy, state = OpenVLAPolicy.from_pretrained(folder), load_file(base / "model.safetensors")
+    stored = load_file(folder / "adapter_model.safetensors")
+    for name in ("language_model.lm_head", "vision_backbone.featurizer.patch_embed.proj"):
+        a, b = (stored[f"base_model.model.{name}.lora_{k}.weight"].double() for k in "AB")
+        expected = state[f"{name}.weight"].double() + 2.0 * torch.einsum("or...,ri...->oi...", b, a)
+        assert torch.allclose(policy.state_dict()[f"{name}.weight"].double(), expected, atol=1e-5)
+    with pytest.raises(CheckpointError, match="fold them in first"):
+        OpenVLAPolicy(small(checkpoint=folder, lora={"rank": 2}))
+    rooted = foreign(base, tmp_path / "rooted", use_rslora=True)  # alpha / sqrt(rank)
+    name = "language_model.model.layers.1.mlp.up_proj"
+    a, b = (stored[f"base_model.model.{name}.lora_{k}.weight"] for k in "AB")
+    there = OpenVLAPolicy.from_pretrained(rooted).state_dict()[f"{name}.weight"]
+    assert torch.allclose(there, state[f"{name}.weight"] + 4 / 2**0.5 * b @ a, atol=1e-5)
+
+
+def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    policy = adapted(own)
+    policy.save_pretrained(tmp_path / "policy")
+    state = load_file(own / "model.safetensors")
+    state["language_model.model.norm.weight"] += 1
+    save_file(state, own / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+    shutil.rmtree(own)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "expected plain LoRA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "trained biases"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
+    ],
+)
+def test_adapters_we_cannot_fold_in_are_refused(base: Path, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        OpenVLAPolicy.from_pretrained(foreign(base, tmp_path / "foreign", **change))
+
+
+def test_truncated_adapters_are_named(base: Path, tmp_path: Path) -> None:
+    adapted(base).save_pretrained(tmp_path / "policy")
+    path = tmp_path / "policy" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors is truncated"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+
+
+def test_adapters_of_another_rank_are_refused(base: Path, tmp_path: Path) -> None:
+    adapted(base).save_pretrained(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match=r"lora\.rank \(checkpoint 3, configured 5\)"):
+        OpenVLAPolicy(small(checkpoint=tmp_path / "policy", lora={"rank": 5, "alpha": 6.0}))
+
+
+def test_options_that_cannot_work_are_refused(base: Path) -> None:
+    with pytest.raises(ValidationError, match=r"policy\.checkpoint must say which"):
+        small(lora={})
+    with pytest.raises(ValidationError, match="second set of adapters"):
+        small(checkpoint=base, critic="adapter")
+    with pytest.raises(ValidationError, match="use critic="):
+        small(checkpoint=base, critic="separate", lora={})
+    conv = {"towers": ({"kind": "conv", "stages": [{"channels": 8, "kernel": 8, "stride": 8}]},)}
+    torch.manual_seed(0)
+    folder = base.parent / "conv"
+    OpenVLAPolicy(small(**conv)).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="'vision' has no linear maps"):
+        OpenVLAPolicy(small(**conv, checkpoint=folder, lora={"parts": ("vision",)}))
+
+
+def test_mixed_precision_keeps_master_weights(base: Path) -> None:
+    plain = OpenVLAPolicy.from_pretrained(base)
+    mixed = OpenVLAPolicy(small(checkpoint=base, compute_dtype="bfloat16"))
+    assert {p.dtype for p in mixed.parameters()} == {torch.float32}
+    gap = (scores(mixed) - scores(plain)).abs().max().item()
+    assert 1e-6 < gap < 0.1
+    sample = mixed.act(inputs(mixed))
+    assert sample.logprobs.dtype == torch.float32
+    scores(mixed).sum().backward()
+    assert mixed.language_model.model.layers[0].mlp.up_proj.weight.grad.dtype == torch.float32
+    stored = OpenVLAPolicy(small(checkpoint=base, dtype="bfloat16", lora={}))
+    kinds = {p.dtype for name, p in stored.named_parameters() if ".lora_" in name or name.startswith("value_head")}
+    assert kinds == {torch.float32}
+    assert stored.language_model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+    assert all(torch.isfinite(t).all() for t in tensors(stored, ACTOR).values())
