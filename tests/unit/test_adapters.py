@@ -49,9 +49,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Path, seed: int | None = 1, **changes: object) -> OpenVLAPolicy:
     """Adapters on `base`; with a seed, ones that change something."""
     lora = {"rank": 3, "alpha": 6.0, **changes.pop("lora", {})}  # pyright: ignore[reportGeneralTypeIssues]
+    torch.manual_seed(seed or 0)
     policy = OpenVLAPolicy(small(checkpoint=base, lora=lora, **changes))
     if seed is not None:
-        torch.manual_seed(seed)
         for name, parameter in policy.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter, std=0.2)

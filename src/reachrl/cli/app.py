@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from reachrl import __version__
-from reachrl.cli import config, demos, eval, quickstart, report, reward, sft, train
+from reachrl.cli import config, demos, eval, export, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
 from reachrl.errors import ReachRLError
 
@@ -18,7 +18,7 @@ from reachrl.errors import ReachRLError
 class _InOrder(typer.core.TyperGroup):
     """Lists commands in the order of the story; typer alone would put groups last."""
 
-    ORDER = ("quickstart", "demos", "sft", "reward", "train", "eval", "report", "list", "config", "version")
+    ORDER = ("quickstart", "demos", "sft", "reward", "train", "eval", "report", "export", "list", "config", "version")
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
         """The names, the known ones first."""
@@ -44,6 +44,7 @@ app.add_typer(reward.app, name="reward", rich_help_panel=STAGES)
 app.command("train", rich_help_panel=STAGES)(train.train)
 app.command("eval", rich_help_panel=STAGES)(eval.eval_)
 app.command("report", rich_help_panel=STAGES)(report.report)
+app.command("export", rich_help_panel=LOOK)(export.export)
 app.command("list", rich_help_panel=LOOK)(listing.list_)
 app.command("config", rich_help_panel=LOOK)(config.config)
 

@@ -7,11 +7,11 @@ from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, rotate_half
 
 from reachrl.config.policy import LanguageModelConfig
 
@@ -82,6 +82,43 @@ def _rotate(x: Float[Tensor, "B H S D"], rotary: Rotary) -> Float[Tensor, "B H S
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
+def fuse(layer: LlamaDecoderLayer) -> None:
+    """Lay the maps that read the same input out in one matrix each, of which their own weights become views.
+
+    For layers that are not trained. The weights' contents are lost: copy them in afterwards.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    for owner, name, maps in (
+        (attention, "fused_qkv", (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (mlp, "fused_gate_up", (mlp.gate_proj, mlp.up_proj)),
+    ):
+        rows = [linear.weight.shape[0] for linear in maps]
+        fused = maps[0].weight.new_empty(sum(rows), maps[0].weight.shape[1])
+        for linear, weight in zip(maps, fused.split(rows), strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        setattr(owner, name, fused)
+
+
+def _project(
+    attention: LlamaAttention, normed: Float[Tensor, "B S E"], num_queries: int
+) -> tuple[Float[Tensor, "B Q _"], Float[Tensor, "B S _"], Float[Tensor, "B S _"]]:
+    """Queries of the last `num_queries` positions, keys and values of all."""
+    fused = getattr(attention, "fused_qkv", None)
+    if fused is None or num_queries < normed.shape[1]:
+        return attention.q_proj(normed[:, -num_queries:]), attention.k_proj(normed), attention.v_proj(normed)
+    rows = [linear.weight.shape[0] for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    query, key, value = F.linear(normed, fused).split(rows, -1)
+    return query, key, value
+
+
+def _feed_forward(mlp: LlamaMLP, x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B Q E"]:
+    fused = getattr(mlp, "fused_gate_up", None)
+    if fused is None:
+        return mlp(x)
+    gate, up = F.linear(x, fused).chunk(2, -1)
+    return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
 def _attend(
     layer: LlamaDecoderLayer,
     hidden: Float[Tensor, "B S E"],
@@ -98,15 +135,13 @@ def _attend(
     """
     attention = layer.self_attn
     batch, length, _ = hidden.shape
-    heads = (batch, length, -1, attention.head_dim)
-    normed = layer.input_layernorm(hidden)
-    key = _rotate(attention.k_proj(normed).view(heads).transpose(1, 2), rotary)
-    value = attention.v_proj(normed).view(heads).transpose(1, 2)
+    query, key, value = _project(attention, layer.input_layernorm(hidden), num_queries)
+    key = _rotate(key.view(batch, length, -1, attention.head_dim).transpose(1, 2), rotary)
+    value = value.view(batch, length, -1, attention.head_dim).transpose(1, 2)
     if num_queries < length:
-        hidden, normed = hidden[:, -num_queries:], normed[:, -num_queries:]
+        hidden = hidden[:, -num_queries:]
         rotary = (rotary[0][:, -num_queries:], rotary[1][:, -num_queries:])
-    query = attention.q_proj(normed).view(batch, num_queries, -1, attention.head_dim).transpose(1, 2)
-    query = _rotate(query, rotary)
+    query = _rotate(query.view(batch, num_queries, -1, attention.head_dim).transpose(1, 2), rotary)
     if cache is not None:
         all_keys, all_values = cache.keys[attention.layer_idx], cache.values[attention.layer_idx]
         all_keys[:, :, start : start + length] = key
@@ -122,7 +157,7 @@ def _attend(
         enable_gqa=attention.num_key_value_groups > 1,
     )
     hidden = hidden + attention.o_proj(out.transpose(1, 2).reshape(batch, num_queries, -1))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + _feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 def _has_padding(valid: Bool[Tensor, "B S"]) -> bool:

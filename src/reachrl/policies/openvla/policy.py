@@ -22,6 +22,7 @@ from reachrl.policies.llama import build_llama, last_hidden
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
+from reachrl.policies.openvla.rollout_copy import RolloutCopy
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
 from reachrl.types import Observation
@@ -29,7 +30,7 @@ from reachrl.types import Observation
 # Options that change no weight's shape or meaning; everything else in the section is architecture.
 _NOT_ARCHITECTURE = {
     *("checkpoint", "dataset", "dtype", "compute_dtype", "gradient_checkpointing", "prompt_length", "resize"),
-    *("center_crop", "value_gradient_to_trunk", "tokenizer"),
+    *("center_crop", "rollout_copy", "value_gradient_to_trunk", "tokenizer"),
 }
 
 
@@ -58,6 +59,7 @@ class OpenVLAPolicy(Policy):
         with torch.device("meta") if config.checkpoint is not None else nullcontext():
             self._build()
         self.action_stats = ActionStats.identity(config.num_action_tokens)
+        self._rollout: RolloutCopy | None = None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.tokenizer = tokenizer
         if tokenizer is None and config.tokenizer == "built_in":
@@ -137,6 +139,15 @@ class OpenVLAPolicy(Policy):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, wanted))
 
+    def _decoding_trunk(self) -> tuple[nn.Module, LlamaModel]:
+        """The projector and language model that `act` walks: those that are trained, or their up-to-date copy."""
+        if not self.config.rollout_copy:
+            return self.projector, self.language_model.model
+        if self._rollout is None:
+            self._rollout = RolloutCopy(self.projector, self.language_model.model)
+        self._rollout.update()
+        return self._rollout.projector, self._rollout.model
+
     def _hidden(
         self, model: LlamaModel, embeds: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"], num_last: int
     ) -> Float[Tensor, "B Q E"]:
@@ -207,9 +218,9 @@ class OpenVLAPolicy(Policy):
     ) -> ActionSample:
         """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
         features = self._features(inputs)
-        model = self.language_model.model
+        projector, model = self._decoding_trunk()
         with self._arithmetic():
-            embeds, valid = self._embed(self.projector, model, features, inputs)
+            embeds, valid = self._embed(projector, model, features, inputs)
             decoded = decode(
                 model,
                 self._action_head(),

@@ -1,0 +1,97 @@
+"""Exported policies: peft's files alone, or merged in the base's layout and refused when they disagree."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_adapters
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from reachrl.cli.app import app
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.policies.openvla import export
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+adapted, scores = test_adapters.adapted, test_adapters.scores
+base = test_adapters.base  # a fixture
+
+
+@pytest.fixture
+def trained(base: Path, tmp_path: Path) -> Path:
+    policy = adapted(base, critic="adapter", lora={"parts": ("language_model", "projector", "vision")})
+    policy.set_action_stats(np.full(4, -0.25), np.full(4, 0.75), np.ones(4, bool))
+    policy.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_a_merged_policy_stands_alone(base: Path, trained: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["export", str(trained), "--merge", "--out", str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
+    assert "100% of the greedy tokens are equal" in " ".join(result.output.split())
+    policy, merged = OpenVLAPolicy.from_pretrained(trained), OpenVLAPolicy.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(scores(policy), scores(merged), atol=1e-5)
+    assert merged.action_stats.q99[0] == 0.75
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_merge_that_disagrees_is_refused_and_leaves_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The likeliest slip: alpha instead of alpha / rank."""
+    right = export.deltas
+    wrong = lambda folder: {name: (a, b, 3 * scale) for name, (a, b, scale) in right(folder).items()}  # noqa: E731
+    monkeypatch.setattr(export, "deltas", wrong)
+    with pytest.raises(CheckpointError, match="more than rounding explains"):
+        export.export_merged(trained, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"trained"}
+
+
+def test_sixteen_bit_weights_are_compared_with_what_rounding_explains(
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    state = load_file(base / "model.safetensors")
+    coarse = base.parent / "coarse"
+    OpenVLAPolicy.from_pretrained(base).save_pretrained(coarse)
+    save_file(
+        {k: v if k.startswith("value_head") else v.bfloat16() for k, v in state.items()},
+        coarse / "model.safetensors",
+        {"format": "pt"},
+    )
+    policy = adapted(coarse)
+    policy.save_pretrained(tmp_path / "policy")
+    comparison = export.export_merged(tmp_path / "policy", tmp_path / "merged")
+    assert 1e-5 < comparison.difference < comparison.tolerance < comparison.effect
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged["language_model.model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+def test_without_merge_peft_reads_what_is_written(base: Path, trained: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["export", str(trained), "--out", str(tmp_path / "alone")])
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    wrapped = PeftModel.from_pretrained(OpenVLAPolicy.from_pretrained(base), str(tmp_path / "alone"))  # pyright: ignore
+    assert torch.allclose(scores(wrapped.base_model.model), scores(OpenVLAPolicy.from_pretrained(trained)), atol=1e-6)
+
+
+def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no adapters"):
+        export.export_merged(base, tmp_path / "merged")
+    with pytest.raises(ConfigError, match="exists already"):
+        export.export_merged(trained, trained)
+    path = trained / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 12.0}))
+    stored = load_file(trained / "adapter_model.safetensors")
+    stored["base_model.model.language_model.other.lora_A.weight"] = torch.zeros(3, 4)
+    stored["base_model.model.language_model.other.lora_B.weight"] = torch.zeros(4, 3)
+    save_file(stored, trained / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not have: language_model\.other"):
+        export.export_merged(trained, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
