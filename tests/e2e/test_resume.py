@@ -141,3 +141,36 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(prepared, uninterrupt
     assert done.returncode == 6, done.stderr
     assert newest.name in done.stderr and "Traceback" not in done.stderr
     assert newest.exists()
+
+
+def test_adapters_are_trained_killed_and_resumed_like_whole_weights(prepared, tmp_path):
+    """On the warm-started policy as a frozen base, with a critic of its own; the base is in no checkpoint."""
+    base = prepared / "sft" / "policy"
+    lora = [f"policy.checkpoint={base}", "policy.lora.rank=4", "policy.critic=adapter", "num_iterations=3"]
+    lora += ["policy.gradient_checkpointing=true", "policy.rollout_copy=true", "checkpoint_every=1"]
+
+    def stage(name: str, run: Path) -> subprocess.CompletedProcess[str]:
+        arguments = [*command(name, run), *lora]
+        return subprocess.run(arguments, env=ENV, capture_output=True, text=True, timeout=300, check=False)
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for name in ("demos", "sft", "reward fit"):
+        done = stage(name, whole)
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(whole, run)
+    done = stage("train", whole)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen([*command("train", run), *lora], env=ENV, stderr=subprocess.DEVNULL, text=True)
+    while len(train_lines(run)) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = stage("train", run)
+    assert done.returncode == 0, done.stderr
+    assert train_lines(run) == train_lines(whole) and len(train_lines(run)) == 3
+    for name in ("adapter_model.safetensors", "critic/adapter_model.safetensors", "value_head.safetensors"):
+        before, ours, theirs = ((folder / name).read_bytes() for folder in (
+            run / "sft" / "policy", run / "policy", whole / "policy"
+        ))  # fmt: skip
+        assert ours == theirs != before, name
+    assert not list(run.rglob("model.safetensors")) or all("reward" in str(p) for p in run.rglob("model.safetensors"))
