@@ -84,7 +84,7 @@ def compare(config: LanguageModelConfig, length: int, num_tokens: int, batch: in
             head,
             embeds,
             valid,
-            first_action_id=first,
+            first_id=first,
             num_tokens=num_tokens,
             temperature=1.0,
             gumbel=None,

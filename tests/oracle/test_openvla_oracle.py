@@ -73,7 +73,7 @@ def test_logits_at_every_position_of_a_padded_batch(policy: OpenVLAPolicy, io: d
         model = policy.language_model.model
         features = policy.vision_features(inputs.pixel_values)
         embeds, valid = policy._embed(policy.projector, model, features, inputs)
-        logits = action_logits(last_hidden(model, embeds, valid, embeds.shape[1]), policy._action_head(), 1.0)
+        logits = action_logits(last_hidden(model, embeds, valid, embeds.shape[1]), policy._head(), 1.0)
     for row, length in enumerate(io["prompt_len"].tolist()):
         recorded = io["action_row_logits"][row, : length + NUM_PATCHES]
         assert recorded.abs().max() > 5  # the comparison is not between zeros

@@ -198,6 +198,9 @@ class OpenVLAConfig(Section):
     """Words of robot instructions, built here; or `tokenizer.json` beside the weights."""
     prompt_length: int = Field(default=16, gt=0)
     """Tokens prompts are padded to, so that shapes stay fixed; a longer prompt lengthens its batch."""
+    vocabulary: Literal["actions", "full"] = "actions"
+    """What a token is chosen from: the 256 action tokens, so that every answer is an action; or all tokens, as the
+    released `generate` does, for comparison. Then a token that stands for no action decodes to the nearest bin."""
     num_action_tokens: int = Field(default=4, gt=0)
     """Tokens per action = action dimensions (4 on Meta-World, 7 on LIBERO)."""
     critic: Literal["shared", "separate", "adapter"] = "shared"

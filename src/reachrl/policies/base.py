@@ -41,7 +41,7 @@ class ActionSample:
     """What the decoder returns for `B` rows in one pass.
 
     `action_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the sampling
-    distribution (restricted to the 256 action tokens, after the temperature); `values` are read at the
+    distribution (over the policy's `num_choices` tokens, after the temperature); `values` are read at the
     first action position.
     """
 
@@ -64,6 +64,8 @@ class Policy(nn.Module, ABC):
 
     Config: ClassVar[type[Section]]
     num_action_tokens: int
+    num_choices: int = 256
+    """Tokens that each action token is chosen from: what the noise of `act` must have one number for."""
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +86,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(
-        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A 256"] | None = None
+        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A V"] | None = None
     ) -> ActionSample:
         """Decode all rows at once, without gradients.
 

@@ -21,13 +21,13 @@ class Decoded:
 
 
 def action_logits(
-    hidden: Float[Tensor, "*B E"], head: Float[Tensor, "256 E"], temperature: float
-) -> Float[Tensor, "*B 256"]:
-    """Logits of the 256 action tokens only, divided by the temperature, in float32.
+    hidden: Float[Tensor, "*B E"], head: Float[Tensor, "V E"], temperature: float
+) -> Float[Tensor, "*B V"]:
+    """Logits of the tokens that may be chosen, divided by the temperature, in float32.
 
     Args:
         hidden: normed hidden states.
-        head: the action rows of the language model's head.
+        head: the rows of the language model's head that may be chosen: the 256 action tokens, as a rule.
         temperature: > 0; the same number in rollout and loss.
 
     Returns:
@@ -40,14 +40,14 @@ def action_logits(
 @torch.no_grad()
 def decode(
     model: LlamaModel,
-    head: Float[Tensor, "256 E"],
+    head: Float[Tensor, "V E"],
     embeds: Float[Tensor, "B S E"],
     valid: Bool[Tensor, "B S"],
     *,
-    first_action_id: int,
+    first_id: int,
     num_tokens: int,
     temperature: float,
-    gumbel: Float[Tensor, "B A 256"] | None,
+    gumbel: Float[Tensor, "B A V"] | None,
 ) -> Decoded:
     """One prefill and `num_tokens - 1` single-token steps.
 
@@ -55,10 +55,10 @@ def decode(
 
     Args:
         model: the language model without its head.
-        head: its head's action rows.
+        head: the rows of its head that may be chosen.
         embeds: the prompt, right-aligned: the last position is a real token in every row.
         valid: which positions are real tokens.
-        first_action_id: vocabulary id of row 0 of `head`.
+        first_id: vocabulary id of row 0 of `head`.
         num_tokens: tokens to decode.
         temperature: divides the logits.
         gumbel: noise, or None for greedy decoding.
@@ -75,7 +75,7 @@ def decode(
         logits = action_logits(hidden, head, temperature)
         scores = logits if gumbel is None else logits + gumbel[:, position]
         choice = scores.argmax(-1, keepdim=True)
-        ids.append(choice + first_action_id)
+        ids.append(choice + first_id)
         logprobs.append(logits.log_softmax(-1).gather(1, choice))
         if position + 1 < num_tokens:
             hidden = steps.step(model.embed_tokens(ids[-1]))[:, -1]

@@ -122,7 +122,7 @@ class Collector:
         self._actions[n] = []
 
     def _noise(self) -> torch.Tensor:
-        shape = (self.policy.num_action_tokens, 256)
+        shape = (self.policy.num_action_tokens, self.policy.num_choices)
         noise = [
             generator(self.seed, Stream.ROLLOUT_NOISE, number, len(taken)).gumbel(size=shape)
             for number, taken in zip(self._numbers, self._actions, strict=True)

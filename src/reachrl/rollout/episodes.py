@@ -115,7 +115,7 @@ class EpisodePlayer:
     def _act(self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]) -> ActionSample:
         gumbel = None
         if self.mode == "sampled":
-            shape = (self.policy.num_action_tokens, 256)
+            shape = (self.policy.num_action_tokens, self.policy.num_choices)
             noise = [
                 generator(self.seed, Stream.EVALUATION_NOISE, start.task, start.index, length).gumbel(size=shape)
                 if start is not None

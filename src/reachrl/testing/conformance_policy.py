@@ -27,7 +27,7 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     """
     rows = len(observation.images)
     inputs = policy.encode(observation)
-    noise = np.random.default_rng(0).gumbel(size=(rows, policy.num_action_tokens, 256))
+    noise = np.random.default_rng(0).gumbel(size=(rows, policy.num_action_tokens, policy.num_choices))
     gumbel = torch.from_numpy(noise.astype(np.float32)).to(policy.device)
     sample = policy.act(inputs, temperature=temperature, gumbel=gumbel)
     _check_scores(policy, inputs, sample, temperature)
@@ -43,8 +43,10 @@ def _check_scores(policy: Policy, inputs: PolicyInput, sample: ActionSample, tem
     _same(sample.logprobs, scored.logprobs, "act's log-probs are not those evaluate gives the same actions")
     _same(sample.values, scored.values, "act's values are not evaluate's")
     _same(sample.values, policy.values(inputs), "act's values are not those of values()")
-    if not (scored.entropy > -_TOLERANCE).all() or not (scored.entropy < np.log(256) + _TOLERANCE).all():
-        raise ExtensionError("evaluate's entropy lies outside [0, ln 256]: it is that of the 256 action tokens.")
+    if not (scored.entropy > -_TOLERANCE).all() or not (scored.entropy < np.log(policy.num_choices) + _TOLERANCE).all():
+        raise ExtensionError(
+            "evaluate's entropy lies outside [0, ln num_choices]: it is that of a choice among those."
+        )
 
 
 @torch.no_grad()

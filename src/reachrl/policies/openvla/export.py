@@ -167,7 +167,7 @@ def compare(folder: Path, other: Path, *, floor: float) -> Comparison:
 
 
 @torch.no_grad()
-def _scores(config: OpenVLAConfig) -> tuple[Float[Tensor, "B A 256"], Tensor]:
+def _scores(config: OpenVLAConfig) -> tuple[Float[Tensor, "B A V"], Tensor]:
     """Log-probabilities at every action position after fixed tokens, and the greedy tokens, of random frames."""
     policy = OpenVLAPolicy(config)
     rng = np.random.default_rng(0)

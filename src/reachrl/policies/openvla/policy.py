@@ -30,7 +30,7 @@ from reachrl.types import Observation
 # Options that change no weight's shape or meaning; everything else in the section is architecture.
 _NOT_ARCHITECTURE = {
     *("checkpoint", "dataset", "dtype", "compute_dtype", "gradient_checkpointing", "prompt_length", "resize"),
-    *("center_crop", "rollout_copy", "value_gradient_to_trunk", "tokenizer"),
+    *("center_crop", "rollout_copy", "vocabulary", "value_gradient_to_trunk", "tokenizer"),
 }
 
 
@@ -56,6 +56,9 @@ class OpenVLAPolicy(Policy):
         llm = config.language_model
         self.num_action_tokens = config.num_action_tokens
         self.first_action_id = llm.vocab_end - NUM_ACTION_BINS
+        full = config.vocabulary == "full"
+        self.num_choices = llm.vocab_size if full else NUM_ACTION_BINS
+        self._first_choice = 0 if full else self.first_action_id
         with torch.device("meta") if config.checkpoint is not None else nullcontext():
             self._build()
         self.action_stats = ActionStats.identity(config.num_action_tokens)
@@ -190,8 +193,9 @@ class OpenVLAPolicy(Policy):
         embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
         return embeds, torch.cat([mask[:, :1], seen, mask[:, 1:]], 1)
 
-    def _action_head(self) -> Float[Tensor, "256 E"]:
-        return self.language_model.lm_head.weight[self.first_action_id : self.first_action_id + NUM_ACTION_BINS]
+    def _head(self) -> Float[Tensor, "V E"]:
+        """The rows of the head that may be chosen."""
+        return self.language_model.lm_head.weight[self._first_choice : self._first_choice + self.num_choices]
 
     def _value(
         self, features: Float[Tensor, "B P F"], inputs: PolicyInput, first_hidden: Float[Tensor, "B E"] | None
@@ -214,7 +218,7 @@ class OpenVLAPolicy(Policy):
 
     @torch.no_grad()
     def act(
-        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A 256"] | None = None
+        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A V"] | None = None
     ) -> ActionSample:
         """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
         features = self._features(inputs)
@@ -223,10 +227,10 @@ class OpenVLAPolicy(Policy):
             embeds, valid = self._embed(projector, model, features, inputs)
             decoded = decode(
                 model,
-                self._action_head(),
+                self._head(),
                 embeds,
                 valid,
-                first_action_id=self.first_action_id,
+                first_id=self._first_choice,
                 num_tokens=self.num_action_tokens,
                 temperature=temperature,
                 gumbel=gumbel,
@@ -236,14 +240,14 @@ class OpenVLAPolicy(Policy):
 
     def action_logits(
         self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
-    ) -> tuple[Float[Tensor, "B A 256"], Float[Tensor, "B"]]:
-        """Teacher-forced logits of the 256 action tokens at each action position, and the values."""
+    ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"]]:
+        """Teacher-forced logits of the tokens that may be chosen at each action position, and the values."""
         features = self._features(inputs)
         model = self.language_model.model
         with self._arithmetic():
             embeds, valid = self._embed(self.projector, model, features, inputs, action_ids[:, :-1])
             hidden = self._hidden(model, embeds, valid, action_ids.shape[1])
-            logits = action_logits(hidden, self._action_head(), temperature)
+            logits = action_logits(hidden, self._head(), temperature)
             return logits, self._value(features, inputs, hidden[:, 0])
 
     def evaluate(
@@ -252,7 +256,7 @@ class OpenVLAPolicy(Policy):
         """Score given actions over the action positions only, with gradients."""
         logits, values = self.action_logits(inputs, action_ids, temperature=temperature)
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(-1, (action_ids - self.first_action_id).unsqueeze(-1)).squeeze(-1)
+        chosen = logprobs.gather(-1, (action_ids - self._first_choice).unsqueeze(-1)).squeeze(-1)
         return Evaluation(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1), values=values)
 
     def values(self, inputs: PolicyInput) -> Float[Tensor, "B"]:

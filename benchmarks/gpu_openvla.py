@@ -1,0 +1,636 @@
+"""What the 7B policy costs on an accelerator: decoding, training adapters, the critic, one whole PPO iteration.
+
+    python benchmarks/gpu_openvla.py --size 7b
+    python benchmarks/gpu_openvla.py --size tiny --device cpu
+
+The weights are random and made on the device: in float32 first, then cast one tensor at a time, so building 7.5 G
+parameters takes 30 GB for a moment and 15 GB from then on. Prompts and pixels are random too: no tokenizer, no
+simulator, no files. Sections, each of which `--skip` leaves out:
+
+* decode: `act` on pixels against the same towers and projector with `LlamaForCausalLM.generate` over the 256 action
+  tokens, both greedy. On random weights neighbouring tokens nearly tie, so in bfloat16 a share below 1 of equal tokens
+  is rounding, and one unequal token changes those behind it;
+* train: forward, backward and AdamW of rank-32 adapters on the language model, from cached vision features;
+* critic: values, and the training step, with the critic's own adapters;
+* rollout: `act` with the actor's adapters as they are, and with the folded copy;
+* ppo: collect, score, advantages and update as one process does them, with random frames and rewards.
+
+The floor counts what a perfect program must do: the products of the towers, the projector and the layers (the last
+layer only where it is read, attention only backwards) at `--tflops`, and in each decoding step all weights of the
+layers and the cache at `--gbps`. MFU counts the forward pass and the gradients of the inputs; adapters and what
+checkpointing computes again are no useful work. Peak memory is PyTorch's, everything included that lies there by then.
+"""
+
+import argparse
+import datetime
+import gc
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from reachrl.algorithms.base import PPOBatch
+from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
+from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, LoRAConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.config.ppo import PPOConfig
+from reachrl.functional.gae import gae
+from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.preprocess import normalise_pixels
+
+SECTIONS = ("decode", "train", "critic", "rollout", "ppo")
+SCORE_ROWS = 256  # rows per no-gradient forward pass, as in the learner
+# batches to decode, micro-batches to train on, environments, steps of each, rows per optimiser step
+SIZES: dict[str, dict[str, list[int] | int]] = {
+    "7b": {"batches": [1, 16, 64, 128], "micro": [8, 32], "envs": 64, "steps": 8, "minibatch": 128},
+    "tiny": {"batches": [1, 8], "micro": [4, 8], "envs": 4, "steps": 8, "minibatch": 16},
+}
+HEADER = "| Section | Case | Time (ms) | Rows/s | Peak (GiB) | Notes |\n|---|---|---|---|---|---|"
+
+
+# --- floors ----------------------------------------------------------------------------------------------------------
+
+
+def layer_weights(llm: LanguageModelConfig) -> tuple[int, int]:
+    """Numbers in one layer's key and value maps, and in its other linear maps."""
+    width = llm.hidden_size
+    keys = width * (llm.num_kv_heads or llm.num_heads) // llm.num_heads
+    return 2 * width * keys, 2 * width * width + 3 * width * llm.intermediate_size
+
+
+def trunk_flops(llm: LanguageModelConfig, tokens: int, queries: int) -> float:
+    """FLOPs of a forward pass of one row, whose last layer is read at `queries` positions only."""
+    keys_values, others = layer_weights(llm)
+    attention = 4 * llm.hidden_size * tokens * (tokens + 1) / 2
+    full_layer = 2 * tokens * (keys_values + others) + attention
+    last_layer = 2 * tokens * keys_values + 2 * queries * others + 4 * llm.hidden_size * tokens * queries
+    return (llm.num_layers - 1) * full_layer + last_layer + 2 * queries * NUM_ACTION_BINS * llm.hidden_size
+
+
+def vision_flops(config: OpenVLAConfig) -> float:
+    """FLOPs of the towers for one frame."""
+    total = 0.0
+    for tower in config.towers:
+        side, channels = config.image_size, 3
+        if isinstance(tower, ViTTowerConfig):
+            tokens = config.num_patches + tower.num_registers + tower.class_token
+            weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_width
+            total += (tower.depth - 1) * (2 * tokens * weights + 4 * tower.width * tokens**2)
+            total += 2 * config.num_patches * 3 * tower.patch_size**2 * tower.width
+            continue
+        for stage in tower.stages:
+            side //= stage.stride
+            total += 2 * side**2 * stage.kernel**2 * channels * stage.channels
+            channels = stage.channels
+    return total
+
+
+def projector_flops(policy: OpenVLAPolicy) -> float:
+    """FLOPs of the projector for one frame."""
+    weights = sum(parameter.numel() for parameter in policy.projector.parameters() if parameter.ndim == 2)
+    return 2 * policy.config.num_patches * weights
+
+
+def prompt_tokens(config: OpenVLAConfig) -> int:
+    """Positions before the first action token."""
+    return config.num_patches + config.prompt_length
+
+
+def decode_floor(policy: OpenVLAPolicy, batch: int, flops: float, bandwidth: float) -> tuple[float, float]:
+    """Least seconds of towers and prefill, and of the single-token steps behind it."""
+    config = policy.config
+    llm, width = config.language_model, policy.language_model.lm_head.weight.element_size()
+    keys_values, others = layer_weights(llm)
+    weights = llm.num_layers * (keys_values + others)
+    prefill = vision_flops(config) + projector_flops(policy) + trunk_flops(llm, prompt_tokens(config), 1)
+    steps = 0.0
+    for step in range(1, config.num_action_tokens):
+        length = prompt_tokens(config) + step
+        cache = llm.num_layers * length * keys_values // llm.hidden_size
+        attention = 4 * llm.num_layers * llm.hidden_size * length
+        reads = width * (weights + batch * cache) / bandwidth
+        steps += max(reads, batch * (2 * weights + attention) / flops)
+    return max(batch * prefill / flops, width * weights / bandwidth), steps
+
+
+def training_flops(policy: OpenVLAPolicy) -> float:
+    """Useful FLOPs of one row's training step: forward, and the gradients of the inputs; the projector is frozen."""
+    config, prompt = policy.config, prompt_tokens(policy.config)
+    actions = config.num_action_tokens
+    passes = trunk_flops(config.language_model, prompt + actions - 1, actions)
+    projections = 1
+    if config.critic == "adapter":
+        passes += trunk_flops(config.language_model, prompt, 1)
+        projections = 2
+    return 2 * passes + projections * projector_flops(policy)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one case took for how many rows."""
+
+    seconds: float
+    rows: int
+    note: str = ""
+
+
+class Bench:
+    """The policy, the options, and the table so far."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.device = arguments, torch.device(arguments.device)
+        self.cuda = self.device.type == "cuda"
+        self.began, self.rows, self.highest = time.perf_counter(), list[str](), 0.0
+        self.flops = arguments.tflops and arguments.tflops * 1e12
+        self.bandwidth = arguments.gbps and arguments.gbps * 1e9
+        torch.manual_seed(0)
+        sizes = {"tokenizer": "folder"}  # prompts come as ids
+        config = OpenVLAConfig.openvla_7b(**sizes) if arguments.size == "7b" else OpenVLAConfig.model_validate(sizes)
+        with self.device:
+            self.policy = OpenVLAPolicy(config)
+        self.policy.requires_grad_(False)
+        self.synchronize()
+        count = sum(parameter.numel() for parameter in self.policy.parameters())
+        took = time.perf_counter() - self.began
+        self.add("build", f"{count / 1e6:.1f} M parameters, {config.dtype}", Result(took, 1))
+        self.release()
+
+    def configure(self, **changes: object) -> None:
+        """Change options of the policy that are read at every call."""
+        self.policy.config = self.policy.config.model_copy(update=changes)
+
+    def adapt(self) -> None:
+        """Add the actor's and the critic's adapters, once."""
+        if self.policy.base is None:
+            self.configure(lora=LoRAConfig(), critic="adapter")
+            self.policy.add_adapters(Path("random"))  # the name of the base matters to saving only
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        """Give cached memory back, and count the peak from here."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def once(self, run: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        self.synchronize()
+        begin = time.perf_counter()
+        run()
+        self.synchronize()
+        return time.perf_counter() - begin
+
+    def median(self, run: Callable[[], object]) -> float:
+        """Median seconds of several calls after one to warm up."""
+        run()
+        return statistics.median(self.once(run) for _ in range(self.arguments.rounds))
+
+    def add(self, section: str, case: str, result: Result | str) -> None:
+        """Put a row into the table and print it."""
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.cuda else 0.0
+        self.highest = max(self.highest, peak)
+        memory = f"{peak:.1f}" if self.cuda else "-"
+        if isinstance(result, str):
+            row = f"| {section} | {case} | - | - | {memory} | {result} |"
+        else:
+            rate = f"{result.rows / result.seconds:.1f}" if result.seconds > 0 else "-"
+            row = f"| {section} | {case} | {1e3 * result.seconds:.1f} | {rate} | {memory} | {result.note} |"
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def case(self, section: str, name: str, run: Callable[[], Result]) -> Result | None:
+        """Measure one case; one that fails or comes too late leaves a line that says so."""
+        if time.perf_counter() - self.began > 60 * self.arguments.minutes:
+            self.add(section, name, f"not begun: {self.arguments.minutes:g} minutes are over")
+            return None
+        self.release()
+        result = None
+        try:
+            result = run()
+            self.add(section, name, result)
+        except torch.cuda.OutOfMemoryError:
+            self.add(section, name, "out of memory")
+        except Exception as error:  # the other cases are worth having all the same
+            traceback.print_exc()
+            first_line = next(iter(str(error).splitlines()), "")
+            self.add(section, name, f"failed: {type(error).__name__}: {first_line}")
+        return result
+
+    def useful(self, rows: int, seconds: float) -> str:
+        """How fast rows were trained on, and the shares of the peaks."""
+        rate = rows * training_flops(self.policy) / seconds
+        note = f"{rate / 1e12:.3g} useful TFLOP/s"
+        if self.flops:
+            nominal = self.arguments.nominal_tflops
+            note += (
+                f": MFU {rate / nominal / 1e12:.1%} of {nominal:g}, {rate / self.flops:.1%} of {self.flops / 1e12:g}"
+            )
+        return note
+
+    def print_all(self) -> None:
+        """The whole table once more, and what it was measured on."""
+        name = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
+        print("\n# OpenVLA on an accelerator\n")
+        print(f"`python benchmarks/gpu_openvla.py {' '.join(sys.argv[1:])}`: {name}, ", end="")
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
+        print(f"{datetime.date.today()}; median of {self.arguments.rounds} rounds; ", end="")
+        print(f"peak memory {self.highest:.1f} GiB; {time.perf_counter() - self.began:.0f} s in all.\n")
+        print(HEADER)
+        print("\n".join(self.rows))
+
+
+def make_inputs(policy: OpenVLAPolicy, batch: int, *, cached: bool) -> PolicyInput:
+    """Prompts without padding and random pixels, or random vision features in their place."""
+    config, device = policy.config, policy.device
+    prompt_ids = torch.randint(3, policy.first_action_id, (batch, config.prompt_length), device=device)
+    prompt_ids[:, 0] = config.language_model.bos_token_id
+    size = (batch, 3 * len(config.towers), config.image_size, config.image_size)
+    patches = (batch, config.num_patches, config.vision_width)
+    return PolicyInput(
+        prompt_ids=prompt_ids,
+        prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
+        pixel_values=None if cached else torch.randn(size, device=device),
+        vision_features=torch.randn(patches, device=device, dtype=_dtype(policy)) if cached else None,
+    )
+
+
+def _dtype(policy: OpenVLAPolicy) -> torch.dtype:
+    return policy.language_model.lm_head.weight.dtype
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+class OnlyActions(LogitsProcessor):
+    """Forbids every token but the 256 action tokens."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        masked = torch.full_like(scores, -torch.inf)
+        rows = slice(self.first, self.first + NUM_ACTION_BINS)
+        masked[:, rows] = scores[:, rows]
+        return masked  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def generate(policy: OpenVLAPolicy, inputs: PolicyInput) -> Tensor:
+    """Action tokens by the library's own loop."""
+    assert inputs.pixel_values is not None
+    llama, tokens = policy.language_model, policy.num_action_tokens
+    patches = policy.projector(policy.vision_features(inputs.pixel_values))
+    text = llama.model.embed_tokens(inputs.prompt_ids)
+    embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
+    return llama.generate(  # pyright: ignore[reportAttributeAccessIssue]
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+        logits_processor=LogitsProcessorList([OnlyActions(policy.first_action_id)]),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+    )
+
+
+def decode_ours(bench: Bench, inputs: PolicyInput) -> Result:
+    """`act`, and where its time goes."""
+    policy, batch = bench.policy, len(inputs.prompt_ids)
+    assert inputs.pixel_values is not None
+    pixels, tokens = inputs.pixel_values, policy.num_action_tokens
+    with torch.no_grad():
+        vision = bench.median(lambda: policy.vision_features(pixels))
+        features = policy.vision_features(pixels)
+    cached = PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
+    policy.num_action_tokens = 1
+    try:
+        prefill = bench.median(lambda: policy.act(cached))
+    finally:
+        policy.num_action_tokens = tokens
+    whole = bench.median(lambda: policy.act(inputs))
+    note = f"towers {1e3 * vision:.1f}, prefill {1e3 * prefill:.1f}, "
+    note += f"{tokens - 1} steps {1e3 * (whole - vision - prefill):.1f} ms"
+    if bench.flops and bench.bandwidth:
+        first, steps = decode_floor(policy, batch, bench.flops, bench.bandwidth)
+        note += f"; floor {1e3 * first:.1f} + {1e3 * steps:.1f} ms, {(first + steps) / whole:.0%} of it reached"
+    return Result(whole, batch, note)
+
+
+def run_decode(bench: Bench) -> None:
+    """`act` against `generate` at each batch size."""
+    policy = bench.policy
+    policy.language_model.generation_config.pad_token_id = policy.config.language_model.pad_token_id  # pyright: ignore
+    for batch in bench.arguments.batches:
+        inputs = make_inputs(policy, batch, cached=False)
+        ours = bench.case("decode", f"act, batch {batch}", lambda i=inputs: decode_ours(bench, i))
+
+        def library(inputs: PolicyInput = inputs, ours: Result | None = ours) -> Result:
+            equal = (generate(policy, inputs) == policy.act(inputs).action_ids).float().mean().item()
+            seconds = bench.median(lambda: generate(policy, inputs))
+            faster = f"act is {seconds / ours.seconds:.2f}x as fast; " if ours else ""
+            return Result(seconds, len(inputs.prompt_ids), f"{faster}{equal:.0%} of the tokens are equal")
+
+        bench.case("decode", f"generate, batch {batch}", library)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_case(bench: Bench, batch: int) -> Result:
+    """Forward, backward and AdamW of everything that `evaluate` trains."""
+    policy = bench.policy
+    inputs = make_inputs(policy, batch, cached=True)
+    first = policy.first_action_id
+    ids = torch.randint(first, first + NUM_ACTION_BINS, (batch, policy.num_action_tokens), device=policy.device)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        out = policy.evaluate(inputs, ids)
+        (out.values.square().mean() - out.logprobs.sum(-1).mean()).backward()
+        optimizer.step()
+
+    try:
+        seconds = bench.median(step)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return Result(seconds, batch, bench.useful(batch, seconds))
+
+
+def run_train(bench: Bench) -> None:
+    """The actor's adapters alone: the value head reads the actor's trunk."""
+    bench.adapt()
+    bench.configure(critic="shared")
+    for checkpointing in (False, True):
+        bench.configure(gradient_checkpointing=checkpointing)
+        for micro in bench.arguments.micro_batches:
+            name = f"adapters, micro-batch {micro}" + ", checkpointing" * checkpointing
+            bench.case("train", name, lambda m=micro: train_case(bench, m))
+    bench.configure(gradient_checkpointing=False, critic="adapter")
+    if not bench.cuda:
+        return
+    before = torch.get_float32_matmul_precision()  # of float32: the adapters, the action rows, the value head
+    torch.set_float32_matmul_precision("high")
+    bench.configure(critic="shared")
+    micro = bench.arguments.micro_batches[0]
+    bench.case("train", f"adapters in TF32, micro-batch {micro}", lambda: train_case(bench, micro))
+    torch.set_float32_matmul_precision(before)
+    bench.configure(critic="adapter")
+
+
+def run_critic(bench: Bench) -> None:
+    """Values from the actor's trunk and from the critic's adapters, and a training step of both sets."""
+    bench.adapt()
+    policy, batch = bench.policy, min(64, max(bench.arguments.batches))
+    inputs = make_inputs(policy, batch, cached=True)
+
+    def values() -> Result:
+        with torch.no_grad():
+            return Result(bench.median(lambda: policy.values(inputs)), batch)
+
+    for critic in ("shared", "adapter"):
+        bench.configure(critic=critic)
+        bench.case("critic", f"values, {critic}, batch {batch}", values)
+    own = [p for name, p in policy.named_parameters() if ".critic." in name]
+    size = sum(p.numel() * p.element_size() for p in own)
+    trained = f"{4 * size / 2**30:.3f} GiB with gradients and AdamW's states"
+    bench.add("critic", f"{sum(p.numel() for p in own) / 1e6:.1f} M parameters", f"{size / 2**30:.3f} GiB, {trained}")
+    for checkpointing in (False, True):
+        bench.configure(gradient_checkpointing=checkpointing)
+        micro = bench.arguments.micro_batches[0]
+        name = f"actor and critic, micro-batch {micro}" + ", checkpointing" * checkpointing
+        bench.case("critic", name, lambda m=micro: train_case(bench, m))
+    bench.configure(gradient_checkpointing=False)
+
+
+# --- rollout and PPO -------------------------------------------------------------------------------------------------
+
+
+def run_rollout(bench: Bench) -> None:
+    """What adapters cost while decoding, and what folding them in saves."""
+    bench.adapt()
+    policy, batch = bench.policy, bench.arguments.envs
+    inputs = make_inputs(policy, batch, cached=False)
+
+    def act() -> Result:
+        return Result(bench.median(lambda: policy.act(inputs)), batch)
+
+    def refresh() -> Result:
+        """Decoding right after an optimiser step, less decoding."""
+        changed = next(p for name, p in policy.named_parameters() if ".lora_B.default." in name)
+        plain, times = bench.median(lambda: policy.act(inputs)), []
+        for _ in range(bench.arguments.rounds):
+            with torch.no_grad():
+                changed.add_(0)  # counts as written to
+            times.append(bench.once(lambda: policy.act(inputs)))
+        return Result(max(statistics.median(times) - plain, 0.0), 1)
+
+    bench.configure(critic="shared")
+    bench.case("rollout", f"act, adapters beside the weights, batch {batch}", act)
+    bench.configure(rollout_copy=True)
+    bench.case("rollout", f"act, adapters folded into a copy, batch {batch}", act)
+    bench.case("rollout", "bringing the copy up to date", refresh)
+    bench.configure(critic="adapter")
+    bench.case("rollout", f"act, copy, critic's adapters too, batch {batch}", act)
+
+
+class Iteration:
+    """One PPO iteration by stages: random frames and rewards, everything else as in training."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.policy, self.arguments = bench.policy, bench.arguments
+        self.steps, self.envs = bench.arguments.steps, bench.arguments.envs
+        self.config = PPOConfig(
+            epochs=bench.arguments.epochs,
+            minibatch_size=bench.arguments.minibatch,
+            micro_batch_size=bench.arguments.micro_batches[0],
+        )
+        # Adapters are float32 on a trunk that may be rounded to bfloat16: the ratio is measured below instead.
+        FIRST_RATIO_TOLERANCE[torch.float32] = FIRST_RATIO_TOLERANCE[_dtype(self.policy)]
+        self.algorithm = PPO(self.config, self.policy, seed=0)
+        self.rng = np.random.default_rng(0)
+        self.prompt = make_inputs(self.policy, 1, cached=True)
+        size = self.policy.config.image_size
+        self.images = np.zeros((self.steps + 1, self.envs, size, size, 3), np.uint8)
+        shape = (self.steps, self.envs, self.policy.num_action_tokens)
+        self.ids, self.behaviour = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+
+    def pixels(self, images: np.ndarray) -> PolicyInput:
+        """Frames and the one prompt as the policy's own `encode` makes them."""
+        config, rows = self.policy.config, len(images)
+        return PolicyInput(
+            prompt_ids=self.prompt.prompt_ids.expand(rows, -1),
+            prompt_mask=self.prompt.prompt_mask.expand(rows, -1),
+            pixel_values=normalise_pixels(images, config.image_mean, config.image_std, self.policy.device),
+        )
+
+    def collect(self) -> None:
+        """Frames, noise, actions."""
+        for t in range(self.steps):
+            self.images[t] = self.rng.integers(0, 256, self.images[t].shape, np.uint8)
+            noise = self.rng.gumbel(size=(*self.ids.shape[1:], NUM_ACTION_BINS)).astype(np.float32)
+            gumbel = torch.from_numpy(noise).to(self.policy.device)
+            sample = self.policy.act(self.pixels(self.images[t]), gumbel=gumbel)
+            self.policy.decode_actions(sample.action_ids)
+            self.ids[t], self.behaviour[t] = sample.action_ids.cpu(), sample.logprobs.float().cpu()
+        self.images[-1] = self.rng.integers(0, 256, self.images[-1].shape, np.uint8)
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """Old log-probs and values; vision features are kept."""
+        count = self.steps * self.envs
+        images, ids = self.images.reshape(-1, *self.images.shape[2:]), self.ids.reshape(count, -1)
+        logprobs, values, features = [], [], []
+        for first in range(0, count, SCORE_ROWS):
+            rows = slice(first, min(first + SCORE_ROWS, count))
+            inputs = self.cached(self.pixels(images[rows]))
+            out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device))
+            logprobs.append(out.logprobs.float().cpu())
+            values.append(out.values.float().cpu())
+            features.append(inputs.vision_features)
+        values.append(self.policy.values(self.cached(self.pixels(self.images[-1]))).float().cpu())
+        self.old_logprobs, self.values = torch.cat(logprobs), torch.cat(values).reshape(self.steps + 1, self.envs)
+        self.features = torch.cat(features)
+
+    def cached(self, inputs: PolicyInput) -> PolicyInput:
+        """Vision features in place of pixels."""
+        assert inputs.pixel_values is not None
+        features = self.policy.vision_features(inputs.pixel_values)
+        return PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
+
+    def rows(self, rows: Tensor) -> PolicyInput:
+        """Model-ready rows of the batch."""
+        expand = (len(rows), -1)
+        return PolicyInput(
+            prompt_ids=self.prompt.prompt_ids.expand(expand),
+            prompt_mask=self.prompt.prompt_mask.expand(expand),
+            vision_features=self.features[rows],
+        )
+
+    @torch.no_grad()
+    def first_ratio(self) -> float:
+        """Largest probability ratio of a micro-batch before anything was trained; rounding alone parts it from 1."""
+        rows = torch.arange(min(self.config.micro_batch_size, self.steps * self.envs))
+        ids = self.ids.reshape(-1, self.ids.shape[-1])[rows].to(self.policy.device)
+        logprobs = self.policy.evaluate(self.rows(rows), ids).logprobs.float().cpu()
+        return (logprobs - self.old_logprobs[rows]).sum(-1).exp().max().item()
+
+    def advantages(self) -> None:
+        """Advantages and returns of random rewards, and the batch."""
+        shape = (self.steps, self.envs)
+        advantages, returns = gae(
+            self.rng.random(shape, np.float32),
+            self.values.numpy(),
+            np.zeros(shape, np.float32),
+            self.rng.random(shape) < 0.05,
+            np.zeros(shape, bool),
+            np.ones(shape, bool),
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        self.batch = PPOBatch(
+            inputs=self.rows,
+            action_ids=self.ids.flatten(0, 1),
+            behaviour_logprobs=self.behaviour.flatten(0, 1),
+            old_logprobs=self.old_logprobs,
+            old_values=self.values[:-1].flatten(),
+            advantages=torch.from_numpy(advantages.reshape(-1)),
+            returns=torch.from_numpy(returns.reshape(-1)),
+        )
+
+    def update(self) -> str:
+        """Train the actor and the critic; how it went."""
+        stats = self.algorithm.update(self.batch, iteration=0, train_policy=True)
+        return f"{stats.policy_steps} steps, KL {stats.approx_kl:.1e}, sampler's KL {stats.engine_kl:.1e}"
+
+
+def run_ppo(bench: Bench) -> None:
+    """One iteration, stage by stage; the copy for decoding is brought up to date within `collect`."""
+    bench.adapt()
+    bench.configure(rollout_copy=True)
+    iteration = Iteration(bench)
+    decisions = iteration.steps * iteration.envs
+    bench.policy.act(iteration.pixels(iteration.images[0]))  # warm up
+    with torch.no_grad():
+        next(p for name, p in bench.policy.named_parameters() if ".lora_B.default." in name).add_(0)
+    noted: list[str] = []
+    size = f"{iteration.envs} envs x {iteration.steps} steps"
+    epochs = f"{iteration.config.epochs} epochs of {decisions} rows, micro-batch {iteration.config.micro_batch_size}"
+
+    def score() -> Result:
+        seconds = bench.once(iteration.score)
+        ratio = f"largest first ratio {iteration.first_ratio():.4f}"
+        return Result(seconds, decisions + iteration.envs, ratio)
+
+    def update() -> Result:
+        seconds = bench.once(lambda: noted.append(iteration.update()))
+        rows = decisions * iteration.config.epochs
+        return Result(seconds, rows, f"{noted[0]}; {bench.useful(rows, seconds)}")
+
+    stages = {
+        f"collect, {size}": lambda: Result(bench.once(iteration.collect), decisions),
+        f"score, {SCORE_ROWS} rows at a time": score,
+        "advantages": lambda: Result(bench.once(iteration.advantages), decisions),
+        f"update, {epochs}": update,
+    }
+    results = [bench.case("ppo", name, run) for name, run in stages.items()]
+    if all(results):
+        total = sum(result.seconds for result in results if result)
+        bench.add("ppo", "whole iteration", Result(total, decisions))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="7b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--skip", nargs="+", choices=SECTIONS, default=[])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later than this")
+    parser.add_argument("--batches", type=int, nargs="+", help="rows to decode at once")
+    parser.add_argument("--micro-batches", type=int, nargs="+", help="rows to train on at once; PPO uses the first")
+    parser.add_argument("--envs", type=int)
+    parser.add_argument("--steps", type=int, help="decisions of each environment")
+    parser.add_argument("--minibatch", type=int, help="rows per optimiser step")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--tflops", type=float, help="reachable TFLOP/s (790 on an H200); none: no floor on a CPU")
+    parser.add_argument("--gbps", type=float, help="reachable GB/s (4300 on an H200)")
+    parser.add_argument("--nominal-tflops", type=float, default=989.0, help="of the data sheet")
+    arguments = parser.parse_args()
+    sizes = SIZES[arguments.size]
+    for name, key in (("batches", "batches"), ("micro_batches", "micro"), ("envs", "envs"), ("steps", "steps")):
+        setattr(arguments, name, getattr(arguments, name) or sizes[key])
+    arguments.minibatch = arguments.minibatch or sizes["minibatch"]
+    if arguments.device != "cpu":
+        arguments.tflops, arguments.gbps = arguments.tflops or 790.0, arguments.gbps or 4300.0
+    print(HEADER)
+    bench = Bench(arguments)
+    runs = {"decode": run_decode, "train": run_train, "critic": run_critic, "rollout": run_rollout, "ppo": run_ppo}
+    for section in SECTIONS:
+        if section in arguments.skip:
+            continue
+        try:
+            runs[section](bench)
+        except Exception as error:  # outside the cases: preparing them
+            traceback.print_exc()
+            bench.add(section, "preparation", f"failed: {type(error).__name__}")
+    bench.print_all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""`reachrl plan` against measurement: memory, products and time of acting and of a training step.
+
+    python benchmarks/plan.py > docs/benchmarks/plan.md
+
+Two policies run on this machine (or its GPU), each case in a process of its own: one rollout pass, then forward,
+backward and AdamW over the same number of rows. Memory is the growth of the peak resident set, or what CUDA's allocator
+says; products are counted by PyTorch's `FlopCounterMode`. The 7B policy exists in name only, on the meta device: what
+autograd would keep is added up tensor by tensor. Times on a CPU are CPU seconds, so that other programs disturb less.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from reachrl.config.env import MetaworldConfig
+from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.plan import activations, compute
+from reachrl.plan.device import Device, find_device
+from reachrl.plan.memory import plan_memory
+from reachrl.plan.parameters import weights
+from reachrl.plan.timing import plan_time
+from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+_TOWER = ViTTowerConfig(width=384, depth=8, num_heads=6, mlp_width=1536)
+_SHAPED = OpenVLAConfig(
+    image_size=224,
+    towers=(_TOWER, _TOWER),
+    language_model=LanguageModelConfig(
+        vocab_size=32064, hidden_size=768, intermediate_size=2048, num_layers=12, num_heads=12, pad_token_id=32000
+    ),
+    tokenizer="folder",
+    prompt_length=32,
+    num_action_tokens=7,
+    value_hidden_size=768,
+)
+_WARM = _SHAPED.model_copy(
+    update={
+        "towers": (ViTTowerConfig(width=8, depth=2, num_heads=1, mlp_width=8),) * 2,
+        "language_model": LanguageModelConfig(hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1),
+    }
+)
+_LORA = {"lora": {"rank": 16}, "critic": "adapter", "checkpoint": "in memory"}
+# name -> (base, changes, rows)
+CASES: dict[str, tuple[OpenVLAConfig, dict[str, object], int]] = {
+    "tiny": (OpenVLAConfig(), {}, 128),
+    "openvla-shaped": (_SHAPED, {}, 4),
+    "openvla-shaped, checkpointing": (_SHAPED, {"gradient_checkpointing": True}, 4),
+    "openvla-shaped, separate critic": (_SHAPED, {"critic": "separate"}, 4),
+    "openvla-shaped, bfloat16 LoRA": (_SHAPED, {**_LORA, "dtype": "bfloat16"}, 4),
+}
+NAMES = {
+    "full": {},
+    "full, separate critic": {"critic": "separate"},
+    "LoRA 32": {"lora": {"rank": 32}, "checkpoint": "nowhere"},
+    "LoRA 32, adapter critic, checkpointing": {
+        "lora": {"rank": 32},
+        "critic": "adapter",
+        "checkpoint": "nowhere",
+        "gradient_checkpointing": True,
+    },
+}
+
+
+def configure(base: OpenVLAConfig, changes: dict[str, object]) -> OpenVLAConfig:
+    return OpenVLAConfig.model_validate({**base.model_dump(), **changes})
+
+
+def build(config: OpenVLAConfig) -> OpenVLAPolicy:
+    """Random weights; adapters beside them where the configuration has some."""
+    torch.manual_seed(0)
+    plain = config.model_copy(update={"lora": None, "critic": "shared", "checkpoint": None})
+    policy = OpenVLAPolicy(config if config.lora is None else plain)
+    if config.lora is not None:
+        policy.config = config
+        policy.add_adapters(Path("in memory"))
+    policy.freeze(["vision"])
+    return policy
+
+
+def rows_of(policy: OpenVLAPolicy, rows: int) -> tuple[PolicyInput, PolicyInput, Tensor]:
+    """Frames to act on, their vision features, and actions to score; one prompt is shorter, so that masks are used."""
+    config = policy.config
+    mask = torch.ones(rows, config.prompt_length, dtype=torch.bool)
+    mask[0, -2:] = False
+    ids = torch.randint(3, 300, mask.shape)
+    pixels = torch.randn(rows, 3 * len(config.towers), config.image_size, config.image_size)
+    features = torch.randn(rows, config.num_patches, config.vision_width, dtype=policy.projector.fc1.weight.dtype)
+    actions = torch.randint(0, 256, (rows, config.num_action_tokens)) + policy.first_action_id
+    seen = PolicyInput(prompt_ids=ids, prompt_mask=mask, pixel_values=pixels)
+    cached = PolicyInput(prompt_ids=ids, prompt_mask=mask, vision_features=features)
+    return seen, cached, actions
+
+
+class Meter:
+    """Memory now and at its peak since `reset`, of the GPU or of this process."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+
+    def reset(self) -> int:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+        return self._resident("VmRSS")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
+
+    def _resident(self, field: str) -> int:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def seconds(run: Callable[[], object], rounds: int, cuda: bool) -> float:
+    """Median seconds: on the clock with a GPU, of each thread's processor time without."""
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter() if cuda else time.process_time() / torch.get_num_threads()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        taken.append((time.perf_counter() if cuda else time.process_time() / torch.get_num_threads()) - start)
+    return statistics.median(taken)
+
+
+def products(run: Callable[[], object]) -> int:
+    """FLOPs of all matrix products; attention unfused, since the counter does not know the CPU's fused kernel."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(name: str, rounds: int) -> dict[str, float]:
+    """Everything measured of one case."""
+    base, changes, rows = CASES[name]
+    cuda = torch.cuda.is_available()
+    meter, device = Meter(cuda), torch.device("cuda" if cuda else "cpu")
+    with device:
+        _, warm, tokens = rows_of(first := build(configure(_WARM, changes)), 2)
+        first.evaluate(warm, tokens).logprobs.sum().backward()  # libraries are loaded
+        before = meter.reset()
+        policy = build(configure(base, changes))
+        seen, cached, actions = rows_of(policy, rows)
+    trained = [parameter for group in policy.parameter_groups().values() for parameter in group]
+    optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad])
+
+    def act() -> None:
+        assert seen.pixel_values is not None
+        policy.act(replace(seen, pixel_values=seen.pixel_values.clone()))  # as freshly encoded frames
+
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        out = policy.evaluate(cached, actions)
+        (out.logprobs.mean() + out.entropy.mean() + out.values.square().mean()).backward()
+
+    def step() -> None:
+        backward()
+        optimizer.step()
+
+    found: dict[str, float] = {}
+    step()  # allocates gradients and Adam's states
+    found["held"] = meter.reset() - before
+    act()
+    resident = meter.reset()
+    act()
+    found["rollout"] = meter.peak() - resident
+    resident = meter.reset()
+    step()
+    found["update"] = meter.peak() - resident
+    found["act s"], found["step s"] = seconds(act, rounds, cuda), seconds(step, rounds, cuda)
+    found["act flops"], found["step flops"] = products(act), products(backward)
+    return found
+
+
+def run_of(policy: OpenVLAConfig, rows: int) -> TrainConfig:
+    """A run whose iteration is one decision in each of `rows` environments and one pass over them."""
+    return TrainConfig(
+        env=MetaworldConfig(num_envs=rows),
+        num_steps=1,
+        policy=policy,
+        ppo=PPOConfig(epochs=1, minibatch_size=rows, micro_batch_size=rows),
+    )
+
+
+def predict(name: str, device: Device) -> dict[str, float]:
+    """The same figures from the configuration."""
+    base, changes, rows = CASES[name]
+    policy = configure(base, changes)
+    config = run_of(policy, rows)
+    plan, taken = plan_memory(config, device), {part.name: part for part in plan_time(config, device).stretches}
+    held = ("frozen weights", "trainable weights", "gradients", "Adam states")
+    acting = [taken["prefill"], taken["decode steps"]]
+    return {
+        "held": sum(part.bytes for part in plan.parts if part.name in held),
+        "rollout": plan.of("rollout"),
+        # Gradients are counted as held, but set to none before a pass.
+        "update": plan.of("update"),
+        "act s": sum(part.seconds for part in acting),
+        "step s": taken["PPO, 1 epochs"].seconds,
+        "act flops": sum(part.flops for part in acting),
+        "step flops": taken["PPO, 1 epochs"].flops,
+    }
+
+
+class _Fused(torch.autograd.Function):
+    """Attention that keeps what a fused kernel keeps; on the meta device PyTorch takes the unfused one."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # pyright: ignore
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def in_name_only(fused: bool) -> Iterator[None]:
+    """Lets a policy run on the meta device, which knows no autocast."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        return _Fused.apply(query, key, value)  # pyright: ignore[reportReturnType]
+
+    instead = patch("torch.nn.functional.scaled_dot_product_attention", attention) if fused else nullcontext()
+    with patch("torch.autocast", lambda *_, **__: nullcontext()), instead, torch.device("meta"):
+        yield
+
+
+def trace(changes: dict[str, object]) -> dict[str, float]:
+    """Parameters, bytes kept by one row and products of its training pass, of the 7B policy on the meta device."""
+    config = OpenVLAConfig.openvla_7b(**changes)
+    rows, kept = 2, {}
+    with in_name_only(fused=True):
+        policy = build(config)
+        _, cached, actions = rows_of(policy, rows)
+        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
+        alive = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            alive.append(tensor)  # so that no storage is counted under another's number
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        recompute = policy.config.gradient_checkpointing
+        with nullcontext() if recompute else torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            policy.evaluate(cached, actions)
+    with in_name_only(fused=False):
+
+        def step() -> None:
+            out = policy.evaluate(cached, actions)
+            (out.logprobs.mean() + out.entropy.mean() + out.values.square().mean()).backward()
+
+        flops = products(step)
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    return {"parameters": parameters, "kept": sum(kept.values()) / rows, "flops": flops / rows}
+
+
+def table_measured(arguments: argparse.Namespace) -> None:
+    cuda = torch.cuda.is_available()
+    threads = {"OMP_NUM_THREADS": str(arguments.threads), "OPENBLAS_NUM_THREADS": str(arguments.threads)}
+    # Freed memory goes back to the system at once, so that a peak is one of live tensors.
+    environment = {**os.environ, **threads, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    print("| Policy | Rows | What | Predicted | Measured | Ratio |\n|---|---|---|---|---|---|")
+    for name in arguments.cases:
+        command = [sys.executable, __file__, "--measure", name, "--rounds", str(arguments.rounds)]
+        output = subprocess.run(command, check=True, capture_output=True, env=environment).stdout
+        measured = json.loads(output)
+        device = find_device(arguments.device if cuda else "cpu")
+        predicted = predict(name, device)
+        for key, (label, unit, size) in {
+            "held": ("weights, gradients, Adam states", "MB", 1e6),
+            "rollout": ("acting: cache, working memory", "MB", 1e6),
+            "update": ("training: activations", "MB", 1e6),
+            "act flops": ("acting: products", "GFLOP", 1e9),
+            "step flops": ("training: products", "GFLOP", 1e9),
+            "act s": ("acting", "ms", 1e-3),
+            "step s": ("training step", "ms", 1e-3),
+        }.items():
+            ours, theirs = predicted[key], measured[key]
+            cells = f"{ours / size:,.1f} {unit} | {theirs / size:,.1f} {unit} | {ours / theirs:.2f}"
+            print(f"| {name} | {CASES[name][2]} | {label} | {cells} |", flush=True)
+
+
+def table_traced() -> None:
+    print("| 7B policy | What | Predicted | Traced | Ratio |\n|---|---|---|---|---|")
+    for name, changes in NAMES.items():
+        policy, traced = OpenVLAConfig.openvla_7b(**changes), trace(changes)
+        ours = {
+            "parameters": sum(part.count for part in weights(policy, PPOConfig())),
+            "kept": sum(activations.training_row(policy, train_vision=False).values()),
+            "flops": compute.evaluation(policy, train_vision=False).total,
+        }
+        for key, label, unit, size in (
+            ("parameters", "parameters", "M", 1e6),
+            ("kept", "kept for the backward pass, a row", "MB", 1e6),
+            ("flops", "training pass, a row", "TFLOP", 1e12),
+        ):
+            if traced[key]:  # what is computed again is not kept by autograd's own hooks
+                cells = f"{ours[key] / size:,.2f} {unit} | {traced[key] / size:,.2f} {unit}"
+                print(f"| {name} | {label} | {cells} | {ours[key] / traced[key]:.4f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--device", default="h200", help="name of the GPU, where there is one")
+    parser.add_argument("--measure", choices=list(CASES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.rounds)))
+        return
+    print("# Plans against measurement\n")
+    print(f"`python benchmarks/plan.py {' '.join(sys.argv[1:])}`: {arguments.threads} threads, ", end="")
+    print(f"median of {arguments.rounds} rounds.\n")
+    table_measured(arguments)
+    print("\nThe 7B policy, on the meta device: no weights, exact shapes.\n")
+    table_traced()
+
+
+if __name__ == "__main__":
+    main()
