@@ -238,9 +238,7 @@ class Bench:
         note = f"{rate / 1e12:.3g} useful TFLOP/s"
         if self.flops:
             nominal = self.arguments.nominal_tflops
-            note += (
-                f": MFU {rate / nominal / 1e12:.1%} of {nominal:g}, {rate / self.flops:.1%} of {self.flops / 1e12:g}"
-            )
+            note += f": {rate / nominal / 1e12:.1%} of {nominal:g}, {rate / self.flops:.1%} of {self.flops / 1e12:g}"
         return note
 
     def print_all(self) -> None:

@@ -51,6 +51,7 @@ def command(*arguments: str) -> str:
         ["list"],
         ["config", "metaworld_quickstart", "--docs"],
         ["config", "paper", "--explain"],
+        ["plan", "robust", "--device", "h200"],
     ],
     ids=" ".join,
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from reachrl import __version__
-from reachrl.cli import config, demos, eval, export, quickstart, report, reward, sft, train
+from reachrl.cli import config, demos, eval, export, plan, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
 from reachrl.errors import ReachRLError
 
@@ -18,7 +18,10 @@ from reachrl.errors import ReachRLError
 class _InOrder(typer.core.TyperGroup):
     """Lists commands in the order of the story; typer alone would put groups last."""
 
-    ORDER = ("quickstart", "demos", "sft", "reward", "train", "eval", "report", "export", "list", "config", "version")
+    ORDER = (
+        *("quickstart", "demos", "sft", "reward", "train", "eval", "report"),
+        *("export", "list", "config", "plan", "version"),
+    )
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
         """The names, the known ones first."""
@@ -47,6 +50,7 @@ app.command("report", rich_help_panel=STAGES)(report.report)
 app.command("export", rich_help_panel=LOOK)(export.export)
 app.command("list", rich_help_panel=LOOK)(listing.list_)
 app.command("config", rich_help_panel=LOOK)(config.config)
+app.command("plan", rich_help_panel=LOOK)(plan.plan)
 
 
 @app.command(rich_help_panel=LOOK)

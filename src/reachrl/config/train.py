@@ -47,7 +47,7 @@ class TrainConfig(Section):
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of the learner process; none takes PyTorch's default."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """Where policy and reward model compute: `cpu`, `cuda`, `cuda:1`; `auto` takes the first GPU if there is one."""
+    """Where the policy computes: `cpu`, `cuda`, `cuda:1`; `auto` takes the first GPU if there is one."""
     num_iterations: Annotated[int, Field(ge=0)] = 30
     """PPO iterations."""
     num_steps: Annotated[int, Field(ge=1)] = 120

@@ -169,7 +169,55 @@ def logits_row(policy: OpenVLAConfig) -> int:
     return policy.num_action_tokens * 4 * (4 * NUM_ACTION_BINS + llm.hidden_size)
 
 
-def working_row(policy: OpenVLAConfig, tokens: int) -> int:
-    """Bytes of a row while one decoder layer runs without keeping anything: the widest moment is in its MLP."""
-    llm, (stored, computed) = policy.language_model, numbers(policy)
-    return tokens * (stored * llm.hidden_size + computed * (llm.hidden_size + 3 * llm.intermediate_size))
+def working_row(policy: OpenVLAConfig, tokens: int, *, decoding: bool) -> int:
+    """Bytes of a row while one decoder layer runs without keeping anything: the widest moment is in its MLP.
+
+    Args:
+        policy: the section.
+        tokens: positions of a row.
+        decoding: whether the layer fills a cache; its attention's tensors then stay at hand for longer.
+    """
+    llm, how = policy.language_model, kept(policy, "language_model")
+    width, hidden, computed = llm.hidden_size, llm.intermediate_size, how.computed
+    # The trunk's input, the layer's, the residual and its normalisation; SiLU of the gate, up, and their product.
+    stream = 3 * how.stored * width + computed * width + 3 * decoding * computed * width
+    copied = decoding and policy.rollout_copy  # no adapters; gate and up come out of one product and stay together
+    if copied or not how.rank:
+        return tokens * (stream + (3 + copied) * computed * hidden)
+    adapter = computed if how.mixed else 4  # float32 adapters compute in their own format
+    cast = adapter * width if adapter != computed else 0
+    return tokens * (stream + cast + 2 * computed * hidden + 2 * adapter * hidden)
+
+
+def vision_working_row(policy: OpenVLAConfig) -> int:
+    """Bytes of a row while a tower runs without keeping anything: the widest stage of the widest tower."""
+    _, computed = numbers(policy)
+    widest = 0
+    for tower in policy.towers:
+        side, now = policy.image_size, 3 * policy.image_size**2
+        if isinstance(tower, ViTTowerConfig):
+            tokens = tower.grid(side) ** 2 + tower.class_token + tower.num_registers
+            widest = max(widest, now + tokens * (3 * tower.width + 2 * tower.mlp_width))
+            continue
+        for stage in tower.stages:
+            side //= stage.stride
+            out = stage.channels * side**2
+            widest, now = max(widest, now + 2 * out), out
+    return computed * widest
+
+
+def cache_row(policy: OpenVLAConfig) -> int:
+    """Bytes of the keys and values of all layers and positions of one decoded row."""
+    llm, (stored, _) = policy.language_model, numbers(policy)
+    length = prompt_tokens(policy) + policy.num_action_tokens - 1
+    return 2 * llm.num_layers * key_width(llm) * length * stored
+
+
+def features_row(policy: OpenVLAConfig) -> int:
+    """Bytes of the towers' output for one frame."""
+    return policy.num_patches * policy.vision_width * numbers(policy)[0]
+
+
+def pixels_row(policy: OpenVLAConfig) -> int:
+    """Bytes of one frame as float32 pixels, once for each tower."""
+    return 4 * 3 * len(policy.towers) * policy.image_size**2

@@ -91,10 +91,10 @@ def measure_cpu() -> Device:
     import numpy as np
     import psutil
 
-    size = 1024
+    size = 640  # short runs: one of them finds the machine to itself
     matrix = np.ones((size, size), np.float32)
     product = np.empty_like(matrix)
-    source = np.ones(2**24, np.float32)
+    source = np.ones(2**23, np.float32)
     target = np.zeros_like(source)  # written once: the pages are there
     tflops = 2e-12 * size**3 / _shortest(lambda: np.matmul(matrix, matrix, out=product))
     bandwidth = 2e-9 * source.nbytes / _shortest(lambda: np.copyto(target, source))  # read and written

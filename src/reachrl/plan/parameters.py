@@ -146,6 +146,12 @@ def adapter_parameters(policy: OpenVLAConfig, part: str) -> int:
     return sum((tower.depth - 1) * linear.adapter(rank) for tower in towers for linear in block_linears(tower))
 
 
+def linear_parameters(policy: OpenVLAConfig) -> int:
+    """Parameters of the projector and of the decoder layers' linear maps: what a copy for the rollout holds."""
+    layers = policy.language_model.num_layers * sum(map_.parameters for map_ in layer(policy.language_model).linears)
+    return projector_parameters(policy) + layers
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Parameters of one kind: how many, in how many bytes each, and who trains them."""
