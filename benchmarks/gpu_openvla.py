@@ -1,15 +1,17 @@
 """What the 7B policy costs on an accelerator: decoding, training adapters, the critic, one whole PPO iteration.
 
-    python benchmarks/gpu_openvla.py --size 7b
+    python benchmarks/gpu_openvla.py --size 7b > docs/benchmarks/gpu_openvla.md
     python benchmarks/gpu_openvla.py --size tiny --device cpu
+
+Each row goes to stderr as soon as it is measured, the whole table to stdout at the end.
 
 The weights are random and made on the device: in float32 first, then cast one tensor at a time, so building 7.5 G
 parameters takes 30 GB for a moment and 15 GB from then on. Prompts and pixels are random too: no tokenizer, no
 simulator, no files. Sections, each of which `--skip` leaves out:
 
 * decode: `act` on pixels against the same towers and projector with `LlamaForCausalLM.generate` over the 256 action
-  tokens, both greedy. On random weights neighbouring tokens nearly tie, so in bfloat16 a share below 1 of equal tokens
-  is rounding, and one unequal token changes those behind it;
+  tokens, both greedy. In bfloat16 some tokens differ by rounding (`generate` rounds its logits, too), and one that
+  does changes those behind it;
 * train: forward, backward and AdamW of rank-32 adapters on the language model, from cached vision features;
 * critic: values, and the training step, with the critic's own adapters;
 * rollout: `act` with the actor's adapters as they are, and with the folded copy;
@@ -31,6 +33,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,15 +159,19 @@ class Bench:
         self.flops = arguments.tflops and arguments.tflops * 1e12
         self.bandwidth = arguments.gbps and arguments.gbps * 1e9
         torch.manual_seed(0)
-        sizes = {"tokenizer": "folder"}  # prompts come as ids
-        config = OpenVLAConfig.openvla_7b(**sizes) if arguments.size == "7b" else OpenVLAConfig.model_validate(sizes)
+        options: dict[str, Any] = {"tokenizer": "folder"}  # prompts come as ids
+        make = OpenVLAConfig.openvla_7b if arguments.size == "7b" else OpenVLAConfig
+        config = make(**options)
         with self.device:
             self.policy = OpenVLAPolicy(config)
         self.policy.requires_grad_(False)
+        first = self.policy.first_action_id
+        head = self.policy.language_model.lm_head.weight[first : first + NUM_ACTION_BINS]
+        head.normal_(std=0.02)  # neighbours begin nearly alike: the greedy token would be a matter of rounding
         self.synchronize()
         count = sum(parameter.numel() for parameter in self.policy.parameters())
         took = time.perf_counter() - self.began
-        self.add("build", f"{count / 1e6:.1f} M parameters, {config.dtype}", Result(took, 1))
+        self.add("build", f"{count / 1e6:.1f} M parameters, {config.dtype}", Result(took, 0))
         self.release()
 
     def configure(self, **changes: object) -> None:
@@ -209,10 +216,10 @@ class Bench:
         if isinstance(result, str):
             row = f"| {section} | {case} | - | - | {memory} | {result} |"
         else:
-            rate = f"{result.rows / result.seconds:.1f}" if result.seconds > 0 else "-"
+            rate = f"{result.rows / result.seconds:.1f}" if result.rows else "-"
             row = f"| {section} | {case} | {1e3 * result.seconds:.1f} | {rate} | {memory} | {result.note} |"
         self.rows.append(row)
-        print(row, flush=True)
+        print(row, file=sys.stderr, flush=True)
 
     def case(self, section: str, name: str, run: Callable[[], Result]) -> Result | None:
         """Measure one case; one that fails or comes too late leaves a line that says so."""
@@ -244,7 +251,7 @@ class Bench:
     def print_all(self) -> None:
         """The whole table once more, and what it was measured on."""
         name = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
-        print("\n# OpenVLA on an accelerator\n")
+        print("# OpenVLA on an accelerator\n")
         print(f"`python benchmarks/gpu_openvla.py {' '.join(sys.argv[1:])}`: {name}, ", end="")
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
         print(f"{datetime.date.today()}; median of {self.arguments.rounds} rounds; ", end="")
@@ -339,10 +346,11 @@ def run_decode(bench: Bench) -> None:
         ours = bench.case("decode", f"act, batch {batch}", lambda i=inputs: decode_ours(bench, i))
 
         def library(inputs: PolicyInput = inputs, ours: Result | None = ours) -> Result:
-            equal = (generate(policy, inputs) == policy.act(inputs).action_ids).float().mean().item()
+            equal = (generate(policy, inputs) == policy.act(inputs).action_ids).float().mean(0)
             seconds = bench.median(lambda: generate(policy, inputs))
+            shares = f"{equal.mean():.0%} of the tokens are equal, {equal[0]:.0%} of the first ones"
             faster = f"act is {seconds / ours.seconds:.2f}x as fast; " if ours else ""
-            return Result(seconds, len(inputs.prompt_ids), f"{faster}{equal:.0%} of the tokens are equal")
+            return Result(seconds, len(inputs.prompt_ids), f"{faster}{shares}")
 
         bench.case("decode", f"generate, batch {batch}", library)
 
@@ -437,7 +445,7 @@ def run_rollout(bench: Bench) -> None:
             with torch.no_grad():
                 changed.add_(0)  # counts as written to
             times.append(bench.once(lambda: policy.act(inputs)))
-        return Result(max(statistics.median(times) - plain, 0.0), 1)
+        return Result(max(statistics.median(times) - plain, 0.0), 0)
 
     bench.configure(critic="shared")
     bench.case("rollout", f"act, adapters beside the weights, batch {batch}", act)
@@ -569,7 +577,7 @@ def run_ppo(bench: Bench) -> None:
         next(p for name, p in bench.policy.named_parameters() if ".lora_B.default." in name).add_(0)
     noted: list[str] = []
     size = f"{iteration.envs} envs x {iteration.steps} steps"
-    epochs = f"{iteration.config.epochs} epochs of {decisions} rows, micro-batch {iteration.config.micro_batch_size}"
+    epochs = f"{iteration.config.epochs} x {decisions} rows, micro-batch {iteration.config.micro_batch_size}"
 
     def score() -> Result:
         seconds = bench.once(iteration.score)
@@ -616,7 +624,7 @@ def main() -> None:
     arguments.minibatch = arguments.minibatch or sizes["minibatch"]
     if arguments.device != "cpu":
         arguments.tflops, arguments.gbps = arguments.tflops or 790.0, arguments.gbps or 4300.0
-    print(HEADER)
+    print(HEADER, file=sys.stderr)
     bench = Bench(arguments)
     runs = {"decode": run_decode, "train": run_train, "critic": run_critic, "rollout": run_rollout, "ppo": run_ppo}
     for section in SECTIONS:

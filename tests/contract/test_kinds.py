@@ -59,7 +59,7 @@ class OtherTemperature(TablePolicy):
 
 
 class RowsInteract(TablePolicy):
-    def act(self, inputs, *, temperature: float = 1.0, gumbel=None) -> ActionSample:
+    def act(self, inputs, *, temperature: float = 1.0, gumbel=None, with_values=True) -> ActionSample:
         sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
         ids = sample.action_ids if len(sample.values) > 1 else sample.action_ids * 0
         return ActionSample(action_ids=ids, logprobs=sample.logprobs, values=sample.values)

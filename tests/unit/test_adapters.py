@@ -315,3 +315,27 @@ def test_mixed_precision_keeps_master_weights(base: Path) -> None:
     assert kinds == {torch.float32}
     assert stored.language_model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
     assert all(torch.isfinite(t).all() for t in tensors(stored, ACTOR).values())
+
+
+def test_a_critic_of_its_own_does_not_run_unasked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = adapted(base, critic="adapter")
+    asked = policy.act(inputs(policy))
+    calls = []
+    monkeypatch.setattr(policy.value_head, "forward", lambda hidden: calls.append(1))
+    unasked = policy.act(inputs(policy), with_values=False)
+    assert not calls and unasked.values is None
+    assert torch.equal(unasked.logprobs, asked.logprobs)
+
+
+def test_the_first_ratio_is_judged_by_the_arithmetic_not_by_the_adapters_type(base: Path) -> None:
+    """Float32 adapters on a 16-bit trunk: two batch sizes round differently, which is no mistake."""
+    from reachrl.algorithms.ppo import PPO
+    from reachrl.config.ppo import PPOConfig
+
+    for changes in ({"dtype": "bfloat16"}, {"compute_dtype": "bfloat16"}):
+        policy = adapted(base, **changes)
+        assert policy.compute_dtype == torch.bfloat16
+        algorithm = PPO(PPOConfig(), policy, seed=0)
+        algorithm._check_first_ratio(1.05)
+    with pytest.raises(AssertionError, match="not 1"):
+        PPO(PPOConfig(), adapted(base), seed=0)._check_first_ratio(1.05)

@@ -168,8 +168,7 @@ class PPO:
         return norms
 
     def _check_first_ratio(self, ratio_max: float) -> None:
-        dtype = self._policy_parameters[0].dtype
-        assert ratio_max < 1 + FIRST_RATIO_TOLERANCE[dtype], (
+        assert ratio_max < 1 + FIRST_RATIO_TOLERANCE[self.policy.compute_dtype], (
             f"the first minibatch's ratio is {ratio_max:.4f}, not 1: old log-probs were scored by other weights, "
             "another temperature or other inputs"
         )

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from reachrl import errors
 from reachrl.config.env import EnvSection
 from reachrl.envs.process import WorkerLost, WorkerProcess
-from reachrl.envs.worker import SharedArrays
+from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.types import EnvStep, Observation, Split, Start
 
 _MAX_LOSSES = 3  # of the same environment without a finished episode in between; one more is an error

@@ -42,12 +42,12 @@ class ActionSample:
 
     `action_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the sampling
     distribution (over the policy's `num_choices` tokens, after the temperature); `values` are read at the
-    first action position.
+    first action position; they may be None where nobody asked for them.
     """
 
     action_ids: Int64[Tensor, "B A"]
     logprobs: Float[Tensor, "B A"]
-    values: Float[Tensor, "B"]
+    values: Float[Tensor, "B"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,11 @@ class Policy(nn.Module, ABC):
         """Where the parameters live."""
         return next(self.parameters()).device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the arithmetic behind the log-probs: how closely two passes over the same rows can agree."""
+        return next(self.parameters()).dtype
+
     @abstractmethod
     def prompt(self, instruction: str) -> str:
         """What the policy is asked in words, for people to read."""
@@ -86,13 +91,19 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(
-        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A V"] | None = None
+        self,
+        inputs: PolicyInput,
+        *,
+        temperature: float = 1.0,
+        gumbel: Float[Tensor, "B A V"] | None = None,
+        with_values: bool = True,
     ) -> ActionSample:
         """Decode all rows at once, without gradients.
 
         A token is `argmax(logits / temperature + gumbel)`: an exact sample when `gumbel` is standard Gumbel
         noise, greedy when it is None. The caller draws the noise, one stream per episode, so that an
-        episode does not depend on which rows it was batched with.
+        episode does not depend on which rows it was batched with. Without `with_values` the sample may come without
+        values: a critic with a trunk of its own need not run, and rollouts are scored by the learner anyway.
         """
 
     @abstractmethod

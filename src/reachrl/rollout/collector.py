@@ -56,9 +56,8 @@ class Collector:
         episodes: list[Episode] = []
         for t in range(num_steps):
             observation = self._observation
-            sample = self.policy.act(
-                self.policy.encode(observation), temperature=self.temperature, gumbel=self._noise()
-            )
+            inputs = self.policy.encode(observation)
+            sample = self.policy.act(inputs, temperature=self.temperature, gumbel=self._noise(), with_values=False)
             actions = self.policy.decode_actions(sample.action_ids)
             rows["images"].append(observation.images)
             rows["instructions"].append(observation.instructions)

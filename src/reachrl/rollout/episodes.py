@@ -133,5 +133,5 @@ def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, s
         action_ids=sample.action_ids[n].cpu().numpy(),
         action=actions[n],
         logprob=float(sample.logprobs[n].sum()),
-        value=float(sample.values[n]),
+        value=float(sample.values[n]),  # pyright: ignore[reportOptionalSubscript]  (asked for above)
     )

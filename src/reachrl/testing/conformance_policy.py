@@ -30,6 +30,8 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     noise = np.random.default_rng(0).gumbel(size=(rows, policy.num_action_tokens, policy.num_choices))
     gumbel = torch.from_numpy(noise.astype(np.float32)).to(policy.device)
     sample = policy.act(inputs, temperature=temperature, gumbel=gumbel)
+    without = policy.act(inputs, temperature=temperature, gumbel=gumbel, with_values=False)
+    _same(without.logprobs, sample.logprobs, "act's log-probs depend on with_values")
     _check_scores(policy, inputs, sample, temperature)
     _check_rows_alone(policy, inputs, sample, gumbel, temperature)
     _check_cached_vision(policy, inputs, sample, temperature)
@@ -41,12 +43,12 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
 def _check_scores(policy: Policy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> None:
     scored = policy.evaluate(inputs, sample.action_ids, temperature=temperature)
     _same(sample.logprobs, scored.logprobs, "act's log-probs are not those evaluate gives the same actions")
+    if sample.values is None:
+        raise ExtensionError("act returns no values although with_values is true by default.")
     _same(sample.values, scored.values, "act's values are not evaluate's")
     _same(sample.values, policy.values(inputs), "act's values are not those of values()")
     if not (scored.entropy > -_TOLERANCE).all() or not (scored.entropy < np.log(policy.num_choices) + _TOLERANCE).all():
-        raise ExtensionError(
-            "evaluate's entropy lies outside [0, ln num_choices]: it is that of a choice among those."
-        )
+        raise ExtensionError("evaluate's entropy lies outside [0, ln num_choices]: it is that of a choice among those.")
 
 
 @torch.no_grad()

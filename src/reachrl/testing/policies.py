@@ -60,7 +60,14 @@ class TablePolicy(Policy):
         return features[:, 0, 0].round().long()
 
     @torch.no_grad()
-    def act(self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Tensor | None = None) -> ActionSample:
+    def act(
+        self,
+        inputs: PolicyInput,
+        *,
+        temperature: float = 1.0,
+        gumbel: Tensor | None = None,
+        with_values: bool = True,
+    ) -> ActionSample:
         """Sample every token at once."""
         logits = self.logits[self._contexts(inputs)] / temperature
         ids = (logits if gumbel is None else logits + gumbel).argmax(-1)

@@ -86,10 +86,15 @@ class OpenVLAPolicy(Policy):
         separate = config.critic == "separate"
         self.critic = SeparateTrunk(self.projector, self.language_model.model) if separate else None
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the arithmetic behind the log-probs."""
+        return getattr(torch, self.config.compute_dtype or self.config.dtype)
+
     def add_adapters(self, base: Path) -> None:
         """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
         assert self.config.lora is not None
-        self.base = base
+        self.base, self._rollout = base, None
         adapters.add_adapters(self, self.config.lora, critic=self.config.critic == "adapter")
 
     # --- from observations -------------------------------------------------------------------------------------
@@ -218,7 +223,12 @@ class OpenVLAPolicy(Policy):
 
     @torch.no_grad()
     def act(
-        self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Float[Tensor, "B A V"] | None = None
+        self,
+        inputs: PolicyInput,
+        *,
+        temperature: float = 1.0,
+        gumbel: Float[Tensor, "B A V"] | None = None,
+        with_values: bool = True,
     ) -> ActionSample:
         """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
         features = self._features(inputs)
@@ -235,7 +245,8 @@ class OpenVLAPolicy(Policy):
                 temperature=temperature,
                 gumbel=gumbel,
             )
-            values = self._value(features, inputs, decoded.first_hidden)
+            wanted = with_values or self.config.critic == "shared"  # where they cost nothing
+            values = self._value(features, inputs, decoded.first_hidden) if wanted else None
         return ActionSample(action_ids=decoded.action_ids, logprobs=decoded.logprobs, values=values)
 
     def action_logits(

@@ -37,8 +37,8 @@ class RolloutCopy:
     def update(self) -> None:
         """Copy the trained weights if any has been written to since the last time.
 
-        PyTorch counts the writes to a tensor (an optimiser's step, `copy_`, `load_state_dict`); only writing through
-        `parameter.data` escapes the count.
+        PyTorch counts the writes to a tensor (an optimiser's step, `copy_`, `load_state_dict`). Writing through
+        `parameter.data` and optimisers with `fused=True` escape the count: neither is used here.
         """
         now = tuple(p._version for module in self._trained for p in module.parameters())
         if now == self._seen:
