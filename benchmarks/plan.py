@@ -169,11 +169,11 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         policy.act(replace(seen, pixel_values=seen.pixel_values.clone()))  # as freshly encoded frames
 
     def backward() -> None:
-        optimizer.zero_grad(set_to_none=True)
         out = policy.evaluate(cached, actions)
         (out.logprobs.mean() + out.entropy.mean() + out.values.square().mean()).backward()
 
     def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
         backward()
         optimizer.step()
 
@@ -188,19 +188,22 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     act()
     found["rollout"] = meter.peak() - resident
     resident = meter.reset()
-    step()
+    backward()  # adds to the gradients that are there
     found["update"] = meter.peak() - resident
+    resident = meter.reset()
+    optimizer.step()
+    found["optimiser"] = meter.peak() - resident
     found["act flops"], found["step flops"] = products(act), products(backward)
     return found
 
 
-def run_of(policy: OpenVLAConfig, rows: int) -> TrainConfig:
-    """A run whose iteration is one decision in each of `rows` environments and one pass over them."""
+def run_of(policy: OpenVLAConfig, rows: int, passes: int = 1) -> TrainConfig:
+    """A run whose iteration is one decision in each of `rows` environments, or several, and a pass over each."""
     return TrainConfig(
         env=MetaworldConfig(num_envs=rows),
-        num_steps=1,
+        num_steps=passes,
         policy=policy,
-        ppo=PPOConfig(epochs=1, minibatch_size=rows, micro_batch_size=rows),
+        ppo=PPOConfig(epochs=1, minibatch_size=passes * rows, micro_batch_size=rows),
     )
 
 
@@ -215,8 +218,8 @@ def predict(name: str, device: Device) -> dict[str, float]:
     return {
         "held": sum(part.bytes for part in plan.parts if part.name in held),
         "rollout": plan.of("rollout"),
-        # Gradients are counted as held, but set to none before a pass.
-        "update": plan.of("update"),
+        "update": plan_memory(run_of(policy, rows, passes=2), device).of("update"),
+        "optimiser": plan.of("optimiser step"),
         "act s": sum(part.seconds for part in acting),
         "step s": taken["PPO, 1 epochs"].seconds,
         "act flops": sum(part.flops for part in acting),
@@ -300,6 +303,7 @@ def table_measured(arguments: argparse.Namespace) -> None:
             "held": ("weights, gradients, Adam states", "MB", 1e6),
             "rollout": ("acting: cache, working memory", "MB", 1e6),
             "update": ("training: activations", "MB", 1e6),
+            "optimiser": ("AdamW's temporaries", "MB", 1e6),
             "act flops": ("acting: products", "GFLOP", 1e9),
             "step flops": ("training: products", "GFLOP", 1e9),
             "act s": ("acting", "ms", 1e-3),

@@ -34,14 +34,14 @@ def check_command(words: list[str]) -> None:
     while hasattr(command, "commands"):
         assert words[0] in command.commands, f"no command {words[0]!r}"
         command, words = command.commands[words[0]], words[1:]
-    options = {name for parameter in command.params for name in parameter.opts}
+    options = {name: parameter for parameter in command.params for name in parameter.opts}
     rest = iter(words)
     plain = []
     for word in rest:
         if word.startswith("-"):
             assert word in options, f"no option {word!r}"
-            if word == "--run":
-                next(rest)
+            if not getattr(options[word], "is_flag", False):
+                next(rest)  # its value
         else:
             plain.append(word)
     if plain and "preset" in {parameter.name for parameter in command.params}:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from reachrl import __version__
-from reachrl.cli import config, demos, eval, export, plan, quickstart, report, reward, sft, train
+from reachrl.cli import config, demos, eval, export, model, plan, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
 from reachrl.errors import ReachRLError
 
@@ -20,7 +20,7 @@ class _InOrder(typer.core.TyperGroup):
 
     ORDER = (
         *("quickstart", "demos", "sft", "reward", "train", "eval", "report"),
-        *("export", "list", "config", "plan", "version"),
+        *("export", "list", "config", "plan", "model", "version"),
     )
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
@@ -51,6 +51,7 @@ app.command("export", rich_help_panel=LOOK)(export.export)
 app.command("list", rich_help_panel=LOOK)(listing.list_)
 app.command("config", rich_help_panel=LOOK)(config.config)
 app.command("plan", rich_help_panel=LOOK)(plan.plan)
+app.add_typer(model.app, name="model", rich_help_panel=LOOK)
 
 
 @app.command(rich_help_panel=LOOK)

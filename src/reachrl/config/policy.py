@@ -190,6 +190,10 @@ class OpenVLAConfig(Section):
     """Mean of the RGB channels (0..1) each tower subtracts. The bf16-rounded numbers are those of the release."""
     image_std: tuple[tuple[float, float, float], ...] = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
     """Standard deviation of the RGB channels (0..1) each tower divides by."""
+    resize: Literal["resize-naive", "letterbox"] = "resize-naive"
+    """How a frame that is not square becomes square: stretched, or padded with borders of the mean colour."""
+    center_crop: bool = False
+    """Cut out the middle 90 % of a frame's area first: for checkpoints that were fine-tuned with random crops."""
     projector_expansion: int = Field(default=2, gt=0)
     """Hidden units of the two-tower projector per input channel (4 in the release)."""
     language_model: LanguageModelConfig = LanguageModelConfig()

@@ -6,8 +6,8 @@ format. Fused attention is assumed, which keeps its inputs and output but no sco
 
 from dataclasses import dataclass
 
-from reachrl.config.policy import NUM_ACTION_BINS, ConvTowerConfig, OpenVLAConfig, TowerConfig, ViTTowerConfig
-from reachrl.plan.parameters import BYTES, block_linears, key_width, projector_linears
+from reachrl.config.policy import ConvTowerConfig, OpenVLAConfig, TowerConfig, ViTTowerConfig
+from reachrl.plan.parameters import BYTES, block_linears, choices, key_width, projector_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +164,13 @@ def _vit_row(tower: ViTTowerConfig, image_size: int, how: Kept) -> int:
 
 
 def logits_row(policy: OpenVLAConfig) -> int:
-    """Bytes of the restricted head: logits, log-probabilities, probabilities and their product, all float32."""
-    llm = policy.language_model
-    return policy.num_action_tokens * 4 * (4 * NUM_ACTION_BINS + llm.hidden_size)
+    """Bytes of a row's logits, log-probabilities, probabilities and their product, all float32."""
+    return policy.num_action_tokens * 4 * (4 * choices(policy) + policy.language_model.hidden_size)
+
+
+def head_copy(policy: OpenVLAConfig) -> int:
+    """Bytes of the float32 copy of the head's rows that every pass makes of stored bfloat16."""
+    return 4 * choices(policy) * policy.language_model.hidden_size * (numbers(policy)[0] != 4)
 
 
 def working_row(policy: OpenVLAConfig, tokens: int, *, decoding: bool) -> int:

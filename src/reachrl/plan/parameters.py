@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from reachrl.config.policy import ConvTowerConfig, LanguageModelConfig, OpenVLAConfig, TowerConfig, ViTTowerConfig
+from reachrl.config.policy import (
+    NUM_ACTION_BINS,
+    ConvTowerConfig,
+    LanguageModelConfig,
+    OpenVLAConfig,
+    TowerConfig,
+    ViTTowerConfig,
+)
 from reachrl.config.ppo import PPOConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -125,6 +132,11 @@ def trunk_parameters(llm: LanguageModelConfig) -> int:
 def head_parameters(llm: LanguageModelConfig) -> int:
     """Parameters of the language model's head: all rows, though only 256 are read."""
     return llm.vocab_size * llm.hidden_size
+
+
+def choices(policy: OpenVLAConfig) -> int:
+    """Rows of the head that are read: the tokens that may be chosen."""
+    return policy.language_model.vocab_size if policy.vocabulary == "full" else NUM_ACTION_BINS
 
 
 def value_head_parameters(policy: OpenVLAConfig) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
+from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
 
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
@@ -126,21 +127,31 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def base_of(folder: Path) -> Path:
-    """The folder of the weights that the adapters in `folder` belong on.
+def base_name(folder: Path) -> Path:
+    """What the adapters in `folder` belong on, as they say it: a folder, or `owner/name` on the hub.
 
     Raises:
-        CheckpointError: the file does not say, or the base is not there.
+        CheckpointError: they do not say.
     """
     base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path is empty; name the base there")
-    if not Path(base).is_dir():
-        raise CheckpointError(
-            f"the adapters in {folder} belong on {base}, which does not exist. Put the base back, or write its place "
-            f"into base_model_name_or_path of {folder / CONFIG_FILE}"
-        )
     return Path(base)
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the weights that the adapters in `folder` belong on.
+
+    Raises:
+        CheckpointError: they do not say, or the base is not there.
+    """
+    try:
+        return locate(base_name(folder))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base of the adapters in {folder}: {error}. If it has moved, write its place into "
+            f"base_model_name_or_path of {folder / CONFIG_FILE}"
+        ) from error
 
 
 def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, critic: bool) -> None:
@@ -150,7 +161,7 @@ def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, cri
         policy: with adapters.
         config: what they were made with.
         folder: where to.
-        base: the folder of the weights the adapters are on; its fingerprint is kept.
+        base: the weights the adapters are on, a folder or `owner/name`; their fingerprint is kept.
         critic: whether there is a second set.
     """
     sets = {ACTOR: (folder, config.parts)}
@@ -164,7 +175,7 @@ def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, cri
         peft_config.save_pretrained(str(place))
         state = {key: tensor.cpu().contiguous() for key, tensor in tensors(policy, name).items()}
         save_file(state, place / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / _BASE_FILE).write_text(json.dumps({"fingerprint": fingerprint(base)}) + "\n", encoding="utf-8")
+    (folder / _BASE_FILE).write_text(json.dumps({"fingerprint": fingerprint(locate(base))}) + "\n", encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> str:

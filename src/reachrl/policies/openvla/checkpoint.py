@@ -17,6 +17,7 @@ from reachrl.config.policy import OpenVLAConfig, ViTTowerConfig
 from reachrl.errors import CheckpointError, StorageError
 from reachrl.policies.action_tokens import ActionStats
 from reachrl.policies.openvla import adapters
+from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import is_dead, is_official, official_config, official_stats
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
@@ -78,14 +79,16 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
 
 
 def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenVLAConfig:
-    """The configuration of a folder, official or ours, with `checkpoint` set to the folder itself.
+    """The configuration of a checkpoint, official or ours, with `checkpoint` set to what was given.
+
+    Args:
+        folder: on this machine, or `owner/name` on the hub.
+        tower_heads: see `official_config`.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a policy we cannot build.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"policy checkpoint {folder} does not exist or is not a folder")
+    given, folder = Path(folder), locate(Path(folder))
     if adapters.is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
         config = read_config(adapters.base_of(folder), tower_heads)
     elif is_official(folder):
@@ -95,7 +98,7 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenV
             config = OpenVLAConfig.model_validate(read_json(folder / CONFIG_FILE))
         except ValidationError as error:
             raise CheckpointError(f"{folder / CONFIG_FILE} describes no policy of this version: {error}") from error
-    return config.model_copy(update={"checkpoint": folder})
+    return config.model_copy(update={"checkpoint": given})
 
 
 def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
@@ -107,12 +110,13 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     Raises:
         CheckpointError: a file is missing or truncated, or the folder holds another architecture.
     """
-    folder, config = Path(folder), policy.config
+    given, config = Path(folder), policy.config
+    folder = locate(given)
     _check_architecture(policy, folder)
     if not adapters.is_adapter(folder):
         _load_whole(policy, folder, device)
         if config.lora is not None:
-            policy.add_adapters(folder.resolve())
+            policy.add_adapters(given.resolve() if given.is_dir() else given)
         return
     base, ours = adapters.base_of(folder), (folder / VALUE_FILE).is_file()
     _load_whole(policy, base, device)
@@ -120,7 +124,7 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     if config.lora is None:
         merge_into(policy, folder, skipped=lambda key: is_dead(key, config))
     elif ours:
-        policy.add_adapters(base)
+        policy.add_adapters(adapters.base_name(folder))
         adapters.load(policy, folder, critic=config.critic == "adapter")
     else:
         raise CheckpointError(

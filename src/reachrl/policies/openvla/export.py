@@ -20,6 +20,7 @@ from reachrl.errors import CheckpointError, ConfigError, StorageError
 from reachrl.policies.openvla import adapters
 from reachrl.policies.openvla.checkpoint import CONFIG_FILE, STATS_FILE, TOKENIZER_FILE, VALUE_FILE, read_config
 from reachrl.policies.openvla.merging import deltas, merged
+from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.weights import read_json, weight_files
@@ -128,9 +129,9 @@ def _merge_files(folder: Path, base: Path, out: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dictionary)
                 weight = file.get_tensor(name)
-                if name in left:
+                if (known := canonical_key(name)) in left:
                     rounded |= weight.element_size() < 4
-                    weight = merged(weight, *left.pop(name))
+                    weight = merged(weight, *left.pop(known))
                 state[name] = values.get(name, weight)
             metadata = file.metadata()
         save_file(state, out / path.name, metadata)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter
+from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.weights import read_json
 
 
@@ -32,7 +33,7 @@ def deltas(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
             other = key.replace(".lora_A.", ".lora_B.")
             if other not in stored:
                 raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {key} but not {other}; it is damaged")
-            name = key.removeprefix(PREFIX).replace(".lora_A.weight", ".weight")
+            name = canonical_key(key.removeprefix(PREFIX).replace(".lora_A.weight", ".weight"))
             found[name] = (stored[key], stored[other], config["lora_alpha"] / root)
     return found
 

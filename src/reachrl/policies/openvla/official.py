@@ -12,13 +12,24 @@ from reachrl.policies.openvla.weights import read_json, read_shapes
 
 TOWERS = ("featurizer", "fused_featurizer")
 # Attention heads cannot be read off the shapes of fused projections, so the released towers are listed.
-_KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
+KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
 _EMPTY_TOKEN_ID = 29871
+_RESIZES = ("resize-naive", "letterbox")
 
 
 def is_official(folder: Path) -> bool:
-    """Whether `folder` holds an official checkpoint rather than one of ours."""
-    return read_json(folder / "config.json").get("model_type") == "openvla"
+    """Whether `folder` holds an official checkpoint rather than one of ours.
+
+    Raises:
+        CheckpointError: `config.json` is missing, damaged or in Prismatic's own form, which states no sizes.
+    """
+    raw = read_json(folder / "config.json")
+    if "vla" in raw or isinstance(raw.get("model"), dict):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is Prismatic's own, which does not state the model's sizes; put the official "
+            'config.json ("model_type": "openvla") of the same model in its place. The weights may keep their names'
+        )
+    return raw.get("model_type") == "openvla"
 
 
 def is_dead(key: str, config: OpenVLAConfig) -> bool:
@@ -84,11 +95,18 @@ def official_config(folder: Path, tower_heads: Sequence[int] | None = None) -> O
     """
     raw, shapes = read_json(folder / "config.json"), read_shapes(folder)
     ids = raw.get("timm_model_ids", [])
+    # Without an entry the official class assumes `letterbox`.
+    resize = raw.get("image_resize_strategy", "letterbox")
+    if resize not in _RESIZES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: image_resize_strategy = {resize!r} is not supported, expected one of "
+            f"{', '.join(_RESIZES)}; a checkpoint trained on other frames would see wrong pixels"
+        )
     if tower_heads is None:
-        unknown = [name for name in ids if name not in _KNOWN_HEADS]
+        unknown = [name for name in ids if name not in KNOWN_HEADS]
         if unknown:
-            raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(_KNOWN_HEADS)}")
-        tower_heads = [_KNOWN_HEADS[name] for name in ids]
+            raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(KNOWN_HEADS)}")
+        tower_heads = [KNOWN_HEADS[name] for name in ids]
     preprocessor = folder / "preprocessor_config.json"
     statistics = read_json(preprocessor) if preprocessor.is_file() else {}
     if statistics:
@@ -99,6 +117,7 @@ def official_config(folder: Path, tower_heads: Sequence[int] | None = None) -> O
         return OpenVLAConfig.model_validate(
             {
                 "image_size": raw["image_sizes"][0],
+                "resize": resize,
                 "towers": towers,
                 "projector_expansion": max(shapes["projector.fc1.weight"][0] // shapes["projector.fc1.weight"][1], 1),
                 "language_model": language_model,
@@ -118,16 +137,26 @@ def _num_action_tokens(raw: dict[str, Any]) -> int:
     return sizes.pop() if len(sizes) == 1 else 7
 
 
+def norm_stats(folder: Path) -> dict[str, Any]:
+    """All action statistics of a folder by dataset: those of its configuration and those beside it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    stats = dict(read_json(folder / "config.json").get("norm_stats", {}))
+    extra = folder / "dataset_statistics.json"  # fine-tuned checkpoints carry their own beside the configuration
+    if extra.is_file():
+        stats.update(read_json(extra))
+    return stats
+
+
 def official_stats(folder: Path, dataset: str | None) -> ActionStats | None:
     """The action statistics of one dataset, or None when there are several and none was named.
 
     Raises:
         CheckpointError: `dataset` is not among them.
     """
-    stats = dict(read_json(folder / "config.json").get("norm_stats", {}))
-    extra = folder / "dataset_statistics.json"  # fine-tuned checkpoints carry their own beside the configuration
-    if extra.is_file():
-        stats.update(read_json(extra))
+    stats = norm_stats(folder)
     if dataset is None and len(stats) != 1:
         return None
     name = dataset if dataset is not None else next(iter(stats))

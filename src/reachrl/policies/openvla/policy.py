@@ -21,7 +21,7 @@ from reachrl.policies.decoding import action_logits, decode
 from reachrl.policies.llama import build_llama, last_hidden
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
-from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
+from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.rollout_copy import RolloutCopy
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
@@ -111,7 +111,7 @@ class OpenVLAPolicy(Policy):
         """
         config = self.config
         prompt_ids, prompt_mask = self.encode_prompts(observation.instructions)
-        images = resize_naive(observation.images, config.image_size)
+        images = fit_frames(observation.images, config)
         pixels = normalise_pixels(images, config.image_mean, config.image_std, self.device)
         return PolicyInput(prompt_ids=prompt_ids, prompt_mask=prompt_mask, pixel_values=pixels)
 

@@ -1,4 +1,4 @@
-"""Frames to pixels: resize as the released image processor does, then normalise once for each tower."""
+"""Frames to pixels: crop and resize as the released code does, then normalise once for each tower."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,96 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from reachrl.config.policy import OpenVLAConfig
+
+
+def fit_frames(images: UInt8[np.ndarray, "N H W 3"], config: OpenVLAConfig) -> UInt8[np.ndarray, "N S S 3"]:
+    """Crop and resize frames to the square the towers see, as `config` says."""
+    if config.center_crop:
+        images = center_crop(images)
+    if config.resize == "letterbox":
+        # One image goes to both towers, so there is one colour; the official processor keeps the last tower's.
+        return letterbox(images, config.image_size, [int(255 * channel) for channel in config.image_mean[-1]])
+    return resize_naive(images, config.image_size)
+
+
+def _bicubic(images: UInt8[np.ndarray, "N H W 3"], height: int, width: int) -> UInt8[np.ndarray, "N h w 3"]:
+    """Bicubic resize with antialiasing; frames that already have the size are returned as they are."""
+    if images.shape[1:3] == (height, width):
+        return images
+    from PIL import Image  # only frames of another size need it
+
+    resized = [
+        Image.fromarray(image).resize((width, height), resample=Image.Resampling.BICUBIC, reducing_gap=None)
+        for image in images
+    ]
+    return np.stack([np.asarray(image) for image in resized])
+
 
 def resize_naive(images: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndarray, "N S S 3"]:
     """Bicubic resize with antialiasing straight to a square, without keeping the aspect ratio.
 
     Frames that already have the right size are returned as they are.
     """
-    if images.shape[1:3] == (size, size):
-        return images
-    from PIL import Image  # only frames of another size need it
+    return _bicubic(images, size, size)
 
-    resized = [
-        Image.fromarray(image).resize((size, size), resample=Image.Resampling.BICUBIC, reducing_gap=None)
-        for image in images
-    ]
-    return np.stack([np.asarray(image) for image in resized])
+
+def letterbox(images: UInt8[np.ndarray, "N H W 3"], size: int, fill: Sequence[int]) -> UInt8[np.ndarray, "N S S 3"]:
+    """Pad to a square with borders of one colour, then resize: the aspect ratio is kept.
+
+    Args:
+        images: RGB frames, 0..255.
+        size: side of the result in pixels.
+        fill: RGB colour of the borders, 0..255.
+
+    Source: Karamcheti et al. 2024, Prismatic VLMs, its released `letterbox` strategy.
+    """
+    num, height, width, _ = images.shape
+    side = max(height, width)
+    rows, columns = (side - height) // 2, (side - width) // 2
+    padded = np.empty((num, height + 2 * rows, width + 2 * columns, 3), np.uint8)
+    padded[:] = fill
+    padded[:, rows : rows + height, columns : columns + width] = images
+    # Borders are equal, so an odd difference leaves one side a pixel short. The release then fits the shorter side
+    # and cuts the longer one in the middle.
+    height, width = padded.shape[1:3]
+    short = min(height, width)
+    resized = _bicubic(padded, int(size * height / short), int(size * width / short))
+    top, left = (round((length - size) / 2) for length in resized.shape[1:3])
+    return resized[:, top : top + size, left : left + size]
+
+
+def center_crop(images: UInt8[np.ndarray, "N H W 3"], area: float = 0.9) -> UInt8[np.ndarray, "N H W 3"]:
+    """Cut out the middle and resize it back, for checkpoints that were trained with random crops.
+
+    Equal to TensorFlow's `crop_and_resize` (bilinear, corners on corners) between conversions to float32 and back,
+    operation by operation.
+
+    Args:
+        images: RGB frames, 0..255.
+        area: share of the frame that is kept, in (0, 1]; its sides are the frame's times `sqrt(area)`.
+
+    Source: Kim et al. 2024, OpenVLA, its released LIBERO evaluation.
+    """
+    unit = images.astype(np.float32) * np.float32(1 / 255)
+    left, right, weight = _crop_samples(images.shape[2], area)
+    weight = weight[:, None]
+    unit = unit[:, :, left] + (unit[:, :, right] - unit[:, :, left]) * weight
+    top, bottom, weight = _crop_samples(images.shape[1], area)
+    weight = weight[:, None, None]
+    unit = unit[:, top] + (unit[:, bottom] - unit[:, top]) * weight
+    # 255.5 and truncation: TensorFlow's rounding, under which bytes survive the way to float and back
+    return np.minimum(unit.clip(0, 1) * np.float32(255.5), 255).astype(np.uint8)
+
+
+def _crop_samples(length: int, area: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each of `length` output pixels lies in the input: the pixels around it and the second one's weight."""
+    side = np.sqrt(np.float32(area))
+    start = (1 - side) / np.float32(2)
+    step = (start + side - start) * np.float32(length - 1) / np.float32(max(length - 1, 1))
+    place = start * np.float32(length - 1) + np.arange(length, dtype=np.float32) * step
+    before = np.floor(place)
+    return before.astype(np.int64), np.ceil(place).astype(np.int64), place - before
 
 
 def normalise_pixels(

@@ -1,7 +1,9 @@
 """Safetensors folders: check names and shapes against a module before anything is copied, then copy."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,10 +11,26 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from reachrl.errors import CheckpointError
+from reachrl.policies.openvla.names import canonical_key
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHOWN = 12
+_PICKLES = ("*.pt", "pytorch_model*.bin", "checkpoints/*.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a safetensors header says about one tensor."""
+
+    key: str  # the name in the file, which may be Prismatic's
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: F32, BF16, ...
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -24,6 +42,13 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
+        pickles = sorted(str(path.relative_to(folder)) for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"the weights in {folder} are pickles ({', '.join(pickles[:_SHOWN])}), which are never opened here: a "
+                "pickle can run any code. Load them with the tool that wrote them and write the tensors to "
+                f"{SINGLE_FILE} with safetensors.torch.save_file; Prismatic's names may stay as they are"
+            )
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a checkpoint folder?")
     shards = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
     missing = [name for name in shards if not (folder / name).is_file()]
@@ -49,23 +74,51 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all stored tensors, without reading the tensors.
+def read_header(path: Path) -> list[StoredTensor]:
+    """All tensors of one file in its order, without reading the tensors.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors.
+        CheckpointError: the file is missing, truncated or not safetensors.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names}
+            return [StoredTensor(name, tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}"
+        ) from error
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder by their official names, without reading the tensors.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or not safetensors, or two tensors stand for one weight.
+    """
+    tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}"
-            ) from error
-    return shapes
+        for tensor in read_header(path):
+            name = canonical_key(tensor.key)
+            if name in tensors:
+                raise CheckpointError(
+                    f"{folder} holds the weight {name} twice: as {tensors[name].key} and, in {path.name}, as "
+                    f"{tensor.key}. Remove one of them; a checkpoint needs each weight once"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Official names and shapes of all stored tensors, without reading the tensors.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or not safetensors, or two tensors stand for one weight.
+    """
+    return {name: tensor.shape for name, tensor in read_headers(folder).items()}
 
 
 def check_shapes(
@@ -118,5 +171,6 @@ def copy_weights(module: nn.Module, folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
-                if name in targets:
-                    targets[name].copy_(file.get_tensor(name))
+                target = targets.get(canonical_key(name))
+                if target is not None:
+                    target.copy_(file.get_tensor(name))

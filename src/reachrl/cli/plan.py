@@ -1,0 +1,145 @@
+"""`reachrl plan`: what a configuration needs on a device, before anything is built or downloaded."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reachrl.cli.display import format_duration
+from reachrl.cli.stages import OverridesArgument, PresetArgument
+
+if TYPE_CHECKING:
+    from reachrl.config.train import TrainConfig
+    from reachrl.plan.advice import Change
+    from reachrl.plan.device import Device
+    from reachrl.plan.memory import MemoryPlan
+    from reachrl.plan.timing import TimePlan
+
+GIB = 2**30
+WIDTH = 100
+
+
+def plan(
+    preset: PresetArgument,
+    overrides: OverridesArgument = None,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu (measured), h200, h100, a100-80, a100-40, l40s or 4090.")
+    ] = "cpu",
+    memory: Annotated[
+        float | None, typer.Option("--memory", metavar="GIB", help="Memory to plan for.", show_default="the device's")
+    ] = None,
+    decisions_per_second: Annotated[
+        float | None,
+        typer.Option(help="Of all simulators together, without a policy.", show_default="360, Meta-World on two cores"),
+    ] = None,
+) -> None:
+    """Predict memory and time of PPO from the configuration alone; exit with 1 if it does not fit."""
+    from reachrl.config.loading import load_config
+    from reachrl.errors import ConfigError
+    from reachrl.plan.advice import advise
+    from reachrl.plan.device import find_device
+    from reachrl.plan.memory import plan_memory
+    from reachrl.plan.timing import DECISIONS_PER_SECOND, plan_time
+
+    rate = DECISIONS_PER_SECOND if decisions_per_second is None else decisions_per_second
+    if rate <= 0:
+        raise ConfigError(f"--decisions-per-second {rate:g}: expected more than 0.")
+    config = load_config(preset, overrides or [])
+    machine = find_device(device, memory)
+    needed = plan_memory(config, machine)
+    changes = advise(config, machine)
+    time = plan_time(config, machine, rate)
+    console = Console()
+    console = Console(width=min(console.width, WIDTH))
+    console.print(_parameters(config))
+    console.print(_memory(needed))
+    console.print(_time(time, config))
+    console.print(
+        f"Assumed: {_reached(machine)}; {rate:g} decisions/s of the simulators; arithmetic and memory of the learner, "
+        "not of the process reward.",
+        style="dim",
+    )
+    if changes:
+        console.print(_advice(changes))
+    console.print(_verdict(needed, changes, time, machine), style="bold")
+    if not needed.fits(machine):
+        raise typer.Exit(1)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+    return table
+
+
+def _parameters(config: "TrainConfig") -> Table:
+    from reachrl.plan.memory import sections
+    from reachrl.plan.parameters import weights
+
+    table = _table("Parameters", "part", "count", "bytes each", "trained by")
+    for part in weights(*sections(config)):
+        table.add_row(part.name, f"{part.count:,}", str(part.width), part.trained_by or "frozen")
+    return table
+
+
+def _memory(plan: "MemoryPlan") -> Table:
+    from reachrl.plan.memory import PHASES
+
+    table = _table("Memory", "part", "when", "size")
+    for phase in ("always", *PHASES):
+        counts = phase in ("always", plan.worst)
+        for part in plan.parts:
+            if part.phase == phase:
+                table.add_row(part.name, phase, _size(part.bytes), style="" if counts else "dim")
+    table.add_section()
+    table.add_row("peak", f"always + {plan.worst}", _size(plan.peak), style="bold")
+    return table
+
+
+def _time(plan: "TimePlan", config: "TrainConfig") -> Table:
+    decisions = config.num_steps * config.env.num_envs
+    table = _table(f"Time of an iteration of {decisions:,} decisions", "part", "TFLOP", "GB moved", "seconds", "share")
+    for part in plan.stretches:
+        work = ("", "") if not part.flops else (_figure(part.flops / 1e12), _figure(part.bytes / 1e9))
+        table.add_row(part.name, *work, f"{part.seconds:,.1f}", f"{part.seconds / plan.seconds:.0%}")
+    table.add_section()
+    table.add_row("iteration", "", "", f"{plan.seconds:,.1f}", "", style="bold")
+    return table
+
+
+def _advice(changes: "list[Change]") -> Table:
+    table = _table("Changes that would help, each on top of those above it", "change", "saves", "leaves")
+    for change in changes:
+        table.add_row(f"[bold]{change.text}[/bold]\n  {change.reason}", _size(change.saves), _size(change.leaves))
+    return table
+
+
+def _verdict(needed: "MemoryPlan", changes: "list[Change]", time: "TimePlan", device: "Device") -> str:
+    from reachrl.plan.memory import usable
+
+    size = f"{needed.peak / GIB:.1f} of {device.memory:.1f} GiB on {device.name}"
+    if needed.fits(device):
+        return f"\nFits: {size}, {format_duration(time.seconds)} an iteration."
+    left = changes[-1].leaves if changes else needed.peak
+    if changes and left <= usable(device):
+        return f"\nDoes not fit: {size}; with the changes above it would, at {left / GIB:.1f} GiB."
+    return f"\nDoes not fit: {size}, and no change known here makes it fit; {left / GIB:.1f} GiB is the least."
+
+
+def _reached(device: "Device") -> str:
+    shares = (device.forward_share, device.training_share, device.bandwidth_share)
+    forward, training, bandwidth = (f"{100 * share:.0f} %" for share in shares)
+    return (
+        f"{forward} of the peak of {device.name} forward ({device.bf16:.3g} TFLOP/s bfloat16, {device.fp32:.3g} "
+        f"float32), {training} in training, {bandwidth} of {device.bandwidth:,.0f} GB/s"
+    )
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,115 @@
+"""What to change when a configuration does not fit: the change that saves most first, until it does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from reachrl.config.loading import config_dict, validate
+from reachrl.config.train import TrainConfig
+from reachrl.plan.device import Device
+from reachrl.plan.memory import micro_rows, plan_memory, sections
+
+# Fewer rows than this at once leave most processors idle.
+_LEAST_MICRO_BATCH, _LEAST_ENVS = 4, 4
+_NO_LORA_RANK = 32  # what OpenVLA's recipe uses
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change that would help."""
+
+    overrides: dict[str, Any]
+    """Values by dotted key, on top of the changes before it."""
+    reason: str
+    """What it does, and what it costs."""
+    saves: float
+    """Bytes of the peak."""
+    leaves: float
+    """Bytes of the peak with it and all changes before it."""
+
+    @property
+    def text(self) -> str:
+        """As it is typed behind a preset."""
+        return " ".join(f"{key}={_typed(value)}" for key, value in self.overrides.items())
+
+
+def advise(config: TrainConfig, device: Device) -> list[Change]:
+    """Changes that make `config` fit on `device`, each on top of those before it; all that help if none suffice."""
+    changes: list[Change] = []
+    plan = plan_memory(config, device)
+    while not plan.fits(device):
+        options = []
+        for overrides, reason in _candidates(config, device):
+            changed = apply(config, overrides)
+            after = plan_memory(changed, device)
+            options.append((after.peak, overrides, reason, changed, after))
+        if not options:
+            break
+        peak, overrides, reason, changed, after = min(options, key=lambda option: option[0])
+        if peak >= plan.peak:
+            break
+        changes.append(Change(overrides, reason, saves=plan.peak - peak, leaves=peak))
+        config, plan = changed, after
+    return changes
+
+
+def apply(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
+    """The configuration with the values of `overrides` in place of its own.
+
+    Raises:
+        ConfigError: the result is not valid.
+    """
+    data = config_dict(config)
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        node = data
+        for parent in parents:
+            node[parent] = node[parent] or {}  # a section that was none
+            node = node[parent]
+        node[leaf] = value
+    return validate(data, where="plan")
+
+
+def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every change that is open to `config`, valid by itself."""
+    policy, ppo = sections(config)
+    if policy.lora is None and policy.checkpoint is not None:
+        adapters: dict[str, Any] = {"policy.lora.rank": _NO_LORA_RANK}
+        if policy.critic == "separate":  # would copy what adapters leave frozen
+            adapters["policy.critic"] = "adapter"
+        yield adapters, "train adapters on frozen weights: gradients and Adam states of a hundredth of them"
+    elif policy.critic == "separate":
+        yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: no second trunk to keep and train"
+    if policy.critic == "adapter":
+        yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: one pass instead of two"
+    if policy.rollout_copy:
+        yield {"policy.rollout_copy": False}, "decode with the trained weights: no second trunk, a slower rollout"
+    if not policy.gradient_checkpointing:
+        yield {"policy.gradient_checkpointing": True}, "layers are computed again instead of kept: a third more time"
+    if policy.dtype == "float32":
+        overrides = {"policy.dtype": "bfloat16", "policy.compute_dtype": None}
+        yield overrides, "half the bytes; small steps of trained weights are rounded away, adapters stay float32"
+    if ppo.train_vision:
+        yield {"ppo.train_vision": False}, "freeze the towers and keep their features instead of training them"
+    if micro_rows(config) > _LEAST_MICRO_BATCH:
+        rows = _halved(config, device, "ppo.micro_batch_size", micro_rows(config), _LEAST_MICRO_BATCH)
+        yield {"ppo.micro_batch_size": rows}, "fewer rows in a pass; gradients add up to the same"
+    if config.env.num_envs > _LEAST_ENVS:
+        envs = _halved(config, device, "env.num_envs", config.env.num_envs, _LEAST_ENVS)
+        yield {"env.num_envs": envs}, "fewer rows to decode and to keep, and fewer decisions an iteration"
+
+
+def _halved(config: TrainConfig, device: Device, key: str, value: int, least: int) -> int:
+    """`value` halved until the configuration fits, or down to `least`."""
+    while value > least:
+        value = max(value // 2, least)
+        if plan_memory(apply(config, {key: value}), device).fits(device):
+            break
+    return value
+
+
+def _typed(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,144 @@
+"""Seconds of one iteration, by part: of arithmetic, bytes moved and calls started, whichever takes longest."""
+
+import math
+from dataclasses import dataclass
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.train import TrainConfig
+from reachrl.plan import activations, compute
+from reachrl.plan.device import Device
+from reachrl.plan.memory import SCORE_ROWS, micro_rows, sections
+from reachrl.plan.parameters import head_parameters, vision_parameters, weights
+
+# Decisions per second of Meta-World's simulators alone on two cores: 272, 363 and 455 were measured
+# (docs/benchmarks/rendering.md, "One decision" and below). It cannot be known for another machine.
+DECISIONS_PER_SECOND = 360.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """One part of an iteration."""
+
+    name: str
+    seconds: float
+    flops: float = 0.0
+    bytes: float = 0.0  # read and written
+
+
+@dataclass(frozen=True, slots=True)
+class TimePlan:
+    """The parts of an iteration, which follow one another."""
+
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of one iteration."""
+        return sum(stretch.seconds for stretch in self.stretches)
+
+
+def plan_time(config: TrainConfig, device: Device, decisions_per_second: float = DECISIONS_PER_SECOND) -> TimePlan:
+    """Predict one steady iteration: every epoch is finished, and the policy is trained along with its critic.
+
+    Encoding frames, the process reward, advantages and checkpoints are left out: they are small.
+
+    Args:
+        config: the run.
+        device: the learner's.
+        decisions_per_second: of all simulators together, without a policy.
+
+    Raises:
+        ConfigError: the policy is a plug-in.
+    """
+    decisions = config.num_steps * config.env.num_envs
+    simulators = Stretch(name="environment steps", seconds=decisions / decisions_per_second)
+    return TimePlan((simulators, *_acting(config, device), _scoring(config, device), _update(config, device)))
+
+
+def pass_seconds(
+    policy: OpenVLAConfig, device: Device, *, flops: float, moved: float, layers: float, training: bool = False
+) -> float:
+    """Seconds of one pass.
+
+    Args:
+        policy: decides the number format.
+        device: peak figures and the share of them that is reached.
+        flops: products of the pass.
+        moved: bytes read and written.
+        layers: decoder layers started one after another.
+        training: whether gradients are computed.
+
+    Source: Williams et al. 2009, Roofline, section 3.
+    """
+    share = device.training_share if training else device.forward_share
+    arithmetic = flops / (share * device.flops(activations.numbers(policy)[1]))
+    return max(arithmetic, moved / (device.bandwidth_share * 1e9 * device.bandwidth), layers * device.layer_call_s)
+
+
+def _layer_calls(policy: OpenVLAConfig) -> int:
+    """Decoder layers of one pass, the critic's included."""
+    return policy.language_model.num_layers * (1 if policy.critic == "shared" else 2)
+
+
+def _read_weights(config: TrainConfig) -> float:
+    """Bytes of the weights that a whole pass reads."""
+    policy, ppo = sections(config)
+    unread = (head_parameters(policy.language_model) * 2) * activations.numbers(policy)[0]  # tables: few rows are read
+    return sum(part.bytes for part in weights(policy, ppo)) - unread
+
+
+def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
+    policy, rows, calls = sections(config)[0], config.env.num_envs, config.num_steps
+    llm = policy.language_model
+    tokens = activations.prompt_tokens(policy)
+    flops = float(rows * compute.prefill(policy))
+    # Each layer writes and reads what is at work at its widest moment.
+    working = 2 * llm.num_layers * activations.working_row(policy, tokens, decoding=True)
+    moved = _read_weights(config) + rows * (working + activations.cache_row(policy))
+    prefill = pass_seconds(policy, device, flops=flops, moved=moved, layers=_layer_calls(policy))
+    steps = policy.num_action_tokens - 1
+    step_flops = float(rows * compute.decode_steps(policy))
+    towers = vision_parameters(policy) * activations.numbers(policy)[0]
+    step_moved = steps * (_read_weights(config) - towers + rows * activations.cache_row(policy))
+    decoding = pass_seconds(policy, device, flops=step_flops, moved=step_moved, layers=steps * llm.num_layers)
+    return [
+        Stretch(name="prefill", seconds=calls * prefill, flops=calls * flops, bytes=calls * moved),
+        Stretch(name="decode steps", seconds=calls * decoding, flops=calls * step_flops, bytes=calls * step_moved),
+    ]
+
+
+def _scoring(config: TrainConfig, device: Device) -> Stretch:
+    """Old log-probabilities and values of every decision, values of the frames that follow the last ones."""
+    policy, ppo = sections(config)
+    rows = config.num_steps * config.env.num_envs
+    row = compute.vision(policy).forward + compute.evaluation(policy, train_vision=ppo.train_vision).forward
+    last = config.env.num_envs + rows / config.env.max_steps  # bootstraps, and episodes that end at their limit
+    flops = rows * row + last * compute.values(policy)
+    tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
+    working = 2 * policy.language_model.num_layers * activations.working_row(policy, tokens, decoding=False)
+    batches = math.ceil(rows / SCORE_ROWS) + math.ceil(last / SCORE_ROWS)
+    moved = batches * _read_weights(config) + (rows + last) * working
+    seconds = pass_seconds(policy, device, flops=flops, moved=moved, layers=batches * _layer_calls(policy))
+    return Stretch(name="scoring", seconds=seconds, flops=flops, bytes=moved)
+
+
+def _update(config: TrainConfig, device: Device) -> Stretch:
+    policy, ppo = sections(config)
+    rows = config.num_steps * config.env.num_envs
+    row = compute.evaluation(policy, train_vision=ppo.train_vision).total
+    row += compute.vision(policy).total * ppo.train_vision
+    flops = float(ppo.epochs * rows * row)
+    passes = ppo.epochs * math.ceil(rows / micro_rows(config))
+    steps = ppo.epochs * math.ceil(rows / ppo.minibatch_size)
+    trained = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)
+    saved = sum(activations.training_row(policy, train_vision=ppo.train_vision).values())
+    again = policy.language_model.num_layers * activations.layer_row(
+        policy, activations.prompt_tokens(policy) + policy.num_action_tokens - 1
+    )
+    # Kept tensors are written, read by the next operation, read again, and as much goes through as gradients.
+    tensors = ppo.epochs * rows * 4 * (saved + again * policy.gradient_checkpointing)
+    # Forward and backward read the weights; a gradient is written; AdamW reads 4 and writes 3 numbers a parameter.
+    moved = tensors + passes * (2 * _read_weights(config) + trained) + steps * 7 * trained
+    layers = passes * _layer_calls(policy) * (3 + policy.gradient_checkpointing)
+    seconds = pass_seconds(policy, device, flops=flops, moved=moved, layers=layers, training=True)
+    return Stretch(name=f"PPO, {ppo.epochs} epochs", seconds=seconds, flops=flops, bytes=moved)

@@ -1,0 +1,167 @@
+"""What a checkpoint folder holds, from its small files and the headers of its weights alone."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.errors import CheckpointError
+from reachrl.policies.openvla import adapters
+from reachrl.policies.openvla.checkpoint import CONFIG_FILE, TOKENIZER_FILE, read_config
+from reachrl.policies.openvla.official import KNOWN_HEADS, TOWERS, is_dead, is_official, norm_stats
+from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer
+from reachrl.policies.openvla.weights import StoredTensor, read_header, read_headers, read_json
+
+EXAMPLE = "pick up the red block"
+_PARTS = {
+    **{f"tower {place + 1}": (f"vision_backbone.{tower}.",) for place, tower in enumerate(TOWERS)},
+    "projector": ("projector.",),
+    "language model": ("language_model.",),
+    "critic": ("value_head.", "critic."),
+    "other": ("",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part of a model as it is stored."""
+
+    name: str
+    num_weights: int
+    num_unread: int  # of these, how many no forward pass reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """A folder with whole weights."""
+
+    folder: Path
+    layout: Literal["official", "prismatic", "reachrl"]
+    config: OpenVLAConfig
+    tower_names: tuple[str, ...]  # the official ones; empty for our own checkpoints
+    heads_known: bool  # whether the towers' attention heads in `config` are right: no file states them
+    parts: tuple[Part, ...]
+    dtypes: dict[str, int]  # weights by stored type
+    action_dims: dict[str, int]  # action dimensions by set of statistics
+    prompt_ids: tuple[int, ...] | None  # of the example; None without a tokenizer
+
+    @property
+    def num_weights(self) -> int:
+        """All stored numbers."""
+        return sum(part.num_weights for part in self.parts)
+
+    @property
+    def num_live(self) -> int:
+        """The stored numbers that are read."""
+        return self.num_weights - sum(part.num_unread for part in self.parts)
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of a row while its last action token is decoded."""
+        return self.config.num_patches + self.config.prompt_length + self.config.num_action_tokens - 1
+
+    @property
+    def num_cached(self) -> int:
+        """Numbers in the cache of one row: a key and a value at each position, for each layer and key head."""
+        llm = self.config.language_model
+        head_dim = llm.hidden_size // llm.num_heads
+        return 2 * llm.num_layers * (llm.num_kv_heads or llm.num_heads) * head_dim * self.sequence_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """A folder with low-rank adapters in peft's files."""
+
+    folder: Path
+    base: str  # a folder or the name of a model on the hub
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    num_weights: int
+    dtypes: dict[str, int]
+
+
+def inspect_folder(folder: Path) -> CheckpointInfo | AdapterInfo:
+    """Describe a folder without reading a single weight.
+
+    Raises:
+        CheckpointError: it is no checkpoint we know, or a file is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist or is not a folder; give a checkpoint's folder")
+    return _inspect_adapter(folder) if adapters.is_adapter(folder) else _inspect_checkpoint(folder)
+
+
+def prompt_of(instruction: str) -> str:
+    """The question that OpenVLA is asked."""
+    return PROMPT.format(instruction=instruction.lower())
+
+
+def _inspect_adapter(folder: Path) -> AdapterInfo:
+    raw, tensors = read_json(folder / adapters.CONFIG_FILE), read_header(folder / adapters.WEIGHTS_FILE)
+    targets = raw.get("target_modules") or ()
+    return AdapterInfo(
+        folder=folder,
+        base=str(raw.get("base_model_name_or_path") or "not stated"),
+        rank=int(raw.get("r", 0)),
+        alpha=float(raw.get("lora_alpha", 0)),
+        targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        num_weights=sum(tensor.numel for tensor in tensors),
+        dtypes=_dtypes(tensors),
+    )
+
+
+def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
+    official = is_official(folder)
+    names = tuple(read_json(folder / CONFIG_FILE).get("timm_model_ids", ())) if official else ()
+    # No file states the heads; for towers that were never released any number does, as nothing is computed here.
+    config = read_config(folder, [KNOWN_HEADS.get(name, 1) for name in names] if official else None)
+    tensors = read_headers(folder)
+    native = any(name != tensor.key for name, tensor in tensors.items())
+    return CheckpointInfo(
+        folder=folder,
+        layout="reachrl" if not official else "prismatic" if native else "official",
+        config=config,
+        tower_names=names,
+        heads_known=all(name in KNOWN_HEADS for name in names),
+        parts=_parts(tensors, (lambda key: is_dead(key, config)) if official else (lambda key: False)),
+        dtypes=_dtypes(list(tensors.values())),
+        action_dims=_action_dims(folder),
+        prompt_ids=_prompt_ids(folder, config),
+    )
+
+
+def _action_dims(folder: Path) -> dict[str, int]:
+    try:
+        return {name: len(entry["action"]["q01"]) for name, entry in norm_stats(folder).items()}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: a set of action statistics holds no action quantiles: {error!r}") from error
+
+
+def _prompt_ids(folder: Path, config: OpenVLAConfig) -> tuple[int, ...] | None:
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return None
+    try:
+        return PromptTokenizer.from_file(path, config.language_model).prompt_ids(EXAMPLE)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _parts(tensors: dict[str, StoredTensor], unread: Callable[[str], bool]) -> tuple[Part, ...]:
+    """Count weights by part, in the order data flows through them."""
+    stored, idle = Counter(), Counter()
+    for key, tensor in tensors.items():
+        name = next(name for name, prefixes in _PARTS.items() if key.startswith(prefixes))
+        stored[name] += tensor.numel
+        idle[name] += tensor.numel * unread(key)
+    return tuple(Part(name=name, num_weights=stored[name], num_unread=idle[name]) for name in _PARTS if stored[name])
+
+
+def _dtypes(tensors: list[StoredTensor]) -> dict[str, int]:
+    counts = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.numel
+    return dict(counts.most_common())

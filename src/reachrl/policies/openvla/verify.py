@@ -1,0 +1,184 @@
+"""A loaded checkpoint against recorded outputs of the official code, tensor by tensor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reachrl.config.policy import NUM_ACTION_BINS
+from reachrl.errors import CheckpointError
+from reachrl.policies.action_tokens import unit_from_tokens
+from reachrl.policies.base import PolicyInput
+from reachrl.policies.decoding import action_logits
+from reachrl.policies.llama import last_hidden
+from reachrl.policies.openvla.official import norm_stats
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+# Float32 kernels differ by some ulps between machines: of features around 4, of logits up to about 30.
+TOLERANCES = {
+    "vision_features": 1e-5,
+    "projected": 1e-5,
+    "action_row_logits": 5e-5,
+    "tokens": 0.0,
+    "tf_action_logits": 5e-5,
+    "actions": 1e-6,
+}
+_PROMPTS = {"input_ids", "attention_mask"}
+_INPUTS = {"pixel_values", *_PROMPTS, "prompt_len"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One recorded tensor beside ours."""
+
+    name: str
+    difference: float  # the largest absolute one; for tokens, how many differ
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether they agree; a difference that is not a number does not."""
+        return self.difference <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """All comparisons that a recording allows."""
+
+    checks: tuple[Check, ...]
+    ignored: tuple[str, ...]  # recorded tensors that nothing was compared with
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed."""
+        return all(check.passed for check in self.checks)
+
+
+@torch.no_grad()
+def verify(
+    folder: Path, recorded: Path, *, dataset: str | None = None, tower_heads: Sequence[int] | None = None
+) -> Verification:
+    """Load an official checkpoint in float32 and compute again what was recorded.
+
+    Args:
+        folder: a checkpoint in the official layout.
+        recorded: a safetensors file with `pixel_values` [N, C, S, S], with `input_ids` and `attention_mask` [N, L]
+            padded on the right, and with any of `vision_features` [N, P, F], `projected` [N, P, E],
+            `action_row_logits` [N, L + P, 256], `tokens` [N, A] (greedy), `tf_action_logits` [N, A, 256] over those
+            tokens, and `actions` [N, A] in the environment's units.
+        dataset: which action statistics `actions` were made with, when the checkpoint holds several.
+        tower_heads: attention heads of each tower, for towers other than the released ones.
+
+    Raises:
+        CheckpointError: the checkpoint or the recording cannot be read, they do not fit, or nothing can be compared.
+    """
+    tensors = _read(recorded)
+    policy = OpenVLAPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads)
+    if "actions" in tensors and dataset is None and len(stats := norm_stats(folder)) != 1:
+        raise CheckpointError(
+            f"{recorded} holds actions, and {folder} has {len(stats)} sets of action statistics ({sorted(stats)}); "
+            "name the one they were recorded with: --dataset NAME"
+        )
+    _check_inputs(policy, tensors, recorded)
+    ours = _compute(policy, tensors)
+    names = [name for name in TOLERANCES if name in tensors and name in ours]
+    if not names:
+        raise CheckpointError(
+            f"nothing in {recorded} can be compared: it holds {sorted(tensors)}; expected pixel_values, input_ids and "
+            f"attention_mask with any of {', '.join(TOLERANCES)}"
+        )
+    return Verification(
+        checks=tuple(_compare(name, ours[name], tensors, recorded) for name in names),
+        ignored=tuple(sorted(tensors.keys() - {*names, *_INPUTS})),
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or not a safetensors file: {error}") from error
+
+
+def _check_inputs(policy: OpenVLAPolicy, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse inputs of another model before they fail somewhere inside it."""
+    config, problems = policy.config, []
+    pixels = [3 * len(config.towers), config.image_size, config.image_size]
+    if "pixel_values" in tensors and _shape(tensors["pixel_values"])[1:] != pixels:
+        problems.append(f"pixel_values are {_shape(tensors['pixel_values'])}, expected {['N', *pixels]}")
+    vocab_size = config.language_model.vocab_size
+    for name in ("input_ids", "tokens"):
+        if name in tensors and not ((tensors[name] >= 0) & (tensors[name] < vocab_size)).all():
+            problems.append(f"{name} are not all in 0..{vocab_size - 1}")
+    if tensors.keys() >= _PROMPTS:
+        ids, mask = tensors["input_ids"], tensors["attention_mask"]
+        if ids.ndim != 2 or ids.shape != mask.shape:
+            problems.append(f"input_ids are {_shape(ids)}, attention_mask {_shape(mask)}, expected ['N', 'L'] twice")
+        elif not mask[:, :1].all():
+            problems.append("prompts are padded on the left, expected on the right")
+    rows = {len(tensors[name]) for name in _INPUTS & tensors.keys()}
+    if len(rows) > 1 or 0 in rows:
+        problems.append(f"the inputs have {sorted(rows)} rows, expected one number above 0")
+    if problems:
+        raise CheckpointError(f"{path} was not recorded with this model: {'; '.join(problems)}")
+
+
+def _compute(policy: OpenVLAPolicy, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything the recorded inputs allow, under the recorded names."""
+    if "pixel_values" not in tensors:
+        return {}
+    features = policy.vision_features(tensors["pixel_values"])
+    ours = {"vision_features": features, "projected": policy.projector(features)}
+    if tensors.keys() >= _PROMPTS:
+        ids, mask = tensors["input_ids"].long(), tensors["attention_mask"].bool()
+        inputs = PolicyInput(prompt_ids=ids, prompt_mask=mask, vision_features=features)
+        ours["action_row_logits"] = _row_logits(policy, inputs, ours["projected"])
+        ours["tokens"] = policy.act(inputs).action_ids
+        unit = unit_from_tokens(ours["tokens"].numpy(), policy.config.language_model.vocab_end)
+        ours["actions"] = torch.from_numpy(policy.action_stats.unnormalise(unit))
+        if "tokens" in tensors:
+            ours["tf_action_logits"] = policy.action_logits(inputs, tensors["tokens"].long())[0]
+    return ours
+
+
+def _row_logits(
+    policy: OpenVLAPolicy, inputs: PolicyInput, patches: Float[Tensor, "N P E"]
+) -> Float[Tensor, "N T 256"]:
+    """Logits of the action tokens at every position, computed row by row without padding; zero at padding."""
+    llama, first = policy.language_model, policy.first_action_id
+    head = llama.lm_head.weight[first : first + NUM_ACTION_BINS]
+    real = _real(inputs.prompt_mask, patches.shape[1])
+    logits = torch.zeros(*real.shape, NUM_ACTION_BINS)
+    for row in range(len(real)):
+        text = llama.model.embed_tokens(inputs.prompt_ids[row][inputs.prompt_mask[row]])
+        embeds = torch.cat([text[:1], patches[row], text[1:]])[None]
+        valid = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        logits[row, real[row]] = action_logits(last_hidden(llama.model, embeds, valid, embeds.shape[1]), head, 1.0)[0]
+    return logits
+
+
+def _real(mask: Tensor, num_patches: int) -> Tensor:
+    """Which positions of `[BOS][patches][text]` are no padding: bool [N, L + P]."""
+    patches = torch.ones(len(mask), num_patches, dtype=torch.bool)
+    return torch.cat([mask[:, :1], patches, mask[:, 1:]], 1)
+
+
+def _compare(name: str, ours: Tensor, tensors: dict[str, Tensor], path: Path) -> Check:
+    theirs = tensors[name]
+    if ours.shape != theirs.shape:
+        raise CheckpointError(f"{path} holds {name} {_shape(theirs)}, expected {_shape(ours)}; is it of this model?")
+    apart = (ours.double() - theirs.double()).abs()
+    if name == "action_row_logits":  # what the official code computes at padding, nothing reads
+        mask = tensors["attention_mask"].bool()
+        apart = apart[_real(mask, ours.shape[1] - mask.shape[1])]
+    difference = (apart != 0).sum() if name == "tokens" else apart.max()
+    return Check(name=name, difference=float(difference), tolerance=TOLERANCES[name])
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
