@@ -109,7 +109,7 @@ def _facts(found: "CheckpointInfo") -> Table:
         "layout": _LAYOUTS[found.layout],
         "image": f"{config.image_size} x {config.image_size} pixels ({config.resize}), {config.num_patches} patches",
         "stored as": _dtypes(found.dtypes),
-        "statistics": f"{dims}: action dimensions by --dataset" if dims else "none",
+        "statistics": f"{dims} action dimensions" if dims else "none",
         "prompt": repr(prompt_of("{instruction}")),
         "example": repr(prompt_of(EXAMPLE)),
         "its tokens": "no tokenizer.json" if found.prompt_ids is None else " ".join(map(str, found.prompt_ids)),

@@ -50,8 +50,7 @@ def plan(
     needed = plan_memory(config, machine)
     changes = advise(config, machine)
     time = plan_time(config, machine, rate)
-    console = Console()
-    console = Console(width=min(console.width, WIDTH))
+    console = Console(width=min(Console().width, WIDTH))
     console.print(_parameters(config))
     console.print(_memory(needed))
     console.print(_time(time, config))
@@ -125,7 +124,7 @@ def _verdict(needed: "MemoryPlan", changes: "list[Change]", time: "TimePlan", de
     left = changes[-1].leaves if changes else needed.peak
     if changes and left <= usable(device):
         return f"\nDoes not fit: {size}; with the changes above it would, at {left / GIB:.1f} GiB."
-    return f"\nDoes not fit: {size}, and no change known here makes it fit; {left / GIB:.1f} GiB is the least."
+    return f"\nDoes not fit: {size}; the least that is known to be possible is {left / GIB:.1f} GiB."
 
 
 def _reached(device: "Device") -> str:
@@ -138,7 +137,7 @@ def _reached(device: "Device") -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+    return f"{size / GIB:,.2f} GiB" if abs(size) >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def _figure(value: float) -> str:

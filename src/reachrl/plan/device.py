@@ -104,8 +104,8 @@ def measure_cpu() -> Device:
         bf16=tflops,
         fp32=tflops,
         bandwidth=bandwidth,
-        forward_share=0.5,
-        training_share=0.5,
+        forward_share=0.6,
+        training_share=0.6,
         bandwidth_share=0.5,
         layer_call_s=2e-4,
     )

@@ -188,10 +188,11 @@ def _update(config: TrainConfig, gradients: float) -> list[Part]:
     again = rows * activations.layer_row(policy, tokens) if policy.gradient_checkpointing else 0
     kept = rows * sum(row.values())
     several = rows < min(ppo.minibatch_size, config.num_steps * config.env.num_envs)
+    coming = _gradients_on_their_way(policy, gradients, kept, again, several)
     return [
         *(Part(f"activations of {names[name]}, {rows} rows", rows * size, "update") for name, size in row.items()),
         Part("one layer computed again", again, "update"),
-        Part("gradients on their way", _gradients_on_their_way(policy, gradients, kept, again, several), "update"),
+        Part("gradients not there yet" if coming < 0 else "gradients on their way", coming, "update"),
         Part("inputs of the micro-batch", rows * inputs, "update"),
         Part("weights cast for the pass", _cast_weights(policy, training=True), "update"),
         Part("the head in float32", activations.head_copy(policy), "update"),
@@ -214,7 +215,8 @@ def _gradients_on_their_way(policy: OpenVLAConfig, gradients: float, kept: float
     llm, full = policy.language_model, policy.lora is None
     head = llm.vocab_size * llm.hidden_size * activations.numbers(policy)[0] * full
     if several:
-        return max(0.0, head - again)
+        early = head * (policy.critic == "shared")  # a critic's pass came later, so it is let go before
+        return max(0.0, early - again)
     one_layer = activations.numbers(policy)[0] * sum(linear.parameters for linear in layer(llm).linears)
     last = one_layer if full else 4 * adapter_parameters(policy, "language_model") / llm.num_layers
     beginning = kept + head + last + again

@@ -8,7 +8,13 @@ from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
 from reachrl.plan.device import Device
 from reachrl.plan.memory import SCORE_ROWS, micro_rows, sections
-from reachrl.plan.parameters import head_parameters, vision_parameters, weights
+from reachrl.plan.parameters import (
+    adapter_parameters,
+    head_parameters,
+    linear_parameters,
+    projector_parameters,
+    weights,
+)
 
 # Decisions per second of Meta-World's simulators alone on two cores: 272, 363 and 455 were measured
 # (docs/benchmarks/rendering.md, "One decision" and below). It cannot be known for another machine.
@@ -98,8 +104,9 @@ def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
     prefill = pass_seconds(policy, device, flops=flops, moved=moved, layers=_layer_calls(policy))
     steps = policy.num_action_tokens - 1
     step_flops = float(rows * compute.decode_steps(policy))
-    towers = vision_parameters(policy) * activations.numbers(policy)[0]
-    step_moved = steps * (_read_weights(config) - towers + rows * activations.cache_row(policy))
+    trunk = (linear_parameters(policy) - projector_parameters(policy)) * activations.numbers(policy)[0]
+    adapters = 0 if policy.rollout_copy else 4 * adapter_parameters(policy, "language_model")
+    step_moved = float(steps * (trunk + adapters + rows * activations.cache_row(policy)))
     decoding = pass_seconds(policy, device, flops=step_flops, moved=step_moved, layers=steps * llm.num_layers)
     return [
         Stretch(name="prefill", seconds=calls * prefill, flops=calls * flops, bytes=calls * moved),
