@@ -91,6 +91,7 @@ class LocalLearner:
 
         Vision features are computed once here and kept for the update while the towers are frozen.
         """
+        self._inputs = None  # the last iteration's features go before this one's come
         steps, envs = rollout.valid.shape
         flat = Observation(
             images=rollout.images.reshape(-1, *rollout.images.shape[2:]),

@@ -60,7 +60,8 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
 
 def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     """Whole weights; or, on a frozen base, the adapters and the value head alone."""
-    config, update = policy.config, {"checkpoint": None, "dataset": None}
+    config = policy.config
+    update: dict[str, Path | None] = {"checkpoint": None, "dataset": None}
     state = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
     if config.lora is None:
         save_file(state, folder / SINGLE_FILE, metadata={"format": "pt"})

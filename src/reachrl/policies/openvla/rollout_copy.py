@@ -24,7 +24,8 @@ class RolloutCopy:
 
     def __init__(self, projector: nn.Module, model: LlamaModel) -> None:
         self._trained = (projector, model)
-        self.projector, self.model = _plain_copy(projector), _plain_copy(model)
+        self.projector = _plain_copy(projector)
+        self.model: LlamaModel = _plain_copy(model)  # pyright: ignore[reportAttributeAccessIssue]
         for layer in decoder_layers(self.model):
             fuse(layer)
         self._pairs = [
@@ -46,9 +47,9 @@ class RolloutCopy:
         with torch.no_grad():
             for source, target in self._pairs:
                 weight, bias = _weight(source)
-                target.weight.copy_(weight)
+                target.weight.copy_(weight)  # pyright: ignore[reportCallIssue]
                 if bias is not None:
-                    target.bias.copy_(bias)
+                    target.bias.copy_(bias)  # pyright: ignore[reportCallIssue]
         self._seen = now
 
 
