@@ -175,3 +175,13 @@ def test_the_released_size_has_the_released_number_of_weights() -> None:
         policy = OpenVLAPolicy(OpenVLAConfig.openvla_7b(tokenizer="folder"))
     live = sum(parameter.numel() for role in ("vision", "trunk") for parameter in policy.parameter_groups()[role])
     assert live == 7_498_156_704  # of 7,541,237,184 in the release; the rest is never read
+
+
+def test_frames_made_square_in_another_way_are_warned_of(policy: OpenVLAPolicy, tmp_path: Path, caplog) -> None:
+    policy.save_pretrained(tmp_path / "policy")
+    changes = {"checkpoint": tmp_path / "policy", "resize": "letterbox"}
+    OpenVLAPolicy(policy.config.model_copy(update=changes))
+    assert "made square by policy.resize=resize-naive, configured is letterbox" in caplog.text
+    caplog.clear()
+    OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+    assert not caplog.text

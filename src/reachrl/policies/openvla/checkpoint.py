@@ -1,6 +1,7 @@
 """A policy on disk: weights, configuration, tokenizer and action statistics, complete or absent."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import is_dead, is_official, official_config, official_stats
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -163,6 +166,11 @@ def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
     stored = read_config(folder, heads)
     whole = adapters.base_of(folder) if adapters.is_adapter(folder) else folder
     ignored = set(_NOT_OFFICIAL) if is_official(whole) else set()
+    if stored.resize != config.resize:
+        logger.warning(
+            "%s was trained on frames made square by policy.resize=%s, configured is %s",
+            folder, stored.resize, config.resize,
+        )  # fmt: skip
     if stored.lora is None or config.lora is None:  # adapters begin as nothing, and can be folded in
         ignored |= {"lora"}
     if "adapter" in (stored.critic, config.critic):
