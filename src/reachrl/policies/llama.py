@@ -105,7 +105,10 @@ def _project(
     """Queries of the last `num_queries` positions, keys and values of all."""
     fused = getattr(attention, "fused_qkv", None)
     if fused is None or num_queries < normed.shape[1]:
-        return attention.q_proj(normed[:, -num_queries:]), attention.k_proj(normed), attention.v_proj(normed)
+        # Queries last: the order in which gradients are summed is part of published numbers.
+        key, value = attention.k_proj(normed), attention.v_proj(normed)
+        last = normed if num_queries == normed.shape[1] else normed[:, -num_queries:]
+        return attention.q_proj(last), key, value
     rows = [linear.weight.shape[0] for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     query, key, value = F.linear(normed, fused).split(rows, -1)
     return query, key, value
