@@ -39,8 +39,9 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
+from decoder import OnlyActions
 from reachrl.algorithms.base import PPOBatch
 from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, LoRAConfig, OpenVLAConfig, ViTTowerConfig
@@ -280,19 +281,6 @@ def _dtype(policy: OpenVLAPolicy) -> torch.dtype:
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
-
-
-class OnlyActions(LogitsProcessor):
-    """Forbids every token but the 256 action tokens."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        masked = torch.full_like(scores, -torch.inf)
-        rows = slice(self.first, self.first + NUM_ACTION_BINS)
-        masked[:, rows] = scores[:, rows]
-        return masked  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import Policy
+from reachrl.rollout.noise import gumbel_noise
 from reachrl.streams import Stream, generator
 from reachrl.types import Episode, Observation, Rollout, Start
 
@@ -121,12 +122,11 @@ class Collector:
         self._actions[n] = []
 
     def _noise(self) -> torch.Tensor:
-        shape = (self.policy.num_action_tokens, self.policy.num_choices)
-        noise = [
-            generator(self.seed, Stream.ROLLOUT_NOISE, number, len(taken)).gumbel(size=shape)
+        generators = (
+            generator(self.seed, Stream.ROLLOUT_NOISE, number, len(taken))
             for number, taken in zip(self._numbers, self._actions, strict=True)
-        ]
-        return torch.from_numpy(np.stack(noise).astype(np.float32)).to(self.policy.device)
+        )
+        return gumbel_noise(self.policy, generators)
 
     def _rollout(
         self,

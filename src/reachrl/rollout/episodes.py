@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import ActionSample, Policy
+from reachrl.rollout.noise import gumbel_noise
 from reachrl.streams import Stream, generator
 from reachrl.types import EnvStep, Observation, Start
 
@@ -115,14 +115,11 @@ class EpisodePlayer:
     def _act(self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]) -> ActionSample:
         gumbel = None
         if self.mode == "sampled":
-            shape = (self.policy.num_action_tokens, self.policy.num_choices)
-            noise = [
-                generator(self.seed, Stream.EVALUATION_NOISE, start.task, start.index, length).gumbel(size=shape)
-                if start is not None
-                else np.zeros(shape)
+            generators = (
+                start and generator(self.seed, Stream.EVALUATION_NOISE, start.task, start.index, length)
                 for start, length in zip(current, lengths, strict=True)
-            ]
-            gumbel = torch.from_numpy(np.stack(noise).astype(np.float32)).to(self.policy.device)
+            )
+            gumbel = gumbel_noise(self.policy, generators)
         return self.policy.act(self.policy.encode(observation), temperature=self.temperature, gumbel=gumbel)
 
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
+from reachrl.policies.llama import Contexts
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
 
@@ -48,11 +48,10 @@ def add_adapters(policy: nn.Module, config: LoRAConfig, *, critic: bool) -> None
         if not any(name.endswith(_TARGETS[part]) for name, _ in policy.named_modules()):
             raise ConfigError(f"policy.lora.parts: {part!r} has no linear maps to adapt in this policy; leave it out")
     policy.requires_grad_(False)
-    inject_adapter_in_model(_peft_config(config, config.parts), policy, ACTOR)
-    if critic:
-        with warnings.catch_warnings():  # peft wonders at a second set
-            warnings.simplefilter("ignore")
-            inject_adapter_in_model(_peft_config(config, [p for p in config.parts if p != "vision"]), policy, CRITIC)
+    with warnings.catch_warnings():  # peft wonders at a second set
+        warnings.simplefilter("ignore")
+        for adapter in _sets(critic):
+            inject_adapter_in_model(_peft_config(config, adapter), policy, adapter)
     for name, parameter in policy.named_parameters():
         adapts = ".lora_" in name
         parameter.requires_grad_(adapts or name.startswith("value_head."))
@@ -62,7 +61,13 @@ def add_adapters(policy: nn.Module, config: LoRAConfig, *, critic: bool) -> None
         layer._active_adapter = [ACTOR]
 
 
-def _peft_config(config: LoRAConfig, parts: Any) -> LoraConfig:
+def _sets(critic: bool) -> tuple[str, ...]:
+    return (ACTOR, CRITIC) if critic else (ACTOR,)
+
+
+def _peft_config(config: LoRAConfig, adapter: str) -> LoraConfig:
+    # The towers belong to the actor.
+    parts = [part for part in config.parts if adapter == ACTOR or part != "vision"]
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (peft divides it; a fraction is fine)
@@ -76,11 +81,14 @@ def _layers(policy: nn.Module) -> list[LoraLayer]:
     return [module for module in policy.modules() if isinstance(module, LoraLayer)]
 
 
-@contextmanager
-def active(policy: nn.Module, adapter: str) -> Iterator[None]:
+def active(policy: nn.Module, adapter: str) -> AbstractContextManager:
     """Compute with the adapters named `adapter` in place of the others."""
+    return _active(_layers(policy), adapter)
+
+
+@contextmanager
+def _active(layers: list[LoraLayer], adapter: str) -> Iterator[None]:
     # Not peft's `set_adapter`: that would also say which of them may be trained.
-    layers = _layers(policy)
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [adapter]
@@ -91,10 +99,11 @@ def active(policy: nn.Module, adapter: str) -> Iterator[None]:
             layer._active_adapter = name
 
 
-def recomputing(policy: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The contexts of a forward pass and of its repetition in the backward pass: both use the same adapters."""
+def recomputing(policy: nn.Module) -> Contexts:
+    """Makes the contexts of a layer's forward pass and of its repetition: both use the adapters that are active now."""
     layers = _layers(policy)
-    return nullcontext(), active(policy, layers[0]._active_adapter[0]) if layers else nullcontext()
+    adapter = layers[0]._active_adapter[0] if layers else ACTOR
+    return lambda: (nullcontext(), _active(layers, adapter))
 
 
 def parameters(policy: nn.Module, adapter: str, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
@@ -154,6 +163,10 @@ def base_of(folder: Path) -> Path:
         ) from error
 
 
+def _place(folder: Path, adapter: str) -> Path:
+    return folder if adapter == ACTOR else folder / CRITIC_FOLDER
+
+
 def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, critic: bool) -> None:
     """Write both sets as standard peft adapters into an existing folder, the critic's in a folder of its own.
 
@@ -164,12 +177,10 @@ def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, cri
         base: the weights the adapters are on, a folder or `owner/name`; their fingerprint is kept.
         critic: whether there is a second set.
     """
-    sets = {ACTOR: (folder, config.parts)}
-    if critic:
-        sets[CRITIC] = (folder / CRITIC_FOLDER, tuple(part for part in config.parts if part != "vision"))
-    for name, (place, parts) in sets.items():
+    for name in _sets(critic):
+        place = _place(folder, name)
         place.mkdir(exist_ok=True)
-        peft_config = _peft_config(config, parts)
+        peft_config = _peft_config(config, name)
         peft_config.base_model_name_or_path = str(base)
         peft_config.inference_mode = True
         peft_config.save_pretrained(str(place))
@@ -212,7 +223,8 @@ def load(policy: nn.Module, folder: Path, *, critic: bool) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or the adapters are of another size.
     """
-    for name, place in ((ACTOR, folder), (CRITIC, folder / CRITIC_FOLDER))[: 2 if critic else 1]:
+    for name in _sets(critic):
+        place = _place(folder, name)
         stored, own = read_adapter(place), tensors(policy, name)
         check_shapes(
             {key: tuple(tensor.shape) for key, tensor in own.items()},

@@ -65,14 +65,13 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     """Whole weights; or, on a frozen base, the adapters and the value head alone."""
     config = policy.config
     update: dict[str, Path | None] = {"checkpoint": None, "dataset": None}
-    state = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
     if config.lora is None:
-        save_file(state, folder / SINGLE_FILE, metadata={"format": "pt"})
+        _save_state(policy.state_dict(), folder / SINGLE_FILE)
     else:
         assert policy.base is not None
         update["checkpoint"] = policy.base
         adapters.save(policy, config.lora, folder, base=policy.base, critic=config.critic == "adapter")
-        save_file({k: v for k, v in state.items() if k.startswith(_VALUE)}, folder / VALUE_FILE, {"format": "pt"})
+        _save_state(policy.value_head.state_dict(prefix=_VALUE), folder / VALUE_FILE)
     text = config.model_copy(update=update).model_dump_json(indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     stats = policy.action_stats
@@ -80,6 +79,11 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     (folder / STATS_FILE).write_text(json.dumps({_OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
     if policy.tokenizer is not None:
         policy.tokenizer.save(folder / TOKENIZER_FILE)
+
+
+def _save_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenVLAConfig:

@@ -160,7 +160,7 @@ class OpenVLAPolicy(Policy):
         self, model: LlamaModel, embeds: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"], num_last: int
     ) -> Float[Tensor, "B Q E"]:
         """Normed hidden states of the last positions, by the adapters that are active now."""
-        recompute = (lambda: adapters.recomputing(self)) if self.config.gradient_checkpointing else None
+        recompute = adapters.recomputing(self) if self.config.gradient_checkpointing else None
         return last_hidden(model, embeds, valid, num_last, recompute=recompute)
 
     # --- sequences ---------------------------------------------------------------------------------------------

@@ -86,11 +86,9 @@ def _strip(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, (nn.Linear, LoraLayer)):
             base = child.get_base_layer() if isinstance(child, LoraLayer) else child
-            plain = nn.Linear(1, 1, bias=base.bias is not None, device="meta")
-            plain.in_features, plain.out_features = base.in_features, base.out_features  # pyright: ignore
-            for key in ("weight", "bias") if base.bias is not None else ("weight",):
-                tensor = getattr(base, key)
-                setattr(plain, key, nn.Parameter(torch.empty_like(tensor), requires_grad=False))
-            setattr(module, name, plain)
+            assert isinstance(base, nn.Linear)
+            kind = {"bias": base.bias is not None, "device": base.weight.device, "dtype": base.weight.dtype}
+            plain = nn.utils.skip_init(nn.Linear, base.in_features, base.out_features, **kind)
+            setattr(module, name, plain.requires_grad_(False))
         else:
             _strip(child)
