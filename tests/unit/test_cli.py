@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 import tomllib
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -19,19 +20,9 @@ from reachrl.config.metaworld_tasks import INSTRUCTIONS
 
 
 @pytest.fixture
-def reachrl(monkeypatch, capsys):
-    """Run a command line in this process; returns exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["reachrl", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        code = end.value.code
-        return (0 if code is None else int(code)), captured.out, captured.err
-
-    return run
+def reachrl(command_line):
+    """Run `reachrl ...` on a wide terminal; returns exit code, stdout, stderr."""
+    return partial(command_line, columns=200)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`reachrl model`: what a folder holds, and whether it computes what was recorded."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +9,15 @@ import pytest
 from official_folder import read, to_native, write_official
 from safetensors.numpy import load_file, save_file
 
-from reachrl.cli import app as cli
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.verify import TOLERANCES
 
 
 @pytest.fixture
-def model(monkeypatch, capsys):
-    """Run `reachrl model ...` in this process on 100 columns; returns exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["reachrl", "model", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+def model(command_line):
+    """Run `reachrl model ...`; returns exit code, stdout, stderr."""
+    return partial(command_line, "model")
 
 
 @pytest.fixture(scope="module")

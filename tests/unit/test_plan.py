@@ -1,6 +1,5 @@
 """Plans against the modules they speak of: parameters, products, bytes kept and at work; advice; the command."""
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reachrl.backends import local
-from reachrl.cli import app as cli
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
@@ -491,18 +489,9 @@ def test_nothing_is_advised_where_it_fits_or_where_it_makes_no_sense() -> None:
 
 
 @pytest.fixture
-def reachrl(monkeypatch, capsys):
-    """Run a command line in this process on a terminal of 100 columns; returns exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["reachrl", *arguments])
-        monkeypatch.setenv("COLUMNS", "100")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+def reachrl(command_line):
+    """Run `reachrl ...`; returns exit code, stdout, stderr."""
+    return command_line
 
 
 def test_a_plan_that_fits_ends_with_0_and_one_line(reachrl) -> None:
