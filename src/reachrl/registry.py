@@ -20,6 +20,7 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "rewards": {
         "task": ("reachrl.rewards.task:TaskReward", "reachrl.config.reward:TaskRewardConfig"),
+        "oracle": ("reachrl.rewards.oracle:OracleReward", "reachrl.config.reward:OracleRewardConfig"),
         "process": ("reachrl.rewards.process.reward:ProcessReward", "reachrl.config.reward:ProcessRewardConfig"),
     },
     "curricula": {

@@ -48,6 +48,7 @@ class EnvStep:
     valid: Bool[np.ndarray, "N"]  # False: the worker was lost in this step; the row is no data
     final_images: UInt8[np.ndarray, "N H W 3"]
     ee_state: Float32[np.ndarray, "N 4"]  # after the action, before any reset: x y z in m, gripper 0..1
+    progress: Float32[np.ndarray, "N 2"]  # before and after the action, as the simulator knows it; NaN: it does not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ class Rollout:
     truncated: Bool[np.ndarray, "T N"]
     valid: Bool[np.ndarray, "T N"]
     ee_state: Float32[np.ndarray, "T N 4"]
+    progress: Float32[np.ndarray, "T N 2"]  # before and after each action, 0..1; NaN where the simulator has none
     episodes: tuple[Episode, ...]
     policy_version: int
 

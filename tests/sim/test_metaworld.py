@@ -220,9 +220,13 @@ def test_the_default_tasks_experts_succeed_with_held_decisions():
         for index in range(3):
             env.reset(options={"start": Start(task, "train", index)})
             terminated = truncated = False
+            progress = [0.0]
             while not (terminated or truncated):
-                _, _, terminated, truncated, _ = env.step(env.expert_action())
+                _, _, terminated, truncated, info = env.step(env.expert_action())
+                progress.append(info["progress"])
             assert terminated, (task, index)
+            # An expert's way from start to success is progress, though not at every decision.
+            assert progress[-1] > 0.4 and progress[-1] > 0.8 * max(progress), (task, index, progress)
     env.close()
 
 

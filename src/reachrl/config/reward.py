@@ -37,7 +37,14 @@ class ProcessRewardConfig(Section):
     """Frames scored at once. Short batches are padded to it, so that a score never depends on its neighbours."""
 
 
-RewardConfig = TaskRewardConfig | ProcessRewardConfig
+class OracleRewardConfig(Section):
+    """The sparse success reward plus the simulator's own progress as a potential: an upper bound for reward models."""
+
+    kind: Literal["oracle"] = "oracle"
+    """Which reward this section configures."""
+
+    weight: float = Field(default=0.5, ge=0)
+    """How much of the progress is added to the task reward."""
 
 
 class RewardModelSection(Section):

@@ -18,7 +18,8 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
     env to `action_space`.
 
     `step` returns `reward = 1.0` on the step that succeeds and 0 otherwise, `terminated` on success,
-    `truncated` at the time limit (never both), and `info["success"]`.
+    `truncated` at the time limit (never both), and `info["success"]`. A simulator that knows how far along the
+    task is also reports it after `reset` and `step`, as `info["progress"]` in [0, 1].
     The same (task, split, index) always gives the same episode for the same actions, whatever was run
     before in this instance: exact resume replays actions and relies on it.
     """

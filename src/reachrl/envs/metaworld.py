@@ -66,7 +66,7 @@ class MetaworldEnv(Env):
         self._task.reset(self._task.start(start.split, start.index))
         self._steps = 0
         self._over = False
-        return self._observe(self._task), {"success": False}
+        return self._observe(self._task), {"success": False, "progress": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Hold `action` f32[4] until the task is solved or `action_repeat` simulator steps have passed."""
@@ -80,7 +80,8 @@ class MetaworldEnv(Env):
         self._steps += 1
         truncated = not success and self._steps >= self.config.max_steps
         self._over = success or truncated
-        return self._observe(self._task), float(success), success, truncated, {"success": success}
+        info = {"success": success, "progress": self._task.progress()}
+        return self._observe(self._task), float(success), success, truncated, info
 
     def expert_action(self) -> np.ndarray:
         """Meta-World's scripted expert f32[4]; it reads the simulator's state, goal included."""

@@ -20,12 +20,14 @@ class SharedArrays:
         shape = (num_envs, image_size, image_size, 3)
         self.images = np.frombuffer(buffer, np.uint8, frames).reshape(shape)
         self.final_images = np.frombuffer(buffer, np.uint8, frames, frames).reshape(shape)
-        self.ee_state = np.frombuffer(buffer, np.float32, num_envs * 4, _aligned(2 * frames)).reshape(num_envs, 4)
+        numbers = np.frombuffer(buffer, np.float32, num_envs * 6, _aligned(2 * frames))
+        self.ee_state = numbers[: num_envs * 4].reshape(num_envs, 4)
+        self.progress = numbers[num_envs * 4 :].reshape(num_envs, 2)
 
     @staticmethod
     def size(num_envs: int, image_size: int) -> int:
         """Bytes needed."""
-        return _aligned(2 * num_envs * image_size * image_size * 3) + num_envs * 4 * 4
+        return _aligned(2 * num_envs * image_size * image_size * 3) + num_envs * 6 * 4
 
 
 def _aligned(offset: int) -> int:

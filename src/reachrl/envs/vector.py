@@ -122,7 +122,7 @@ class VectorEnv:
             self._steps[n] += 1
             if flags[n, 1:].any():
                 self._starts[n], self._steps[n], self._losses[n] = next_starts[n], 0, 0
-        ee_state = self._arrays.ee_state.copy()
+        ee_state, progress = self._arrays.ee_state.copy(), self._arrays.progress.copy()
         final_images = self._arrays.final_images.copy()
         nothing = np.zeros((0, self.action_dim), np.float32)
         self._begin({n: (next_starts[n], nothing) for n in range(self.num_envs) if not valid[n]})
@@ -134,6 +134,7 @@ class VectorEnv:
             valid=valid,
             final_images=final_images,
             ee_state=ee_state,
+            progress=progress,
         )
 
     def close(self) -> None:

@@ -37,6 +37,7 @@ class Worker:
 
     def __init__(self, env: Env, arrays: SharedArrays, row: int):
         self.env, self.arrays, self.row = env, arrays, row
+        self.progress = np.nan  # as the simulator reported it last
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command; the method of its name gets its arguments."""
@@ -59,24 +60,28 @@ class Worker:
 
     def reset(self, start: list[Any], actions: list[list[float]]) -> dict[str, Any]:
         """Begin an episode and take the first `actions` of it."""
-        observation, _ = self.env.reset(options={"start": Start(*start)})
+        observation, info = self.env.reset(options={"start": Start(*start)})
         for action in actions:
-            observation, _, terminated, truncated, _ = self.env.step(np.asarray(action, np.float32))
+            observation, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
             if terminated or truncated:
                 raise ValueError(f"replayed actions end the episode {start}: they were not recorded in it")
         self.arrays.images[self.row] = observation["image"]
         self.arrays.ee_state[self.row] = observation["ee_state"]
+        self.progress = info.get("progress", np.nan)
         return {}
 
     def step(self, action: list[float], next_start: list[Any]) -> dict[str, Any]:
         """Take one decision; an episode that ends gives way to `next_start` at once."""
         observation, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
+        success = bool(info["success"])
         self.arrays.ee_state[self.row] = observation["ee_state"]
+        self.arrays.progress[self.row] = self.progress, info.get("progress", np.nan)
         if terminated or truncated:
             self.arrays.final_images[self.row] = observation["image"]
-            observation, _ = self.env.reset(options={"start": Start(*next_start)})
+            observation, info = self.env.reset(options={"start": Start(*next_start)})
         self.arrays.images[self.row] = observation["image"]
-        return {"flags": [bool(info["success"]), bool(terminated), bool(truncated)]}
+        self.progress = info.get("progress", np.nan)
+        return {"flags": [success, bool(terminated), bool(truncated)]}
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -103,6 +103,7 @@ def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode)
         truncated=ended & ~success,
         valid=np.ones((steps, 1), dtype=bool),
         ee_state=np.stack([turn.ee_state for turn in episode.turns])[:, None],
+        progress=np.stack([turn.progress for turn in episode.turns])[:, None],
         episodes=(),
         policy_version=0,
     )

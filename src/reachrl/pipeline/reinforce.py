@@ -6,7 +6,7 @@ import numpy as np
 
 from reachrl.backends.local import LocalActors, LocalLearner
 from reachrl.config.ppo import PPOConfig
-from reachrl.config.reward import ProcessRewardConfig
+from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.store import TrajectoryStore, write_shard
 from reachrl.envs.vector import VectorEnv
@@ -77,15 +77,12 @@ def needs_reward_model(config: TrainConfig) -> bool:
 def build_reward(config: TrainConfig, run: Run) -> Reward:
     """The configured reward; the process reward with this run's model unless it names another."""
     assert isinstance(config.ppo, PPOConfig)
+    shaping = {"gamma": config.ppo.gamma, "bootstrap_truncated": config.ppo.bootstrap_truncated}
     if isinstance(config.reward, ProcessRewardConfig):
         model = ProgressModel.from_pretrained(run.reward_model / "model") if needs_reward_model(config) else None
-        return build(
-            "rewards",
-            config.reward,
-            gamma=config.ppo.gamma,
-            bootstrap_truncated=config.ppo.bootstrap_truncated,
-            model=model,
-        )
+        return build("rewards", config.reward, **shaping, model=model)
+    if isinstance(config.reward, OracleRewardConfig):
+        return build("rewards", config.reward, **shaping)
     return build("rewards", config.reward)
 
 

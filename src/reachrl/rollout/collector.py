@@ -150,6 +150,7 @@ class Collector:
             truncated=np.stack([step.truncated for step in steps]),
             valid=np.stack([step.valid for step in steps]),
             ee_state=np.stack([step.ee_state for step in steps]),
+            progress=np.stack([step.progress for step in steps]),
             episodes=tuple(episodes),
             policy_version=policy_version,
         )

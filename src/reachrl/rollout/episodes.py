@@ -21,6 +21,7 @@ class Turn:
 
     image: np.ndarray  # u8[H W 3]
     ee_state: np.ndarray  # f32[4] after the action
+    progress: np.ndarray  # f32[2] before and after the action; NaN where the simulator reports none
     action_ids: np.ndarray  # i64[A]
     action: np.ndarray  # f32[D]
     logprob: float
@@ -127,6 +128,7 @@ def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, s
     return Turn(
         image=observation.images[n],
         ee_state=step.ee_state[n],
+        progress=step.progress[n],
         action_ids=sample.action_ids[n].cpu().numpy(),
         action=actions[n],
         logprob=float(sample.logprobs[n].sum()),

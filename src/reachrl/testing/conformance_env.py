@@ -79,6 +79,8 @@ def _check_observation(env: Env, start: Start) -> None:
     first, reward, terminated, truncated, info = env.step(action)
     _check_dtypes(env, first, "step")
     _require("success" in info, 'step returns info["success"]')
+    progress = info.get("progress", 0.0)
+    _require(0.0 <= progress <= 1.0, f'info["progress"], where there is one, lies in [0, 1]; got {progress}')
     _require(isinstance(terminated, bool) and isinstance(truncated, bool), "terminated and truncated are bools")
     _require(float(reward) == float(terminated) == float(info["success"]), "reward is 1 on success and 0 otherwise")
     kept = first["image"].copy()

@@ -75,6 +75,7 @@ class ReachEnv(Env):
         self._state = np.zeros(4)  # x y z in 0..1, gripper opening
         self._squares = np.zeros((len(COLORS), 2))
         self._target = 0
+        self._first_distance = 1.0
         self._steps = 0
         self._over = True
 
@@ -103,7 +104,8 @@ class ReachEnv(Env):
         self._target = list(COLORS).index(start.task)
         self._steps = 0
         self._over = False
-        return self._observe(), {"success": False}
+        self._first_distance = float(np.linalg.norm(self._to_target()))
+        return self._observe(), {"success": False, "progress": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Move the dot by `action` f32[4]."""
@@ -114,11 +116,13 @@ class ReachEnv(Env):
             raise ValueError(f"an action is 4 finite numbers, got {action!r}")
         action = np.clip(action, -1.0, 1.0).astype(np.float64)
         self._state = np.clip(self._state + action * [_SPEED, _SPEED, _SPEED, -_GRIP_SPEED], 0.0, 1.0)
-        success = bool(np.linalg.norm(self._to_target()) < self.config.radius)
+        distance = float(np.linalg.norm(self._to_target()))
+        success = distance < self.config.radius
         self._steps += 1
         truncated = not success and self._steps >= self.config.max_steps
         self._over = success or truncated
-        return self._observe(), float(success), success, truncated, {"success": success}
+        info = {"success": success, "progress": max(0.0, 1.0 - distance / self._first_distance)}
+        return self._observe(), float(success), success, truncated, info
 
     def expert_action(self) -> np.ndarray:
         """Straight to the target at full speed, closing the gripper near it; f32[4]."""

@@ -8,6 +8,18 @@ from reachrl.errors import ExtensionError
 from reachrl.rewards.base import Reward
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
+_PER_STEP = (
+    "images",
+    "action_ids",
+    "behaviour_logprobs",
+    "success",
+    "terminated",
+    "truncated",
+    "valid",
+    "ee_state",
+    "progress",
+)
+
 
 def make_rollout(
     num_steps: int = 6, num_envs: int = 3, *, image_size: int = 32, seed: int = 0, instruction: str = "reach the goal"
@@ -44,6 +56,7 @@ def make_rollout(
         truncated=truncated,
         valid=valid,
         ee_state=generator.random((*shape, 4)).astype(np.float32),
+        progress=generator.random((*shape, 2)).astype(np.float32),
         episodes=tuple(Episode(start=start, success=bool(terminated[t, n]), num_steps=1, env=int(n)) for t, n in rows),
         policy_version=0,
     )
@@ -55,10 +68,9 @@ def permute_envs(rollout: Rollout, order: np.ndarray) -> Rollout:
     rows = np.stack([rollout.final_rows[:, 0], place[rollout.final_rows[:, 1]]], axis=1)
     by_row = np.lexsort((rows[:, 1], rows[:, 0]))
     last = rollout.last_observation
-    per_step = ("images", "action_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid", "ee_state")
     return replace(
         rollout,
-        **{name: getattr(rollout, name)[:, order] for name in per_step},
+        **{name: getattr(rollout, name)[:, order] for name in _PER_STEP},
         instructions=tuple(tuple(row[n] for n in order) for row in rollout.instructions),
         last_observation=Observation(
             images=last.images[order], instructions=tuple(last.instructions[n] for n in order)

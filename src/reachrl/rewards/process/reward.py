@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float32, Int64
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.errors import ConfigError
 from reachrl.rewards.process.model import ProgressModel
+from reachrl.rewards.shaping import potential_difference, terminal_steps
 from reachrl.rewards.task import success_reward
 from reachrl.types import Rewards, Rollout
 
@@ -57,16 +58,14 @@ class ProcessReward:
     def _process(self, rollout: Rollout) -> Float32[np.ndarray, "T N"]:
         now, after = frame_numbers(rollout)
         potential = self.config.mode == "potential"
-        terminal = rollout.terminated if self.bootstrap_truncated else rollout.terminated | rollout.truncated
-        terminated = terminal & rollout.valid
-        # The potential of a terminal state is 0 by definition (Ng et al. 1999): its frame need not be scored.
-        wanted = [after[rollout.valid & ~terminated]] if potential else [after[rollout.valid]]
+        terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
+        # The potential of a terminal state is 0 by definition: its frame need not be scored.
+        wanted = [after[rollout.valid & ~terminal]] if potential else [after[rollout.valid]]
         if potential:
             wanted.append(now[rollout.valid])
         scores = self._score(rollout, np.unique(np.concatenate(wanted)))
         if potential:
-            following = np.where(terminated, np.float32(0), scores[after])
-            process = np.float32(self.gamma) * following - scores[now]
+            process = potential_difference(scores[now], scores[after], terminal, gamma=self.gamma)
         else:
             process = scores[after]
         return np.where(rollout.valid, np.float32(self.config.weight) * process, np.float32(0))
