@@ -23,6 +23,12 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
         "oracle": ("reachrl.rewards.oracle:OracleReward", "reachrl.config.reward:OracleRewardConfig"),
         "process": ("reachrl.rewards.process.reward:ProcessReward", "reachrl.config.reward:ProcessRewardConfig"),
     },
+    "reward_models": {
+        "small": (
+            "reachrl.rewards.process.small:SmallRewardModel",
+            "reachrl.config.reward_model:SmallRewardModelConfig",
+        ),
+    },
     "curricula": {
         "uniform": ("reachrl.curriculum.uniform:UniformSampler", "reachrl.config.curriculum:UniformConfig"),
         "success_rate": (

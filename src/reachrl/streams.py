@@ -26,6 +26,7 @@ class Stream(IntEnum):
     REWARD_SPLIT = 11
     REWARD_BATCHES = 12
     REWARD_PROBE = 13
+    REWARD_SHUFFLE = 14
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from reachrl.config.reward import RewardModelSection
+from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.rewards.process.fit import fit_reward_model
 from reachrl.types import Start, Trajectory
 
-CONFIG = RewardModelSection(
+CONFIG = SmallRewardModelConfig(
     image_size=32, channels=(16, 16, 24, 24), hidden=32, steps=250, batch_size=64, shift_pixels=1, heldout_fraction=0.35
 )
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from reachrl.config.reward import RewardModelSection
+from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.errors import ConfigError, DivergedError
-from reachrl.rewards.process import fit as fit_module
-from reachrl.rewards.process.fit import fit_reward_model, random_shift, split_starts
+from reachrl.rewards.process import optimise as optimise_module
+from reachrl.rewards.process.fit import fit_reward_model, split_starts
+from reachrl.rewards.process.optimise import random_shift
 from reachrl.types import Start, Trajectory
 
-CONFIG = RewardModelSection(image_size=32, channels=(8, 8, 8, 8), hidden=8, steps=6, batch_size=8, log_every=3)
+CONFIG = SmallRewardModelConfig(image_size=32, channels=(8, 8, 8, 8), hidden=8, steps=6, batch_size=8, log_every=3)
 
 
 def trajectory(index, *, success=True, task="reach", seed=0, split="train"):
@@ -61,7 +62,7 @@ def test_no_frame_of_a_heldout_start_reaches_the_optimiser(monkeypatch, tmp_path
         seen.update(np.unique(images).tolist())
         return images
 
-    monkeypatch.setattr(fit_module, "random_shift", spy)
+    monkeypatch.setattr(optimise_module, "random_shift", spy)
     fit_reward_model(data, CONFIG.model_copy(update={"steps": 60}), seed=0, folder=tmp_path)
     heldout = split_starts(data, CONFIG.heldout_fraction, 0)
     assert seen == {mark for start, mark in marked.items() if start not in heldout}
@@ -143,11 +144,12 @@ def test_a_diverging_fit_saves_nothing(tmp_path):
 
 
 def test_random_shift_moves_content_by_at_most_the_given_pixels():
-    images = np.zeros((200, 16, 16, 3), dtype=np.uint8)
-    images[:, 8, 8] = 255
-    shifted = random_shift(images, 2, np.random.default_rng(0))
-    rows, columns = np.argwhere(shifted[..., 0] == 255).T[1:]
+    clips = np.zeros((200, 2, 16, 16, 3), dtype=np.uint8)
+    clips[:, :, 8, 8] = 255
+    shifted = random_shift(clips, 2, np.random.default_rng(0))
+    np.testing.assert_array_equal(shifted[:, 0], shifted[:, 1])  # the frames of a clip move together
+    rows, columns = np.argwhere(shifted[:, 0, ..., 0] == 255).T[1:]
     assert len(rows) == 200
     assert set(rows) == set(columns) == {6, 7, 8, 9, 10}
-    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, None, :, None], (8, 16, 16, 3))
-    assert (np.diff(random_shift(ramp, 3, np.random.default_rng(0)).astype(int), axis=2) >= 0).all()  # edges repeat
+    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, None, None, :, None], (8, 1, 16, 16, 3))
+    assert (np.diff(random_shift(ramp, 3, np.random.default_rng(0)).astype(int), axis=3) >= 0).all()  # edges repeat

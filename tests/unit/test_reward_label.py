@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from reachrl.config.reward import RewardModelSection
+from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.errors import ExtensionError
 from reachrl.rewards.process.label import class_weights, keyframe_labels, label_trajectory, progress_labels
 from reachrl.rewards.process.segment import Segmentation
@@ -63,17 +63,17 @@ def test_progress_rises_from_0_to_1_on_random_motion(by):
     for _ in range(30):
         frames = int(rng.integers(2, 40))
         ee_state = np.concatenate([rng.normal(size=(frames, 3)).cumsum(0), rng.random((frames, 1))], axis=1)
-        labels = label_trajectory(trajectory(ee_state), RewardModelSection(progress_by=by))
+        labels = label_trajectory(trajectory(ee_state), SmallRewardModelConfig(progress_by=by))
         assert labels.dtype == np.float32
         assert labels[0] == 0 and labels[-1] == 1
         assert (np.diff(labels) >= 0).all()
 
 
 def test_failures_are_all_zero_and_a_solved_start_is_all_one():
-    config = RewardModelSection()
+    config = SmallRewardModelConfig()
     assert label_trajectory(trajectory(np.ones((6, 4)), success=False), config).tolist() == [0] * 6
     assert label_trajectory(trajectory(np.ones((1, 4))), config).tolist() == [1]
-    keyframe = RewardModelSection(label="keyframe")
+    keyframe = SmallRewardModelConfig(label="keyframe")
     assert label_trajectory(trajectory(np.ones((6, 4)), success=False), keyframe).tolist() == [0] * 6
     assert label_trajectory(trajectory(np.ones((6, 4))), keyframe).tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -82,7 +82,7 @@ def test_a_bad_pose_names_the_trajectory():
     ee_state = np.ones((6, 4))
     ee_state[2, 0] = np.inf
     with pytest.raises(ExtensionError, match="expert trajectory of task 'door-open', train start 17"):
-        label_trajectory(trajectory(ee_state, success=False, index=17), RewardModelSection())
+        label_trajectory(trajectory(ee_state, success=False, index=17), SmallRewardModelConfig())
 
 
 def test_class_weights_give_each_side_half_of_the_loss():
@@ -95,7 +95,7 @@ def test_class_weights_give_each_side_half_of_the_loss():
 
 def test_ten_thousand_steps_are_labelled_in_two_seconds():
     rng = np.random.default_rng(0)
-    config = RewardModelSection(progress_by="distance")
+    config = SmallRewardModelConfig(progress_by="distance")
     episodes = [trajectory(np.clip(rng.normal(0.5, 0.3, (21, 4)), 0, 1)) for _ in range(500)]
     began = time.perf_counter()
     for episode in episodes:

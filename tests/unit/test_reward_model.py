@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from reachrl.config.reward import RewardModelSection
+from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.rewards.process.model import ProgressModel
+from reachrl.rewards.process.small import SmallRewardModel
 
 TEXTS = ["open the door", "close the drawer"]
 
@@ -17,7 +17,7 @@ TEXTS = ["open the door", "close the drawer"]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return ProgressModel(image_size=32, channels=(8, 16, 16, 16), hidden=16, instructions=TEXTS).eval()
+    return SmallRewardModel(image_size=32, channels=(8, 16, 16, 16), hidden=16, instructions=TEXTS).eval()
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +26,16 @@ def frames():
 
 
 def test_default_size_is_small():
-    config = RewardModelSection()
+    config = SmallRewardModelConfig()
     texts = [f"task number {i} with its own words w{i} v{i}" for i in range(50)]
-    model = ProgressModel(image_size=96, channels=config.channels, hidden=config.hidden, instructions=texts)
+    model = SmallRewardModel(image_size=96, channels=config.channels, hidden=config.hidden, instructions=texts)
     assert sum(parameter.numel() for parameter in model.parameters()) <= 500_000
 
 
 def test_scores_are_sigmoids_of_the_logits_whatever_the_batch(model, frames):
     texts = [TEXTS[i % 2] for i in range(11)]
     with torch.no_grad():
-        single = [
-            torch.sigmoid(model(torch.from_numpy(frames[i : i + 1]), model.encode_instructions([texts[i]]))).item()
-            for i in range(11)
-        ]
+        single = [torch.sigmoid(model.logits(frames[i : i + 1, None], [texts[i]])).item() for i in range(11)]
     for batch_size in (1, 4, 11, 64):
         np.testing.assert_allclose(model.score(frames, texts, batch_size=batch_size), single, atol=1e-6)
     order = np.random.default_rng(1).permutation(11)
@@ -77,7 +74,7 @@ def test_saved_model_scores_the_same(model, frames, tmp_path):
     folder = tmp_path / "deep" / "model"
     model.save_pretrained(folder)
     model.save_pretrained(folder)  # over an earlier one
-    loaded = ProgressModel.from_pretrained(folder)
+    loaded = SmallRewardModel.from_pretrained(folder)
     np.testing.assert_array_equal(loaded.score(frames, [TEXTS[1]] * 11), model.score(frames, [TEXTS[1]] * 11))
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -97,7 +94,7 @@ def edit(key, value):
 
 
 def poison(folder):
-    broken = ProgressModel.from_pretrained(folder)
+    broken = SmallRewardModel.from_pretrained(folder)
     with torch.no_grad():
         broken.head.bias.fill_(float("nan"))
     broken.save_pretrained(folder)
@@ -111,6 +108,7 @@ def poison(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
         (truncate, "damaged or truncated"),
         (edit("format", "something else"), "is no reachrl-progress-model"),
+        (edit("kind", None), "names no `kind`"),
         (edit("hidden", 17), "another architecture"),
         (edit("instructions", ["only this"]), "another architecture"),
         (edit("surprise", 1), "another architecture"),
@@ -122,4 +120,4 @@ def test_faulty_files_are_checkpoint_errors(model, tmp_path, damage, match):
     model.save_pretrained(folder)
     damage(folder)
     with pytest.raises(CheckpointError, match=match):
-        ProgressModel.from_pretrained(folder)
+        SmallRewardModel.from_pretrained(folder)

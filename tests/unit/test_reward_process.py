@@ -8,15 +8,15 @@ import pytest
 
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.errors import ConfigError, ExtensionError
-from reachrl.rewards.process.model import ProgressModel
 from reachrl.rewards.process.reward import ProcessReward, frame_numbers
+from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.rewards.task import TaskReward
 from reachrl.testing.rewards import check_reward, make_rollout
 
 GAMMA = 0.9
 
 
-class PixelModel(ProgressModel):
+class PixelModel(SmallRewardModel):
     """Scores a frame by its first pixel, and remembers what it was asked."""
 
     def __init__(self):
@@ -156,7 +156,7 @@ def test_rollout_without_any_ending():
 @pytest.mark.parametrize("mode", ["sum", "potential"])
 def test_rewards_keep_the_contract(mode):
     check_reward(TaskReward())
-    model = ProgressModel(image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=["reach the goal"])
+    model = SmallRewardModel(image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=["reach the goal"])
     check_reward(ProcessReward(ProcessRewardConfig(mode=mode), gamma=GAMMA, model=model))
 
 

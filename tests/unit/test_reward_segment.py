@@ -128,3 +128,87 @@ def test_bad_poses_name_the_trajectory_and_the_frame():
         segment(ee_state, success=True, name="door-open start 3", **OPTIONS)
     with pytest.raises(ExtensionError, match="expected"):
         segment(np.ones((5, 3)), success=True, **OPTIONS)
+
+
+# --- measurements as they come ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.04, 0.06])
+def test_a_gripper_measured_in_noise_is_cut_at_its_steps_only(sigma):
+    for seed in range(20):
+        noise = sigma * np.random.default_rng(seed).standard_normal(200)
+        assert cuts(0.5 + noise) == []  # ranges over up to 0.4, more than twice `gripper_change`
+        found = cuts(np.repeat([0.9, 0.3, 0.9], [80, 70, 50]) + noise)
+        assert np.abs(np.array(found) - [80, 150]).max() <= 2
+
+
+def test_a_slow_drift_is_no_change_and_a_slow_closing_is():
+    assert cuts(np.linspace(1.0, 0.75, 200)) == []  # ranges over 0.25, but its halves are 0.125 apart
+    assert cuts(np.linspace(1.0, 0.0, 200)) == [120]
+    drifting = np.repeat([0.9, 0.3], 100) + np.linspace(0.0, 0.1, 200)
+    assert cuts(drifting) == [100]
+
+
+def test_small_steps_are_dropped_one_by_one():
+    staircase = np.repeat([1.0, 0.55, 0.45, 0.55, 0.0], 10)
+    assert cuts(staircase) == [40]
+    assert cuts(np.repeat([1.0, 0.5, 1.0], [10, 3, 10])) == [10, 13]
+
+
+def test_an_outlier_of_the_gripper_hides_nothing_smaller_than_itself_but_cuts_nothing():
+    opening = np.full(60, 0.8)
+    opening[30] = 0.0
+    assert cuts(opening) == []
+
+
+def test_a_chattering_gripper_in_a_grasp_leaves_the_grasp():
+    rng = np.random.default_rng(1)
+    chatter = rng.integers(0, 2, 12).astype(float)
+    opening = np.concatenate([np.ones(20), chatter, np.zeros(20), 1 - chatter, np.ones(20)])
+    found = cuts(opening, min_segment=5)
+    assert len(found) == 2 and 20 <= found[0] <= 32 and 52 <= found[1] <= 64
+
+
+def test_poses_that_arrive_more_rarely_than_frames_are_no_rests():
+    moving = along_x([0.1] * 30)
+    every_second = np.repeat(moving, 2, axis=0)[:40]
+    assert rests(every_second) == []
+    one_missed = moving.copy()
+    one_missed[12] = one_missed[11]
+    assert rests(one_missed) == []
+    stopped = along_x([0.1] * 10 + [0.0] * 2 + [0.1] * 10)  # two frames still: the arm did rest
+    assert rests(stopped) == [11]
+    slowing = along_x([0.1] * 10 + [0.01, 0.0, 0.01] + [0.1] * 10)
+    assert rests(slowing) == [12]
+
+
+def test_bridging_does_not_change_the_caller_s_poses():
+    xyz = np.repeat(along_x([0.1] * 10), 2, axis=0)
+    before = xyz.copy()
+    rests(xyz)
+    assert (xyz == before).all()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("min_segment", [1, 3])
+def test_one_to_three_frames(frames, min_segment):
+    options = OPTIONS | {"min_segment": min_segment}
+    for opening in ([1, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0]):
+        for speeds in ([0.0, 0.0], [0.1, 0.0], [0.0, 0.1], [0.1, 0.1]):
+            ee_state = state(speeds, opening)[:frames]
+            for success in (True, False):
+                found = segment(ee_state, success=success, **options)
+                assert found.bounds[0] == 0 and found.bounds[-1] == frames - 1
+                assert frames == 1 or (np.diff(found.bounds) > 0).all()  # every segment has a decision
+                assert set(found.keyframes.tolist()) <= set(range(frames))
+                assert success == (frames - 1 in found.keyframes) or speeds[frames - 2] == 0.0
+
+
+def test_a_change_in_the_last_frame_opens_no_empty_segment():
+    ee_state = state([0.1] * 5, [1, 1, 1, 1, 1, 0])
+    assert segment(ee_state, success=True, **OPTIONS | {"min_segment": 1}).bounds.tolist() == [0, 5]
+
+
+def test_an_empty_trajectory_is_refused():
+    with pytest.raises(ExtensionError, match="at least one frame"):
+        segment(np.ones((0, 4)), success=True, **OPTIONS)

@@ -14,12 +14,13 @@ from pydantic import ValidationError
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.registry import section_class
 
 # The loop reads these sections' common options, whatever the kind.
-_SECTION_BASES: dict[str, type[Section]] = {"env": EnvSection, "ppo": PPOConfig}
+_SECTION_BASES: dict[str, type[Section]] = {"env": EnvSection, "reward_model": RewardModelSection, "ppo": PPOConfig}
 PRESETS = files("reachrl.config") / "presets"
 
 

@@ -10,13 +10,15 @@ from reachrl.config.demos import DemosSection, SFTSection
 from reachrl.config.env import EnvSection, MetaworldConfig
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
-from reachrl.config.reward import ProcessRewardConfig, RewardModelSection
+from reachrl.config.reward import ProcessRewardConfig
+from reachrl.config.reward_model import RewardModelSection, SmallRewardModelConfig
 
 # Configuration key -> registry group of the sections that are chosen by `kind`.
 KIND_SECTIONS = {
     "env": "envs",
     "policy": "policies",
     "reward": "rewards",
+    "reward_model": "reward_models",
     "curriculum": "curricula",
     "ppo": "algorithms",
 }
@@ -64,7 +66,7 @@ class TrainConfig(Section):
     """Expert demonstrations for the warm start."""
     sft: SFTSection = SFTSection()
     """Supervised warm start."""
-    reward_model: RewardModelSection = RewardModelSection()
+    reward_model: SerializeAsAny[RewardModelSection] = SmallRewardModelConfig()
     """Fitting of the process reward model."""
     reward: SerializeAsAny[Section] = ProcessRewardConfig()
     """What the policy is rewarded for."""

@@ -13,8 +13,8 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.pipeline.base import Display, StageProgress, saved_policy
 from reachrl.registry import build
 from reachrl.rewards.base import Reward
+from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model
-from reachrl.rewards.process.model import ProgressModel
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
@@ -79,7 +79,7 @@ def build_reward(config: TrainConfig, run: Run) -> Reward:
     assert isinstance(config.ppo, PPOConfig)
     shaping = {"gamma": config.ppo.gamma, "bootstrap_truncated": config.ppo.bootstrap_truncated}
     if isinstance(config.reward, ProcessRewardConfig):
-        model = ProgressModel.from_pretrained(run.reward_model / "model") if needs_reward_model(config) else None
+        model = load_reward_model(run.reward_model / "model") if needs_reward_model(config) else None
         return build("rewards", config.reward, **shaping, model=model)
     if isinstance(config.reward, OracleRewardConfig):
         return build("rewards", config.reward, **shaping)

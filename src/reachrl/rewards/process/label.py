@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float32
 
-from reachrl.config.reward import ProgressMeasure, RewardModelSection
+from reachrl.config.reward_model import ProgressMeasure, RewardModelSection
 from reachrl.rewards.process.segment import Segmentation, segment
 from reachrl.types import Trajectory
 
@@ -49,10 +49,38 @@ def progress_labels(
     return (behind / behind[-1]).astype(np.float32)
 
 
-def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Float32[np.ndarray, "T+1"]:
-    """Targets of one trajectory's frames.
+def event_labels(
+    milestones: Segmentation, opening: Float[np.ndarray, "T+1"], *, delay: int, window: int, last: int, stride: int
+) -> Float32[np.ndarray, "T+1"]:
+    """The first public code's labels: 1 around gripper events and at the end, 0 every few frames, NaN elsewhere.
 
-    Every frame of a failed trajectory is 0, whatever it resembles: a frame that successes and failures
+    A window follows a closing by `delay` frames, which stands in for the motion having settled, and an opening
+    at once. Frames in no window, not among the last ones and not at the stride take no part in the fit.
+
+    Args:
+        milestones: segments of a successful trajectory.
+        opening: gripper opening 0..1 of every frame.
+        delay: frames from a closing to the middle of its window.
+        window: frames on both sides of the middle.
+        last: frames at the end that are positive.
+        stride: every how many frames a negative is kept.
+
+    Source: the label script of the first public VLA-RL code (April 2025); arXiv 2505.18719 does not describe it.
+    """
+    labels = np.full(milestones.bounds[-1] + 1, np.nan, dtype=np.float32)
+    labels[::stride] = 0.0
+    labels[max(0, len(labels) - last) :] = 1.0
+    for before, cut, after in zip(milestones.bounds, milestones.bounds[1:-1], milestones.bounds[2:], strict=False):
+        closing = opening[cut : after + 1].mean() < opening[before:cut].mean()
+        middle = int(cut) + (delay if closing else 0)
+        labels[max(0, middle - window) : middle + window + 1] = 1.0
+    return labels
+
+
+def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Float32[np.ndarray, "T+1"]:
+    """Targets of one trajectory's frames; NaN where a frame takes no part in the fit.
+
+    Every labelled frame of a failed trajectory is 0, whatever it resembles: a frame that successes and failures
     share then settles at its progress times the odds that it led to success. A state from which the policy
     habitually fails therefore earns little however far along it looks, and loitering in it does not pay.
 
@@ -74,9 +102,21 @@ def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Floa
         name=name,
     )
     if not trajectory.success:
-        return np.zeros(len(trajectory.ee_state), dtype=np.float32)
+        failure = np.zeros(len(trajectory.ee_state), dtype=np.float32)
+        if config.label == "events":
+            failure[np.arange(len(failure)) % config.event_stride != 0] = np.nan
+        return failure
     if config.label == "keyframe":
         return keyframe_labels(milestones, window=config.keyframe_window)
+    if config.label == "events":
+        return event_labels(
+            milestones,
+            trajectory.ee_state[:, 3],
+            delay=config.event_delay,
+            window=config.event_window,
+            last=config.event_last,
+            stride=config.event_stride,
+        )
     return progress_labels(milestones, trajectory.ee_state[:, :3], by=config.progress_by)
 
 

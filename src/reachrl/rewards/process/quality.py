@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTrajectory:
-    """One trajectory's labels and the model's scores of the same frames."""
+    """One trajectory's labels and the model's scores of the same frames; NaN where a frame has no label."""
 
     task: str
     success: bool
@@ -102,7 +102,7 @@ def binary_cross_entropy(scores: Float[np.ndarray, "B"], labels: Float[np.ndarra
 def measure(trajectories: Sequence[ScoredTrajectory]) -> dict[str, Any]:
     """Every quality figure of a set of trajectories; None where the set cannot tell.
 
-    `auc` compares the last frames of successes and failures; `auc_frame` all frames of label at least one
+    `auc` compares the last frames of successes and failures; `auc_frame` all labelled frames of at least one
     half against the others; `rank_correlation` is Spearman's of score and time, the mean over successes;
     `accuracy` agrees with the label about one half, `false_positive_rate` is the share of failures' frames
     scored at least one half and `false_alarm_rate` the share of failures with any such frame.
@@ -112,8 +112,9 @@ def measure(trajectories: Sequence[ScoredTrajectory]) -> dict[str, Any]:
     result: dict[str, Any] = {"successes": len(successes), "failures": len(failures), "frames": 0}
     if not trajectories:
         return result | dict.fromkeys(("auc", "auc_frame", "rank_correlation", "accuracy", "loss"))
-    scores = np.concatenate([item.scores for item in trajectories])
-    labels = np.concatenate([item.labels for item in trajectories])
+    every_label = np.concatenate([item.labels for item in trajectories])
+    labelled = np.isfinite(every_label)
+    scores, labels = np.concatenate([item.scores for item in trajectories])[labelled], every_label[labelled]
     orders = [spearman(item.scores, np.arange(len(item.scores), dtype=np.float64)) for item in successes]
     known_orders = [order for order in orders if order is not None]
     bins, error = reliability(scores, labels)

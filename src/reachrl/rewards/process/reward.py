@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.errors import ConfigError
-from reachrl.rewards.process.model import ProgressModel
+from reachrl.rewards.process.base import RewardModel, load_reward_model
 from reachrl.rewards.shaping import potential_difference, terminal_steps
 from reachrl.rewards.task import success_reward
 from reachrl.types import Rewards, Rollout
@@ -35,7 +35,7 @@ class ProcessReward:
         *,
         gamma: float,
         bootstrap_truncated: bool = True,
-        model: ProgressModel | None = None,
+        model: RewardModel | None = None,
     ) -> None:
         if model is None and config.weight > 0:
             if config.checkpoint is None:
@@ -43,7 +43,7 @@ class ProcessReward:
                     "The process reward has no model: run the `reward fit` stage first, or set `reward.checkpoint` "
                     "to the folder of a fitted one."
                 )
-            model = ProgressModel.from_pretrained(config.checkpoint)
+            model = load_reward_model(config.checkpoint)
         self.config = config
         self.gamma = gamma
         self.bootstrap_truncated = bootstrap_truncated

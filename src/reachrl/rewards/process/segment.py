@@ -62,7 +62,8 @@ def segment(
         )
     last = len(ee_state) - 1
     cuts = gripper_cuts(ee_state[:, 3], gripper_change=gripper_change, min_segment=min_segment)
-    bounds = np.array([0, *cuts, last], dtype=np.int64)
+    # A gripper that changes in the last frame only would open a segment without a single decision.
+    bounds = np.array([0, *cuts[cuts < last], last], dtype=np.int64)
     keyframes = rest_frames(ee_state[:, :3], bounds, keyframe_speed=keyframe_speed)
     if success:
         keyframes = np.union1d(keyframes, [last]).astype(np.int64)
@@ -76,10 +77,12 @@ def gripper_cuts(
 
     Two thresholds 20 % of the trajectory's own range apart decide open or closed, so that noise around one
     of them does not flip the state; a state shorter than `min_segment` frames is chatter and is absorbed.
+    Where the median openings of two neighbouring states are less than `gripper_change` apart, there was no
+    change either: the range of a noisy measurement or of a slow drift is wider than any step in it.
 
     Args:
         opening: gripper opening 0..1 of every frame.
-        gripper_change: range below which the gripper counts as unmoved.
+        gripper_change: smallest step from one state's median opening to the next one's.
         min_segment: frames a state must last, also at both ends.
 
     Returns:
@@ -97,7 +100,23 @@ def gripper_cuts(
     starts = np.concatenate([[0], np.flatnonzero(is_open[1:] != is_open[:-1]) + 1, [len(opening)]])
     lasting = [start for start, stop in itertools.pairwise(starts) if stop - start >= min_segment]
     # The first lasting state also owns the chatter before it; a state that returns after chatter is no change.
-    return np.array([b for a, b in itertools.pairwise(lasting) if is_open[a] != is_open[b]], dtype=np.int64)
+    cuts = [b for a, b in itertools.pairwise(lasting) if is_open[a] != is_open[b]]
+    return np.array(_drop_small_steps(opening, cuts, gripper_change), dtype=np.int64)
+
+
+def _drop_small_steps(opening: Float[np.ndarray, "T+1"], cuts: list[int], gripper_change: float) -> list[int]:
+    """The cuts that part states whose median openings are `gripper_change` apart; the smallest steps go first."""
+    bounds = [0, *cuts, len(opening)]
+    levels = [float(np.median(opening[a:b])) for a, b in itertools.pairwise(bounds)]
+    while len(levels) > 1:
+        steps = np.abs(np.diff(levels))
+        smallest = int(np.argmin(steps))
+        if steps[smallest] >= gripper_change:
+            break
+        del bounds[smallest + 1]
+        first, last = bounds[smallest : smallest + 2]
+        levels[smallest : smallest + 2] = [float(np.median(opening[first:last]))]
+    return bounds[1:-1]
 
 
 def rest_frames(
@@ -107,17 +126,19 @@ def rest_frames(
 
     Speed is measured against the trajectory's own fast motion (its 95th percentile), so the unit of length
     and the time between decisions cancel. Each slow stretch gives one frame, that of lowest speed; a
-    stretch that opens a segment gives none, because no motion of that segment led to it.
+    stretch that opens a segment gives none, because no motion of that segment led to it. Velocities are not
+    needed: speed is the way between two poses, and a pose that did not arrive in mid-motion is bridged.
 
     Args:
         xyz: end-effector position of every frame.
         bounds: first frame of each segment, then the last frame.
         keyframe_speed: fraction of the fast speed that counts as rest.
     """
-    speed = np.linalg.norm(np.diff(xyz, axis=0), axis=1)  # [T] of the motion that led to frame t + 1
-    fast = float(np.percentile(speed, 95)) if len(speed) else 0.0
-    if fast < _STILL:
+    speed = _speed(xyz)
+    if _fast(speed) < _STILL:
         return np.empty(0, dtype=np.int64)
+    speed = _speed(_bridge_missed_poses(xyz, speed, slow=keyframe_speed * _fast(speed)))
+    fast = _fast(speed)
     keyframes: list[int] = []
     for first, last in itertools.pairwise(bounds.tolist()):
         inside = speed[first:last]
@@ -125,3 +146,27 @@ def rest_frames(
         edges = np.flatnonzero(slow[1:] != slow[:-1]).reshape(-1, 2)
         keyframes += [first + a + int(np.argmin(inside[a:b])) + 1 for a, b in edges.tolist() if a > 0]
     return np.array(keyframes, dtype=np.int64)
+
+
+def _speed(xyz: Float[np.ndarray, "T+1 3"]) -> Float[np.ndarray, "T"]:
+    """The way, in the unit of `xyz`, that led to each frame but the first."""
+    return np.linalg.norm(np.diff(xyz, axis=0), axis=1)
+
+
+def _fast(speed: Float[np.ndarray, "T"]) -> float:
+    """The speed of fast motion; the fastest twentieth may be glitches."""
+    return float(np.percentile(speed, 95)) if len(speed) else 0.0
+
+
+def _bridge_missed_poses(
+    xyz: Float[np.ndarray, "T+1 3"], speed: Float[np.ndarray, "T"], *, slow: float
+) -> Float[np.ndarray, "T+1 3"]:
+    """Positions with each missed measurement put half way between its neighbours.
+
+    An arm under way never repeats a position to the last bit and goes on at once. Where one frame does, between
+    two fast ones, the robot reported its pose more rarely than it was photographed, and the arm did not rest.
+    """
+    missed = np.flatnonzero((speed[1:-1] == 0) & (speed[:-2] >= slow) & (speed[2:] >= slow)) + 2
+    bridged = xyz.copy()
+    bridged[missed] = 0.5 * (xyz[missed - 1] + xyz[missed + 1])
+    return bridged

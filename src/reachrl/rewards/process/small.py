@@ -1,23 +1,22 @@
-"""The progress model: a small convolutional network from (frame, instruction) to P(progress)."""
+"""The small reward model: a convolutional network from (frames, instruction) to P(progress)."""
 
-import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reachrl.errors import CheckpointError, ConfigError, StorageError
+from reachrl.config.reward_model import SmallRewardModelConfig
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def instruction_words(instruction: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", instruction.lower())
 
 
-class ProgressModel(nn.Module):
+class SmallRewardModel(RewardModel):
     """Four strided convolutions, modulated by the instruction, and a readout of the 2-D feature grid.
 
     The instruction is read as a bag of the words known from the fit. One that was not fitted is scored all
@@ -42,10 +41,23 @@ class ProgressModel(nn.Module):
         channels: width of each convolution; multiples of 8.
         hidden: width of the readout.
         instructions: the instructions of the fit; their words are the vocabulary.
+        num_frames: frames of a clip; the first convolution sees them side by side as channels.
+        frame_stride: decisions between two of them.
     """
 
-    def __init__(self, *, image_size: int, channels: Sequence[int], hidden: int, instructions: Sequence[str]) -> None:
-        super().__init__()
+    Config: ClassVar[type[SmallRewardModelConfig]] = SmallRewardModelConfig
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: Sequence[int],
+        hidden: int,
+        instructions: Sequence[str],
+        num_frames: int = 1,
+        frame_stride: int = 1,
+    ) -> None:
+        super().__init__(num_frames=num_frames, frame_stride=frame_stride)
         self.image_size = image_size
         self.channels = tuple(channels)
         self.hidden = hidden
@@ -57,7 +69,7 @@ class ProgressModel(nn.Module):
         c1, c2, c3, c4 = self.channels
         self.convs = nn.ModuleList(
             [
-                nn.Conv2d(3, c1, 8, stride=4, padding=2),
+                nn.Conv2d(3 * num_frames, c1, 8, stride=4, padding=2),
                 nn.Conv2d(c1, c2, 3, stride=2, padding=1),
                 nn.Conv2d(c2, c3, 3, stride=2, padding=1),
                 nn.Conv2d(c3, c4, 3, padding=1),
@@ -74,6 +86,18 @@ class ProgressModel(nn.Module):
         nn.init.zeros_(self.film.bias)
         for weight in (module.weight for module in self.modules() if isinstance(module, nn.Conv2d)):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)  # as frames lie in memory
+
+    @classmethod
+    def for_fit(cls, config: SmallRewardModelConfig, instructions: Sequence[str]) -> Self:
+        """A model with new weights."""
+        return cls(
+            image_size=config.image_size,
+            channels=config.channels,
+            hidden=config.hidden,
+            instructions=instructions,
+            num_frames=config.num_frames,
+            frame_stride=config.frame_stride,
+        )
 
     def encode_instructions(self, instructions: Sequence[str]) -> Float[Tensor, "B V"]:
         """Bags of words, each row of Euclidean length 1.
@@ -102,14 +126,25 @@ class ProgressModel(nn.Module):
             log.warning("The reward model was not fitted on '%s': its scores for it are extrapolated.", text)
         return bag / bag.norm()
 
-    def forward(self, images: UInt8[Tensor, "B H W 3"], bags: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
+    def logits(self, clips: UInt8[np.ndarray, "B F H W 3"], instructions: Sequence[str]) -> Float[Tensor, "B"]:
+        """Logits of P(progress).
+
+        Raises:
+            ConfigError: an instruction shares no word with the fit.
+        """
+        bags = self.encode_instructions(instructions)
+        return self(torch.from_numpy(np.ascontiguousarray(clips)).to(bags.device), bags)
+
+    def forward(self, clips: UInt8[Tensor, "B F H W 3"], bags: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
         """Logits of P(progress).
 
         Args:
-            images: raw frames of any size.
-            bags: `encode_instructions` of each frame's instruction.
+            clips: raw frames of any size.
+            bags: `encode_instructions` of each clip's instruction.
         """
-        x = images.permute(0, 3, 1, 2).to(self.head.weight.dtype) / 127.5 - 1.0  # channels-last already
+        # Frames side by side as channels, which stay the fastest dimension in memory.
+        side_by_side = clips.permute(0, 2, 3, 1, 4).flatten(3)
+        x = side_by_side.permute(0, 3, 1, 2).to(self.head.weight.dtype) / 127.5 - 1.0
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
         text = F.gelu(self.text(bags))
@@ -120,90 +155,47 @@ class ProgressModel(nn.Module):
         grid = self.squeeze(x).flatten(1)
         return self.head(F.gelu(self.readout(torch.cat([grid, text], dim=-1)))).squeeze(-1)
 
-    @torch.inference_mode()
-    def score(
-        self, images: UInt8[np.ndarray, "B H W 3"], instructions: Sequence[str], *, batch_size: int = 128
-    ) -> Float32[np.ndarray, "B"]:
-        """P(progress) of each frame.
+    def shift_logits(self, by: float) -> None:
+        """Add `by` to every logit from now on."""
+        with torch.no_grad():
+            self.head.bias.add_(by)
 
-        The last batch is padded to `batch_size`, so that a frame's score does not depend on how many others
-        were scored with it.
-
-        Args:
-            images: raw frames.
-            instructions: one for each frame.
-            batch_size: frames a forward pass.
-
-        Raises:
-            ConfigError: an instruction shares no word with the fit.
-        """
-        if len(images) != len(instructions):
-            raise ValueError(f"{len(images)} frames but {len(instructions)} instructions")
-        scores = np.empty(len(images), dtype=np.float32)
-        for start in range(0, len(images), batch_size):
-            frames = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
-            bags = self.encode_instructions(instructions[start : start + batch_size])
-            missing = batch_size - len(frames)
-            frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, missing)).to(bags.device)
-            probability = torch.sigmoid(self(frames, F.pad(bags, (0, 0, 0, missing))).float())
-            scores[start : start + batch_size] = probability[: batch_size - missing].cpu().numpy()
-        return scores
-
-    def architecture(self) -> dict[str, Any]:
-        """What must be equal for weights to fit."""
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write `model.safetensors`; returns what must be equal for the weights to fit."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
         return {
             "format": FORMAT,
             "image_size": self.image_size,
             "channels": list(self.channels),
             "hidden": self.hidden,
+            "num_frames": self.num_frames,
+            "frame_stride": self.frame_stride,
             "instructions": list(self.instructions),
         }
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors`; the folder appears complete or not at all.
-
-        Raises:
-            StorageError: the folder cannot be written.
-        """
-        aside = folder.with_name(f".{folder.name}.partial")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / "config.json").write_text(json.dumps(self.architecture(), indent=2) + "\n")
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(weights, aside / "model.safetensors")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"Cannot write the reward model to {folder}: {error}. Free space or fix rights."
-            ) from error
-
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "ProgressModel":
-        """Read what `save_pretrained` wrote, in evaluation mode.
+    def read(cls, folder: Path, saved: dict[str, Any]) -> "SmallRewardModel":
+        """Read what `write` wrote.
 
         Raises:
-            CheckpointError: a file is missing, truncated or of another architecture.
+            CheckpointError: the file is missing, truncated or of another architecture.
         """
-        remedy = "Point to the `model` folder of a finished reward fit, or fit again."
+        if saved.get("format") != FORMAT:
+            raise CheckpointError(f"{folder / CONFIG_FILE} is no {FORMAT} description. {REMEDY}")
         try:
-            saved = json.loads((folder / "config.json").read_text())
-            if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-                raise CheckpointError(f"{folder / 'config.json'} is no {FORMAT} description. {remedy}")
             weights = load_file(folder / "model.safetensors")
-            model = cls(**{key: value for key, value in saved.items() if key != "format"})
+            model = cls(**{key: value for key, value in saved.items() if key not in ("format", "kind")})
             model.load_state_dict(weights)
         except FileNotFoundError as error:
-            raise CheckpointError(f"The reward model file {error.filename or error} is missing. {remedy}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError, SafetensorError) as error:
-            raise CheckpointError(f"The reward model in {folder} is damaged or truncated: {error}. {remedy}") from error
+            raise CheckpointError(f"The reward model file {error.filename or error} is missing. {REMEDY}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"The reward model in {folder} is damaged or truncated: {error}. {REMEDY}") from error
         except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"The reward model in {folder} has another architecture: {error}. {remedy}"
+                f"The reward model in {folder} has another architecture: {error}. {REMEDY}"
             ) from error
         broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if broken:
-            raise CheckpointError(f"The reward model in {folder} holds numbers that are not finite: {broken}. {remedy}")
-        return model.eval()
+            raise CheckpointError(f"The reward model in {folder} holds numbers that are not finite: {broken}. {REMEDY}")
+        return model
