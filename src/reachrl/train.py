@@ -13,6 +13,7 @@ from reachrl.backends.base import Actors, Learner
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
+from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
@@ -40,6 +41,26 @@ class TrainState:
             episodes=self.episodes + len(rollout.episodes),
             warming_up=warming_up,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keepers:
+    """Everyone who keeps something that a resumed run needs."""
+
+    actors: Actors
+    learner: Learner
+    reward: Reward
+    audit: RewardAudit
+    curriculum: TaskSampler
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each needs to go on, JSON-ready; the learner writes files of its own."""
+        return {name: getattr(self, name).state_dict() for name in ("actors", "reward", "audit", "curriculum")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let each go on from there; the actors last, as they replay the running episodes."""
+        for name in ("curriculum", "audit", "reward", "actors"):
+            getattr(self, name).load_state_dict(state[name])
 
 
 class Watcher(Protocol):
@@ -70,7 +91,9 @@ def train(
         WorkerError: an environment keeps failing.
     """
     assert isinstance(config.ppo, PPOConfig)
-    state = restore(run, actors, learner, curriculum)
+    audit = RewardAudit(config.audit, run.videos)
+    keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
+    state = restore(run, keepers)
     while state.iteration < config.num_iterations:
         with run.span("sync"):
             version = actors.load_weights(learner.export_weights())
@@ -85,14 +108,17 @@ def train(
             stats = learner.update(
                 rollout, rewards, scored, iteration=state.iteration, train_policy=not state.warming_up
             )
+        with run.span("watch"):
+            watched = audit.observe(rollout, rewards, iteration=state.iteration)
+            watched |= reward.adapt(rollout, iteration=state.iteration)
         warn_of_engine_gap(config.ppo, state, stats)
         curriculum.observe(rollout.episodes)
         warming_up = still_warming_up(config.ppo, state, stats)
-        record = metrics(state, rollout, rewards, stats, curriculum, lost_episodes=actors.lost_episodes)
+        record = metrics(state, rollout, rewards, stats, curriculum, lost_episodes=actors.lost_episodes) | watched
         state = state.advance(rollout, warming_up=warming_up)
         watcher.iteration(run.log(record))
         if state.iteration % config.checkpoint_every == 0 or state.iteration == config.num_iterations:
-            save(run, state, actors, learner, curriculum, keep=config.keep_checkpoints)
+            save(run, state, keepers, keep=config.keep_checkpoints)
     return state
 
 
@@ -149,20 +175,17 @@ def metrics(
     )
 
 
-def save(run: Run, state: TrainState, actors: Actors, learner: Learner, curriculum: TaskSampler, *, keep: int) -> None:
-    """Write one complete checkpoint: weights, optimiser, running episodes, curriculum, counters."""
+def save(run: Run, state: TrainState, keepers: Keepers, *, keep: int) -> None:
+    """Write one complete checkpoint: weights, optimiser, running episodes, reward, curriculum, counters."""
 
     def fill(folder: Path) -> None:
-        learner.save(folder)
-        write_json_atomic(
-            folder / "state.json",
-            {"train": asdict(state), "actors": actors.state_dict(), "curriculum": curriculum.state_dict()},
-        )
+        keepers.learner.save(folder)
+        write_json_atomic(folder / "state.json", {"train": asdict(state)} | keepers.state_dict())
 
     save_checkpoint(run.checkpoints, state.iteration, fill, keep=keep)
 
 
-def restore(run: Run, actors: Actors, learner: Learner, curriculum: TaskSampler) -> TrainState:
+def restore(run: Run, keepers: Keepers) -> TrainState:
     """The state of the last checkpoint, with everything put back; a fresh state if there is none.
 
     Metrics written after the checkpoint are dropped: those iterations are about to be run again.
@@ -173,12 +196,11 @@ def restore(run: Run, actors: Actors, learner: Learner, curriculum: TaskSampler)
     folder = latest_checkpoint(run.checkpoints)
     if folder is None:
         run.metrics.truncate_after("train", "iteration", -1)
-        return TrainState(warming_up=_starts_in_warm_up(learner))
+        return TrainState(warming_up=_starts_in_warm_up(keepers.learner))
     verify_checkpoint(folder)
     saved = json.loads((folder / "state.json").read_text())
-    learner.load(folder)
-    curriculum.load_state_dict(saved["curriculum"])
-    actors.load_state_dict(saved["actors"])
+    keepers.learner.load(folder)
+    keepers.load_state_dict(saved)
     state = TrainState(**saved["train"])
     run.metrics.truncate_after("train", "iteration", state.iteration - 1)
     return state

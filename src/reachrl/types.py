@@ -93,6 +93,7 @@ class Rewards:
 
     total: Float32[np.ndarray, "T N"]
     parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=lambda: {})
+    progress: Float32[np.ndarray, "T N"] | None = None  # 0..1: what a dense reward thinks of the frame a step led to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

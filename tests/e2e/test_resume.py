@@ -21,6 +21,12 @@ OVERRIDES = [
     "sft.epochs=2",
     "reward_model.steps=10",
     "reward_model.rollouts_per_task=2",
+    "reward_model.num_frames=2",
+    "reward_model.shuffled_negatives=0.1",
+    "reward_model.refit_every=2",
+    "reward_model.refit_steps=5",
+    "reward_model.refit_window=2",
+    "reward.normalise=true",
     "eval.num_starts=2",
     "num_threads=1",
 ]

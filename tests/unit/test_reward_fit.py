@@ -1,5 +1,6 @@
 """Fitting: the split, refusals, atomic results and their reuse, reproducibility."""
 
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -12,7 +13,8 @@ from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.errors import ConfigError, DivergedError
 from reachrl.rewards.process import optimise as optimise_module
 from reachrl.rewards.process.fit import fit_reward_model, split_starts
-from reachrl.rewards.process.optimise import random_shift
+from reachrl.rewards.process.optimise import random_shift, shuffled_clip
+from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.types import Start, Trajectory
 
 CONFIG = SmallRewardModelConfig(image_size=32, channels=(8, 8, 8, 8), hidden=8, steps=6, batch_size=8, log_every=3)
@@ -34,6 +36,11 @@ def trajectory(index, *, success=True, task="reach", seed=0, split="train"):
 def data_set():
     data = [trajectory(i, task=task) for task in ("reach", "push") for i in range(10)]
     return data + [trajectory(i, task=task, success=False, seed=1) for task in ("reach", "push") for i in range(4)]
+
+
+def numbered_frames():
+    """Six frames, each of one grey value: its number."""
+    return np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None, None, None], (6, 32, 32, 3)).copy()
 
 
 def test_split_separates_starts_and_holds_out_both_outcomes():
@@ -141,6 +148,65 @@ def test_a_diverging_fit_saves_nothing(tmp_path):
     with pytest.raises(DivergedError, match=r"lower `reward_model\.lr`"):
         fit_reward_model(data_set(), CONFIG.model_copy(update={"lr": 1e30}), seed=0, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_frames_without_a_label_take_no_part(monkeypatch, tmp_path):
+    data = [replace(trajectory, images=numbered_frames()) for trajectory in data_set()]
+    seen = set()
+
+    def spy(clips, pixels, generator):
+        seen.update(np.unique(clips).tolist())
+        return clips
+
+    monkeypatch.setattr(optimise_module, "random_shift", spy)
+    config = CONFIG.model_copy(update={"label": "events", "event_last": 2, "gripper_change": 1.0, "steps": 30})
+    quality = fit_reward_model(data, config, seed=0, folder=tmp_path).quality
+    assert seen == {0, 4, 5}  # every fifth frame and the last two
+    assert quality["heldout"]["frames"] == 4 * 3 + 2 * 2 and np.isfinite(quality["heldout"]["loss"])
+
+
+def test_shuffled_clips_show_the_same_episode_in_an_order_that_never_was():
+    one = trajectory(0)
+    one = replace(
+        one, images=np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+    )
+    config = CONFIG.model_copy(update={"num_frames": 3, "frame_stride": 2})
+    model = SmallRewardModel.for_fit(config, ["reach the goal"])
+    draw = np.random.default_rng(0)
+    right = {(0, 0, t) for t in range(3)} | {(0, 1, 3), (0, 2, 4), (1, 3, 5)}
+    orders = {tuple(shuffled_clip(one, model, draw)[:, 0, 0, 0].tolist()) for _ in range(200)}
+    assert len(orders) > 5 and not orders & right
+    assert {tuple(sorted(order)) for order in orders} <= {tuple(sorted(order)) for order in right}
+
+
+def test_shuffled_negatives_replace_their_share_of_a_batch_with_zeros():
+    data = data_set()
+    labels = [np.ones(6, np.float32)] * len(data)
+    config = CONFIG.model_copy(update={"num_frames": 2, "shuffled_negatives": 0.25})
+    model = SmallRewardModel.for_fit(config, [t.instruction for t in data])
+    batches = optimise_module._batches(model, data, labels, range(len(data)), config, 0)
+    for _ in range(5):
+        clips, _, target = next(batches)
+        assert clips.shape == (8, 2, 32, 32, 3) and sorted(target.tolist()) == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_refit_starts_from_the_given_weights_and_takes_its_own_number_of_steps(tmp_path):
+    first = fit_reward_model(data_set(), CONFIG, seed=0, folder=tmp_path / "first").model
+    config = CONFIG.model_copy(update={"refit_steps": 3, "lr": 1e-6, "log_every": 1})
+    steps = []
+    again = fit_reward_model(
+        data_set(),
+        config,
+        seed=0,
+        folder=tmp_path / "again",
+        start_from=copy.deepcopy(first),
+        on_step=lambda s, _: steps.append(s),
+    ).model
+    assert steps == [1, 2, 3]
+    frames, texts = data_set()[0].images, ["reach the goal"] * 6
+    before, after = first.score(frames, texts), again.score(frames, texts)
+    np.testing.assert_allclose(after, before, atol=1e-3)
+    assert not np.array_equal(after, before)
 
 
 def test_random_shift_moves_content_by_at_most_the_given_pixels():

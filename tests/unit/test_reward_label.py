@@ -78,6 +78,25 @@ def test_failures_are_all_zero_and_a_solved_start_is_all_one():
     assert label_trajectory(trajectory(np.ones((6, 4))), keyframe).tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_event_labels_are_those_of_the_first_public_code():
+    # 40 frames; the gripper closes at frame 10 and opens at frame 30
+    ee_state = np.zeros((40, 4))
+    ee_state[:, 3] = 1.0
+    ee_state[10:30, 3] = 0.0
+    ee_state[:, 0] = np.arange(40)
+    labels = label_trajectory(trajectory(ee_state), SmallRewardModelConfig(label="events", event_last=4))
+    positive = set(range(19, 24)) | set(range(28, 33)) | set(range(36, 40))  # 11 frames late, at once, at the end
+    for frame, label in enumerate(labels.tolist()):
+        if frame in positive:
+            assert label == 1, frame
+        elif frame % 5 == 0:
+            assert label == 0, frame
+        else:
+            assert np.isnan(label), frame
+    failure = label_trajectory(trajectory(ee_state, success=False), SmallRewardModelConfig(label="events"))
+    assert np.flatnonzero(failure == 0).tolist() == list(range(0, 40, 5)) and np.isnan(failure).sum() == 32
+
+
 def test_a_bad_pose_names_the_trajectory():
     ee_state = np.ones((6, 4))
     ee_state[2, 0] = np.inf

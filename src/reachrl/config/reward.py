@@ -28,6 +28,25 @@ class ProcessRewardConfig(Section):
     """`sum` adds the score of the frame each action led to (the paper; it pays an agent that dawdles in
     good-looking states). `potential` adds `gamma * score(next) - score(now)`, which cannot change the best policy."""
 
+    pay: Literal["steps", "segments"] = "steps"
+    """When process reward is paid: after each decision, or at the last one of each gripper segment and episode."""
+
+    gripper_change: float = Field(default=0.15, gt=0, le=1)
+    """Smallest change of gripper opening that ends a segment (`pay=segments`)."""
+
+    min_segment: int = Field(default=3, ge=1)
+    """Decisions a new gripper state must last to count (`pay=segments`)."""
+
+    normalise: bool = False
+    """Divide the process reward by its running standard deviation before it is weighted."""
+
+    clip: float | None = Field(default=None, gt=0)
+    """Largest size of one step's process reward before it is weighted; a clipped potential may change the best
+    policy."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where frames are scored: `cpu`, `cuda`, `cuda:1`; `auto` is where the model was put, the run's device."""
+
     checkpoint: Path | None = None
     """A fitted model's folder to score with; empty: the one this run's reward stage fits."""
 

@@ -141,7 +141,8 @@ class VLMRewardModelConfig(RewardModelSection):
     """The answer that means yes and the one that means no; each must be a single token."""
 
     image_size: int = Field(default=224, ge=28)
-    """Side in pixels to which frames are resized before the model's own patches are cut."""
+    """Side in pixels to which a Qwen model's frames are resized, rounded to whole tokens (28 pixels each). SmolVLM
+    sees frames at the one size its vision tower has, whatever this says."""
 
     lora_rank: int = Field(default=16, ge=0)
     """Rank of the adapters on the language model's linear maps; 0 trains all of the language model's weights."""
@@ -163,7 +164,7 @@ class VLMRewardModelConfig(RewardModelSection):
 
 
 class TransformersRewardModelConfig(RewardModelSection):
-    """Any `transformers` model with a score or class logits over (frame, text), used as it is unless `steps` are set."""
+    """Any `transformers` model with a score or class logits over (frame, text); used as it is unless `steps` is set."""
 
     kind: Literal["transformers"] = "transformers"  # pyright: ignore[reportIncompatibleVariableOverride]
 

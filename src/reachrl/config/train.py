@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from reachrl.config.audit import AuditSection
 from reachrl.config.base import Section
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.demos import DemosSection, SFTSection
@@ -70,6 +71,8 @@ class TrainConfig(Section):
     """Fitting of the process reward model."""
     reward: SerializeAsAny[Section] = ProcessRewardConfig()
     """What the policy is rewarded for."""
+    audit: AuditSection = AuditSection()
+    """When the dense reward and true success are said to have parted."""
     curriculum: SerializeAsAny[Section] = SuccessRateConfig()
     """Which task and start state the next episode gets."""
     ppo: SerializeAsAny[Section] = PPOConfig()

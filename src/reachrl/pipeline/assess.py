@@ -15,6 +15,7 @@ from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, saved_policy
+from reachrl.pipeline.refit import latest_version
 from reachrl.pipeline.reinforce import build_reward, needs_reward_model
 from reachrl.policies.base import Policy
 from reachrl.rewards.base import Reward
@@ -67,7 +68,7 @@ def _evaluate_one(
             )
             record[mode] = result.record()
             episodes += [episode for episode in result.episodes if episode.turns]
-    reward = build_reward(config, run)
+    reward = build_reward(config, run, version=latest_version(run) if when == "after" else 0)
     for episode in episodes:
         _film(config, run, reward, episode, when)
     if when == "after" and episodes:

@@ -8,13 +8,14 @@ from reachrl.backends.local import LocalActors, LocalLearner
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
-from reachrl.demos.store import TrajectoryStore, write_shard
+from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.pipeline.base import Display, StageProgress, saved_policy
+from reachrl.errors import ExtensionError
+from reachrl.pipeline.base import Display, StageProgress, device_of, saved_policy
+from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.registry import build
 from reachrl.rewards.base import Reward
-from reachrl.rewards.process.base import load_reward_model
-from reachrl.rewards.process.fit import fit_reward_model
+from reachrl.rewards.process.fit import fit_reward_model, split_starts
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
@@ -28,7 +29,8 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
     if not needs_reward_model(config):
         display.log("reward: nothing to fit, the reward is the task's own or brings its checkpoint")
         return {"fitted": False}
-    trajectories = list(TrajectoryStore(run.demos)) + policy_trajectories(config, run, display)
+    policy_trajectories(config, run, display)
+    trajectories = first_data(run)
     with display.stage("reward", config.reward_model.steps, "fitting P(progress)") as progress:
         last = 0
 
@@ -40,21 +42,30 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
 
         run.metrics.truncate_after("reward_model", "step", 0)  # of a fit that was cut short
         result = fit_reward_model(
-            trajectories, config.reward_model, seed=config.seed, folder=run.reward_model, on_step=show
+            trajectories,
+            config.reward_model,
+            seed=config.seed,
+            folder=run.reward_model,
+            on_step=show,
+            device=device_of(config),
         )
+    heldout = split_starts(trajectories, config.reward_model.heldout_fraction, config.seed)
+    write_shard(
+        run.reward_model / "audit.parquet", [trajectory for trajectory in trajectories if trajectory.start in heldout]
+    )
     return {"fitted": True, "trajectories": len(trajectories)} | {
         key: value for key, value in result.quality["heldout"].items() if isinstance(value, int | float)
     }
 
 
-def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> list[Trajectory]:
-    """Episodes of the warm-started policy on training starts; a copy is kept in `reward_model/rollouts/` to look at.
+def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None:
+    """Play episodes of the warm-started policy on training starts into `reward_model/rollouts/`.
 
     The last numbered starts are used: demonstrations took the first.
     """
     count = config.reward_model.rollouts_per_task
     if count == 0:
-        return []
+        return
     policy = saved_policy(config, run.sft / "policy").eval()
     first = max(config.env.num_train_starts - count, 0)
     numbers = range(first, config.env.num_train_starts)
@@ -63,9 +74,7 @@ def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> list
         player = EpisodePlayer(policy, envs, mode="sampled", temperature=1.0, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
-    trajectories = [_trajectory(episode) for episode in episodes]
-    write_shard(run.reward_model / "rollouts" / "policy.parquet", trajectories)
-    return trajectories
+    write_shard(run.reward_model / "rollouts" / "policy.parquet", [_trajectory(episode) for episode in episodes])
 
 
 def needs_reward_model(config: TrainConfig) -> bool:
@@ -74,16 +83,33 @@ def needs_reward_model(config: TrainConfig) -> bool:
     return isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
 
 
-def build_reward(config: TrainConfig, run: Run) -> Reward:
-    """The configured reward; the process reward with this run's model unless it names another."""
+def build_reward(config: TrainConfig, run: Run, *, version: int = 0) -> Reward:
+    """The configured reward; the process reward with a version of this run's model unless it names another.
+
+    Raises:
+        ExtensionError: a plug-in that is no `Reward`.
+    """
     assert isinstance(config.ppo, PPOConfig)
     shaping = {"gamma": config.ppo.gamma, "bootstrap_truncated": config.ppo.bootstrap_truncated}
-    if isinstance(config.reward, ProcessRewardConfig):
-        model = load_reward_model(run.reward_model / "model") if needs_reward_model(config) else None
-        return build("rewards", config.reward, **shaping, model=model)
     if isinstance(config.reward, OracleRewardConfig):
         return build("rewards", config.reward, **shaping)
-    return build("rewards", config.reward)
+    if not isinstance(config.reward, ProcessRewardConfig):
+        reward = build("rewards", config.reward)
+        if not isinstance(reward, Reward):
+            raise ExtensionError(
+                f"{type(reward).__name__}: a reward must be a subclass of reachrl.rewards.base.Reward."
+            )
+        return reward
+    if not needs_reward_model(config):
+        return build("rewards", config.reward, **shaping)
+    return build(
+        "rewards",
+        config.reward,
+        **shaping,
+        model=read_version(run, version).to(device_of(config)),
+        refit=Refitter(config, run) if config.reward_model.refit_every else None,
+        read_version=lambda number: read_version(run, number).to(device_of(config)),
+    )
 
 
 class _TrainDisplay:
@@ -134,14 +160,12 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:
     assert episode.final_image is not None
-    states = [turn.ee_state for turn in episode.turns]
     return Trajectory(
         start=episode.start,
         instruction=episode.instruction,
         images=np.stack([*(turn.image for turn in episode.turns), episode.final_image]),
         actions=np.stack([turn.action for turn in episode.turns]),
-        # The pose before the first action is not reported by a vector step; the first known one stands in.
-        ee_state=np.stack([states[0], *states]),
+        ee_state=with_first_pose([turn.ee_state for turn in episode.turns]),
         success=episode.success,
         source="policy",
     )

@@ -1,18 +1,33 @@
 """What the loop asks of a reward: one call that scores a whole rollout."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 from reachrl.types import Rewards, Rollout
 
 
-class Reward(Protocol):
+class Reward(ABC):
     """Turns a rollout into the reward of each step.
 
     The result is finite f32[T N]; `parts` sum to `total`; rows with `valid == False` are 0; and a row's
     reward does not depend on which other environments were collected beside it.
     `reachrl.testing.rewards.check_reward` proves all of it for any implementation.
+
+    A reward that changes over a run, because it learns or normalises, keeps what it needs to continue in its
+    state; for one that does not, the methods below are right as they are.
     """
 
+    @abstractmethod
     def __call__(self, rollout: Rollout) -> Rewards:
         """Score every step of `rollout`."""
-        ...
+
+    def adapt(self, rollout: Rollout, *, iteration: int) -> dict[str, float]:
+        """Learn from the rollout that an iteration has just used; returns figures for its metrics."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same rewards; JSON-ready."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (nothing to do is a good answer)
+        """Go on from `state_dict`'s answer."""

@@ -6,12 +6,13 @@ import numpy as np
 
 from reachrl.config.reward import OracleRewardConfig
 from reachrl.errors import ExtensionError
+from reachrl.rewards.base import Reward
 from reachrl.rewards.shaping import potential_difference, terminal_steps
 from reachrl.rewards.task import success_reward
 from reachrl.types import Rewards, Rollout
 
 
-class OracleReward:
+class OracleReward(Reward):
     """Potential-based shaping with the progress that the simulator reports.
 
     Args:
@@ -40,4 +41,4 @@ class OracleReward:
         terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
         before, after = np.moveaxis(np.where(rollout.valid[..., None], rollout.progress, np.float32(0)), -1, 0)
         process = np.float32(self.config.weight) * potential_difference(before, after, terminal, gamma=self.gamma)
-        return Rewards(total=task + process, parts={"task": task, "process": process})
+        return Rewards(total=task + process, parts={"task": task, "process": process}, progress=after)

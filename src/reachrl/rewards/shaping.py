@@ -1,7 +1,7 @@
 """Potential-based shaping: a dense reward that leaves the best policy as it is."""
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int64
 
 from reachrl.types import Rollout
 
@@ -30,3 +30,31 @@ def potential_difference(
     Source: Ng, Harada and Russell 1999, Policy invariance under reward transformations, theorem 1.
     """
     return np.float32(gamma) * np.where(terminal, np.float32(0), after) - before
+
+
+def pay_at_ends(
+    scores: Float32[np.ndarray, "L+1"], ends: Int64[np.ndarray, "S"], *, potential: bool, gamma: float, terminal: bool
+) -> Float32[np.ndarray, "L"]:
+    """Dense reward of one episode (or of the part of it in a rollout), paid at the last step of each segment only.
+
+    As a sum, a segment pays the score of the frame it ended on. As a potential, it pays the difference over the
+    segment; the start's potential is divided by the discount of the segment's length, so that the discounted sum
+    from any segment's start on is that of paying at every step, and the best policy stays the best.
+
+    Args:
+        scores: of the frames: before the first step, then after each of L steps.
+        ends: the segments' last steps, ascending, the last of them L - 1.
+        potential: whether scores are potentials.
+        gamma: the learner's discount.
+        terminal: whether the last step ends the episode for the learner; its potential is then 0.
+    """
+    paid = np.zeros(len(scores) - 1, dtype=np.float32)
+    if not potential:
+        paid[ends] = scores[ends + 1]
+        return paid
+    scores = scores.copy()
+    if terminal:
+        scores[-1] = 0.0
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    paid[ends] = gamma * scores[ends + 1] - scores[starts] * np.float64(gamma) ** (starts - ends)
+    return paid

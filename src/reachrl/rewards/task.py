@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from reachrl.config.reward import TaskRewardConfig
+from reachrl.rewards.base import Reward
 from reachrl.types import Rewards, Rollout
 
 
@@ -14,7 +15,7 @@ def success_reward(rollout: Rollout) -> Float32[np.ndarray, "T N"]:
     return (rollout.success & rollout.valid).astype(np.float32)
 
 
-class TaskReward:
+class TaskReward(Reward):
     """Sparse success, and nothing else."""
 
     Config: ClassVar[type[TaskRewardConfig]] = TaskRewardConfig

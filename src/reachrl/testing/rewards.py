@@ -111,7 +111,7 @@ def _check_order(reward: Reward, rollout: Rollout, rewards: Rewards) -> None:
         raise ExtensionError(f"{type(reward).__name__}: a row's reward depends on the order of the environments.")
 
 
-class ShuffledReward:
+class ShuffledReward(Reward):
     """Deals the rewards of ended episodes out again at random: what is left to learn from is nothing.
 
     A control for learning tests: the amounts and the times of reward stay as they are, only which episode

@@ -86,6 +86,7 @@ def fit_reward_model(
         config=config,
         steps=steps,
         seed=seed,
+        fitted=start_from is not None,
         on_step=on_step,
     )
     fitted, tested = (

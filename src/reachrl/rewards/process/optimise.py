@@ -32,6 +32,7 @@ def optimise(
     config: RewardModelSection,
     steps: int,
     seed: int,
+    fitted: bool = False,
     on_step: OnStep | None = None,
 ) -> RewardModel:
     """Minimise the cross-entropy for a fixed number of steps; nothing is chosen on the held-out side.
@@ -45,6 +46,7 @@ def optimise(
         config: the optimisation's options.
         steps: optimiser steps.
         seed: of the batches.
+        fitted: whether the model's answers are probabilities already, from an earlier fit.
         on_step: called with (step, {"train_loss", "heldout_loss"}) now and then.
 
     Raises:
@@ -59,6 +61,8 @@ def optimise(
         found = np.concatenate([labels[row] for row in fit_rows])
         positive, negative = class_weights(found[np.isfinite(found)])
     shift = math.log(positive / negative)
+    if fitted:  # back to the prior that the weights of the loss pull towards
+        model.shift_logits(shift)
     optimizer = _optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
     batches = _batches(model, data, labels, fit_rows, config, seed)

@@ -1,26 +1,38 @@
-"""The process reward: task success plus what the progress model thinks of the frames an action led to."""
+"""The process reward: task success plus what the reward model thinks of the frames an action led to."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+import torch
+from jaxtyping import Float32, Int64
 
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.errors import ConfigError
+from reachrl.rewards.base import Reward
+from reachrl.rewards.episodes import episode_parts, frame_numbers
 from reachrl.rewards.process.base import RewardModel, load_reward_model
-from reachrl.rewards.shaping import potential_difference, terminal_steps
+from reachrl.rewards.process.scorer import FrameScorer
+from reachrl.rewards.process.segment import gripper_cuts
+from reachrl.rewards.running_scale import RunningScale
+from reachrl.rewards.shaping import pay_at_ends, potential_difference, terminal_steps
 from reachrl.rewards.task import success_reward
 from reachrl.types import Rewards, Rollout
 
+# (rollout, iteration, model in use) -> a refitted model with figures about it, or None: nothing is due.
+Refit = Callable[[Rollout, int, RewardModel], tuple[RewardModel, dict[str, float]] | None]
 
-class ProcessReward:
-    """Dense reward from a fitted, frozen progress model.
+
+class ProcessReward(Reward):
+    """Dense reward from a fitted reward model.
 
     Args:
-        config: weight and mode.
+        config: weight, mode, and what is done to the scores.
         gamma: the learner's discount; a potential shaped with another one changes the best policy.
         bootstrap_truncated: the learner's; where it treats a time limit as terminal, so must the potential.
-        model: the progress model; at a weight above 0 it is read from `config.checkpoint` when None.
+        model: the reward model; at a weight above 0 it is read from `config.checkpoint` when None.
+        refit: fits the model anew on fresh episodes when due; None: it stays as it is.
+        read_version: gives the model of a version again; needed to resume a run that refits.
 
     Raises:
         ConfigError: neither a model nor a checkpoint was given.
@@ -36,6 +48,8 @@ class ProcessReward:
         gamma: float,
         bootstrap_truncated: bool = True,
         model: RewardModel | None = None,
+        refit: Refit | None = None,
+        read_version: Callable[[int], RewardModel] | None = None,
     ) -> None:
         if model is None and config.weight > 0:
             if config.checkpoint is None:
@@ -44,71 +58,94 @@ class ProcessReward:
                     "to the folder of a fitted one."
                 )
             model = load_reward_model(config.checkpoint)
-        self.config = config
-        self.gamma = gamma
-        self.bootstrap_truncated = bootstrap_truncated
-        self.model = None if model is None else model.eval().requires_grad_(False)
+        self.config, self.gamma, self.bootstrap_truncated = config, gamma, bootstrap_truncated
+        self.version = 0  # of the model; each refit adds one
+        self._refit, self._read_version = refit, read_version
+        self._scale = RunningScale()
+        self._scorer: FrameScorer | None = None
+        if model is not None:
+            self._use(model)
+
+    @property
+    def model(self) -> RewardModel | None:
+        """The model in use."""
+        return None if self._scorer is None else self._scorer.model
 
     def __call__(self, rollout: Rollout) -> Rewards:
         """Score every step of `rollout`; no frame is scored twice."""
         task = success_reward(rollout)
-        process = self._process(rollout) if self.config.weight > 0 else np.zeros_like(task)
-        return Rewards(total=task + process, parts={"task": task, "process": process})
-
-    def _process(self, rollout: Rollout) -> Float32[np.ndarray, "T N"]:
+        if self.config.weight == 0:
+            return Rewards(total=task, parts={"task": task, "process": np.zeros_like(task)})
         now, after = frame_numbers(rollout)
+        scores = self._scores(rollout, now, after)
+        process = self._paid(rollout, scores[now], scores[after])
+        if self.config.normalise:
+            self._scale.update(process[rollout.valid])
+            process = process / np.float32(self._scale.deviation)
+        if self.config.clip is not None:
+            process = np.clip(process, -np.float32(self.config.clip), np.float32(self.config.clip))
+        process = np.where(rollout.valid, np.float32(self.config.weight) * process, np.float32(0))
+        progress = np.where(rollout.valid, scores[after], np.float32(0))
+        return Rewards(total=task + process, parts={"task": task, "process": process}, progress=progress)
+
+    def adapt(self, rollout: Rollout, *, iteration: int) -> dict[str, float]:
+        """Refit the model when it is due."""
+        if self._refit is None or self._scorer is None:
+            return {}
+        found = self._refit(rollout, iteration, self._scorer.model)
+        if found is None:
+            return {}
+        model, figures = found
+        self.version += 1
+        self._use(model)
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's version and the running scale."""
+        return {"version": self.version, "scale": self._scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the same version and scale."""
+        self._scale.load_state_dict(state["scale"])
+        if state["version"] != self.version:
+            assert self._read_version is not None, "a state with a refitted model comes from a run that refits"
+            self._use(self._read_version(state["version"]))
+            self.version = state["version"]
+
+    def _use(self, model: RewardModel) -> None:
+        if self.config.device != "auto":
+            model = model.to(torch.device(self.config.device))
+        self._scorer = FrameScorer(model.eval(), batch_size=self.config.score_batch)
+
+    def _scores(
+        self, rollout: Rollout, now: Int64[np.ndarray, "T N"], after: Int64[np.ndarray, "T N"]
+    ) -> Float32[np.ndarray, "F"]:
+        assert self._scorer is not None, "frames are scored only where the weight is above 0"
+        wanted = [after[rollout.valid]]
+        if self.config.mode == "potential":
+            wanted.append(now[rollout.valid])
+        return self._scorer.scores(rollout, np.unique(np.concatenate(wanted)))
+
+    def _paid(
+        self, rollout: Rollout, before: Float32[np.ndarray, "T N"], after: Float32[np.ndarray, "T N"]
+    ) -> Float32[np.ndarray, "T N"]:
+        """What each step earns before scaling."""
         potential = self.config.mode == "potential"
         terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
-        # The potential of a terminal state is 0 by definition: its frame need not be scored.
-        wanted = [after[rollout.valid & ~terminal]] if potential else [after[rollout.valid]]
-        if potential:
-            wanted.append(now[rollout.valid])
-        scores = self._score(rollout, np.unique(np.concatenate(wanted)))
-        if potential:
-            process = potential_difference(scores[now], scores[after], terminal, gamma=self.gamma)
-        else:
-            process = scores[after]
-        return np.where(rollout.valid, np.float32(self.config.weight) * process, np.float32(0))
+        if self.config.pay == "steps":
+            return potential_difference(before, after, terminal, gamma=self.gamma) if potential else after
+        paid = np.zeros_like(after)
+        for first, last, n in episode_parts(rollout):
+            rows = slice(first, last + 1)
+            paid[rows, n] = pay_at_ends(
+                np.concatenate([before[first : first + 1, n], after[rows, n]]),
+                self._segment_ends(rollout.ee_state[rows, n, 3]),
+                potential=potential,
+                gamma=self.gamma,
+                terminal=bool(terminal[last, n]),
+            )
+        return paid
 
-    def _score(self, rollout: Rollout, wanted: Int64[np.ndarray, "K"]) -> Float32[np.ndarray, "F"]:
-        """Scores by frame number; frames that are not wanted keep 0."""
-        assert self.model is not None, "frames are scored only where the weight is above 0"
-        num_steps, num_envs = rollout.valid.shape
-        instructions = [text for row in rollout.instructions for text in row]
-        instructions += rollout.last_observation.instructions
-        instructions += [rollout.instructions[t][n] for t, n in rollout.final_rows.tolist()]
-        running = rollout.images.reshape(num_steps * num_envs, *rollout.images.shape[2:])
-        banks = (running, rollout.last_observation.images, rollout.final_images)
-        scores = np.zeros(len(instructions), dtype=np.float32)
-        offset = 0
-        for bank in banks:  # one bank after the other, in chunks: the frames of a rollout are never copied at once
-            chosen = wanted[(wanted >= offset) & (wanted < offset + len(bank))]
-            for start in range(0, len(chosen), self.config.score_batch):
-                rows = chosen[start : start + self.config.score_batch]
-                scores[rows] = self.model.score(
-                    bank[rows - offset], [instructions[row] for row in rows], batch_size=self.config.score_batch
-                )
-            offset += len(bank)
-        return scores
-
-
-def frame_numbers(rollout: Rollout) -> tuple[Int64[np.ndarray, "T N"], Int64[np.ndarray, "T N"]]:
-    """Number a rollout's frames and say which one each step saw and which one it led to.
-
-    Frames are numbered through `images` row by row, then `last_observation`, then `final_images`. A step that
-    ended an episode led to that episode's final frame, not to the next one's first.
-
-    Returns:
-        (seen, led to), both [T N].
-    """
-    num_steps, num_envs = rollout.valid.shape
-    now = np.arange(num_steps * num_envs, dtype=np.int64).reshape(num_steps, num_envs)
-    after = now + num_envs
-    ended: Bool[np.ndarray, "T N"] = np.zeros((num_steps, num_envs), dtype=bool)
-    if len(rollout.final_rows):
-        t, n = rollout.final_rows.T
-        after[t, n] = (num_steps + 1) * num_envs + np.arange(len(rollout.final_rows))
-        ended[t, n] = True
-    lost = (rollout.terminated | rollout.truncated) & rollout.valid & ~ended
-    assert not lost.any(), f"no final frame for the episodes that ended at (t, n) = {np.argwhere(lost).tolist()}"
-    return now, after
+    def _segment_ends(self, opening: Float32[np.ndarray, "L"]) -> Int64[np.ndarray, "S"]:
+        cuts = gripper_cuts(opening, gripper_change=self.config.gripper_change, min_segment=self.config.min_segment)
+        return np.append(cuts - 1, len(opening) - 1)

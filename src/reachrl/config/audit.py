@@ -1,0 +1,24 @@
+"""Options of the audit: when the dense reward and true success are said to have parted."""
+
+from pydantic import Field
+
+from reachrl.config.base import Section
+
+
+class AuditSection(Section):
+    """Watches, during RL, whether the dense reward still goes with success; it changes no number of the training."""
+
+    window: int = Field(default=200, ge=20)
+    """Episodes, the most recent ones, over which figures are taken."""
+
+    min_episodes: int = Field(default=20, ge=2)
+    """Successes and failures that the window must hold, each, before anything is said."""
+
+    correlation: float = Field(default=0.0, ge=-1, le=1)
+    """Warn when the correlation of an episode's mean progress score with its success falls below this."""
+
+    drift: float = Field(default=0.2, gt=0, le=1)
+    """Warn when failures score this much more, on the mean, than the first ones of the run did."""
+
+    num_videos: int = Field(default=3, ge=0)
+    """Failed episodes that are filmed at a warning: those that the dense reward liked best."""

@@ -1,0 +1,145 @@
+"""Refits the reward model between RL iterations on fresh episodes; every version of it is kept."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from reachrl.config.train import TrainConfig
+from reachrl.demos.shard import iter_shard, write_shard
+from reachrl.demos.store import TrajectoryStore
+from reachrl.errors import ConfigError
+from reachrl.rewards.episodes import whole_episodes
+from reachrl.rewards.process.base import RewardModel, load_reward_model
+from reachrl.rewards.process.fit import fit_reward_model, score_trajectories
+from reachrl.rewards.process.label import label_trajectory
+from reachrl.rewards.process.quality import measure
+from reachrl.run.directory import Run
+from reachrl.types import Rollout, Trajectory
+
+log = logging.getLogger(__name__)
+
+
+class Refitter:
+    """Keeps the episodes of the last iterations and refits the reward model to them and to the first fit's data.
+
+    Only episodes that lie whole in one rollout are kept. They are written to `reward_model/fresh/` as they come, so
+    that a killed run refits to the same data.
+
+    Args:
+        config: the run's; `reward_model.refit_*` say when and how.
+        run: where data and versions lie.
+
+    Raises:
+        ConfigError: no episode would ever lie whole in a rollout.
+    """
+
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        if config.env.max_steps > config.num_steps:
+            raise ConfigError(
+                f"reward_model.refit_every={config.reward_model.refit_every} needs episodes that fit into one rollout, "
+                f"but env.max_steps={config.env.max_steps} exceeds num_steps={config.num_steps}: raise num_steps."
+            )
+        self.config, self.run = config, run
+
+    def __call__(
+        self, rollout: Rollout, iteration: int, model: RewardModel
+    ) -> tuple[RewardModel, dict[str, float]] | None:
+        """Keep this rollout's episodes; when due, a refitted copy of `model` with its quality."""
+        options = self.config.reward_model
+        episodes = episode_trajectories(rollout)
+        self._fresh(iteration).unlink(missing_ok=True)
+        if episodes:
+            write_shard(self._fresh(iteration), episodes)
+        # A run resumed from its last checkpoint goes through the window of an earlier iteration again.
+        self._fresh(iteration - options.refit_window - self.config.checkpoint_every).unlink(missing_ok=True)
+        if (iteration + 1) % options.refit_every:
+            return None
+        version = (iteration + 1) // options.refit_every
+        device = next(model.parameters()).device
+        result = fit_reward_model(
+            first_data(self.run) + self._recent(iteration),
+            options,
+            seed=self.config.seed,
+            folder=version_folder(self.run, version),
+            device=device,
+            start_from=copy.deepcopy(model),
+        )
+        figures = {
+            f"reward_model/{key}": value for key, value in audit_figures(self.config, self.run, result.model).items()
+        }
+        log.info(
+            "iteration %d: reward model version %d, held-out AUC %s", iteration, version, figures["reward_model/auc"]
+        )
+        return result.model.to(device), {"reward_model/version": float(version)} | figures
+
+    def _fresh(self, iteration: int) -> Path:
+        return self.run.reward_model / "fresh" / f"iteration_{iteration:06d}.parquet"
+
+    def _recent(self, iteration: int) -> list[Trajectory]:
+        first = max(0, iteration + 1 - self.config.reward_model.refit_window)
+        shards = [self._fresh(number) for number in range(first, iteration + 1)]
+        return [trajectory for shard in shards if shard.exists() for trajectory in iter_shard(shard)]
+
+
+def version_folder(run: Run, version: int) -> Path:
+    """Where a version of the reward model and its `quality.json` lie; 0 is the fit before RL."""
+    return run.reward_model / f"version_{version:04d}" if version else run.reward_model
+
+
+def read_version(run: Run, version: int) -> RewardModel:
+    """A version of this run's reward model.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    return load_reward_model(version_folder(run, version) / "model")
+
+
+def latest_version(run: Run) -> int:
+    """The newest complete version."""
+    found = [path.parent.name for path in run.reward_model.glob("version_*/quality.json")]
+    return max((int(name.removeprefix("version_")) for name in found), default=0)
+
+
+def first_data(run: Run) -> list[Trajectory]:
+    """What the first fit saw: demonstrations and the warm-started policy's episodes."""
+    rollouts = run.reward_model / "rollouts" / "policy.parquet"
+    return list(TrajectoryStore(run.demos)) + (list(iter_shard(rollouts)) if rollouts.exists() else [])
+
+
+def audit_figures(config: TrainConfig, run: Run, model: RewardModel) -> dict[str, float]:
+    """Quality of a model on the audit set, the held-out trajectories of the first fit, which never change."""
+    path = run.reward_model / "audit.parquet"
+    if not path.exists():
+        return {}
+    data = list(iter_shard(path))
+    labels = [label_trajectory(trajectory, config.reward_model) for trajectory in data]
+    quality = measure(score_trajectories(model, data, labels))
+    return {key: quality[key] for key in ("auc", "rank_correlation", "false_positive_rate") if quality[key] is not None}
+
+
+def episode_trajectories(rollout: Rollout) -> list[Trajectory]:
+    """The episodes that lie whole in a rollout, as trajectories without actions' values (the labels need none)."""
+    trajectories: list[Trajectory] = []
+    for place, first, t, n in whole_episodes(rollout):
+        rows = slice(first, t + 1)
+        trajectories.append(
+            Trajectory(
+                start=rollout.episodes[place].start,
+                instruction=rollout.instructions[t][n],
+                images=np.concatenate([rollout.images[rows, n], rollout.final_images[place : place + 1]]),
+                actions=rollout.action_ids[rows, n].astype(np.float32),
+                ee_state=with_first_pose(rollout.ee_state[rows, n]),
+                success=bool(rollout.success[t, n]),
+                source="policy",
+            )
+        )
+    return trajectories
+
+
+def with_first_pose(states: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Poses f32[T+1 4] of an episode from those after each action; the first one known stands in for the one before."""
+    return np.stack([states[0], *states])

@@ -1,0 +1,166 @@
+"""The hacking alarm: says when a dense reward and true success part company during RL."""
+
+import logging
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reachrl.config.audit import AuditSection
+from reachrl.rewards.episodes import whole_episodes
+from reachrl.run.video import draw_overlay, write_video
+from reachrl.types import Rewards, Rollout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedEpisode:
+    """A finished episode as the dense reward saw it."""
+
+    success: bool
+    score: float  # mean of the progress scores of the frames its decisions led to
+
+
+class RewardAudit:
+    """Follows the progress scores of recent episodes beside their success.
+
+    Two figures part when a policy learns to please the reward instead of doing the task: the correlation of score
+    and success falls, and failures score more than the failures of the run's beginning did.
+
+    Args:
+        config: window and thresholds.
+        videos: the folder that films of the offending episodes go into.
+    """
+
+    def __init__(self, config: AuditSection, videos: Path) -> None:
+        self.config, self.videos = config, videos
+        self._recent: deque[AuditedEpisode] = deque(maxlen=config.window)
+        self._first_failures: list[float] = []  # scores of the run's first failures, the reference of the drift
+        self._open: dict[int, list[float]] = {}  # env -> [sum, count] of the episode it is in
+        self._alarmed = False
+
+    def observe(self, rollout: Rollout, rewards: Rewards, *, iteration: int) -> dict[str, float | None]:
+        """Take in an iteration's episodes; warns and films where score and success have parted.
+
+        Args:
+            rollout: what was collected.
+            rewards: its rewards; without progress scores there is nothing to watch.
+            iteration: named in the warning and the films.
+
+        Returns:
+            Figures for the iteration's metrics; None where the window cannot tell yet.
+        """
+        if rewards.progress is None:
+            return {}
+        self._recent.extend(self._finished(rollout, rewards.progress))
+        figures = self._figures()
+        reasons = self._reasons(figures)
+        if reasons and not self._alarmed:
+            films = self._film(rollout, rewards, iteration)
+            seen = ", ".join(films) or "the failed episodes (none lies whole in this rollout)"
+            log.warning(
+                "iteration %d: the dense reward may be hacked: %s. Look at %s; then lower reward.weight, use "
+                "reward.mode=potential, or refit the reward model (reward_model.refit_every)",
+                iteration, "; ".join(reasons), seen,
+            )  # fmt: skip
+        self._alarmed = bool(reasons)
+        return figures | {"audit/alarm": float(self._alarmed)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "recent": [asdict(episode) for episode in self._recent],
+            "first_failures": self._first_failures,
+            "open": {str(env): totals for env, totals in self._open.items()},
+            "alarmed": self._alarmed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s answer."""
+        self._recent.clear()
+        self._recent.extend(AuditedEpisode(**episode) for episode in state["recent"])
+        self._first_failures = list(state["first_failures"])
+        self._open = {int(env): list(totals) for env, totals in state["open"].items()}
+        self._alarmed = state["alarmed"]
+
+    def _finished(self, rollout: Rollout, progress: np.ndarray) -> list[AuditedEpisode]:
+        """The episodes that ended in the rollout; those still running are carried on."""
+        finished: list[AuditedEpisode] = []
+        num_steps, num_envs = rollout.valid.shape
+        for t in range(num_steps):
+            for n in range(num_envs):
+                if not rollout.valid[t, n]:
+                    self._open.pop(n, None)  # lost with its worker
+                    continue
+                totals = self._open.setdefault(n, [0.0, 0.0])
+                totals[0] += float(progress[t, n])
+                totals[1] += 1
+                if rollout.terminated[t, n] or rollout.truncated[t, n]:
+                    finished.append(AuditedEpisode(bool(rollout.success[t, n]), totals[0] / totals[1]))
+                    del self._open[n]
+        return finished
+
+    def _figures(self) -> dict[str, float | None]:
+        failures = [episode.score for episode in self._recent if not episode.success]
+        successes = [episode.score for episode in self._recent if episode.success]
+        if len(self._first_failures) < self.config.min_episodes:
+            self._first_failures = failures[: self.config.min_episodes]  # nothing has left the window so far
+        enough = min(len(failures), len(successes)) >= self.config.min_episodes
+        drift = None
+        if len(failures) >= self.config.min_episodes:
+            drift = float(np.mean(failures) - np.mean(self._first_failures))
+        return {
+            "audit/correlation": correlation(list(self._recent)) if enough else None,
+            "audit/failure_score": float(np.mean(failures)) if failures else None,
+            "audit/success_score": float(np.mean(successes)) if successes else None,
+            "audit/failure_drift": drift,
+        }
+
+    def _reasons(self, figures: dict[str, float | None]) -> list[str]:
+        reasons: list[str] = []
+        found, drift = figures["audit/correlation"], figures["audit/failure_drift"]
+        if found is not None and found < self.config.correlation:
+            reasons.append(
+                f"over the last {len(self._recent)} episodes its correlation with success is {found:.2f} "
+                f"(audit.correlation={self.config.correlation:g})"
+            )
+        if drift is not None and drift > self.config.drift:
+            reasons.append(
+                f"failures score {drift:.2f} more than the run's first ones (audit.drift={self.config.drift:g})"
+            )
+        return reasons
+
+    def _film(self, rollout: Rollout, rewards: Rewards, iteration: int) -> list[str]:
+        """Write the failures of this rollout that the dense reward liked best; returns the files."""
+        assert rewards.progress is not None
+        liked = [
+            (float(rewards.progress[first : t + 1, n].mean()), place, first, t, n)
+            for place, first, t, n in whole_episodes(rollout)
+            if not rollout.success[t, n]
+        ]
+        names: list[str] = []
+        best = sorted(liked, reverse=True)[: self.config.num_videos]
+        for number, (_, place, first, t, n) in enumerate(best, start=1):
+            frames = draw_overlay(
+                np.concatenate([rollout.images[first : t + 1, n], rollout.final_images[place : place + 1]]),
+                instruction=rollout.instructions[t][n],
+                values=None,
+                process=rewards.progress[first : t + 1, n].tolist(),
+                success=False,
+            )
+            path = self.videos / f"alarm_iteration{iteration:04d}_{number}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names.append(str(write_video(path, frames, fps=5)))
+        return names
+
+
+def correlation(episodes: list[AuditedEpisode]) -> float | None:
+    """Pearson's correlation of score with success (the point-biserial one); None where one of them never varies."""
+    scores = np.array([episode.score for episode in episodes])
+    outcomes = np.array([episode.success for episode in episodes], dtype=np.float64)
+    if len(episodes) < 2 or scores.std() == 0 or outcomes.std() == 0:
+        return None
+    return float(np.corrcoef(scores, outcomes)[0, 1])

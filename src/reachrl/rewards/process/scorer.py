@@ -1,0 +1,113 @@
+"""Scores the frames of a rollout with a reward model, each frame once."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+
+from reachrl.rewards.episodes import first_rows
+from reachrl.rewards.process.base import RewardModel
+from reachrl.types import Rollout
+
+CACHE_SIZE = 500_000  # scores remembered, about 100 bytes each
+
+
+class FrameScorer:
+    """A reward model that remembers its answers: the same frames with the same instruction are scored once.
+
+    Frames come back: the last one of a rollout is the first of the next, and every episode from the same start
+    state begins with the same frame.
+
+    Args:
+        model: a fitted model, in evaluation mode.
+        batch_size: clips a forward pass; short batches are padded to it.
+    """
+
+    def __init__(self, model: RewardModel, *, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.num_scored = 0  # clips that went through the model
+        self._known: OrderedDict[bytes, float] = OrderedDict()
+
+    def scores(self, rollout: Rollout, wanted: Int64[np.ndarray, "K"]) -> Float32[np.ndarray, "F"]:
+        """P(progress) by frame number (see `frame_numbers`); frames that are not wanted keep 0.
+
+        With a model that looks at several frames, those before the rollout's first row are unknown, and the first
+        row's stands in for them.
+
+        Args:
+            rollout: where the frames are.
+            wanted: numbers of the frames to score, each once.
+        """
+        frames = _Frames(rollout)
+        scores = np.zeros(len(frames), dtype=np.float32)
+        history = clip_numbers(rollout, num_frames=self.model.num_frames, frame_stride=self.model.frame_stride)
+        for start in range(0, len(wanted), self.batch_size):  # the frames of a rollout are never copied at once
+            rows = wanted[start : start + self.batch_size]
+            clips = frames.images(history[rows])
+            scores[rows] = self._score(clips, [frames.instruction(row) for row in rows.tolist()])
+        return scores
+
+    def _score(self, clips: UInt8[np.ndarray, "B F H W 3"], instructions: Sequence[str]) -> Float32[np.ndarray, "B"]:
+        keys = [
+            hashlib.blake2b(clip.tobytes() + text.encode(), digest_size=16).digest()
+            for clip, text in zip(clips, instructions, strict=True)
+        ]
+        new = list({key: row for row, key in enumerate(keys) if key not in self._known}.values())
+        if new:
+            found = self.model.score(clips[new], [instructions[row] for row in new], batch_size=self.batch_size)
+            self._known.update(zip([keys[row] for row in new], found.tolist(), strict=True))
+            self.num_scored += len(new)
+        scores = np.array([self._known[key] for key in keys], dtype=np.float32)
+        while len(self._known) > CACHE_SIZE:
+            self._known.popitem(last=False)
+        return scores
+
+
+class _Frames:
+    """A rollout's frames under one numbering, without copying them together."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
+        num_steps, num_envs = rollout.valid.shape
+        running = rollout.images.reshape(num_steps * num_envs, *rollout.images.shape[2:])
+        self._banks = (running, rollout.last_observation.images, rollout.final_images)
+        self._offsets = np.cumsum([0, *(len(bank) for bank in self._banks)])
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def images(self, numbers: Int64[np.ndarray, "B F"]) -> UInt8[np.ndarray, "B F H W 3"]:
+        """The frames of clips."""
+        found = np.empty((*numbers.shape, *self._banks[0].shape[1:]), dtype=np.uint8)
+        for bank, offset in zip(self._banks, self._offsets, strict=False):
+            inside = (numbers >= offset) & (numbers < offset + len(bank))
+            found[inside] = bank[numbers[inside] - offset]
+        return found
+
+    def instruction(self, number: int) -> str:
+        """What was asked for when a frame was seen."""
+        rollout, (_, last, final, _) = self._rollout, self._offsets
+        num_envs = rollout.valid.shape[1]
+        if number < last:
+            return rollout.instructions[number // num_envs][number % num_envs]
+        if number < final:
+            return rollout.last_observation.instructions[number - last]
+        t, n = rollout.final_rows[number - final]
+        return rollout.instructions[t][n]
+
+
+def clip_numbers(rollout: Rollout, *, num_frames: int, frame_stride: int) -> Int64[np.ndarray, "F C"]:
+    """Which frames each frame's clip of C = `num_frames` consists of, oldest first, by frame number."""
+    num_steps, num_envs = rollout.valid.shape
+    starts = first_rows(rollout)
+    back = np.arange(num_frames - 1, -1, -1) * frame_stride
+    t, n = np.divmod(np.arange((num_steps + 1) * num_envs), num_envs)
+    running = np.maximum(t[:, None] - back, starts[t, n][:, None]) * num_envs + n[:, None]
+    t, n = rollout.final_rows.T
+    final = np.maximum(t[:, None] + 1 - back, starts[t, n][:, None]) * num_envs + n[:, None]
+    # The final frame itself is no row of `images`; what lies before it is.
+    own = (num_steps + 1) * num_envs + np.arange(len(t))
+    final = np.where(back == 0, own[:, None], final)
+    return np.concatenate([running, final])

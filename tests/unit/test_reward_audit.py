@@ -1,0 +1,156 @@
+"""The hacking alarm: silent while score and success go together, heard when they part, the same after a resume."""
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from reachrl.config.audit import AuditSection
+from reachrl.rewards.audit import AuditedEpisode, RewardAudit, correlation
+from reachrl.run.video import read_video
+from reachrl.types import Episode, Observation, Rewards, Rollout, Start
+
+CONFIG = AuditSection(window=20, min_episodes=5, num_videos=2)
+LENGTH = 4
+
+
+def rollout_of(outcomes, scores, *, lost=()):
+    """One environment, episodes of four decisions with given outcomes; every decision of an episode scores the same."""
+    steps = LENGTH * len(outcomes)
+    rng = np.random.default_rng(steps)
+    ended = np.zeros((steps, 1), bool)
+    ended[LENGTH - 1 :: LENGTH] = True
+    success = np.zeros((steps, 1), bool)
+    success[LENGTH - 1 :: LENGTH, 0] = outcomes
+    rows = np.argwhere(ended)
+    valid = np.ones((steps, 1), bool)
+    valid[list(lost)] = False
+    frames = rng.integers(0, 255, (steps, 1, 24, 24, 3), dtype=np.uint8)
+    rollout = Rollout(
+        images=frames,
+        instructions=(("reach the goal",),) * steps,
+        last_observation=Observation(images=frames[0], instructions=("reach the goal",)),
+        final_images=frames[: len(rows), 0],
+        final_rows=rows,
+        action_ids=np.zeros((steps, 1, 4), np.int64),
+        behaviour_logprobs=np.zeros((steps, 1, 4), np.float32),
+        success=success,
+        terminated=ended & success,
+        truncated=ended & ~success,
+        valid=valid,
+        ee_state=np.zeros((steps, 1, 4), np.float32),
+        progress=np.zeros((steps, 1, 2), np.float32),
+        episodes=tuple(
+            Episode(start=Start("reach", "train", i), success=bool(outcome), num_steps=LENGTH, env=0)
+            for i, outcome in enumerate(outcomes)
+        ),
+        policy_version=0,
+    )
+    progress = np.repeat(np.array(scores, np.float32), LENGTH)[:, None]
+    total = np.zeros((steps, 1), np.float32)
+    return rollout, Rewards(total=total, parts={"task": total}, progress=progress)
+
+
+HALF = [True, False] * 5
+GOOD = rollout_of(HALF, [0.8, 0.2] * 5)
+HACKED = rollout_of(HALF, [0.5, 0.9] * 5)
+
+
+def test_a_reward_that_goes_with_success_is_left_alone(tmp_path, caplog):
+    audit = RewardAudit(CONFIG, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for iteration in range(4):
+            figures = audit.observe(*GOOD, iteration=iteration)
+    assert figures["audit/correlation"] == pytest.approx(1.0)
+    assert figures["audit/failure_score"] == pytest.approx(0.2)
+    assert figures["audit/success_score"] == pytest.approx(0.8)
+    assert figures["audit/failure_drift"] == pytest.approx(0.0) and figures["audit/alarm"] == 0
+    assert caplog.records == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_hacked_reward_is_reported_once_with_films_of_what_it_liked(tmp_path, caplog):
+    audit = RewardAudit(CONFIG, tmp_path)
+    audit.observe(*GOOD, iteration=0)
+    with caplog.at_level(logging.WARNING):
+        figures = [audit.observe(*HACKED, iteration=iteration) for iteration in (1, 2, 3)]
+    assert [each["audit/alarm"] for each in figures] == [1, 1, 1]
+    assert len(caplog.records) == 1
+    text = caplog.text
+    assert "iteration 1" in text and "audit.drift=0.2" in text and "reward.mode=potential" in text
+    films = sorted(tmp_path.iterdir())
+    assert [film.name for film in films] == ["alarm_iteration0001_1.mp4", "alarm_iteration0001_2.mp4"]
+    assert all(str(film) in text and len(read_video(film)) >= LENGTH + 1 for film in films)
+    assert figures[-1]["audit/correlation"] == pytest.approx(-1.0)
+    quiet = [audit.observe(*GOOD, iteration=iteration)["audit/alarm"] for iteration in range(4, 8)]
+    assert quiet[-1] == 0  # the window has moved on
+
+
+def test_the_correlation_alone_raises_the_alarm(tmp_path, caplog):
+    audit = RewardAudit(CONFIG, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        audit.observe(*rollout_of(HALF, [0.2, 0.3] * 5), iteration=0)
+    assert "correlation with success is -1.00" in caplog.text and "more than the run's first" not in caplog.text
+
+
+def test_nothing_is_said_of_too_few_episodes(tmp_path, caplog):
+    audit = RewardAudit(CONFIG, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        figures = audit.observe(*rollout_of([True, False] * 4, [0.1, 0.9] * 4), iteration=0)
+    assert figures["audit/correlation"] is None and figures["audit/alarm"] == 0 and caplog.records == []
+
+
+def test_a_reward_without_progress_scores_is_not_watched(tmp_path):
+    rollout, rewards = GOOD
+    assert RewardAudit(CONFIG, tmp_path).observe(rollout, Rewards(total=rewards.total), iteration=0) == {}
+
+
+def test_episodes_across_rollouts_count_once_and_lost_ones_not_at_all(tmp_path):
+    rollout, rewards = rollout_of([False] * 3, [0.1, 0.4, 0.7])
+    audit = RewardAudit(CONFIG, tmp_path)
+    parts = [(0, 6), (6, 12)]  # the second episode is cut in two
+    for first, last in parts:
+        cut = slice(first, last)
+        per_step = ["images", "action_ids", "behaviour_logprobs", "ee_state", "progress"]
+        per_step += ["success", "terminated", "truncated", "valid"]
+        inside = [i for i, (t, _) in enumerate(rollout.final_rows) if first <= t < last]
+        part = replace(
+            rollout,
+            **{name: getattr(rollout, name)[cut] for name in per_step},
+            instructions=rollout.instructions[cut],
+            final_rows=rollout.final_rows[inside] - [first, 0],
+            final_images=rollout.final_images[inside],
+            episodes=tuple(rollout.episodes[i] for i in inside),
+        )
+        assert rewards.progress is not None
+        total = rewards.total[cut]
+        audit.observe(part, Rewards(total=total, parts={"task": total}, progress=rewards.progress[cut]), iteration=0)
+    scores = [episode["score"] for episode in audit.state_dict()["recent"]]
+    assert scores == pytest.approx([0.1, 0.4, 0.7])
+    other = RewardAudit(CONFIG, tmp_path)
+    other.observe(*rollout_of([False] * 3, [0.1, 0.4, 0.7], lost=[5]), iteration=0)
+    assert len(other.state_dict()["recent"]) == 3  # what came after the lost step is an episode of its own
+    assert other.state_dict()["recent"][1]["score"] == pytest.approx(0.4)
+
+
+def test_a_resumed_audit_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole, first = RewardAudit(CONFIG, tmp_path), RewardAudit(CONFIG, tmp_path)
+    for audit in (whole, first):
+        audit.observe(*GOOD, iteration=0)
+        audit.observe(*HACKED, iteration=1)
+    resumed = RewardAudit(CONFIG, tmp_path)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for iteration in (2, 3):
+        assert resumed.observe(*GOOD, iteration=iteration) == whole.observe(*GOOD, iteration=iteration)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_correlation_is_the_point_biserial_one():
+    rng = np.random.default_rng(0)
+    episodes = [AuditedEpisode(bool(rng.random() < 0.4), float(rng.random())) for _ in range(50)]
+    x = np.array([e.score for e in episodes])
+    y = np.array([e.success for e in episodes])
+    expected = (x[y].mean() - x[~y].mean()) / x.std() * np.sqrt(y.mean() * (1 - y.mean()))
+    assert correlation(episodes) == pytest.approx(expected)
+    assert correlation(episodes[:1]) is None and correlation([AuditedEpisode(True, 0.1)] * 5) is None

@@ -1,0 +1,199 @@
+"""How scores become rewards: remembered answers, clips, segments, scaling, clipping, and what a resumed run needs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from reachrl.config.reward import ProcessRewardConfig
+from reachrl.rewards.episodes import episode_parts, frame_numbers
+from reachrl.rewards.process.reward import ProcessReward
+from reachrl.rewards.process.scorer import FrameScorer, clip_numbers
+from reachrl.rewards.process.small import SmallRewardModel
+from reachrl.rewards.running_scale import RunningScale
+from reachrl.rewards.shaping import pay_at_ends
+from reachrl.testing.rewards import check_reward, make_rollout
+
+GAMMA = 0.9
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return SmallRewardModel(
+        image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=["reach the goal"], **changes
+    ).eval()
+
+
+def episodes_by_hand(rollout):
+    """{(t, n): numbers of the frames of the same episode up to and with the one step (t, n) led to}."""
+    now, after = frame_numbers(rollout)
+    seen = {}
+    for n in range(rollout.valid.shape[1]):
+        path = []
+        for t in range(rollout.valid.shape[0]):
+            path = path or [now[t, n]]
+            path = [*path, after[t, n]]
+            seen[t, n] = path
+            if rollout.terminated[t, n] or rollout.truncated[t, n] or not rollout.valid[t, n]:
+                path = []
+    return seen
+
+
+@pytest.mark.parametrize(("num_frames", "frame_stride"), [(1, 1), (2, 1), (3, 2)])
+def test_clips_never_reach_beyond_their_episode(num_frames, frame_stride):
+    for seed in range(4):
+        rollout = make_rollout(9, 4, seed=seed)
+        _, after = frame_numbers(rollout)
+        numbers = clip_numbers(rollout, num_frames=num_frames, frame_stride=frame_stride)
+        for (t, n), path in episodes_by_hand(rollout).items():
+            if not rollout.valid[t, n]:
+                continue
+            last = len(path) - 1
+            expected = [path[max(last - k * frame_stride, 0)] for k in reversed(range(num_frames))]
+            assert numbers[after[t, n]].tolist() == expected, (t, n)
+
+
+def test_scores_of_clips_equal_the_models_own():
+    rollout = make_rollout(9, 4, seed=1)
+    model = small_model(num_frames=2)
+    _, after = frame_numbers(rollout)
+    bank = np.concatenate(
+        [rollout.images.reshape(-1, 32, 32, 3), rollout.last_observation.images, rollout.final_images]
+    )
+    scores = FrameScorer(model, batch_size=8).scores(rollout, np.unique(after))
+    for (t, n), path in episodes_by_hand(rollout).items():
+        if rollout.valid[t, n]:
+            alone = model.score(bank[path[-2:]][None], ["reach the goal"], batch_size=8)
+            assert scores[after[t, n]] == alone[0]
+
+
+def test_frames_that_come_back_are_remembered_by_content_and_instruction():
+    rollout = make_rollout(6, 3, seed=0)
+    _, after = frame_numbers(rollout)
+    model = small_model()
+    scorer = FrameScorer(model, batch_size=4)
+    first = scorer.scores(rollout, np.unique(after))
+    count = scorer.num_scored
+    assert count == len(np.unique(after))
+    np.testing.assert_array_equal(scorer.scores(rollout, np.unique(after)), first)
+    assert scorer.num_scored == count
+    texts = tuple(tuple("reach a goal" for _ in row) for row in rollout.instructions)
+    scorer.scores(replace(rollout, instructions=texts), np.unique(after))
+    assert scorer.num_scored > count
+    same = replace(rollout, images=np.zeros_like(rollout.images))
+    before = scorer.num_scored
+    scorer.scores(same, np.arange(18))
+    assert scorer.num_scored == before + 1
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("reachrl.rewards.process.scorer.CACHE_SIZE", 5)
+    rollout = make_rollout(6, 3, seed=0)
+    fresh, scorer = FrameScorer(small_model(), batch_size=4), FrameScorer(small_model(), batch_size=4)
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            scorer.scores(rollout, np.arange(18)), fresh.scores(rollout, np.arange(18)), strict=True
+        )
+    assert len(scorer._known) == 5
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_paying_a_potential_at_segment_ends_keeps_every_segments_return(terminal):
+    rng = np.random.default_rng(0)
+    scores = rng.random(10).astype(np.float32)
+    ends = np.array([2, 3, 8])
+    paid = pay_at_ends(scores, ends, potential=True, gamma=GAMMA, terminal=terminal)
+    final = scores.copy()
+    if terminal:
+        final[-1] = 0
+    each = GAMMA * final[1:] - final[:-1]
+    assert set(np.flatnonzero(paid)) == {2, 3, 8}
+    for start in (0, 3, 4):  # from the start of any segment on, the discounted sum is the same
+        discount = GAMMA ** np.arange(9 - start)
+        assert discount @ paid[start:] == pytest.approx(discount @ each[start:], abs=1e-6)
+    as_sum = pay_at_ends(scores, ends, potential=False, gamma=GAMMA, terminal=terminal)
+    assert as_sum.tolist() == [0, 0, scores[3], scores[4], 0, 0, 0, 0, scores[9]]
+
+
+def test_segments_end_where_the_gripper_changes_and_where_the_episode_does():
+    rollout = make_rollout(12, 2, seed=2)
+    state = rollout.ee_state.copy()
+    state[..., 3] = 1.0
+    state[6:, 0, 3] = 0.0  # the first environment closes its gripper at step 6
+    never = np.zeros((12, 2), bool)
+    ended = never.copy()
+    ended[8, 1] = True
+    rollout = replace(
+        rollout,
+        ee_state=state,
+        valid=~never,
+        terminated=never,
+        truncated=ended,
+        success=never,
+        final_rows=np.array([[8, 1]]),
+        final_images=rollout.images[:1, 0],
+    )
+    assert episode_parts(rollout) == [(0, 11, 0), (0, 8, 1), (9, 11, 1)]
+    config = ProcessRewardConfig(mode="sum", pay="segments", weight=1.0)
+    process = ProcessReward(config, gamma=GAMMA, model=small_model())(rollout).parts["process"]
+    assert np.argwhere(process).tolist() == [[5, 0], [8, 1], [11, 0], [11, 1]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"pay": "segments"}, {"pay": "segments", "mode": "sum"}, {"normalise": True}, {"clip": 0.01}]
+)
+def test_every_use_keeps_the_contract(options):
+    check_reward(ProcessReward(ProcessRewardConfig(**options), gamma=GAMMA, model=small_model()))
+
+
+def test_the_running_scale_is_that_of_everything_seen():
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(3, 2, size) for size in (1, 7, 0, 40)]
+    scale = RunningScale()
+    assert scale.deviation == 1.0
+    for batch in batches:
+        scale.update(batch)
+    assert scale.deviation == pytest.approx(np.concatenate(batches).std(), rel=1e-12)
+    other = RunningScale()
+    other.load_state_dict(scale.state_dict())
+    assert other.deviation == scale.deviation
+
+
+def test_normalised_and_clipped_rewards_by_hand_and_after_a_resume():
+    rollouts = [make_rollout(9, 4, seed=seed) for seed in range(3)]
+    plain = ProcessReward(ProcessRewardConfig(mode="sum", weight=1.0), gamma=GAMMA, model=small_model())
+    config = ProcessRewardConfig(mode="sum", weight=0.5, normalise=True, clip=1.0)
+    reward = ProcessReward(config, gamma=GAMMA, model=small_model())
+    seen, results = [], []
+    for rollout in rollouts:
+        raw = plain(rollout).parts["process"]
+        seen.append(raw[rollout.valid])
+        expected = 0.5 * np.clip(raw / np.concatenate(seen).std(dtype=np.float64), -1, 1)
+        results.append(reward(rollout).parts["process"])
+        np.testing.assert_allclose(results[-1], expected, rtol=1e-5)
+    first = ProcessReward(config, gamma=GAMMA, model=small_model())
+    first(rollouts[0])
+    resumed = ProcessReward(config, gamma=GAMMA, model=small_model())
+    resumed.load_state_dict(first.state_dict())
+    np.testing.assert_array_equal(resumed(rollouts[1]).parts["process"], results[1])
+
+
+def test_a_refitted_model_is_used_from_the_next_rollout_on_and_found_again():
+    rollout = make_rollout(9, 4, seed=0)
+    versions = [small_model(0), small_model(1)]
+
+    def refit(given, iteration, model):
+        assert given is rollout and model is versions[0]
+        return (versions[1], {"reward_model/version": 1.0}) if iteration == 2 else None
+
+    config = ProcessRewardConfig(mode="sum")
+    reward = ProcessReward(config, gamma=GAMMA, model=versions[0], refit=refit)
+    before = reward(rollout).total
+    assert reward.adapt(rollout, iteration=1) == {} and reward.version == 0
+    assert reward.adapt(rollout, iteration=2) == {"reward_model/version": 1.0}
+    after = reward(rollout).total
+    assert not np.array_equal(before, after)  # nothing remembered of the old model
+    resumed = ProcessReward(config, gamma=GAMMA, model=versions[0], read_version=lambda version: versions[version])
+    resumed.load_state_dict(reward.state_dict())
+    np.testing.assert_array_equal(resumed(rollout).total, after)
