@@ -10,13 +10,13 @@ from reachrl.errors import StorageError
 from reachrl.run import plots
 from reachrl.run.atomic import write_bytes_atomic
 from reachrl.run.directory import flatten_config
-from reachrl.run.formats import duration, gibibytes, signed, tenths
+from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
+from reachrl.run.pages import drawn, render_page
 from reachrl.run.video import data_uri, poster
 
 MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
 MAX_TURNS = 60
-TEMPLATES = Path(__file__).parent / "templates"
 
 # (title, metric, how it is read); drawn where the training records carry the metric.
 PANELS = (
@@ -70,18 +70,13 @@ def write_report(run_path: Path | str) -> Path:
 
 def render_report(run_path: Path) -> str:
     """Return the report's HTML for a run folder."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(percent=tenths, duration=duration, size=gibibytes, signed=signed)
     summary = _read(run_path / "summary.json") or {}
     provenance = _read(run_path / "provenance.json") or {}
     config = _read(run_path / "config.json")
     train = read_metrics(run_path / "metrics.jsonl", "train")
     evals = {name: _read(run_path / "eval" / f"{name}.json") or {} for name in ("before", "after")}
-    html = environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         name=run_path.resolve().name,
         provenance=provenance,
         summary=summary,
@@ -98,20 +93,12 @@ def render_report(run_path: Path) -> str:
         config=sorted(flatten_config(config).items()) if config else None,
         commands=_commands(provenance),
     )
-    return html
 
 
 def _commands(provenance: dict) -> list[str]:
     """Return the commands that made the run, the earliest first, each once."""
     attempts = [*provenance.get("earlier", []), provenance]
     return list(dict.fromkeys(shlex.join(a["command"]) for a in attempts if a.get("command")))
-
-
-def _svg(picture: str) -> Any:
-    """Mark a drawn picture as HTML; its words were escaped when it was drawn."""
-    import markupsafe
-
-    return markupsafe.Markup(picture)
 
 
 def _result(summary: dict, evals: dict, when: str, mode: str) -> dict[str, Any] | None:
@@ -142,7 +129,7 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
         for when in ("before", "after")
         if entry[when]
     ]
-    return {"modes": modes, "chart": _svg(plots.success_interval_chart(rows)), "paired": summary.get("paired_test")}
+    return {"modes": modes, "chart": drawn(plots.success_interval_chart(rows)), "paired": summary.get("paired_test")}
 
 
 def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, Any] | None:
@@ -160,7 +147,7 @@ def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, A
         return None
     picture, window = plots.learning_curve(train, points)
     steps = max((r.get("env_steps") or 0 for r in train), default=0)
-    return {"chart": _svg(picture), "window": window, "env_steps": steps, "iterations": len(train)}
+    return {"chart": drawn(picture), "window": window, "env_steps": steps, "iterations": len(train)}
 
 
 def _tasks(evals: dict) -> list[dict[str, Any]] | None:
@@ -168,7 +155,7 @@ def _tasks(evals: dict) -> list[dict[str, Any]] | None:
     for mode in ("greedy", "sampled"):
         before, after = ((evals[when].get(mode) or {}).get("per_task") or {} for when in ("before", "after"))
         if before or after:
-            charts.append({"mode": mode, "chart": _svg(plots.task_chart(before, after))})
+            charts.append({"mode": mode, "chart": drawn(plots.task_chart(before, after))})
     return charts or None
 
 
@@ -213,7 +200,7 @@ def _conversation(record: dict | None) -> dict[str, Any] | None:
         "turns": turns[:MAX_TURNS],
         "more": max(0, len(turns) - MAX_TURNS),
         "names": names,
-        "chart": _svg(plots.panel(lines, x_label="step", zero=True, width=960, height=190)) if lines else None,
+        "chart": drawn(plots.panel(lines, x_label="step", zero=True, width=960, height=190)) if lines else None,
         "lines": [(name, colour) for name, colour, _ in lines],
     }
 
@@ -233,7 +220,7 @@ def _curriculum(train: Sequence[dict]) -> list[dict[str, Any]] | None:
             continue
         share = prefix == "curriculum_success/" or max(numbers) <= 1
         top = 1.0 if prefix == "curriculum_success/" else max(numbers)
-        maps.append({"title": title, "chart": _svg(plots.heat_map(rows, top=top, form="share" if share else "plain"))})
+        maps.append({"title": title, "chart": drawn(plots.heat_map(rows, top=top, form="share" if share else "plain"))})
     return maps or None
 
 
@@ -245,7 +232,7 @@ def _losses(run_path: Path, kind: str, width: int) -> Any | None:
         for name, colour, key in (("training", "c-train", "train_loss"), ("held out", "c-after", "heldout_loss"))
     ]
     series = [entry for entry in series if entry[2]]
-    return _svg(plots.panel(series, x_label="step", width=width, height=240)) if series else None
+    return drawn(plots.panel(series, x_label="step", width=width, height=240)) if series else None
 
 
 def _reward_model(run_path: Path, record: dict | None) -> dict[str, Any] | None:
@@ -262,7 +249,7 @@ def _reward_model(run_path: Path, record: dict | None) -> dict[str, Any] | None:
     calibration = record.get("calibration")
     return {
         "figures": [(name, f"{number:.3f}", hint) for name, number, hint in figures if number is not None],
-        "calibration": _svg(plots.calibration_chart(calibration)) if calibration else None,
+        "calibration": drawn(plots.calibration_chart(calibration)) if calibration else None,
         "losses": losses,
     }
 
@@ -277,7 +264,7 @@ def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:
                 {
                     "title": title,
                     "key": key,
-                    "chart": _svg(plots.panel(series, x_label="iteration", zero=form == "zero")),
+                    "chart": drawn(plots.panel(series, x_label="iteration", zero=form == "zero")),
                 }
             )
     return drawn or None
@@ -300,8 +287,8 @@ def _timing(summary: dict, stages: dict, train: Sequence[dict]) -> dict[str, Any
     means = [(name, sum(s) / len(train), f"{sum(s) / len(train):.2f} s") for name, s in spans.items()]
     total = (summary.get("wall_s") or {}).get("total") or sum(wall.values())
     return {
-        "stages": _svg(plots.bar_rows(rows)),
-        "spans": _svg(plots.bar_rows(means, "c-process")) if means else None,
+        "stages": drawn(plots.bar_rows(rows)),
+        "spans": drawn(plots.bar_rows(means, "c-process")) if means else None,
         "total": total,
         "peak": summary.get("peak_rss_bytes")
         or max((r.get("peak_rss_bytes", 0) for r in stages.values()), default=None),

@@ -111,24 +111,33 @@ def measure(trajectories: Sequence[ScoredTrajectory]) -> dict[str, Any]:
     successes = [item for item in trajectories if item.success]
     result: dict[str, Any] = {"successes": len(successes), "failures": len(failures), "frames": 0}
     if not trajectories:
-        return result | dict.fromkeys(("auc", "auc_frame", "rank_correlation", "accuracy", "loss"))
+        return result | dict.fromkeys(("auc", "rank_correlation")) | _against_labels(np.empty(0), np.empty(0))
     every_label = np.concatenate([item.labels for item in trajectories])
     labelled = np.isfinite(every_label)
     scores, labels = np.concatenate([item.scores for item in trajectories])[labelled], every_label[labelled]
     orders = [spearman(item.scores, np.arange(len(item.scores), dtype=np.float64)) for item in successes]
     known_orders = [order for order in orders if order is not None]
-    bins, error = reliability(scores, labels)
     result.update(
         frames=len(scores),
-        loss=binary_cross_entropy(scores, labels),
-        accuracy=float(((scores >= 0.5) == (labels >= 0.5)).mean()),
-        majority_accuracy=float(max((labels >= 0.5).mean(), (labels < 0.5).mean())),
         auc=auc(np.array([item.scores[-1] for item in trajectories]), np.array([t.success for t in trajectories])),
-        auc_frame=auc(scores, labels >= 0.5),
         rank_correlation=float(np.mean(known_orders)) if known_orders else None,
         false_positive_rate=float(np.mean(np.concatenate([f.scores for f in failures]) >= 0.5)) if failures else None,
         false_alarm_rate=float(np.mean([f.scores.max() >= 0.5 for f in failures])) if failures else None,
-        calibration_error=error,
-        reliability=bins,
     )
-    return result
+    return result | _against_labels(scores, labels)
+
+
+def _against_labels(scores: Float[np.ndarray, "B"], labels: Float[np.ndarray, "B"]) -> dict[str, Any]:
+    """The figures that compare frames with their labels; None without a label."""
+    if len(labels) == 0:
+        keys = ("loss", "accuracy", "majority_accuracy", "auc_frame", "calibration_error")
+        return dict.fromkeys(keys) | {"reliability": []}
+    bins, error = reliability(scores, labels)
+    return {
+        "loss": binary_cross_entropy(scores, labels),
+        "accuracy": float(((scores >= 0.5) == (labels >= 0.5)).mean()),
+        "majority_accuracy": float(max((labels >= 0.5).mean(), (labels < 0.5).mean())),
+        "auc_frame": auc(scores, labels >= 0.5),
+        "calibration_error": error,
+        "reliability": bins,
+    }

@@ -1,0 +1,128 @@
+"""What the dense reward is worth: the same warm starts trained with different rewards, over several seeds.
+
+    python benchmarks/quickstart.py --seeds 1 2 3 --out runs/pooled
+    python benchmarks/reward_arms.py --base runs/pooled --out runs/arms --curves curves.svg
+
+Each arm takes demonstrations, warm start and reward model from the seed's finished run and repeats its training and
+its held-out evaluation with another reward; the finished run itself is the arm of its own reward. Prints successes
+with Wilson 95 % intervals, pooled and by seed, and draws the learning curves.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quickstart import show
+from reachrl.run.atomic import write_json_atomic
+from reachrl.run.formats import percent
+from reachrl.run.metrics import read_metrics
+from reachrl.run.plots import moving_success
+from reachrl.run.svg import Chart
+
+PRESET = "metaworld_quickstart"
+ARMS = {
+    "sparse": ["reward.kind=task"],
+    "potential": [],  # the preset's own
+    "sum": ["reward.mode=sum", "reward.weight=1"],  # the paper's
+    "oracle": ["reward.kind=oracle"],
+}
+COLOURS = {"sparse": "#5b6776", "potential": "#c9760a", "sum": "#c0392b", "oracle": "#0f8b6d"}
+WINDOW = 4  # iterations pooled for one point of a learning curve
+
+
+def prepare(base: Path, run: Path) -> None:
+    """Take over what does not depend on the reward: demonstrations, warm start, reward model, evaluation before."""
+    if run.exists():
+        return
+    aside = run.with_name(f".{run.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "eval").mkdir(parents=True)
+    for name in ("demos", "sft", "reward_model"):
+        shutil.copytree(base / name, aside / name)
+    shutil.copy(base / "eval" / "before.json", aside / "eval" / "before.json")
+    stages = json.loads((base / "stages.json").read_text())
+    write_json_atomic(aside / "stages.json", {name: stages[name] for name in ("demos", "sft", "reward")})
+    aside.rename(run)
+
+
+def run_arm(base: Path, run: Path, seed: int, overrides: Sequence[str]) -> Path:
+    """Train and evaluate one arm of one seed, unless it is done; one that was cut short continues."""
+    if not overrides:
+        return base
+    prepare(base, run)
+    for stage in ("train", "eval", "report"):
+        command = [sys.executable, "-m", "reachrl", stage, PRESET, f"seed={seed}", *overrides, "--run", str(run)]
+        subprocess.run(command, check=True)
+    return run
+
+
+def pooled(summaries: Sequence[dict[str, Any]], key: str) -> str:
+    """One row: pooled over seeds, then each seed's rate."""
+    found = [summary[key] for summary in summaries]
+    rates = ", ".join(f"{100 * each['rate']:.1f}" for each in found)
+    return f"{show(sum(f['k'] for f in found), sum(f['n'] for f in found)):<40} seeds: {rates}"
+
+
+def draw(runs: dict[str, list[Path]], path: Path) -> None:
+    """The training success of each arm, pooled over seeds and a few iterations, with Wilson intervals."""
+    curves = {}
+    for arm, folders in runs.items():
+        records = [read_metrics(folder / "metrics.jsonl", "train") for folder in folders]
+        together = [
+            {"iteration": i, "success_k": sum(r[i]["success_k"] for r in records),
+             "success_n": sum(r[i]["success_n"] for r in records)}
+            for i in range(min(len(r) for r in records))
+        ]  # fmt: skip
+        curves[arm] = moving_success(together, WINDOW)
+    last = max(x for points in curves.values() for x, *_ in points)
+    chart = Chart(
+        (0, last), (0, 1), width=860, height=420, margin=(22, 110, 42, 52), x_label="iteration",
+        y_label="success of training episodes", y_format=percent, title="Learning curves by reward",
+    )  # fmt: skip
+    for arm, points in curves.items():
+        band = [(chart.x(x), chart.y(high)) for x, _, _, high in points]
+        band += [(chart.x(x), chart.y(low)) for x, _, low, _ in reversed(points)]
+        outline = " ".join(f"{x},{y}" for x, y in band)
+        chart.add(f'<polygon points="{outline}" fill="{COLOURS[arm]}" fill-opacity="0.15"/>')
+        line = "L".join(f"{chart.x(x)} {chart.y(y)}" for x, y, *_ in points)
+        chart.add(f'<path d="M{line}" fill="none" stroke="{COLOURS[arm]}" stroke-width="2"/>')
+        x, y, *_ = points[-1]
+        chart.add(
+            f'<text x="{chart.x(x) + 8}" y="{chart.y(y) + 4}" style="fill:{COLOURS[arm]};font-weight:600">{arm}</text>'
+        )
+    style = "<style>text{font:12px sans-serif;fill:#5b6776}.grid{stroke:#e9edf1}.axis{stroke:#dfe4ea}</style>"
+    picture = chart.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    path.write_text(picture.replace(">", f'><rect width="100%" height="100%" fill="#fff"/>{style}', 1) + "\n")
+
+
+def main() -> None:
+    """Run, pool, draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", type=Path, default=Path("runs/pooled"), help="finished quickstarts, seedN each")
+    parser.add_argument("--out", type=Path, default=Path("runs/arms"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--curves", type=Path, help="write the learning curves to this SVG file")
+    arguments = parser.parse_args()
+    runs: dict[str, list[Path]] = {}
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            base, run = arguments.base / f"seed{seed}", arguments.out / arm / f"seed{seed}"
+            runs.setdefault(arm, []).append(run_arm(base, run, seed, ARMS[arm]))
+    summaries = {arm: [json.loads((run / "summary.json").read_text()) for run in found] for arm, found in runs.items()}
+    for mode in ("sampled", "greedy"):
+        print(f"\n{mode}, held-out starts")
+        print(f"  {'before':<10} {pooled(next(iter(summaries.values())), f'success_before_{mode}')}")
+        for arm, found in summaries.items():
+            print(f"  {arm:<10} {pooled(found, f'success_after_{mode}')}")
+    if arguments.curves:
+        draw(runs, arguments.curves)
+
+
+if __name__ == "__main__":
+    main()
