@@ -15,10 +15,11 @@ from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, saved_policy
-from reachrl.pipeline.refit import latest_version
+from reachrl.pipeline.refit import audit_figures, latest_version
 from reachrl.pipeline.reinforce import build_reward, needs_reward_model
 from reachrl.policies.base import Policy
 from reachrl.rewards.base import Reward
+from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.directory import Run
@@ -77,6 +78,10 @@ def _evaluate_one(
         write_json_atomic(run.conversation, conversation(config, policy, reward, chosen))
     iteration = config.num_iterations if when == "after" else 0
     run.metrics.truncate_after("eval", "iteration", iteration - 1)  # of an evaluation that was cut short here
+    if isinstance(reward, ProcessReward) and reward.model is not None:
+        # The same held-out trajectories each time: a refit that forgets them shows here.
+        run.metrics.truncate_after("audit", "iteration", iteration - 1)
+        run.log({"kind": "audit", "iteration": iteration} | audit_figures(config, run, reward.model))
     for mode, outcome in record.items():
         figures = {key: value for key, value in outcome.items() if key != "episodes"}
         run.log({"kind": "eval", "iteration": iteration, "mode": mode} | figures)

@@ -31,6 +31,9 @@ PANELS = (
     ("episode length, decisions", "episode_length", "zero"),
     ("task reward a step", "reward/task", "zero"),
     ("process reward a step", "reward/process", "zero"),
+    ("progress score of successes", "audit/success_score", "zero"),
+    ("progress score of failures", "audit/failure_score", "zero"),
+    ("correlation of score and success", "audit/correlation", "zero"),
 )
 ACTION_NAMES = {
     4: ("dx", "dy", "dz", "gripper"),
@@ -87,6 +90,7 @@ def render_report(run_path: Path) -> str:
         conversation=_conversation(_read(run_path / "conversation.json")),
         curriculum=_curriculum(train),
         reward_model=_reward_model(run_path, summary.get("reward_model")),
+        alarm=_alarm(run_path, train),
         warm_start=_losses(run_path, "sft", 960),
         panels=_panels(train),
         timing=_timing(summary, _read(run_path / "stages.json") or {}, train),
@@ -254,20 +258,34 @@ def _reward_model(run_path: Path, record: dict | None) -> dict[str, Any] | None:
     }
 
 
+def _alarm(run_path: Path, train: Sequence[dict]) -> dict[str, Any] | None:
+    """The iterations in which the audit said that reward and success had parted, and the films it made."""
+    iterations = [record["iteration"] for record in train if record.get("audit/alarm")]
+    if not iterations:
+        return None
+    clips, room = [], MAX_VIDEO_BYTES // 4
+    for path in sorted((run_path / "videos").glob("alarm_*.mp4")):
+        room -= path.stat().st_size
+        if room < 0:
+            break
+        clips.append({"name": path.name, "video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)})
+    return {"first": iterations[0], "count": len(iterations), "of": len(train), "clips": clips}
+
+
 def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:
-    drawn = []
+    charts = []
     for title, key, form in PANELS:
         points = [(record["iteration"], record.get(key)) for record in train]
         if any(y is not None for _, y in points):
             series = [(title, "c-after", points)]
-            drawn.append(
+            charts.append(
                 {
                     "title": title,
                     "key": key,
                     "chart": drawn(plots.panel(series, x_label="iteration", zero=form == "zero")),
                 }
             )
-    return drawn or None
+    return charts or None
 
 
 def _timing(summary: dict, stages: dict, train: Sequence[dict]) -> dict[str, Any] | None:
