@@ -1,0 +1,152 @@
+"""Refits between iterations: which episodes they see, when they happen, and that a killed run repeats them."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from reachrl.config.loading import load_config
+from reachrl.demos.shard import iter_shard, write_shard
+from reachrl.demos.store import finish_store
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.pipeline.refit import (
+    Refitter,
+    audit_figures,
+    episode_trajectories,
+    first_data,
+    latest_version,
+    read_version,
+)
+from reachrl.rewards.process.fit import fit_reward_model
+from reachrl.run.directory import Run
+from reachrl.testing.rewards import make_rollout
+from reachrl.types import Episode, Start, Trajectory
+
+OPTIONS = (
+    "reward_model.steps=4",
+    "reward_model.refit_every=2",
+    "reward_model.refit_steps=3",
+    "reward_model.refit_window=2",
+    "checkpoint_every=2",
+)
+
+
+def rollout_of(seed=0):
+    """Two environments, twelve steps; every fourth step ends an episode, those of the first success."""
+    rollout = make_rollout(12, 2, seed=seed)
+    ended = np.zeros((12, 2), bool)
+    ended[3::4] = True
+    ended[11, 1] = False  # one is still running
+    success = ended & np.array([True, False])
+    rows = np.argwhere(ended)
+    rng = np.random.default_rng(seed)
+    return replace(
+        rollout,
+        valid=np.ones((12, 2), bool),
+        terminated=success,
+        truncated=ended & ~success,
+        success=success,
+        final_rows=rows,
+        final_images=rng.integers(0, 255, (len(rows), 32, 32, 3), dtype=np.uint8),
+        episodes=tuple(
+            # the first episode of environment 0 began before this rollout
+            Episode(start=Start("reach", "train", i), success=n == 0, num_steps=9 if (t, n) == (3, 0) else 4, env=n)
+            for i, (t, n) in enumerate(rows.tolist())
+        ),
+    )
+
+
+def stored(index, *, success=True):
+    rng = np.random.default_rng(index)
+    return Trajectory(
+        start=Start("reach", "train", 100 + index),
+        instruction="reach the goal",
+        images=rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8),
+        actions=rng.normal(size=(4, 4)).astype(np.float32),
+        ee_state=rng.random((5, 4)).astype(np.float32),
+        success=success,
+        source="expert" if success else "policy",
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = load_config("toy", OPTIONS)
+    with Run.open(tmp_path / "run", {}, config_hash="x", tensorboard=False) as opened:
+        opened.demos.mkdir()
+        write_shard(opened.demos / "reach.parquet", [stored(i) for i in range(6)])
+        finish_store(opened.demos, ["reach.parquet"])
+        failures = [stored(i, success=False) for i in range(6, 9)]
+        write_shard(opened.reward_model / "rollouts" / "policy.parquet", failures)
+        write_shard(opened.reward_model / "audit.parquet", [stored(5), failures[-1]])
+        fit_reward_model(first_data(opened), config.reward_model, seed=1, folder=opened.reward_model)
+        yield opened
+
+
+def test_whole_episodes_become_trajectories_frame_by_frame():
+    rollout = rollout_of()
+    found = {each.start.index: each for each in episode_trajectories(rollout)}
+    assert sorted(found) == [1, 2, 3, 4]  # neither the one that began before the rollout nor the one still running
+    for place, (t, n) in enumerate(rollout.final_rows.tolist()):
+        if place == 0:
+            continue
+        each, rows = found[place], slice(t - 3, t + 1)
+        np.testing.assert_array_equal(each.images[:-1], rollout.images[rows, n])
+        np.testing.assert_array_equal(each.images[-1], rollout.final_images[place])
+        np.testing.assert_array_equal(each.ee_state[1:], rollout.ee_state[rows, n])
+        np.testing.assert_array_equal(each.ee_state[0], each.ee_state[1])
+        assert each.success == (n == 0) and len(each.actions) == 4
+
+
+def test_refits_come_when_due_as_new_versions_and_leave_the_model_in_use_alone(run):
+    config = load_config("toy", OPTIONS)
+    refitter, model = Refitter(config, run), read_version(run, 0)
+    before = copy.deepcopy(model.state_dict())
+    assert refitter(rollout_of(0), 0, model) is None
+    found = refitter(rollout_of(1), 1, model)
+    assert found is not None
+    refitted, figures = found
+    assert all((before[key] == value).all() for key, value in model.state_dict().items())
+    assert any((before[key] != value).any() for key, value in refitted.state_dict().items())
+    assert figures["reward_model/version"] == 1 and latest_version(run) == 1
+    assert figures["reward_model/auc"] == audit_figures(config, run, refitted)["auc"]
+    frames = stored(0).images
+    texts = ["reach the goal"] * 5
+    np.testing.assert_array_equal(read_version(run, 1).score(frames, texts), refitted.score(frames, texts))
+    with pytest.raises(CheckpointError, match="missing"):
+        read_version(run, 2)
+
+
+def test_a_refit_sees_the_first_data_and_the_episodes_of_its_window(run, monkeypatch):
+    config = load_config("toy", OPTIONS)
+    seen = []
+
+    def spy(data, *args, **kwargs):
+        seen.append([each.start.index for each in data])
+        return fit_reward_model(data, *args, **kwargs)
+
+    monkeypatch.setattr("reachrl.pipeline.refit.fit_reward_model", spy)
+    refitter, model = Refitter(config, run), read_version(run, 0)
+    for iteration in range(4):
+        refitter(rollout_of(iteration), iteration, model)
+    first = [each.start.index for each in first_data(run)]
+    assert seen == [first + [1, 2, 3, 4] * 2] * 2
+
+
+def test_a_run_resumed_at_its_checkpoint_refits_to_the_same_weights(run):
+    config = load_config("toy", OPTIONS)
+    refitter, model = Refitter(config, run), read_version(run, 0)
+    results = [refitter(rollout_of(iteration), iteration, model) for iteration in range(6)]
+    again = [refitter(rollout_of(iteration), iteration, model) for iteration in range(4, 6)]  # checkpoint after 3
+    assert results[5] is not None and again[1] is not None
+    for one, other in zip(results[5][0].parameters(), again[1][0].parameters(), strict=True):
+        assert (one == other).all()
+    kept = sorted(int(path.stem.rpartition("_")[2]) for path in (run.reward_model / "fresh").iterdir())
+    assert kept == [2, 3, 4, 5]  # the window and what a checkpoint may lie back
+    assert len(list(iter_shard(run.reward_model / "fresh" / "iteration_000005.parquet"))) == 4
+
+
+def test_rollouts_too_short_for_an_episode_are_refused(run):
+    with pytest.raises(ConfigError, match=r"env\.max_steps=15 exceeds num_steps=10"):
+        Refitter(load_config("toy", [*OPTIONS, "num_steps=10"]), run)
