@@ -10,10 +10,13 @@ from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Evaluation
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.registry import BUILTINS, resolve, section_class
+from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.testing.conformance_policy import check_policy
+from reachrl.testing.conformance_reward_model import check_reward_model
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.types import Observation
 
+TEXTS = ["open the drawer", "press the button on top of the box"]
 KINDS = [(group, kind) for group, kinds in BUILTINS.items() for kind in kinds]
 
 
@@ -51,6 +54,39 @@ def test_the_table_policy_keeps_the_contract():
     policy = TablePolicy(TablePolicyConfig(num_contexts=256))
     torch.nn.init.normal_(policy.logits)
     check_policy(policy, frames(8))
+
+
+def small_reward_model(kind=SmallRewardModel):
+    torch.manual_seed(0)
+    return kind(image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=TEXTS, num_frames=2).eval()
+
+
+def test_the_small_reward_model_keeps_the_contract(tmp_path):
+    check_reward_model(small_reward_model(), TEXTS, tmp_path / "model")
+
+
+class BatchNormed(SmallRewardModel):
+    def logits(self, clips, instructions):
+        logits = super().logits(clips, instructions)
+        return logits - logits.mean()
+
+
+class Unshifted(SmallRewardModel):
+    def shift_logits(self, by):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (BatchNormed, "does not depend on the others"),
+        (Unshifted, "shift_logits adds"),
+        (type("Nameless", (SmallRewardModel,), {}), "names the kind of its class"),
+    ],
+)
+def test_a_broken_promise_of_a_reward_model_is_named(broken, message, tmp_path):
+    with pytest.raises(ExtensionError, match=message):
+        check_reward_model(small_reward_model(broken), TEXTS, tmp_path / "model")
 
 
 class OtherTemperature(TablePolicy):
