@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reachrl.config.audit import AuditSection
-from reachrl.rewards.audit import AuditedEpisode, RewardAudit, correlation
+from reachrl.rewards.audit import RewardAudit, correlation
 from reachrl.run.video import read_video
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
@@ -49,7 +49,7 @@ def rollout_of(outcomes, scores, *, lost=()):
         policy_version=0,
     )
     progress = np.repeat(np.array(scores, np.float32), LENGTH)[:, None]
-    total = np.zeros((steps, 1), np.float32)
+    total = success.astype(np.float32)
     return rollout, Rewards(total=total, parts={"task": total}, progress=progress)
 
 
@@ -63,7 +63,7 @@ def test_a_reward_that_goes_with_success_is_left_alone(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for iteration in range(4):
             figures = audit.observe(*GOOD, iteration=iteration)
-    assert figures["audit/correlation"] == pytest.approx(1.0)
+    assert figures["audit/score_correlation"] == pytest.approx(1.0)
     assert figures["audit/failure_score"] == pytest.approx(0.2)
     assert figures["audit/success_score"] == pytest.approx(0.8)
     assert figures["audit/failure_drift"] == pytest.approx(0.0) and figures["audit/alarm"] == 0
@@ -82,7 +82,7 @@ def test_a_hacked_reward_is_reported_once_with_films_of_what_it_liked(tmp_path, 
     films = sorted(tmp_path.iterdir())
     assert [film.name for film in films] == ["alarm_iteration0001_1.mp4", "alarm_iteration0001_2.mp4"]
     assert all(str(film) in text and len(read_video(film)) >= LENGTH + 1 for film in films)
-    assert figures[-1]["audit/correlation"] == pytest.approx(-1.0)
+    assert figures[-1]["audit/score_correlation"] == pytest.approx(-1.0)
     quiet = [audit.observe(*GOOD, iteration=iteration)["audit/alarm"] for iteration in range(4, 8)]
     assert quiet[-1] == 0  # the window has moved on
 
@@ -91,14 +91,31 @@ def test_the_correlation_alone_raises_the_alarm(tmp_path, caplog):
     audit = RewardAudit(CONFIG, tmp_path)
     with caplog.at_level(logging.WARNING):
         audit.observe(*rollout_of(HALF, [0.2, 0.3] * 5), iteration=0)
-    assert "correlation with success is -1.00" in caplog.text and "more than the run's first" not in caplog.text
+    text = caplog.text
+    assert "its mean progress score correlates with success by -1.00" in text
+    assert "earns" not in text and "more than the run's first" not in text
+
+
+def test_failures_that_earn_more_than_successes_raise_the_alarm_though_the_model_is_right(tmp_path, caplog):
+    rollout, rewards = GOOD
+    total = rewards.total.copy()
+    total[~rollout.success[:, 0]] = 0.5  # paid for every decision that does not end the episode
+    audit = RewardAudit(CONFIG, tmp_path)
+    longer = np.where(np.repeat(HALF, LENGTH)[:, None], total, 2 * total)  # failures earn it twice
+    with caplog.at_level(logging.WARNING):
+        figures = audit.observe(
+            rollout, Rewards(total=longer, parts={"task": longer}, progress=rewards.progress), iteration=0
+        )
+    assert figures["audit/score_correlation"] == pytest.approx(1.0)
+    assert figures["audit/return_correlation"] == pytest.approx(-1.0)
+    assert "what an episode earns correlates with success by -1.00" in caplog.text
 
 
 def test_nothing_is_said_of_too_few_episodes(tmp_path, caplog):
     audit = RewardAudit(CONFIG, tmp_path)
     with caplog.at_level(logging.WARNING):
         figures = audit.observe(*rollout_of([True, False] * 4, [0.1, 0.9] * 4), iteration=0)
-    assert figures["audit/correlation"] is None and figures["audit/alarm"] == 0 and caplog.records == []
+    assert figures["audit/score_correlation"] is None and figures["audit/alarm"] == 0 and caplog.records == []
 
 
 def test_a_reward_without_progress_scores_is_not_watched(tmp_path):
@@ -148,9 +165,7 @@ def test_a_resumed_audit_goes_on_as_if_nothing_had_happened(tmp_path):
 
 def test_correlation_is_the_point_biserial_one():
     rng = np.random.default_rng(0)
-    episodes = [AuditedEpisode(bool(rng.random() < 0.4), float(rng.random())) for _ in range(50)]
-    x = np.array([e.score for e in episodes])
-    y = np.array([e.success for e in episodes])
+    x, y = rng.random(50), rng.random(50) < 0.4
     expected = (x[y].mean() - x[~y].mean()) / x.std() * np.sqrt(y.mean() * (1 - y.mean()))
-    assert correlation(episodes) == pytest.approx(expected)
-    assert correlation(episodes[:1]) is None and correlation([AuditedEpisode(True, 0.1)] * 5) is None
+    assert correlation(x, y) == pytest.approx(expected)
+    assert correlation(x[:1], y[:1]) is None and correlation(np.ones(5), y[:5]) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from reachrl.config.audit import AuditSection
 from reachrl.rewards.episodes import whole_episodes
@@ -22,13 +23,15 @@ class AuditedEpisode:
 
     success: bool
     score: float  # mean of the progress scores of the frames its decisions led to
+    earned: float  # sum of its rewards, all parts
 
 
 class RewardAudit:
     """Follows the progress scores of recent episodes beside their success.
 
-    Two figures part when a policy learns to please the reward instead of doing the task: the correlation of score
-    and success falls, and failures score more than the failures of the run's beginning did.
+    Three figures tell of a policy that learns, or is about to learn, to please the reward instead of doing the task:
+    failures earn more than successes (what is optimised is no longer the task), the score no longer goes with
+    success (the model is fooled), and failures score more than those of the run's beginning did.
 
     Args:
         config: window and thresholds.
@@ -39,7 +42,7 @@ class RewardAudit:
         self.config, self.videos = config, videos
         self._recent: deque[AuditedEpisode] = deque(maxlen=config.window)
         self._first_failures: list[float] = []  # scores of the run's first failures, the reference of the drift
-        self._open: dict[int, list[float]] = {}  # env -> [sum, count] of the episode it is in
+        self._open: dict[int, list[float]] = {}  # env -> [score, decisions, reward] so far of the episode it is in
         self._alarmed = False
 
     def observe(self, rollout: Rollout, rewards: Rewards, *, iteration: int) -> dict[str, float | None]:
@@ -55,7 +58,7 @@ class RewardAudit:
         """
         if rewards.progress is None:
             return {}
-        self._recent.extend(self._finished(rollout, rewards.progress))
+        self._recent.extend(self._finished(rollout, rewards.progress, rewards.total))
         figures = self._figures()
         reasons = self._reasons(figures)
         if reasons and not self._alarmed:
@@ -86,7 +89,7 @@ class RewardAudit:
         self._open = {int(env): list(totals) for env, totals in state["open"].items()}
         self._alarmed = state["alarmed"]
 
-    def _finished(self, rollout: Rollout, progress: np.ndarray) -> list[AuditedEpisode]:
+    def _finished(self, rollout: Rollout, progress: np.ndarray, total: np.ndarray) -> list[AuditedEpisode]:
         """The episodes that ended in the rollout; those still running are carried on."""
         finished: list[AuditedEpisode] = []
         num_steps, num_envs = rollout.valid.shape
@@ -95,12 +98,12 @@ class RewardAudit:
                 if not rollout.valid[t, n]:
                     self._open.pop(n, None)  # lost with its worker
                     continue
-                totals = self._open.setdefault(n, [0.0, 0.0])
-                totals[0] += float(progress[t, n])
-                totals[1] += 1
+                score, count, earned = self._open.pop(n, [0.0, 0.0, 0.0])
+                score, count, earned = score + float(progress[t, n]), count + 1, earned + float(total[t, n])
                 if rollout.terminated[t, n] or rollout.truncated[t, n]:
-                    finished.append(AuditedEpisode(bool(rollout.success[t, n]), totals[0] / totals[1]))
-                    del self._open[n]
+                    finished.append(AuditedEpisode(bool(rollout.success[t, n]), score / count, earned))
+                else:
+                    self._open[n] = [score, count, earned]
         return finished
 
     def _figures(self) -> dict[str, float | None]:
@@ -113,7 +116,8 @@ class RewardAudit:
         if len(failures) >= self.config.min_episodes:
             drift = float(np.mean(failures) - np.mean(self._first_failures))
         return {
-            "audit/correlation": correlation(list(self._recent)) if enough else None,
+            "audit/return_correlation": self._correlation("earned") if enough else None,
+            "audit/score_correlation": self._correlation("score") if enough else None,
             "audit/failure_score": float(np.mean(failures)) if failures else None,
             "audit/success_score": float(np.mean(successes)) if successes else None,
             "audit/failure_drift": drift,
@@ -121,17 +125,23 @@ class RewardAudit:
 
     def _reasons(self, figures: dict[str, float | None]) -> list[str]:
         reasons: list[str] = []
-        found, drift = figures["audit/correlation"], figures["audit/failure_drift"]
-        if found is not None and found < self.config.correlation:
-            reasons.append(
-                f"over the last {len(self._recent)} episodes its correlation with success is {found:.2f} "
-                f"(audit.correlation={self.config.correlation:g})"
-            )
+        drift = figures["audit/failure_drift"]
+        for what, key in (("what an episode earns", "return"), ("its mean progress score", "score")):
+            found = figures[f"audit/{key}_correlation"]
+            if found is not None and found < self.config.correlation:
+                reasons.append(
+                    f"over the last {len(self._recent)} episodes {what} correlates with success by {found:.2f} "
+                    f"(audit.correlation={self.config.correlation:g})"
+                )
         if drift is not None and drift > self.config.drift:
             reasons.append(
                 f"failures score {drift:.2f} more than the run's first ones (audit.drift={self.config.drift:g})"
             )
         return reasons
+
+    def _correlation(self, figure: str) -> float | None:
+        numbers = np.array([getattr(episode, figure) for episode in self._recent])
+        return correlation(numbers, np.array([episode.success for episode in self._recent]))
 
     def _film(self, rollout: Rollout, rewards: Rewards, iteration: int) -> list[str]:
         """Write the failures of this rollout that the dense reward liked best; returns the files."""
@@ -157,10 +167,8 @@ class RewardAudit:
         return names
 
 
-def correlation(episodes: list[AuditedEpisode]) -> float | None:
-    """Pearson's correlation of score with success (the point-biserial one); None where one of them never varies."""
-    scores = np.array([episode.score for episode in episodes])
-    outcomes = np.array([episode.success for episode in episodes], dtype=np.float64)
-    if len(episodes) < 2 or scores.std() == 0 or outcomes.std() == 0:
+def correlation(numbers: Float[np.ndarray, "B"], success: Bool[np.ndarray, "B"]) -> float | None:
+    """Pearson's correlation of a number with success (the point-biserial one); None where one of them never varies."""
+    if len(numbers) < 2 or numbers.std() == 0 or success.std() == 0:
         return None
-    return float(np.corrcoef(scores, outcomes)[0, 1])
+    return float(np.corrcoef(numbers, success)[0, 1])

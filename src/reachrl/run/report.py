@@ -33,7 +33,8 @@ PANELS = (
     ("process reward a step", "reward/process", "zero"),
     ("progress score of successes", "audit/success_score", "zero"),
     ("progress score of failures", "audit/failure_score", "zero"),
-    ("correlation of score and success", "audit/correlation", "zero"),
+    ("correlation of score and success", "audit/score_correlation", "zero"),
+    ("correlation of return and success", "audit/return_correlation", "zero"),
 )
 ACTION_NAMES = {
     4: ("dx", "dy", "dz", "gripper"),
