@@ -80,7 +80,7 @@ def run(tmp_path):
         failures = [stored(i, success=False) for i in range(6, 9)]
         write_shard(opened.reward_model / "rollouts" / "policy.parquet", failures)
         write_shard(opened.reward_model / "audit.parquet", [stored(5), failures[-1]])
-        fit_reward_model(first_data(opened), config.reward_model, seed=1, folder=opened.reward_model)
+        fit_reward_model(first_data(config, opened), config.reward_model, seed=1, folder=opened.reward_model)
         yield opened
 
 
@@ -130,7 +130,7 @@ def test_a_refit_sees_the_first_data_and_the_episodes_of_its_window(run, monkeyp
     refitter, model = Refitter(config, run), read_version(run, 0)
     for iteration in range(4):
         refitter(rollout_of(iteration), iteration, model)
-    first = [each.start.index for each in first_data(run)]
+    first = [each.start.index for each in first_data(config, run)]
     assert seen == [first + [1, 2, 3, 4] * 2] * 2
 
 
@@ -150,3 +150,9 @@ def test_a_run_resumed_at_its_checkpoint_refits_to_the_same_weights(run):
 def test_rollouts_too_short_for_an_episode_are_refused(run):
     with pytest.raises(ConfigError, match=r"env\.max_steps=15 exceeds num_steps=10"):
         Refitter(load_config("toy", [*OPTIONS, "num_steps=10"]), run)
+
+
+def test_the_configuration_may_add_trajectories(run, tmp_path):
+    write_shard(tmp_path / "more.parquet", [stored(20), stored(21)])
+    config = load_config("toy", [*OPTIONS, f"reward_model.trajectories={tmp_path / 'more.parquet'}"])
+    assert [each.start.index for each in first_data(config, run)][-2:] == [120, 121]

@@ -126,9 +126,11 @@ def test_a_fit_cut_short_is_repeated(tmp_path):
 
 
 def test_useless_data_are_refused(tmp_path):
+    big = replace(trajectory(1), images=np.zeros((6, 64, 64, 3), np.uint8))
     cases = [
         ([], "no trajectories.*`demos` stage"),
         ([trajectory(i, success=False) for i in range(3)], "None of the 3 trajectories succeeded.*Collect"),
+        ([trajectory(0), big], "several sizes, 32x32, 64x64 pixels"),
         ([trajectory(0), trajectory(7, split="eval")], "eval start 7.*`train` starts only"),
     ]
     for data, match in cases:

@@ -116,7 +116,7 @@ def test_ten_thousand_steps_are_labelled_in_two_seconds():
     rng = np.random.default_rng(0)
     config = SmallRewardModelConfig(progress_by="distance")
     episodes = [trajectory(np.clip(rng.normal(0.5, 0.3, (21, 4)), 0, 1)) for _ in range(500)]
-    began = time.perf_counter()
+    began = time.process_time()
     for episode in episodes:
         label_trajectory(episode, config)
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0

@@ -171,7 +171,7 @@ def test_a_chattering_gripper_in_a_grasp_leaves_the_grasp():
 
 def test_poses_that_arrive_more_rarely_than_frames_are_no_rests():
     moving = along_x([0.1] * 30)
-    every_second = np.repeat(moving, 2, axis=0)[:40]
+    every_second = np.repeat(moving, 2, axis=0)[:39]
     assert rests(every_second) == []
     one_missed = moving.copy()
     one_missed[12] = one_missed[11]

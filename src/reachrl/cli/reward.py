@@ -2,6 +2,8 @@
 
 import typer
 
+from reachrl.cli.reward_inspect import inspect
+from reachrl.cli.reward_segments import segments
 from reachrl.cli.stages import OverridesArgument, PresetArgument, QuietOption, RunOption, run_command
 
 app = typer.Typer(help="The process reward model.", no_args_is_help=True)
@@ -18,3 +20,7 @@ def fit(
 ) -> None:
     """Fit P(progress | frame, instruction) on demonstrations and on the warm-started policy's failures."""
     run_command("reward", preset, overrides, run, quiet)
+
+
+app.command()(segments)
+app.command()(inspect)

@@ -60,6 +60,10 @@ class RewardModelSection(Section):
     """Share of the frames of each batch that are replaced by negatives: frames of a success in an order that is not
     theirs. It takes `num_frames` above 1: one frame has no order."""
 
+    trajectories: tuple[Path, ...] = ()
+    """Further trajectories to fit to, beside demonstrations and the policy's episodes: stores, LIBERO's .hdf5 files,
+    LeRobot datasets; see the reference on demonstrations."""
+
     rollouts_per_task: int = Field(default=16, ge=0)
     """Episodes of the warm-started policy for each task: the failed ones are the negatives of the fit."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from reachrl.config.train import TrainConfig
+from reachrl.demos.readers import read_trajectories
 from reachrl.demos.shard import iter_shard, write_shard
 from reachrl.demos.store import TrajectoryStore
 from reachrl.errors import ConfigError
@@ -60,7 +61,7 @@ class Refitter:
         version = (iteration + 1) // options.refit_every
         device = next(model.parameters()).device
         result = fit_reward_model(
-            first_data(self.run) + self._recent(iteration),
+            first_data(self.config, self.run) + self._recent(iteration),
             options,
             seed=self.config.seed,
             folder=version_folder(self.run, version),
@@ -104,10 +105,11 @@ def latest_version(run: Run) -> int:
     return max((int(name.removeprefix("version_")) for name in found), default=0)
 
 
-def first_data(run: Run) -> list[Trajectory]:
-    """What the first fit saw: demonstrations and the warm-started policy's episodes."""
+def first_data(config: TrainConfig, run: Run) -> list[Trajectory]:
+    """What the first fit saw: demonstrations, the warm-started policy's episodes, and what the configuration adds."""
     rollouts = run.reward_model / "rollouts" / "policy.parquet"
-    return list(TrajectoryStore(run.demos)) + (list(iter_shard(rollouts)) if rollouts.exists() else [])
+    data = list(TrajectoryStore(run.demos)) + (list(iter_shard(rollouts)) if rollouts.exists() else [])
+    return data + [each for path in config.reward_model.trajectories for each in read_trajectories(path)]
 
 
 def audit_figures(config: TrainConfig, run: Run, model: RewardModel) -> dict[str, float]:

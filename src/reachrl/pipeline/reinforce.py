@@ -30,7 +30,7 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
         display.log("reward: nothing to fit, the reward is the task's own or brings its checkpoint")
         return {"fitted": False}
     policy_trajectories(config, run, display)
-    trajectories = first_data(run)
+    trajectories = first_data(config, run)
     with display.stage("reward", config.reward_model.steps, "fitting P(progress)") as progress:
         last = 0
 

@@ -9,12 +9,11 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 
-from reachrl.run.atomic import write_bytes_atomic
 from reachrl.run.formats import plain
+from reachrl.run.pages import write_page
 from reachrl.run.svg import Chart, span
 from reachrl.run.video import data_uri
 
-TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 128  # pixels of a thumbnail's longer side, at most
 WIDTH, LEFT, RIGHT = 640, 44, 14
 _MILLIMETRES = 1000.0
@@ -101,21 +100,19 @@ def write_segments_page(
     Raises:
         StorageError: the disk refused the write; a page that was there before is still there.
     """
-    import jinja2
-    import markupsafe
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["svg"] = markupsafe.Markup  # words in a chart were escaped when it was drawn
     first: dict[str, int] = {}
     for number, row in enumerate(rows):
         first.setdefault(row.name, number)
-    html = environment.get_template("segments.html.j2").render(
-        rows=rows, source=source, facts=facts, options=options, notes=notes, first=first
+    return write_page(
+        path,
+        "segments.html.j2",
+        rows=rows,
+        source=source,
+        facts=facts,
+        options=options,
+        notes=notes,
+        first=first,
     )
-    write_bytes_atomic(path, html.encode())
-    return path
 
 
 def _marks(trajectory: SegmentedTrajectory) -> list[Mark]:

@@ -151,6 +151,12 @@ def _check(data: Sequence[Trajectory]) -> None:
             f"None of the {len(data)} trajectories succeeded, so nothing shows what progress looks like. Collect "
             "demonstrations (the `demos` stage), or rollouts of a policy that sometimes succeeds."
         )
+    sizes = sorted({trajectory.images.shape[1:3] for trajectory in data})
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"The trajectories' frames have several sizes, {', '.join(f'{h}x{w}' for h, w in sizes)} pixels; a reward "
+            "model is fitted to frames of one size. Leave the others out, or collect them at this run's env.image_size."
+        )
     for trajectory in data:
         if trajectory.start.split != "train":
             raise ConfigError(

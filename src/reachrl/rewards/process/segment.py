@@ -106,6 +106,8 @@ def gripper_cuts(
 
 def _drop_small_steps(opening: Float[np.ndarray, "T+1"], cuts: list[int], gripper_change: float) -> list[int]:
     """The cuts that part states whose median openings are `gripper_change` apart; the smallest steps go first."""
+    if not cuts:
+        return cuts
     bounds = [0, *cuts, len(opening)]
     levels = [float(np.median(opening[a:b])) for a, b in itertools.pairwise(bounds)]
     while len(levels) > 1:
@@ -135,10 +137,15 @@ def rest_frames(
         keyframe_speed: fraction of the fast speed that counts as rest.
     """
     speed = _speed(xyz)
-    if _fast(speed) < _STILL:
-        return np.empty(0, dtype=np.int64)
-    speed = _speed(_bridge_missed_poses(xyz, speed, slow=keyframe_speed * _fast(speed)))
     fast = _fast(speed)
+    if fast < _STILL:
+        return np.empty(0, dtype=np.int64)
+    missed = _missed_poses(speed, slow=keyframe_speed * fast)
+    if len(missed):
+        xyz = xyz.copy()
+        xyz[missed] = 0.5 * (xyz[missed - 1] + xyz[missed + 1])
+        speed = _speed(xyz)
+        fast = _fast(speed)
     keyframes: list[int] = []
     for first, last in itertools.pairwise(bounds.tolist()):
         inside = speed[first:last]
@@ -158,15 +165,10 @@ def _fast(speed: Float[np.ndarray, "T"]) -> float:
     return float(np.percentile(speed, 95)) if len(speed) else 0.0
 
 
-def _bridge_missed_poses(
-    xyz: Float[np.ndarray, "T+1 3"], speed: Float[np.ndarray, "T"], *, slow: float
-) -> Float[np.ndarray, "T+1 3"]:
-    """Positions with each missed measurement put half way between its neighbours.
+def _missed_poses(speed: Float[np.ndarray, "T"], *, slow: float) -> Int64[np.ndarray, "M"]:
+    """Frames whose pose did not arrive, so that they repeat the one before.
 
     An arm under way never repeats a position to the last bit and goes on at once. Where one frame does, between
     two fast ones, the robot reported its pose more rarely than it was photographed, and the arm did not rest.
     """
-    missed = np.flatnonzero((speed[1:-1] == 0) & (speed[:-2] >= slow) & (speed[2:] >= slow)) + 2
-    bridged = xyz.copy()
-    bridged[missed] = 0.5 * (xyz[missed - 1] + xyz[missed + 1])
-    return bridged
+    return np.flatnonzero((speed[1:-1] == 0) & (speed[:-2] >= slow) & (speed[2:] >= slow)) + 2

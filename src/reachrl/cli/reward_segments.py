@@ -1,0 +1,209 @@
+"""`reachrl reward segments`: a page that shows where trajectories are cut and where their keyframes lie."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from reachrl.config.reward_model import RewardModelSection
+    from reachrl.demos.readers import StateColumns
+    from reachrl.run.segments_page import Row, SegmentedTrajectory
+    from reachrl.types import Trajectory
+
+PathArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="A run folder, a store or one of its shards, LIBERO .hdf5 files, or a LeRobot dataset.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")]
+MaxOption = Annotated[int, typer.Option("--max", metavar="N", min=0, help="The first N trajectories; 0: all.")]
+InstructionOption = Annotated[
+    str | None, typer.Option("--instruction", metavar="TEXT", help="The sentence, in place of the stored ones.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A threshold, such as gripper_change=0.2; may be repeated."),
+]
+CameraOption = Annotated[str | None, typer.Option("--camera", metavar="KEY", help="Which camera's frames.")]
+StateOption = Annotated[
+    str | None, typer.Option("--state", metavar="KEY", help="LeRobot: the feature that holds the end effector.")
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option("--columns", metavar="N,N,...", help="LeRobot: which numbers of it are x, y, z and the gripper."),
+]
+GripperRangeOption = Annotated[
+    str | None,
+    typer.Option("--gripper-range", metavar="A,B", help="LeRobot: gripper readings that mean closed and open."),
+]
+_THRESHOLDS = ("gripper_change", "min_segment", "keyframe_speed", "label")
+
+
+def segments(
+    path: PathArgument,
+    out: OutOption = Path("segments.html"),
+    most: MaxOption = 100,
+    instruction: InstructionOption = None,
+    changes: SetOption = None,
+    camera: CameraOption = None,
+    state: StateOption = None,
+    columns: ColumnsOption = None,
+    gripper_range: GripperRangeOption = None,
+) -> None:
+    """Draw cuts and keyframes of stored trajectories over speed and gripper, with the frames at each; one HTML page."""
+    config = labelling(changes or [])
+    from reachrl.demos.readers import read_trajectories
+    from reachrl.errors import ConfigError
+    from reachrl.run.segments_page import page_facts, write_segments_page
+
+    where = state_columns(state, columns, gripper_range)
+    stored = read_trajectories(path, instruction=instruction, camera=camera, state=where)
+    notes: list[str] = []
+    watch = _Watch()
+    rows = list(_rows(itertools.islice(stored, most or None), config, watch, notes))
+    if not rows:
+        reason = notes[0] if notes else "it holds no trajectory."
+        raise ConfigError(f"{path}: nothing to draw: {reason}")
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
+    if most and len(rows) + watch.skipped == most and next(stored, None) is not None:
+        notes.append(f"Only the first {_counted(most)} of those stored are shown; --max changes that.")
+    means = page_facts(rows)
+    facts = [
+        (f"{len(rows)}", "trajectories" if len(rows) != 1 else "trajectory"),
+        (f"{means['segments']:.2f}", "segments of each, on average"),
+        (f"{means['keyframes']:.2f}", "keyframes of each, on average"),
+        (f"{means['uncut']}", "without a gripper change"),
+        (f"{watch.seconds:.2g} s", f"to label {watch.decisions:,} decisions"),
+    ]
+    shown = [*_THRESHOLDS, *sorted(config.model_fields_set - {*_THRESHOLDS, "kind"})]
+    options = [(name, f"{getattr(config, name)}") for name in shown]
+    write_segments_page(out, rows, source=str(path), facts=facts, options=options, notes=notes)
+    typer.echo(
+        f"{_counted(len(rows))}: on average {means['segments']:.2f} segments and "
+        f"{means['keyframes']:.2f} keyframes, {means['uncut']} without a gripper change; "
+        f"labelled in {watch.seconds:.2g} s"
+    )
+    typer.echo(f"{out}")
+
+
+def labelling(changes: Iterable[str]) -> "RewardModelSection":
+    """The options of the labels: the defaults and `key=value` changes.
+
+    Args:
+        changes: keys of the section `reward_model`, with or without that word before them.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value; the message names it.
+    """
+    from reachrl.config.loading import validate
+    from reachrl.errors import ConfigError
+
+    section: dict[str, str] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {change!r} is not of the form key=value, for example gripper_change=0.2.")
+        section[key.strip().removeprefix("reward_model.")] = value.strip()
+    return validate({"reward_model": section}, where="--set").reward_model
+
+
+def state_columns(feature: str | None, columns: str | None, gripper_range: str | None) -> "StateColumns":
+    """Where a LeRobot dataset keeps the end effector, as it was typed.
+
+    Args:
+        feature: name of the stored vector.
+        columns: numbers parted by commas.
+        gripper_range: two numbers parted by a comma.
+
+    Raises:
+        ConfigError: not numbers, or not as many as are needed.
+    """
+    from reachrl.demos.readers import StateColumns
+    from reachrl.errors import ConfigError
+
+    try:
+        places = None if columns is None else tuple(int(number) for number in columns.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--columns {columns!r}: expected whole numbers such as 0,1,2,6 or 0,1,2,6,7.") from error
+    try:
+        closed, opened = (0.0, 1.0) if gripper_range is None else map(float, gripper_range.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--gripper-range {gripper_range!r}: expected two numbers such as 0,0.08.") from error
+    known = None if gripper_range is None else (closed, opened)
+    return StateColumns(feature=feature, columns=places, gripper_range=known)
+
+
+class _Watch:
+    """Counts what was labelled and the seconds that took, reading and drawing left out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.decisions, self.skipped = 0.0, 0, 0
+
+
+def _rows(
+    trajectories: Iterable["Trajectory"], config: "RewardModelSection", watch: _Watch, notes: list[str]
+) -> Iterator["Row"]:
+    """Each trajectory drawn, one in memory at a time; those without poses are counted and told in `notes`."""
+    import numpy as np
+
+    from reachrl.run.segments_page import draw_row
+
+    without: list[str] = []
+    for trajectory in trajectories:
+        if np.isfinite(trajectory.ee_state).all():
+            yield draw_row(_segmented(trajectory, config, watch))
+        else:
+            without.append(f"{trajectory.start.task} start {trajectory.start.index} ({trajectory.source})")
+    watch.skipped = len(without)
+    if without:
+        notes.append(
+            f"{_counted(len(without))} left out for want of finite end-effector poses, which cuts and keyframes need; "
+            f"the first is {without[0]}. Videos have none: use demonstrations or rollouts."
+        )
+
+
+def _counted(trajectories: int) -> str:
+    return f"{trajectories} trajector{'y' if trajectories == 1 else 'ies'}"
+
+
+def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _Watch) -> "SegmentedTrajectory":
+    """One trajectory with its milestones and labels, as the page draws it."""
+    import numpy as np
+
+    from reachrl.rewards.process.label import label_trajectory
+    from reachrl.rewards.process.segment import segment
+    from reachrl.run import segments_page
+
+    began = time.perf_counter()
+    labels = label_trajectory(trajectory, config)
+    watch.seconds += time.perf_counter() - began
+    watch.decisions += len(trajectory.actions)
+    milestones = segment(
+        trajectory.ee_state,
+        success=trajectory.success,
+        gripper_change=config.gripper_change,
+        min_segment=config.min_segment,
+        keyframe_speed=config.keyframe_speed,
+    )
+    speed = np.linalg.norm(np.diff(trajectory.ee_state[:, :3], axis=0), axis=1)
+    fast = float(np.percentile(speed, 95)) if len(speed) else 0.0
+    return segments_page.SegmentedTrajectory(
+        name=trajectory.start.task,
+        about=f"{trajectory.start.split} start {trajectory.start.index}, {trajectory.source}",
+        instruction=trajectory.instruction,
+        success=trajectory.success,
+        images=trajectory.images,
+        opening=trajectory.ee_state[:, 3],
+        speed=speed,
+        rest=config.keyframe_speed * fast,
+        labels=labels,
+        bounds=milestones.bounds,
+        keyframes=milestones.keyframes,
+    )
