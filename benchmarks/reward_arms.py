@@ -32,6 +32,7 @@ ARMS = {
     "oracle": ["reward.kind=oracle"],
 }
 COLOURS = {"sparse": "#5b6776", "potential": "#c9760a", "sum": "#c0392b", "oracle": "#0f8b6d"}
+FIRST = 20  # iterations that say how soon an arm learns
 WINDOW = 4  # iterations pooled for one point of a learning curve
 
 
@@ -54,6 +55,8 @@ def run_arm(base: Path, run: Path, seed: int, overrides: Sequence[str]) -> Path:
     """Train and evaluate one arm of one seed, unless it is done; one that was cut short continues."""
     if not overrides:
         return base
+    if (run / "summary.json").exists():
+        return run
     prepare(base, run)
     for stage in ("train", "eval", "report"):
         command = [sys.executable, "-m", "reachrl", stage, PRESET, f"seed={seed}", *overrides, "--run", str(run)]
@@ -91,9 +94,11 @@ def draw(runs: dict[str, list[Path]], path: Path) -> None:
         chart.add(f'<polygon points="{outline}" fill="{COLOURS[arm]}" fill-opacity="0.15"/>')
         line = "L".join(f"{chart.x(x)} {chart.y(y)}" for x, y, *_ in points)
         chart.add(f'<path d="M{line}" fill="none" stroke="{COLOURS[arm]}" stroke-width="2"/>')
-        x, y, *_ = points[-1]
+    height = float("-inf")
+    for arm in sorted(curves, key=lambda arm: -curves[arm][-1][1]):  # from above, names kept apart
+        height = max(chart.y(curves[arm][-1][1]) + 4, height + 15)
         chart.add(
-            f'<text x="{chart.x(x) + 8}" y="{chart.y(y) + 4}" style="fill:{COLOURS[arm]};font-weight:600">{arm}</text>'
+            f'<text x="{chart.x(last) + 8}" y="{height}" style="fill:{COLOURS[arm]};font-weight:600">{arm}</text>'
         )
     style = "<style>text{font:12px sans-serif;fill:#5b6776}.grid{stroke:#e9edf1}.axis{stroke:#dfe4ea}</style>"
     picture = chart.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
@@ -120,6 +125,10 @@ def main() -> None:
         print(f"  {'before':<10} {pooled(next(iter(summaries.values())), f'success_before_{mode}')}")
         for arm, found in summaries.items():
             print(f"  {arm:<10} {pooled(found, f'success_after_{mode}')}")
+    print(f"\ntraining episodes, first {FIRST} iterations")
+    for arm, found in runs.items():
+        records = [r for run in found for r in read_metrics(run / "metrics.jsonl", "train") if r["iteration"] < FIRST]
+        print(f"  {arm:<10} {show(sum(r['success_k'] for r in records), sum(r['success_n'] for r in records))}")
     if arguments.curves:
         draw(runs, arguments.curves)
 

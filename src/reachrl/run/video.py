@@ -77,9 +77,10 @@ def _draw_curve(
 
 
 def _readout(name: str, curve: Sequence[float] | None, t: int) -> str:
-    """Return "value +0.41", or a dash where the step has no such number."""
-    known = curve is not None and t < len(curve) and np.isfinite(curve[t])
-    return f"{name} {curve[t]:+.2f}" if known and curve is not None else f"{name} –"
+    """Return "value +0.41", the name alone where the step has no number, nothing where there is no such curve."""
+    if curve is None:
+        return ""
+    return f"{name} {curve[t]:+.2f}" if t < len(curve) and np.isfinite(curve[t]) else name
 
 
 def draw_overlay(
