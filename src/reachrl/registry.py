@@ -28,6 +28,11 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
             "reachrl.rewards.process.small:SmallRewardModel",
             "reachrl.config.reward_model:SmallRewardModelConfig",
         ),
+        "vlm": ("reachrl.rewards.process.vlm:VLMRewardModel", "reachrl.config.reward_model:VLMRewardModelConfig"),
+        "transformers": (
+            "reachrl.rewards.process.transformers_model:TransformersRewardModel",
+            "reachrl.config.reward_model:TransformersRewardModelConfig",
+        ),
     },
     "curricula": {
         "uniform": ("reachrl.curriculum.uniform:UniformSampler", "reachrl.config.curriculum:UniformConfig"),

@@ -13,7 +13,7 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError
 from reachrl.pipeline.base import Display, StageProgress, device_of, saved_policy
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
-from reachrl.registry import build
+from reachrl.registry import build, resolve
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.fit import fit_reward_model, split_starts
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
@@ -29,6 +29,7 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
     if not needs_reward_model(config):
         display.log("reward: nothing to fit, the reward is the task's own or brings its checkpoint")
         return {"fitted": False}
+    resolve("reward_models", config.reward_model.kind).check(config.reward_model)
     policy_trajectories(config, run, display)
     trajectories = first_data(config, run)
     with display.stage("reward", config.reward_model.steps, "fitting P(progress)") as progress:

@@ -38,6 +38,14 @@ class RewardModel(nn.Module, ABC):
         self.num_frames, self.frame_stride = num_frames, frame_stride
 
     @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse, before anything costly is done, what `for_fit` would refuse for want of a file.
+
+        Raises:
+            ReachRLError: what is missing and where it was expected.
+        """
+
+    @classmethod
     @abstractmethod
     def for_fit(cls, config: Any, instructions: Sequence[str]) -> Self:
         """A model about to be fitted, its initial weights drawn from torch's global generator.

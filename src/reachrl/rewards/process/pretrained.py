@@ -1,0 +1,171 @@
+"""Folders in the Hugging Face layout: read from safetensors alone, offline, with errors that say what to do."""
+
+import hashlib
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from reachrl.errors import CheckpointError, ConfigError, MissingExtra
+
+log = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+_EDGE = 1_000_000  # bytes at each end of a weight file that its fingerprint reads
+
+
+def checkpoint_folder(path: Path | None, wanted: str) -> Path:
+    """The folder that `reward_model.checkpoint` names, as an absolute path.
+
+    Args:
+        path: the option's value.
+        wanted: what has to lie there, for the message.
+
+    Raises:
+        ConfigError: the option is not set.
+        CheckpointError: there is no such folder.
+    """
+    if path is None:
+        raise ConfigError(
+            f"`reward_model.checkpoint` is not set: this kind of reward model starts from {wanted}. Give the folder; "
+            "`hf download OWNER/NAME --local-dir FOLDER` makes one from the Hugging Face hub."
+        )
+    if not path.is_dir():
+        raise CheckpointError(
+            f"The reward model's checkpoint {path} does not exist or is not a folder; expected {wanted}. "
+            "`hf download OWNER/NAME --local-dir FOLDER` makes such a folder from the Hugging Face hub."
+        )
+    return path.resolve()
+
+
+def read_part(read: Callable[..., Part], folder: Path, **options: Any) -> Part:
+    """Call a `from_pretrained` of `transformers` or `peft` on a folder; nothing is downloaded and no code is run.
+
+    Args:
+        read: the class method.
+        folder: where the files are.
+        options: passed on.
+
+    Raises:
+        MissingExtra: it needs a package that is not installed.
+        CheckpointError: a file is missing, damaged or not what was expected.
+    """
+    try:
+        return read(str(folder), **options)
+    except ImportError as error:
+        raise MissingExtra(f"Reading {folder} needs a package that is not installed: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a damaged JSON file leads to has no common base in these libraries
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = (
+            f" Its weights are pickles ({', '.join(pickles[:3])}), which are never opened here: a pickle can run any "
+            "code. Convert them to safetensors first."
+            if pickles and not any(folder.glob("*.safetensors"))
+            else ""
+        )
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {_first_line(error)}).{hint} Expected a whole folder "
+            "in the Hugging Face layout: config.json, safetensors weights, the tokenizer's and the image processor's "
+            "files."
+        ) from error
+
+
+def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: bool = False) -> nn.Module:
+    """The model in a folder, with every weight of it found there.
+
+    Args:
+        cls: a model class or auto class of `transformers`.
+        folder: where its config.json and safetensors files are.
+        dtype: of the weights; `auto` as they are stored.
+        new_head: allow weights that are not there; they are drawn anew, with a warning.
+
+    Raises:
+        MissingExtra: the model needs a package that is not installed.
+        CheckpointError: a file is missing or damaged, or weights are not there.
+    """
+    model, found = read_part(
+        cls.from_pretrained,
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted(found["missing_keys"])
+    if not missing:
+        return model
+    named = f"{len(missing)} weights, such as {', '.join(missing[:3])}"
+    if not new_head:
+        raise CheckpointError(
+            f"{folder} lacks {named}: it is truncated, or a checkpoint of another kind than {type(model).__name__}. "
+            "Random numbers in their place would make random scores."
+        )
+    log.warning("%s lacks %s: they begin as random numbers.", folder, named)
+    return model
+
+
+def check_finite(model: nn.Module, folder: Path, remedy: str) -> None:
+    """Refuse trained weights that are not finite numbers.
+
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise CheckpointError(f"The reward model in {folder} holds numbers that are not finite: {name}. {remedy}")
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells weights apart without reading them all: names, sizes and both ends of every safetensors file."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size} ".encode() + file.read(_EDGE))
+            file.seek(max(0, size - _EDGE))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def import_class(target: str, option: str) -> Any:
+    """What an import string `package.module:Class` names.
+
+    Args:
+        target: the string.
+        option: where the user wrote it, for the message.
+
+    Raises:
+        ConfigError: it is no import string, or names nothing with a `from_pretrained`.
+        MissingExtra: the module needs a package that is not installed.
+    """
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"{option} is {target!r}, expected an import string such as 'transformers:AutoProcessor'.")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"{option} is {target!r}, but there is no module {error.name!r}; correct the spelling or install it."
+            ) from error
+        raise MissingExtra(f"{option}: {target!r} needs the package {error.name!r}: install it.") from error
+    except AttributeError as error:
+        raise ConfigError(f"{option} is {target!r}, but {module_name} has no {attribute!r}; correct it.") from error
+    except ImportError as error:
+        raise MissingExtra(f"{option}: {target!r} could not be imported: {_first_line(error)}") from error
+    if not callable(getattr(found, "from_pretrained", None)):
+        raise ConfigError(
+            f"{option} is {target!r}, which has no `from_pretrained`; give a class of `transformers`, such as "
+            "'transformers:AutoModelForImageClassification'."
+        )
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no further message"
