@@ -9,6 +9,7 @@ with Wilson 95 % intervals, pooled and by seed, and draws the learning curves.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quickstart import show
+from reachrl.functional.stats import paired_test
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.formats import percent
 from reachrl.run.metrics import read_metrics
@@ -69,6 +71,17 @@ def pooled(summaries: Sequence[dict[str, Any]], key: str) -> str:
     found = [summary[key] for summary in summaries]
     rates = ", ".join(f"{100 * each['rate']:.1f}" for each in found)
     return f"{show(sum(f['k'] for f in found), sum(f['n'] for f in found)):<40} seeds: {rates}"
+
+
+def paired(runs: dict[str, list[Path]], one: str, other: str, mode: str) -> str:
+    """McNemar's exact test of two arms over the same (seed, task, start)."""
+
+    def outcomes(arm: str) -> list[bool]:
+        records = [json.loads((run / "eval" / "after.json").read_text())[mode]["episodes"] for run in runs[arm]]
+        return [each["success"] for record in records for each in sorted(record, key=lambda e: (e["task"], e["start"]))]
+
+    test = paired_test(outcomes(one), outcomes(other))
+    return f"{other} against {one}: {test.improved} better, {test.worsened} worse, p = {test.p_value:.2g}"
 
 
 def draw(runs: dict[str, list[Path]], path: Path) -> None:
@@ -125,6 +138,8 @@ def main() -> None:
         print(f"  {'before':<10} {pooled(next(iter(summaries.values())), f'success_before_{mode}')}")
         for arm, found in summaries.items():
             print(f"  {arm:<10} {pooled(found, f'success_after_{mode}')}")
+        for one, other in itertools.combinations(summaries, 2):
+            print(f"  {paired(runs, one, other, mode)}")
     print(f"\ntraining episodes, first {FIRST} iterations")
     for arm, found in runs.items():
         records = [r for run in found for r in read_metrics(run / "metrics.jsonl", "train") if r["iteration"] < FIRST]
