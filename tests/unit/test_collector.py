@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_policy import toy_config, toy_policy
 
-from reachrl.backends.local import LocalLearner, _concatenate
+from reachrl.backends.local import LocalActors, LocalLearner, _concatenate
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import PolicyInput
@@ -100,6 +100,17 @@ def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
     for name in ("images", "action_ids", "behaviour_logprobs", "success", "truncated", "final_images", "final_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     assert found.episodes == expected.episodes
+
+
+def test_lost_episodes_are_counted_over_the_whole_run(setting):
+    _, policy, envs = setting
+    actors = LocalActors(policy, envs, seed=5, temperature=1.0)
+    envs.lost_episodes = 2
+    resumed = LocalActors(policy, envs, seed=5, temperature=1.0)
+    resumed.load_state_dict(json.loads(json.dumps(actors.state_dict())))
+    envs.lost_episodes = 3  # as the resumed process counts them itself
+    assert (actors.lost_episodes, resumed.lost_episodes) == (3, 5)
+    envs.lost_episodes = 0
 
 
 def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(setting):

@@ -25,7 +25,7 @@ class Actors(Protocol):
 
     @property
     def lost_episodes(self) -> int:
-        """Episodes lost with a dead or stuck worker since this process began."""
+        """Episodes lost with a dead or stuck worker since the run began."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class LocalActors:
         self.policy, self.envs = policy, envs
         self.collector = Collector(policy, envs, seed=seed, temperature=temperature)
         self._version = -1
+        self._lost_before = 0  # by the processes that this one continues
 
     def load_weights(self, weights: Weights) -> int:
         """Note the version; the weights are already here."""
@@ -56,16 +57,17 @@ class LocalActors:
 
     @property
     def lost_episodes(self) -> int:
-        """Episodes lost with a dead or stuck worker since this process began."""
-        return self.envs.lost_episodes
+        """Episodes lost with a dead or stuck worker since the run began."""
+        return self._lost_before + self.envs.lost_episodes
 
     def state_dict(self) -> dict[str, Any]:
-        """The running episodes."""
-        return self.collector.state_dict()
+        """The running episodes, and how many were lost so far."""
+        return {"lost_episodes": self.lost_episodes, "collector": self.collector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replay the running episodes."""
-        self.collector.load_state_dict(state)
+        self._lost_before = state["lost_episodes"]
+        self.collector.load_state_dict(state["collector"])
 
     def close(self) -> None:
         """Stop the environment processes."""
