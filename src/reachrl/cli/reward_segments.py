@@ -177,21 +177,14 @@ def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _W
     """One trajectory with its milestones and labels, as the page draws it."""
     import numpy as np
 
-    from reachrl.rewards.process.label import label_trajectory
-    from reachrl.rewards.process.segment import segment
+    from reachrl.rewards.process.label import label_trajectory, segment_trajectory
     from reachrl.run import segments_page
 
     began = time.perf_counter()
     labels = label_trajectory(trajectory, config)
     watch.seconds += time.perf_counter() - began
     watch.decisions += len(trajectory.actions)
-    milestones = segment(
-        trajectory.ee_state,
-        success=trajectory.success,
-        gripper_change=config.gripper_change,
-        min_segment=config.min_segment,
-        keyframe_speed=config.keyframe_speed,
-    )
+    milestones = segment_trajectory(trajectory, config)
     speed = np.linalg.norm(np.diff(trajectory.ee_state[:, :3], axis=0), axis=1)
     fast = float(np.percentile(speed, 95)) if len(speed) else 0.0
     return segments_page.SegmentedTrajectory(

@@ -77,6 +77,23 @@ def event_labels(
     return labels
 
 
+def segment_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Segmentation:
+    """Cut one trajectory with the configured thresholds.
+
+    Raises:
+        ExtensionError: a pose is not finite; names the trajectory.
+    """
+    start = trajectory.start
+    return segment(
+        trajectory.ee_state,
+        success=trajectory.success,
+        gripper_change=config.gripper_change,
+        min_segment=config.min_segment,
+        keyframe_speed=config.keyframe_speed,
+        name=f"{trajectory.source} trajectory of task '{start.task}', {start.split} start {start.index}",
+    )
+
+
 def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Float32[np.ndarray, "T+1"]:
     """Targets of one trajectory's frames; NaN where a frame takes no part in the fit.
 
@@ -91,16 +108,7 @@ def label_trajectory(trajectory: Trajectory, config: RewardModelSection) -> Floa
     Raises:
         ExtensionError: a pose is not finite; names the trajectory.
     """
-    start = trajectory.start
-    name = f"{trajectory.source} trajectory of task '{start.task}', {start.split} start {start.index}"
-    milestones = segment(
-        trajectory.ee_state,
-        success=trajectory.success,
-        gripper_change=config.gripper_change,
-        min_segment=config.min_segment,
-        keyframe_speed=config.keyframe_speed,
-        name=name,
-    )
+    milestones = segment_trajectory(trajectory, config)
     if not trajectory.success:
         failure = np.zeros(len(trajectory.ee_state), dtype=np.float32)
         if config.label == "events":
