@@ -27,6 +27,7 @@ from reachrl.errors import CheckpointError, ConfigError, MissingExtra
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, new_reward_model
 from reachrl.rewards.process.transformers_model import TransformersRewardModel
+from reachrl.testing.conformance_reward_model import check_reward_model
 from reachrl.types import Start, Trajectory
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -147,6 +148,10 @@ def test_text_and_frames_together_whatever_the_batch(vilt):
     same = np.repeat(frames(1), 2, axis=0)
     a, b = model.score(same, ["reach", "open"], batch_size=2)
     assert abs(a - b) > 1e-6
+
+
+def test_the_contract_of_reward_models_is_kept(vilt, tmp_path):
+    check_reward_model(build_vilt(vilt), ["open the door", "reach"], tmp_path / "model")
 
 
 # --- fits and files ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The vision-language reward model: one position, two answers, rows apart, adapters alone, and its files."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -321,7 +322,9 @@ def test_a_dozen_trajectories_are_fitted_measured_and_read_back(folders, tmp_pat
         again.model.score(images, texts, batch_size=2), result.model.score(images, texts, batch_size=2)
     )
     refit = config.model_copy(update={"refit_steps": 4})
-    later = fit_reward_model(data, refit, seed=1, folder=tmp_path / "refit", start_from=again.model)
+    fitted = again.model.score(images, texts, batch_size=2)
+    later = fit_reward_model(data, refit, seed=1, folder=tmp_path / "refit", start_from=copy.deepcopy(again.model))
+    np.testing.assert_array_equal(again.model.score(images, texts, batch_size=2), fitted)  # it is still in use
     assert not np.array_equal(
         later.model.score(images, texts, batch_size=2), result.model.score(images, texts, batch_size=2)
     )
