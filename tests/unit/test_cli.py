@@ -161,7 +161,9 @@ def test_list_shows_every_preset_task_and_kind(reachrl):
         assert preset in out and description in out
     for task, instruction in INSTRUCTIONS.items():
         assert any(line.split(None, 1) == [task, instruction] for line in map(str.strip, out.splitlines()))
-    assert "curriculum.kind  success_rate" in out and "reachrl.envs.metaworld:MetaworldEnv" in out
+    kinds = [tuple(line.split()[:2]) for line in out.splitlines()]
+    assert ("curriculum.kind", "success_rate") in kinds and ("reward_model.kind", "vlm") in kinds
+    assert "reachrl.envs.metaworld:MetaworldEnv" in out
     assert "instruction" not in reachrl("list", "kinds")[1]
 
 
