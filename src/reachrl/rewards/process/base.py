@@ -169,13 +169,13 @@ def _saved_config(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def clip_frames(num_images: int, *, num_frames: int, frame_stride: int) -> Int64[np.ndarray, "T F"]:
-    """Which frames of one episode each of its clips consists of, oldest first; the first frame stands in for earlier.
+def clip_frames(newest: Int64[np.ndarray, "T"], *, num_frames: int, frame_stride: int) -> Int64[np.ndarray, "T F"]:
+    """Which frames of one episode its clips consist of, oldest first; the first frame stands in for earlier ones.
 
     Args:
-        num_images: T frames of the episode.
+        newest: the last frame of each clip.
         num_frames: F.
         frame_stride: decisions between two frames of a clip.
     """
     back = np.arange(num_frames - 1, -1, -1) * frame_stride
-    return np.maximum(np.arange(num_images)[:, None] - back, 0)
+    return np.maximum(newest[:, None] - back, 0)

@@ -187,7 +187,7 @@ def score_trajectories(
         part = data[start : start + 32]
         lengths = [len(trajectory.images) for trajectory in part]
         shape = {"num_frames": model.num_frames, "frame_stride": model.frame_stride}
-        clips = np.concatenate([each.images[clip_frames(len(each.images), **shape)] for each in part])
+        clips = np.concatenate([each.images[clip_frames(np.arange(len(each.images)), **shape)] for each in part])
         instructions = [each.instruction for each, length in zip(part, lengths, strict=True) for _ in range(length)]
         scores = np.split(model.score(clips, instructions, batch_size=batch_size), np.cumsum(lengths)[:-1])
         scored += [

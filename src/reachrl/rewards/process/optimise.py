@@ -95,8 +95,11 @@ def optimise(
 
 def clip(trajectory: Trajectory, frame: int, model: RewardModel) -> UInt8[np.ndarray, "F H W 3"]:
     """What `model` sees of a trajectory at one frame."""
-    wanted = clip_frames(frame + 1, num_frames=model.num_frames, frame_stride=model.frame_stride)[-1]
-    return trajectory.images[wanted]
+    return trajectory.images[_clip_frames(frame, model)]
+
+
+def _clip_frames(frame: int, model: RewardModel) -> Int64[np.ndarray, "F"]:
+    return clip_frames(np.array([frame]), num_frames=model.num_frames, frame_stride=model.frame_stride)[0]
 
 
 def _labelled_frames(labels: Labels, rows: Sequence[int]) -> Int64[np.ndarray, "K 2"]:
@@ -144,7 +147,7 @@ def shuffled_clip(
         draw: where the clip and the order come from.
     """
     last = int(draw.integers(model.frame_stride, len(trajectory.images)))
-    right = clip_frames(last + 1, num_frames=model.num_frames, frame_stride=model.frame_stride)[-1]
+    right = _clip_frames(last, model)
     wrong = right
     while np.array_equal(wrong, right):  # at least two of the frames differ
         wrong = draw.permutation(right)
