@@ -147,9 +147,18 @@ def test_a_run_resumed_at_its_checkpoint_refits_to_the_same_weights(run):
     assert len(list(iter_shard(run.reward_model / "fresh" / "iteration_000005.parquet"))) == 4
 
 
-def test_rollouts_too_short_for_an_episode_are_refused(run):
-    with pytest.raises(ConfigError, match=r"env\.max_steps=15 exceeds num_steps=10"):
-        Refitter(load_config("toy", [*OPTIONS, "num_steps=10"]), run)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["num_steps=10"], r"env\.max_steps=15 exceeds num_steps=10"),
+        (["reward.kind=task"], r"refit_every=2 refits the model that this run fits"),
+        (["reward.weight=0"], r"refit_every=2 refits the model that this run fits"),
+        (["reward.checkpoint=somewhere"], r"refit_every=2 refits the model that this run fits"),
+    ],
+)
+def test_refits_that_cannot_be_are_refused_with_the_configuration(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("toy", [*OPTIONS, *changes])
 
 
 def test_the_configuration_may_add_trajectories(run, tmp_path):

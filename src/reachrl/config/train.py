@@ -81,6 +81,22 @@ class TrainConfig(Section):
     """Held-out evaluation."""
 
     @model_validator(mode="after")
+    def _refits_are_possible(self) -> Self:
+        every, reward = self.reward_model.refit_every, self.reward
+        own = isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
+        if every and not own:
+            raise ValueError(
+                f"reward_model.refit_every={every} refits the model that this run fits and scores with: set "
+                "reward.kind=process with a weight above 0 and no reward.checkpoint, or refit_every=0"
+            )
+        if every and self.env.max_steps > self.num_steps:
+            raise ValueError(
+                f"reward_model.refit_every={every} needs episodes that fit into one rollout, but env.max_steps="
+                f"{self.env.max_steps} exceeds num_steps={self.num_steps}: raise num_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_held_out_starts(self) -> Self:
         if self.eval.num_starts > self.env.num_eval_starts:
             raise ValueError(

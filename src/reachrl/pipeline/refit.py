@@ -11,7 +11,6 @@ from reachrl.config.train import TrainConfig
 from reachrl.demos.readers import read_trajectories
 from reachrl.demos.shard import iter_shard, write_shard
 from reachrl.demos.store import TrajectoryStore
-from reachrl.errors import ConfigError
 from reachrl.rewards.episodes import whole_episodes
 from reachrl.rewards.process.base import RewardModel, load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, score_trajectories
@@ -32,17 +31,9 @@ class Refitter:
     Args:
         config: the run's; `reward_model.refit_*` say when and how.
         run: where data and versions lie.
-
-    Raises:
-        ConfigError: no episode would ever lie whole in a rollout.
     """
 
     def __init__(self, config: TrainConfig, run: Run) -> None:
-        if config.env.max_steps > config.num_steps:
-            raise ConfigError(
-                f"reward_model.refit_every={config.reward_model.refit_every} needs episodes that fit into one rollout, "
-                f"but env.max_steps={config.env.max_steps} exceeds num_steps={config.num_steps}: raise num_steps."
-            )
         self.config, self.run = config, run
 
     def __call__(

@@ -15,6 +15,7 @@ from reachrl.pipeline.base import Display, StageProgress, device_of, saved_polic
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.registry import build, resolve
 from reachrl.rewards.base import Reward
+from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, split_starts
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
@@ -101,13 +102,15 @@ def build_reward(config: TrainConfig, run: Run, *, version: int = 0) -> Reward:
                 f"{type(reward).__name__}: a reward must be a subclass of reachrl.rewards.base.Reward."
             )
         return reward
-    if not needs_reward_model(config):
+    if config.reward.weight == 0:
         return build("rewards", config.reward, **shaping)
+    brought = config.reward.checkpoint
+    model = read_version(run, version) if brought is None else load_reward_model(brought)
     return build(
         "rewards",
         config.reward,
         **shaping,
-        model=read_version(run, version).to(device_of(config)),
+        model=model.to(device_of(config)),
         refit=Refitter(config, run) if config.reward_model.refit_every else None,
         read_version=lambda number: read_version(run, number).to(device_of(config)),
     )
