@@ -85,3 +85,16 @@ def test_presets_in_a_circle_are_refused_and_a_base_lies_beside_its_preset(tmp_p
     (tmp_path / "below.toml").write_text('base = "above.toml"\n')
     with pytest.raises(ConfigError, match="circle"):
         load_config(str(tmp_path / "above.toml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["reward_model.shuffled_negatives=0.2"], "reward_model: shuffled_negatives needs num_frames"),
+        (["reward_model.refit_every=1", "num_steps=3"], "options: reward_model.refit_every=1 needs episodes"),
+    ],
+)
+def test_a_check_across_options_gives_its_reason_and_not_the_whole_section(overrides, line):
+    with pytest.raises(ConfigError) as error:
+        load_config("toy", overrides)
+    assert line in str(error.value) and len(str(error.value)) < 300

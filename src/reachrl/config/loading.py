@@ -202,7 +202,10 @@ def _problems(error: ValidationError, cls: type[Section], prefix: str) -> list[s
             known = _known(cls, path[:-1])
             lines.append(f"unknown key {key!r}{_close(path[-1], known)}. Known here: {', '.join(known)}.")
         else:
-            lines.append(f"{key} = {item.get('input')!r}: {item['msg'].removeprefix('Value error, ')}.")
+            said = item["msg"].removeprefix("Value error, ")
+            # A check across options fails for the whole section, which is too long to print.
+            whole = isinstance(item.get("input"), dict | Section)
+            lines.append(f"{key or 'options'}: {said}." if whole else f"{key} = {item.get('input')!r}: {said}.")
     return lines
 
 
