@@ -60,7 +60,9 @@ def ours(xml: str, size: int) -> tuple[Any, ...]:
     """What `MetaworldEnv` does for a frame."""
     from pathlib import Path
 
-    from reachrl.envs.render import Renderer, import_mujoco, load_scene
+    from reachrl.envs.gl import import_mujoco
+    from reachrl.envs.render import Renderer
+    from reachrl.envs.scene import load_scene
 
     mujoco = import_mujoco()
     model = load_scene(Path(xml), MetaworldConfig().mesh_faces)
@@ -73,7 +75,7 @@ def ours(xml: str, size: int) -> tuple[Any, ...]:
 
 def theirs(xml: str, size: int) -> tuple[Any, ...]:
     """The scene as it is on disk, drawn by `mujoco.Renderer` as it comes."""
-    from reachrl.envs.render import import_mujoco
+    from reachrl.envs.gl import import_mujoco
 
     mujoco = import_mujoco()
     model = mujoco.MjModel.from_xml_path(xml)

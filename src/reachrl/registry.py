@@ -16,6 +16,7 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "envs": {
         "metaworld": ("reachrl.envs.metaworld:MetaworldEnv", "reachrl.config.env:MetaworldConfig"),
+        "libero": ("reachrl.envs.libero.env:LiberoEnv", "reachrl.config.libero:LiberoConfig"),
         "reach_toy": ("reachrl.testing.envs:ReachEnv", "reachrl.testing.envs:ReachConfig"),
     },
     "rewards": {

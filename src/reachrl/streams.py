@@ -27,6 +27,7 @@ class Stream(IntEnum):
     REWARD_BATCHES = 12
     REWARD_PROBE = 13
     REWARD_SHUFFLE = 14
+    LIBERO_STARTS = 15
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

@@ -12,9 +12,10 @@ import pytest
 
 from reachrl.config.env import EVAL_POOL, MetaworldConfig
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
+from reachrl.envs.gl import import_mujoco
 from reachrl.envs.metaworld import MetaworldEnv
 from reachrl.envs.metaworld_task import MetaworldTask
-from reachrl.envs.render import build_scene, import_mujoco
+from reachrl.envs.scene import build_scene
 from reachrl.envs.vector import VectorEnv
 from reachrl.testing.conformance_env import check_env
 from reachrl.types import Split, Start
@@ -186,7 +187,7 @@ def test_frames_look_like_mujocos_own(env: MetaworldEnv):
 
 STOCK_FRAME = """
 import ast, os, sys
-from reachrl.envs.render import import_mujoco
+from reachrl.envs.gl import import_mujoco
 mujoco = import_mujoco()
 import numpy as np
 state = ast.literal_eval(sys.stdin.read())

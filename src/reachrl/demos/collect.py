@@ -21,6 +21,7 @@ from reachrl.demos.process import ExpertProcess
 from reachrl.demos.shard import ShardWriter, shard_metadata
 from reachrl.demos.store import META_FILE, TrajectoryStore, finish_store
 from reachrl.errors import ConfigError, WorkerError
+from reachrl.registry import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def collect_demos(
         if [shard.name for shard in store.shards] == shards:
             return store
     if missing:
+        resolve("envs", env_config.kind).prepare(env_config)  # pyright: ignore[reportAttributeAccessIssue]
         (folder / META_FILE).unlink(missing_ok=True)  # the store is incomplete until all shards stand
         _Collection(env_config, config, folder, seed, identity, tasks, missing, on_progress).run()
     info = {"env": env_config.model_dump(mode="json"), "demos": config.model_dump(mode="json"), "seed": seed}

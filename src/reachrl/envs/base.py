@@ -29,6 +29,17 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
     observation_space: gym.spaces.Dict  # pyright: ignore[reportIncompatibleVariableOverride]
     action_space: gym.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @classmethod
+    def prepare(cls, config: Any) -> None:
+        """Do once, before worker processes start, what they all need: look for assets, download them.
+
+        Args:
+            config: the environment's section.
+
+        Raises:
+            ReachRLError: the environment cannot be made; told here, it costs no worker.
+        """
+
     @abstractmethod
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from reachrl.config.env import EVAL_POOL
-from reachrl.envs.render import import_mujoco, load_scene
+from reachrl.envs.gl import import_mujoco
+from reachrl.envs.scene import load_scene
 from reachrl.errors import MissingExtra
 from reachrl.types import Split
 

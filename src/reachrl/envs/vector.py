@@ -14,6 +14,7 @@ from reachrl import errors
 from reachrl.config.env import EnvSection
 from reachrl.envs.process import WorkerLost, WorkerProcess
 from reachrl.envs.shared_arrays import SharedArrays
+from reachrl.registry import resolve
 from reachrl.types import EnvStep, Observation, Split, Start
 
 _MAX_LOSSES = 3  # of the same environment without a finished episode in between; one more is an error
@@ -35,6 +36,7 @@ class VectorEnv:
     """
 
     def __init__(self, config: EnvSection, num_envs: int):
+        resolve("envs", config.kind).prepare(config)
         self.num_envs = num_envs
         self.lost_episodes = 0
         self._config = config

@@ -1,0 +1,127 @@
+"""LIBERO as language tasks seen through the agent-view camera, with sparse success and numbered starts."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from reachrl.config.libero import LiberoConfig
+from reachrl.config.libero_tasks import instruction
+from reachrl.envs.base import Env, check_start, start_option
+from reachrl.envs.libero.installation import check_versions, find_assets
+from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
+from reachrl.envs.libero.starts import Starts
+from reachrl.envs.render import Renderer
+from reachrl.types import Split
+
+_SETTLING_STEPS = 10  # objects are released a little above the table; published evaluations wait as long
+_DO_NOTHING = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+
+
+class LiberoEnv(Env):
+    """The tasks of one suite in one process, each simulator made when first needed.
+
+    Actions are f32[7] in [-1, 1]: hand displacement x y z (times 5 cm), rotation about x y z (times 0.5 rad), gripper
+    (-1 opens, 1 closes; with `gripper=openvla` 1 opens and 0 closes). One decision lasts 50 ms of simulated time.
+    """
+
+    Config = LiberoConfig
+    metadata = {"render_modes": []}
+
+    def __init__(self, config: LiberoConfig):
+        self.config = config
+        self.tasks = config.tasks
+        low = np.full(7, -1.0, np.float32)
+        low[6] = 0.0 if config.gripper == "openvla" else -1.0
+        self.action_space = gym.spaces.Box(low, np.ones(7, np.float32), dtype=np.float32)
+        size = config.image_size
+        self.observation_space = gym.spaces.Dict(
+            {
+                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+            }
+        )
+        self._assets = find_assets(config.assets)
+        self._renderer = Renderer(size) if config.simulation == "fast" else None
+        self._made: dict[str, Starts] = {}
+        self._starts: Starts | None = None
+        self._steps = 0
+        self._over = True
+
+    @classmethod
+    def prepare(cls, config: LiberoConfig) -> None:
+        """Check versions and have the assets at hand, before workers need them."""
+        check_versions()
+        find_assets(config.assets)
+
+    def instruction(self, task: str) -> str:
+        """The sentence that describes `task`."""
+        return instruction(task)
+
+    def num_starts(self, split: Split) -> int:
+        """How many numbered start states each task has in `split`."""
+        return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
+        start = start_option(options)
+        check_start(self, start)
+        self._starts = self.task_starts(start.task)
+        self._starts.begin(start.split, start.index)
+        for _ in range(_SETTLING_STEPS):
+            self._starts.simulation.step(_DO_NOTHING)
+        self._steps = 0
+        self._over = False
+        return self._observe(self._starts), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Carry out `action` f32[7] for 50 ms."""
+        if self._starts is None or self._over:
+            raise RuntimeError("the episode is over: call reset first")
+        action = np.asarray(action, np.float32)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 7 finite numbers, got {action!r}")
+        success = self._starts.simulation.step(self._in_simulator_convention(action))
+        self._steps += 1
+        truncated = not success and self._steps >= self.config.max_steps
+        self._over = success or truncated
+        return self._observe(self._starts), float(success), success, truncated, {"success": success}
+
+    def _in_simulator_convention(self, action: np.ndarray) -> np.ndarray:
+        """The action f64[7] clipped, its gripper -1 to open and 1 to close."""
+        clipped = np.clip(action, self.action_space.low, self.action_space.high).astype(np.float64)
+        if self.config.gripper == "openvla":
+            clipped[6] = -np.sign(2 * clipped[6] - 1)
+        return clipped
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's action f32[7]."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the GL contexts."""
+        for starts in self._made.values():
+            starts.simulation.close()
+        self._made.clear()
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def task_starts(self, task: str) -> Starts:
+        """The task's simulation and its numbered starts, made when first asked for."""
+        if task not in self._made:
+            config = self.config
+            if self._renderer is None:
+                # Upstream's tasks take a gigabyte each: one at a time.
+                for made in self._made.values():
+                    made.simulation.close()
+                self._made.clear()
+                simulation = FaithfulSimulation(config.suite, task, self._assets, config.image_size)
+            else:
+                simulation = FastSimulation(config.suite, task, self._assets, config.mesh_faces, self._renderer)
+            self._made[task] = Starts(config.suite, task, simulation, stored_for_training=config.split == "paper")
+        return self._made[task]
+
+    def _observe(self, starts: Starts) -> dict[str, np.ndarray]:
+        return {"image": starts.simulation.frame(), "ee_state": starts.simulation.ee_state()}

@@ -1,0 +1,211 @@
+"""The installed LIBERO: imported without questions, side effects in the user's home or versions known to be wrong.
+
+Upstream asks a question on the terminal at its first import, writes a configuration into the home folder, logs to
+`/tmp/robosuite.log` (which fails for the second user of a machine) and downloads its assets while it constructs the
+first task. None of that happens here.
+"""
+
+import os
+import pickle
+import sys
+import tempfile
+import types
+import zipfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reachrl.envs.gl import import_mujoco
+from reachrl.errors import ConfigError, MissingExtra
+
+ASSETS_VARIABLE = "REACHRL_LIBERO_ASSETS"
+HUB_REPOSITORY = "lerobot/libero-assets"
+INSTALL = (
+    "pip install 'reachrl[libero]'  and then\n  pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
+)
+# Versions whose physics the benchmark's stored start states and our recorded figures belong to.
+_NEEDED = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "bddl": "1.0.1"}
+_MUJOCO_BELOW = (3, 4)  # from 3.4.0 on a stored libero_spatial state is reported to break; 3.10 changes the API
+_ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
+
+
+def check_versions() -> None:
+    """Refuse what is not installed or known not to work.
+
+    Raises:
+        MissingExtra: a package is missing or of the wrong version; the message says how to install it.
+    """
+    found = {name: _version(name) for name in (*_NEEDED, "mujoco")}
+    missing = [name for name, there in found.items() if there is None]
+    if missing:
+        raise MissingExtra(f"LIBERO needs {', '.join(missing)}; run\n  {INSTALL}")
+    wrong = [f"{name} {found[name]} (needs {needed})" for name, needed in _NEEDED.items() if found[name] != needed]
+    if tuple(int(part) for part in str(found["mujoco"]).split(".")[:2]) >= _MUJOCO_BELOW:
+        wrong.append(f"mujoco {found['mujoco']} (needs 3.3; later ones change episodes from stored start states)")
+    if wrong:
+        raise MissingExtra(f"LIBERO does not give its published episodes with {', '.join(wrong)}; run\n  {INSTALL}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def package_folder() -> Path:
+    """Where the package `libero.libero` lies, without importing it.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    spec = find_spec("libero")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtra(f"LIBERO is not installed; run\n  {INSTALL}")
+    return Path(next(iter(spec.submodule_search_locations))) / "libero"
+
+
+def find_assets(configured: Path | None) -> Path:
+    """The folder with meshes and textures: configured, from the environment, of an installation, or downloaded.
+
+    Raises:
+        ConfigError: a folder that was named is not one, or nothing was found and the hub cannot be reached.
+        MissingExtra: LIBERO is not installed.
+    """
+    named = {"env.assets": configured, ASSETS_VARIABLE: os.environ.get(ASSETS_VARIABLE)}
+    for name, value in named.items():
+        if value:
+            folder = Path(value).expanduser()
+            lacking = [part for part in _ASSET_FOLDERS if not (folder / part).is_dir()]
+            if lacking:
+                raise ConfigError(
+                    f"{name}={value} is not a folder with LIBERO's assets: it lacks {', '.join(lacking)}; "
+                    "name the folder that holds them, or unset it"
+                )
+            return folder.resolve()
+    installed = (package_folder() / "assets", Path.home() / ".cache" / "libero" / "assets")
+    for folder in installed:
+        if all((folder / part).is_dir() for part in _ASSET_FOLDERS):
+            return folder
+    return _download(installed)
+
+
+def _download(tried: tuple[Path, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(HUB_REPOSITORY, repo_type="dataset"))  # shows its own progress bar
+    except Exception as error:  # the hub client raises many kinds: no network, no such repository, offline mode
+        raise ConfigError(
+            f"LIBERO's assets were not found: env.assets and {ASSETS_VARIABLE} are unset, there is nothing in "
+            f"{' or '.join(map(str, tried))}, and {HUB_REPOSITORY} could not be downloaded ({_first_line(error)}). "
+            "Give the folder as env.assets=PATH."
+        ) from error
+    return folder / "assets" if (folder / "assets").is_dir() else folder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def stand_in_assets(folder: Path) -> bool:
+    """Whether the folder's own README says that its pictures are not the benchmark's."""
+    readme = folder / "README.md"
+    return readme.is_file() and "not official pictures" in readme.read_text(errors="replace").lower()
+
+
+def bddl_file(suite: str, task: str) -> Path:
+    """The task's definition.
+
+    Raises:
+        MissingExtra: LIBERO is not installed.
+        ConfigError: the file is gone.
+    """
+    path = package_folder() / "bddl_files" / suite / f"{task}.bddl"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: LIBERO is not completely installed; run\n  {INSTALL}")
+    return path
+
+
+@cache
+def import_upstream(assets: Path) -> Any:
+    """The module `libero.libero.envs`, with `assets` as its assets.
+
+    Raises:
+        MissingExtra: something is missing or of the wrong version.
+    """
+    check_versions()
+    import_mujoco()
+    quiet = types.ModuleType("robosuite.macros_private")  # what robosuite reads its settings from
+    quiet.CONSOLE_LOGGING_LEVEL, quiet.FILE_LOGGING_LEVEL = "ERROR", None  # pyright: ignore[reportAttributeAccessIssue]
+    quiet.__all__ = ["CONSOLE_LOGGING_LEVEL", "FILE_LOGGING_LEVEL"]  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules.setdefault("robosuite.macros_private", quiet)
+    try:
+        libero = _import_without_questions()
+        libero._assets_path_cache = str(assets)
+        from libero.libero import envs
+    except ImportError as error:
+        raise MissingExtra(f"LIBERO could not be imported ({error}); run\n  {INSTALL}") from error
+    return envs
+
+
+def _import_without_questions() -> Any:
+    """`libero.libero`, which asks unless a configuration file stands where `LIBERO_CONFIG_PATH` points."""
+    before = os.environ.get("LIBERO_CONFIG_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.yaml").touch()
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        try:
+            import libero.libero as libero
+        finally:
+            os.environ.pop("LIBERO_CONFIG_PATH")
+            if before is not None:
+                os.environ["LIBERO_CONFIG_PATH"] = before
+    paths = libero.get_default_path_dict()
+    libero.get_libero_path = paths.__getitem__
+    return libero
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickles that hold numpy arrays and nothing else."""
+
+    _ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),  # how old pickles write bytes
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what an array is made of."""
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def stored_starts(suite: str, task: str) -> np.ndarray:
+    """The start states that come with the benchmark: time, joint positions and velocities, f64[50 K].
+
+    They lie in files that `torch.save` wrote; only arrays are read from them, and torch is not needed.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or holds anything but an array.
+    """
+    path = package_folder() / "init_files" / suite / f"{task}.pruned_init"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            with archive.open(name) as file:
+                states = np.asarray(_ArraysOnly(file).load())
+    except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as stored start states ({error}); install LIBERO again:\n  {INSTALL}"
+        ) from error
+    if states.ndim != 2 or not np.issubdtype(states.dtype, np.floating) or not np.isfinite(states).all():
+        raise ConfigError(f"{path} holds {states.dtype}{list(states.shape)}, expected start states as float64[50 K]")
+    return states.astype(np.float64)

@@ -1,0 +1,86 @@
+"""Numbered start states of one LIBERO task: the stored ones, and drawn ones that keep away from them."""
+
+from typing import Any
+
+import numpy as np
+
+from reachrl.config.libero import NUM_STORED_STARTS
+from reachrl.envs.gl import import_mujoco
+from reachrl.envs.libero.installation import stored_starts
+from reachrl.envs.libero.simulation import Simulation
+from reachrl.errors import ConfigError
+from reachrl.streams import Stream, sequence
+from reachrl.types import Split
+
+_MAX_DRAWS = 1000
+
+
+class Starts:
+    """Begins the numbered episodes of one task.
+
+    A drawn start is upstream's reset with a seed of its own. Those that put the objects within `gap` of where a stored
+    start has them are drawn again: evaluation never meets what was trained on.
+
+    Args:
+        suite: of the task.
+        task: its name.
+        simulation: where episodes begin.
+        stored_for_training: train on the stored starts, as published trainers do.
+
+    Raises:
+        ConfigError: the stored states do not fit the task as it is defined now.
+    """
+
+    def __init__(self, suite: str, task: str, simulation: Simulation, *, stored_for_training: bool):
+        self.task, self.simulation, self.stored_for_training = task, simulation, stored_for_training
+        self.stored = stored_starts(suite, task)
+        model = simulation.model
+        size = 1 + model.nq + model.nv
+        if self.stored.shape != (NUM_STORED_STARTS, size):
+            raise ConfigError(
+                f"{task}: its stored start states are {list(self.stored.shape)}, but the task file describes a scene "
+                f"that needs {[NUM_STORED_STARTS, size]}: the file was edited, or the versions do not belong together; "
+                "install LIBERO again"
+            )
+        self._columns = _object_columns(model)
+        self._seeds: dict[int, int] = {}
+        positions = self.positions(self.stored[:, 1 : 1 + model.nq])
+        apart = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+        np.fill_diagonal(apart, np.inf)
+        # Stored starts are themselves only millimetres apart in some suites, so no fixed distance would do.
+        self.gap = 0.5 * float(np.median(apart.min(axis=1)))
+
+    def positions(self, qpos: np.ndarray) -> np.ndarray:
+        """Where the movable objects stand on the table: metres f64[... 2 K] from joint positions f64[... nq]."""
+        return qpos[..., self._columns]
+
+    def distance(self, qpos: np.ndarray) -> float:
+        """How far objects in `qpos` f64[nq] are from the nearest stored start: metres, all objects together."""
+        stored = self.positions(self.stored[:, 1 : 1 + self.simulation.model.nq])
+        return float(np.linalg.norm(stored - self.positions(qpos), axis=-1).min())
+
+    def begin(self, split: Split, index: int) -> None:
+        """Put the simulation at start `index` of `split`.
+
+        What is not stored (where cabinets and stoves stand) is drawn with the start's number as seed.
+        """
+        if split == "eval" or self.stored_for_training:
+            self.simulation.reset(index, self.stored[index])
+        elif index in self._seeds:
+            self.simulation.reset(self._seeds[index], None)
+        else:
+            self._seeds[index] = self._draw(index)
+
+    def _draw(self, index: int) -> int:
+        for attempt in range(_MAX_DRAWS):
+            seed = int(sequence(0, Stream.LIBERO_STARTS, self.task, index, attempt).generate_state(1)[0])
+            self.simulation.reset(seed, None)
+            if self.distance(self.simulation.data.qpos) >= self.gap:
+                return seed
+        raise RuntimeError(f"no start at a distance of {self.gap} m from the stored ones found for {self.task} {index}")
+
+
+def _object_columns(model: Any) -> np.ndarray:
+    """Indices into the joint positions of x and y of everything that lies loose."""
+    free = np.flatnonzero(model.jnt_type == import_mujoco().mjtJoint.mjJNT_FREE)
+    return (model.jnt_qposadr[free][:, None] + np.arange(2)).ravel()
