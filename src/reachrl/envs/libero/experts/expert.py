@@ -1,0 +1,51 @@
+"""The scripted expert of a LIBERO task: reads the goal from the task file and reaches its predicates in turn."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from reachrl.envs.libero.experts.hand import Actions, Hand
+from reachrl.envs.libero.experts.pick_place import NotDone, pick, place
+from reachrl.envs.libero.experts.scene import Scene
+from reachrl.envs.libero.simulation import Simulation
+
+_ROUNDS = 4  # of going through what is not yet done
+
+
+class Expert:
+    """Acts from the beginning of one episode to its end.
+
+    Args:
+        simulation: at the beginning of an episode.
+    """
+
+    def __init__(self, simulation: Simulation):
+        self.scene, self.hand = Scene(simulation), Hand(simulation)
+        self._script: Iterator[np.ndarray] = self._reach_goals()
+
+    def action(self) -> np.ndarray:
+        """The next action f64[7] in the simulator's convention."""
+        return next(self._script)
+
+    def _reach_goals(self) -> Actions:
+        for _ in range(_ROUNDS):
+            for goal in self.scene.goals:
+                if self.scene.holds(goal):
+                    continue
+                try:
+                    yield from self._reach(goal)
+                except NotDone as problem:
+                    self.problem = str(problem)
+                    yield from self.hand.open()
+                yield from self.hand.hold(2)
+        while True:  # nothing more is known to try
+            yield from self.hand.hold(1)
+
+    def _reach(self, goal: list[str]) -> Actions:
+        predicate, *names = goal
+        if predicate in ("on", "in"):
+            thing, target = names
+            yield from pick(self.scene, self.hand, thing)
+            yield from place(self.scene, self.hand, thing, target)
+        else:
+            raise NotDone(f"no skill for {predicate}")

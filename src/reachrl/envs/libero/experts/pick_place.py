@@ -1,0 +1,88 @@
+"""Taking a thing and putting it somewhere."""
+
+import numpy as np
+
+from reachrl.envs.libero.experts.grasp import PALM_ABOVE, find_grasps
+from reachrl.envs.libero.experts.hand import Actions, Hand
+from reachrl.envs.libero.experts.scene import Scene
+
+_APPROACH_M = 0.06  # over the grasp, from where the hand goes straight down
+_LIFTED_M = 0.02
+_OVER_OBSTACLES_M = 0.03
+_TRIES = 3
+
+
+class NotDone(Exception):
+    """A skill did not reach what it is for."""
+
+
+def pick(scene: Scene, hand: Hand, thing: str, *, toward: np.ndarray | None = None) -> Actions:
+    """Take hold of `thing` and lift it a little.
+
+    Raises:
+        NotDone: it cannot be grasped from above, or slipped every time.
+    """
+    for attempt in range(_TRIES):
+        points = scene.points(thing)
+        support = max(scene.table_height(), points[:, 2].min())
+        grasps = find_grasps(points, scene.others(thing), support, hand.yaw, toward=toward)
+        if not grasps:
+            raise NotDone(f"no grasp found for {thing}")
+        grasp = grasps[min(attempt * 7, len(grasps) - 1)]  # the next ones differ by millimetres
+        rotation = hand.pointing_down(grasp.yaw)
+        above = grasp.position + [0.0, 0.0, _APPROACH_M]
+        before = scene.origin(thing)[2]
+        yield from _travel(scene, hand, thing, above, rotation)
+        yield from hand.go(grasp.position, rotation, near=0.004, limit=40, slow=0.6)
+        yield from hand.close()
+        yield from hand.go(hand.position + [0.0, 0.0, _APPROACH_M], rotation, near=0.015, limit=25)
+        if scene.origin(thing)[2] > before + _LIFTED_M:
+            return
+        yield from hand.open()
+        yield from hand.go(hand.position + [0.0, 0.0, _APPROACH_M], rotation, near=0.02, limit=20)
+    raise NotDone(f"{thing} slipped {_TRIES} times")
+
+
+def place(scene: Scene, hand: Hand, thing: str, target: str) -> Actions:
+    """Put `thing`, which is held, into or onto `target`, and let go."""
+    rotation = hand.rotation
+    rotation = hand.pointing_down(hand.yaw) if rotation[2, 2] < -0.8 else rotation
+    inside = scene.is_region(target)
+    goal = scene.target(target)
+    bottom = scene.points(thing)[:, 2].min()
+    obstacles = scene.others(thing)
+    radius = 0.5 * np.ptp(scene.points(thing)[:, :2], axis=0).max() + 0.03
+    rim = _highest(obstacles, goal[:2], goal[:2], radius + 0.04, scene.table_height())
+    top = _highest(obstacles, hand.position[:2], goal[:2], radius, rim)
+    carry = hand.position[2] + max(0.0, top + _OVER_OBSTACLES_M - bottom)
+    yield from hand.go(np.array([*hand.position[:2], carry]), rotation, near=0.02, limit=40)
+    for near_enough in (0.02, 0.006):  # the second look corrects for what swung or turned
+        offset = scene.origin(thing)[:2] - hand.position[:2]
+        yield from hand.go(np.array([*(goal[:2] - offset), carry]), rotation, near=near_enough, limit=60)
+    floor = scene.floor(thing, goal[:2], goal[2] + 0.02 if inside else np.inf)
+    drop = hand.position[2] - (scene.points(thing)[:, 2].min() - floor - 0.008)
+    if inside and rim > floor + 0.05:
+        drop = max(drop, rim + PALM_ABOVE + 0.01)  # the palm stays above the walls
+    yield from hand.go(np.array([*hand.position[:2], drop]), rotation, near=0.006, limit=30, slow=0.5)
+    yield from hand.open()
+    yield from hand.go(hand.position + [0.0, 0.0, 0.08], rotation, near=0.03, limit=20)
+
+
+def _travel(scene: Scene, hand: Hand, thing: str, goal: np.ndarray, rotation: np.ndarray) -> Actions:
+    """Go to `goal` over what stands in the way."""
+    obstacles = np.concatenate([scene.others(thing), scene.points(thing)])
+    start, way = hand.position[:2], goal[:2] - hand.position[:2]
+    height = max(goal[2], _highest(obstacles, start, goal[:2], 0.09, 0.0) + _OVER_OBSTACLES_M)
+    if hand.position[2] < height - 0.02 and np.linalg.norm(way) > 0.03:
+        yield from hand.go(np.array([*start, height]), hand.rotation, near=0.03, limit=30)
+    yield from hand.go(np.array([*goal[:2], max(height, goal[2])]), rotation, near=0.015, limit=60)
+    if height > goal[2] + 0.02:
+        yield from hand.go(goal, rotation, near=0.015, limit=30)
+
+
+def _highest(points: np.ndarray, start: np.ndarray, goal: np.ndarray, radius: float, otherwise: float) -> float:
+    """The greatest height of `points` f64[P 3] within `radius` of the way from `start` to `goal`, both f64[2]."""
+    way = goal - start
+    share = np.clip((points[:, :2] - start) @ way / max(way @ way, 1e-9), 0, 1)
+    beside = np.linalg.norm(points[:, :2] - start - share[:, None] * way, axis=1)
+    return max(float(points[beside < radius, 2].max(initial=otherwise)), otherwise)
