@@ -14,7 +14,7 @@ ARGS ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help venv gl quickstart test lint format docs
+.PHONY: help venv libero gl quickstart test lint format docs
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,dev]'
 	@touch $@
+
+# hf-libero asks for training code and CUDA builds that an environment does not need; what it does need is in the extra.
+libero: venv  ## Add the LIBERO simulator to .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,libero,dev]'
+	$(BIN)/python -m pip install --no-deps -c constraints.txt hf-libero robosuite bddl
 
 gl:  # Software rendering needs these libraries; macOS brings its own.
 	@if [ "$$(uname)" != Linux ] || ldconfig -p | grep libEGL.so.1 >/dev/null; then :; \

@@ -44,7 +44,7 @@ def test_overrides_reach_their_fields_and_change_the_hash():
         ("eval.num_starts=51", "eval.num_starts=51 exceeds env.num_eval_starts=50"),
         ("eval.modes=", "eval.modes = []"),
         ("eval.seed=-1", "eval.seed = -1: Input should be greater than or equal to 0"),
-        ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: metaworld, reach_toy"),
+        ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: libero, metaworld, reach_toy"),
         ("env.tasks=drawer-opn", "no task 'drawer-opn'"),
         ("seed.x=1", "'seed' is a value, not a section"),
     ],

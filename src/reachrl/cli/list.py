@@ -19,8 +19,9 @@ class What(StrEnum):
 def list_(what: Annotated[What | None, typer.Argument(help="Only these.", show_default="all")] = None) -> None:
     """List presets, tasks with their instructions, and the kinds of every extension point."""
     console = Console()
-    for name, table in {What.presets: _presets, What.tasks: _tasks, What.kinds: _kinds}.items():
-        if what in (None, name):
+    tables = {What.presets: (_presets,), What.tasks: (_tasks, _libero_tasks), What.kinds: (_kinds,)}
+    for name, found in tables.items():
+        for table in found if what in (None, name) else ():
             console.print(table())
 
 
@@ -47,6 +48,16 @@ def _tasks() -> Table:
     table = _table("\nTasks of kind `metaworld` (env.tasks=a,b,c)", "task", "instruction")
     for task, instruction in INSTRUCTIONS.items():
         table.add_row(task, instruction)
+    return table
+
+
+def _libero_tasks() -> Table:
+    from reachrl.config.libero_tasks import SUITES, instruction
+
+    table = _table("\nTasks of kind `libero` (env.suite=...; env.tasks=a,b,c for some of it)", "suite", "instruction")
+    for suite, tasks in SUITES.items():
+        for task in tasks:
+            table.add_row(suite, instruction(task))
     return table
 
 

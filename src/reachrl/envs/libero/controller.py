@@ -27,7 +27,7 @@ class ArmController:
     """
 
     def __init__(self, domain: Any):
-        from robosuite.utils.control_utils import set_goal_orientation
+        from robosuite.utils.control_utils import set_goal_orientation  # pyright: ignore[reportMissingImports]
 
         self._mujoco, self._turned, self._torques = import_mujoco(), set_goal_orientation, _compiled_torques()
         self._domain = domain
@@ -104,7 +104,7 @@ class ArmController:
 @cache
 def _compiled_torques() -> Any:
     """`_torques` as machine code; numba is there because robosuite needs it."""
-    import numba
+    import numba  # pyright: ignore[reportMissingImports]
 
     return numba.njit(cache=True)(_torques)
 

@@ -8,6 +8,7 @@ import numpy as np
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import instruction
 from reachrl.envs.base import Env, check_start, start_option
+from reachrl.envs.libero.experts.expert import Expert
 from reachrl.envs.libero.installation import check_versions, find_assets
 from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
@@ -45,6 +46,7 @@ class LiberoEnv(Env):
         self._renderer = Renderer(size) if config.simulation == "fast" else None
         self._made: dict[str, Starts] = {}
         self._starts: Starts | None = None
+        self._expert: Expert | None = None
         self._steps = 0
         self._over = True
 
@@ -72,6 +74,7 @@ class LiberoEnv(Env):
         self._starts.begin(start.split, start.index)
         for _ in range(_SETTLING_STEPS):
             self._starts.simulation.step(_DO_NOTHING)
+        self._expert = None
         self._steps = 0
         self._over = False
         return self._observe(self._starts), {"success": False}
@@ -97,8 +100,18 @@ class LiberoEnv(Env):
         return clipped
 
     def expert_action(self) -> np.ndarray:
-        """The scripted expert's action f32[7]."""
-        raise NotImplementedError
+        """The scripted expert's action f32[7]; it reads the simulator's state and what it did before in this episode.
+
+        It takes things and puts them somewhere; drawers, doors and knobs are beyond it, and it waits in front of them.
+        """
+        if self._starts is None:
+            raise RuntimeError("call reset first")
+        if self._expert is None:
+            self._expert = Expert(self._starts.simulation)
+        action = np.clip(self._expert.action(), -1.0, 1.0)
+        if self.config.gripper == "openvla":
+            action[6] = 0.5 * (1.0 - action[6])
+        return action.astype(np.float32)
 
     def close(self) -> None:
         """Free the GL contexts."""

@@ -147,7 +147,7 @@ def import_upstream(assets: Path) -> Any:
     try:
         libero = _import_without_questions()
         libero._assets_path_cache = str(assets)
-        from libero.libero import envs
+        from libero.libero import envs  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtra(f"LIBERO could not be imported ({error}); run\n  {INSTALL}") from error
     return envs
@@ -160,7 +160,7 @@ def _import_without_questions() -> Any:
         (Path(folder) / "config.yaml").touch()
         os.environ["LIBERO_CONFIG_PATH"] = folder
         try:
-            import libero.libero as libero
+            import libero.libero as libero  # pyright: ignore[reportMissingImports]
         finally:
             os.environ.pop("LIBERO_CONFIG_PATH")
             if before is not None:

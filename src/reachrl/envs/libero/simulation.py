@@ -150,7 +150,7 @@ class _Lean:
     task_name = ""
 
     def _initialize_sim(self: Any, xml_string: str | None = None) -> None:
-        from robosuite.utils.binding_utils import MjSim
+        from robosuite.utils.binding_utils import MjSim  # pyright: ignore[reportMissingImports]
 
         model = slim_model(xml_string or self.model.get_xml(), self.task_name, self.mesh_faces)
         self.pristine = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_rgba")}
@@ -173,7 +173,7 @@ class FastSimulation(Simulation):
     def __init__(self, suite: str, task: str, assets: Path, mesh_faces: int, renderer: Renderer):
         self._mujoco = import_mujoco()
         envs = import_upstream(assets)
-        from robosuite import load_controller_config
+        from robosuite import load_controller_config  # pyright: ignore[reportMissingImports]
 
         path = str(bddl_file(suite, task))
         base = envs.TASK_MAPPING[envs.env_wrapper.BDDLUtils.get_problem_info(path)["problem_name"]]
@@ -196,7 +196,7 @@ class FastSimulation(Simulation):
 
     def _reset(self) -> None:
         """What upstream's reset leaves behind, without building the model again."""
-        from robosuite.utils.errors import RandomizationError
+        from robosuite.utils.errors import RandomizationError  # pyright: ignore[reportMissingImports]
 
         domain = self.domain
         while True:

@@ -1,5 +1,6 @@
 """The scripted expert of a LIBERO task: reads the goal from the task file and reaches its predicates in turn."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,6 +9,8 @@ from reachrl.envs.libero.experts.hand import Actions, Hand
 from reachrl.envs.libero.experts.pick_place import NotDone, pick, place
 from reachrl.envs.libero.experts.scene import Scene
 from reachrl.envs.libero.simulation import Simulation
+
+logger = logging.getLogger(__name__)
 
 _ROUNDS = 4  # of going through what is not yet done
 
@@ -35,7 +38,7 @@ class Expert:
                 try:
                     yield from self._reach(goal)
                 except NotDone as problem:
-                    self.problem = str(problem)
+                    logger.debug("%s: %s", goal, problem)
                     yield from self.hand.open()
                 yield from self.hand.hold(2)
         while True:  # nothing more is known to try

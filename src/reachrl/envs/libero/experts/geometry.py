@@ -20,7 +20,7 @@ class Surfaces:
     def __init__(self, model: Any):
         self._model = model
         collides = (model.geom_contype | model.geom_conaffinity) != 0
-        self._local = {int(geom): _surface(model, geom) for geom in np.flatnonzero(collides)}
+        self._local = {int(geom): _surface(model, int(geom)) for geom in np.flatnonzero(collides)}
 
     def geoms_of(self, bodies: Iterable[int]) -> list[int]:
         """The colliding geoms of `bodies`."""

@@ -11,6 +11,8 @@ OPEN, CLOSE = -1.0, 1.0
 _METRES_PER_UNIT = 0.05
 _RADIANS_PER_UNIT = 0.5
 _GAIN = 2.5  # the arm covers only part of what is asked in one step
+_STALLED_STEPS = 8
+_STALLED_M = 0.002  # moved less than this (and turned less than a radian) in so many steps
 _CLOSING_STEPS = 9
 _OPENING_STEPS = 6
 
@@ -63,10 +65,14 @@ class Hand:
             limit: most steps to take.
             slow: greatest displacement per step, in units of the action.
         """
+        before: list[np.ndarray] = []
         for _ in range(limit):
             error, turn = position - self.position, _turn(rotation, self.rotation)
             if np.linalg.norm(error) < near and np.linalg.norm(turn) < 0.06:
                 return
+            before.append(np.concatenate([self.position, self.rotation[:, 0] * _STALLED_M]))
+            if len(before) > _STALLED_STEPS and np.linalg.norm(before[-1] - before[-_STALLED_STEPS]) < _STALLED_M:
+                return  # the arm's joints or a thing in the way allow no more
             move = np.clip(_GAIN * error / _METRES_PER_UNIT, -slow, slow)
             spin = np.clip(_GAIN * turn / _RADIANS_PER_UNIT, -0.5, 0.5)
             yield np.array([*move, *spin, self.grip])
@@ -96,8 +102,6 @@ def _turn(wanted: np.ndarray, now: np.ndarray) -> np.ndarray:
     """Axis times angle f64[3] from `now` to `wanted`, in the world."""
     relative: Any = wanted @ now.T
     angle = np.arccos(np.clip(0.5 * (np.trace(relative) - 1), -1, 1))
-    axis = np.array(
-        [relative[2, 1] - relative[1, 2], relative[0, 2] - relative[2, 0], relative[1, 0] - relative[0, 1]]
-    )
+    axis = np.array([relative[2, 1] - relative[1, 2], relative[0, 2] - relative[2, 0], relative[1, 0] - relative[0, 1]])
     length = np.linalg.norm(axis)
     return axis / length * angle if length > 1e-9 else np.zeros(3)

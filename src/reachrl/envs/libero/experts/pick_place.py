@@ -6,6 +6,7 @@ from reachrl.envs.libero.experts.grasp import PALM_ABOVE, find_grasps
 from reachrl.envs.libero.experts.hand import Actions, Hand
 from reachrl.envs.libero.experts.scene import Scene
 
+_UP = np.array([0.0, 0.0, 1.0])
 _APPROACH_M = 0.06  # over the grasp, from where the hand goes straight down
 _LIFTED_M = 0.02
 _OVER_OBSTACLES_M = 0.03
@@ -30,16 +31,16 @@ def pick(scene: Scene, hand: Hand, thing: str, *, toward: np.ndarray | None = No
             raise NotDone(f"no grasp found for {thing}")
         grasp = grasps[min(attempt * 7, len(grasps) - 1)]  # the next ones differ by millimetres
         rotation = hand.pointing_down(grasp.yaw)
-        above = grasp.position + [0.0, 0.0, _APPROACH_M]
+        above = grasp.position + _APPROACH_M * _UP
         before = scene.origin(thing)[2]
         yield from _travel(scene, hand, thing, above, rotation)
         yield from hand.go(grasp.position, rotation, near=0.004, limit=40, slow=0.6)
         yield from hand.close()
-        yield from hand.go(hand.position + [0.0, 0.0, _APPROACH_M], rotation, near=0.015, limit=25)
+        yield from hand.go(hand.position + _APPROACH_M * _UP, rotation, near=0.015, limit=25)
         if scene.origin(thing)[2] > before + _LIFTED_M:
             return
         yield from hand.open()
-        yield from hand.go(hand.position + [0.0, 0.0, _APPROACH_M], rotation, near=0.02, limit=20)
+        yield from hand.go(hand.position + _APPROACH_M * _UP, rotation, near=0.02, limit=20)
     raise NotDone(f"{thing} slipped {_TRIES} times")
 
 
@@ -65,7 +66,7 @@ def place(scene: Scene, hand: Hand, thing: str, target: str) -> Actions:
         drop = max(drop, rim + PALM_ABOVE + 0.01)  # the palm stays above the walls
     yield from hand.go(np.array([*hand.position[:2], drop]), rotation, near=0.006, limit=30, slow=0.5)
     yield from hand.open()
-    yield from hand.go(hand.position + [0.0, 0.0, 0.08], rotation, near=0.03, limit=20)
+    yield from hand.go(hand.position + 0.08 * _UP, rotation, near=0.03, limit=20)
 
 
 def _travel(scene: Scene, hand: Hand, thing: str, goal: np.ndarray, rotation: np.ndarray) -> Actions:

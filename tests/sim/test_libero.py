@@ -1,0 +1,230 @@
+"""LIBERO against upstream's own environment, stepped in a process of its own with the same seeds and actions."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reachrl.config.libero import LiberoConfig
+from reachrl.config.libero_tasks import SUITES
+from reachrl.envs.libero import installation
+from reachrl.errors import ConfigError, MissingExtra
+from reachrl.testing.conformance_env import check_env
+from reachrl.types import Start
+
+pytest.importorskip("robosuite", reason="LIBERO is not installed: docs/how-to/libero.md")
+_BESIDE = Path(__file__).parents[3] / "shared" / "libero-assets"
+ASSETS = Path(os.environ.get(installation.ASSETS_VARIABLE, _BESIDE))
+if not (ASSETS / "scenes").is_dir():
+    pytest.skip(f"no LIBERO assets: set {installation.ASSETS_VARIABLE}", allow_module_level=True)
+
+# One task of each suite; the second draws where things stand inside a drawer, the last has drawers and knobs.
+TASKS = [("libero_object", 0), ("libero_spatial", 4), ("libero_goal", 3), ("libero_10", 2)]
+NUM_STEPS = 100
+SIZE = 48
+
+# Upstream as its own scripts use it: one environment, its seed, its reset, the stored state, ten steps of rest.
+UPSTREAM = """
+import json, os, sys
+import numpy as np
+request = json.loads(sys.argv[1])
+os.environ["LIBERO_CONFIG_PATH"] = request["folder"]
+open(request["folder"] + "/config.yaml", "w").close()
+import libero.libero
+libero.libero._assets_path_cache = request["assets"]
+from libero.libero.envs import OffScreenRenderEnv
+size = request["size"]
+env = OffScreenRenderEnv(bddl_file_name=request["bddl"], camera_heights=size, camera_widths=size)
+env.seed(request["seed"])
+env.reset()
+state = np.load(request["state"])
+obs = env.set_init_state(state)
+positions, frames, rewards = [], [], []
+for action in [[0.0] * 6 + [-1.0]] * 10 + np.load(request["actions"]).astype(float).tolist():
+    obs, reward, done, info = env.step(action)
+    positions.append(env.sim.data.qpos.copy())
+    rewards.append(reward)
+    if len(frames) < 14:
+        frames.append(obs["agentview_image"][::-1, ::-1])
+np.savez(request["out"], positions=positions, frames=frames, rewards=rewards)
+os._exit(0)
+"""
+
+OURS = """
+import json, os, sys
+import numpy as np
+from reachrl.config.libero import LiberoConfig
+from reachrl.envs.libero.env import LiberoEnv
+from reachrl.types import Start
+request = json.loads(sys.argv[1])
+env = LiberoEnv(LiberoConfig(**request["config"]))
+obs, _ = env.reset(options={"start": Start(request["task"], "eval", request["seed"])})
+data = env.task_starts(request["task"]).simulation.data
+positions, frames, rewards = [data.qpos.copy()], [obs["image"]], []
+for action in np.load(request["actions"]):
+    obs, reward, *_ = env.step(action)
+    positions.append(env.task_starts(request["task"]).simulation.data.qpos.copy())
+    rewards.append(reward)
+    if len(frames) < 5:
+        frames.append(obs["image"])
+np.savez(request["out"], positions=positions, frames=frames, rewards=rewards)
+os._exit(0)
+"""
+
+
+def run(script: str, request: dict, tmp_path: Path) -> dict[str, np.ndarray]:
+    out = tmp_path / "out.npz"
+    environment = {key: value for key, value in os.environ.items() if key != "LP_PERF"} | {"MUJOCO_GL": "egl"}
+    command = [sys.executable, "-c", script, json.dumps(request | {"out": str(out)})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(out) as found:
+        return dict(found)
+
+
+@pytest.fixture(scope="module", params=TASKS, ids=lambda task: f"{task[0]}-{task[1]}")
+def upstream(request, tmp_path_factory):
+    suite, number = request.param
+    task, folder, seed = SUITES[suite][number], tmp_path_factory.mktemp("upstream"), 3
+    actions = np.random.default_rng(0).uniform(-1, 1, (NUM_STEPS, 7)).astype(np.float32)
+    np.save(folder / "actions.npy", actions)
+    np.save(folder / "state.npy", installation.stored_starts(suite, task)[seed])
+    asked = {
+        "folder": str(folder),
+        "assets": str(ASSETS),
+        "size": SIZE,
+        "seed": seed,
+        "bddl": str(installation.bddl_file(suite, task)),
+        "state": str(folder / "state.npy"),
+        "actions": str(folder / "actions.npy"),
+    }
+    config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS)}
+    return run(UPSTREAM, asked, folder), asked | {"config": config, "task": task}
+
+
+def test_faithful_episodes_equal_upstreams_to_the_last_bit(upstream, tmp_path):
+    theirs, asked = upstream
+    asked = asked | {"config": asked["config"] | {"simulation": "faithful"}}
+    ours = run(OURS, asked, tmp_path)
+    assert np.array_equal(ours["positions"], theirs["positions"][9:])
+    assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
+    assert np.array_equal(ours["frames"], theirs["frames"][9:14])
+
+
+def test_fast_episodes_equal_upstreams_to_rounding(upstream, tmp_path):
+    theirs, asked = upstream
+    ours = run(OURS, asked, tmp_path)
+    assert np.abs(ours["positions"] - theirs["positions"][9:]).max() < 1e-6
+    assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
+    difference = np.abs(ours["frames"].astype(float) - theirs["frames"][9:14]).mean()
+    assert difference < 10  # of 255: the same picture with fewer triangles
+
+
+@pytest.fixture(scope="module")
+def env():
+    from reachrl.envs.libero.env import LiberoEnv
+
+    tasks = SUITES["libero_object"][:2]
+    made = LiberoEnv(LiberoConfig(image_size=32, tasks=tasks, max_steps=8, assets=ASSETS))
+    yield made
+    made.close()
+
+
+def test_it_keeps_the_contract(env):
+    check_env(env, expert=True)
+
+
+def test_training_starts_keep_away_from_stored_ones_and_repeat(env):
+    starts = env.task_starts(env.tasks[0])
+    stored = starts.positions(starts.stored[:, 1 : 1 + starts.simulation.model.nq])
+    drawn = []
+    for index in range(20):
+        starts.begin("train", index)
+        drawn.append(starts.positions(starts.simulation.data.qpos))
+    nearest = np.linalg.norm(np.array(drawn)[:, None] - stored[None], axis=-1).min(axis=1)
+    assert nearest.min() >= starts.gap > 1e-3
+    assert len(np.unique(np.round(drawn, 6), axis=0)) == 20
+    starts._seeds.clear()  # as another process would begin
+    starts.begin("train", 7)
+    assert np.array_equal(starts.positions(starts.simulation.data.qpos), drawn[7])
+
+
+def test_published_openvla_actions_move_the_gripper_the_other_way():
+    from reachrl.envs.libero.env import LiberoEnv
+
+    env = LiberoEnv.__new__(LiberoEnv)
+    env.config = LiberoConfig(gripper="openvla")
+    env.action_space = type("Box", (), {"low": np.array([-1.0] * 6 + [0.0]), "high": np.ones(7)})  # pyright: ignore
+    assert [env._in_simulator_convention(np.array([0.0] * 6 + [g]))[6] for g in (1.0, 0.7, 0.3, 0.0)] == [-1, -1, 1, 1]
+
+
+@pytest.mark.parametrize(("suite", "number"), [("libero_object", 0), ("libero_spatial", 0)])
+def test_the_expert_solves(suite, number):
+    from reachrl.envs.libero.env import LiberoEnv
+
+    env = LiberoEnv(LiberoConfig(suite=suite, image_size=16, assets=ASSETS))
+    env.reset(options={"start": Start(env.tasks[number], "train", 0)})
+    done = success = False
+    while not done:
+        _, reward, success, truncated, _ = env.step(env.expert_action())
+        done = success or truncated
+    env.close()
+    assert success and reward == 1.0
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_stored_starts_are_what_torch_reads(suite):
+    import torch
+
+    task = SUITES[suite][-1]
+    path = installation.package_folder() / "init_files" / suite / f"{task}.pruned_init"
+    assert np.array_equal(installation.stored_starts(suite, task), torch.load(path, weights_only=False))
+
+
+def test_stored_starts_never_run_code(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    folder = tmp_path / "init_files" / "libero_object"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "t.pruned_init", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps(Evil()))
+    monkeypatch.setattr(installation, "package_folder", lambda: tmp_path)
+    with pytest.raises(ConfigError, match="system, which is no array"):
+        installation.stored_starts("libero_object", "t")
+
+
+def test_wrong_versions_are_refused(monkeypatch):
+    installation.check_versions()
+    real = installation.version
+    monkeypatch.setattr(installation, "version", lambda name: "3.10.0" if name == "mujoco" else real(name))
+    with pytest.raises(MissingExtra, match=r"mujoco 3.10.0 \(needs 3.3"):
+        installation.check_versions()
+
+
+def test_assets_that_are_none_are_told(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="env.assets=.* lacks articulated_objects, scenes"):
+        installation.find_assets(tmp_path)
+    monkeypatch.setenv(installation.ASSETS_VARIABLE, str(ASSETS))
+    assert installation.find_assets(None) == ASSETS.resolve()
+
+
+def test_importing_it_writes_nothing_and_asks_nothing(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from reachrl.envs.libero.installation import import_upstream; "
+        "import_upstream(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    environment = os.environ | {"HOME": str(tmp_path)}
+    environment.pop("LIBERO_CONFIG_PATH", None)
+    command = [sys.executable, "-c", script, str(ASSETS)]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False\n"  # nothing printed, torch not loaded
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and "numba" not in str(path)] == []
