@@ -20,7 +20,7 @@ from reachrl.testing.conformance_env import check_env
 from reachrl.types import Start
 
 if find_spec("robosuite") is None:  # importing it would choose a GL library before we do
-    pytest.skip("LIBERO is not installed: docs/how-to/libero.md", allow_module_level=True)
+    pytest.skip("LIBERO is not installed: docs/reference/libero.md", allow_module_level=True)
 _BESIDE = Path(__file__).parents[3] / "shared" / "libero-assets"
 ASSETS = Path(os.environ.get(installation.ASSETS_VARIABLE, _BESIDE))
 if not (ASSETS / "scenes").is_dir():
