@@ -218,6 +218,18 @@ def test_assets_that_are_none_are_told(tmp_path, monkeypatch):
     assert installation.find_assets(None) == ASSETS.resolve()
 
 
+def test_stand_in_assets_are_told(tmp_path, caplog):
+    from reachrl.envs.libero.env import LiberoEnv
+
+    for part in ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"):
+        (tmp_path / part).mkdir()
+    LiberoEnv.prepare(LiberoConfig(assets=tmp_path))
+    assert not caplog.records
+    (tmp_path / "README.md").write_text("**Not official pictures.** Stand-ins.")
+    LiberoEnv.prepare(LiberoConfig(assets=tmp_path))
+    assert "stand-in assets" in caplog.text
+
+
 def test_importing_it_writes_nothing_and_asks_nothing(tmp_path):
     script = (
         "import os, sys; from pathlib import Path; from reachrl.envs.libero.installation import import_upstream; "

@@ -1,5 +1,6 @@
 """LIBERO as language tasks seen through the agent-view camera, with sparse success and numbered starts."""
 
+import logging
 from typing import Any
 
 import gymnasium as gym
@@ -9,11 +10,13 @@ from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import instruction
 from reachrl.envs.base import Env, check_start, start_option
 from reachrl.envs.libero.experts.expert import Expert
-from reachrl.envs.libero.installation import check_versions, find_assets
+from reachrl.envs.libero.installation import check_versions, find_assets, stand_in_assets
 from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
 from reachrl.types import Split
+
+logger = logging.getLogger(__name__)
 
 _SETTLING_STEPS = 10  # objects are released a little above the table; published evaluations wait as long
 _DO_NOTHING = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -54,7 +57,9 @@ class LiberoEnv(Env):
     def prepare(cls, config: LiberoConfig) -> None:
         """Check versions and have the assets at hand, before workers need them."""
         check_versions()
-        find_assets(config.assets)
+        assets = find_assets(config.assets)
+        if stand_in_assets(assets):
+            logger.warning("stand-in assets (%s): success rates here are not comparable with published ones", assets)
 
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""
