@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from reachrl.config.env import EVAL_POOL, MetaworldConfig
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
-from reachrl.envs import render
+from reachrl.envs import gl
 from reachrl.errors import ConfigError, MissingExtra
 
 
@@ -55,24 +55,24 @@ def test_checking_a_configuration_imports_no_simulator():
 def test_the_gl_back_end_is_what_is_installed_or_wanted(
     installed: tuple[str, ...], wanted: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(render, "_loads", lambda library: library.startswith(installed))
+    monkeypatch.setattr(gl, "_loads", lambda library: library.startswith(installed))
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
     monkeypatch.setenv("MUJOCO_GL", wanted) if wanted else monkeypatch.delenv("MUJOCO_GL", raising=False)
-    assert render.choose_gl() == chosen
-    assert render.os.environ["MUJOCO_GL"] == chosen
+    assert gl.choose_gl() == chosen
+    assert gl.os.environ["MUJOCO_GL"] == chosen
 
 
 @pytest.mark.parametrize("wanted", [None, "egl"])
 def test_a_missing_gl_library_names_the_packages(wanted: str | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(render, "_loads", lambda library: wanted is not None and library.startswith("libOSMesa"))
+    monkeypatch.setattr(gl, "_loads", lambda library: wanted is not None and library.startswith("libOSMesa"))
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     monkeypatch.setenv("MUJOCO_GL", wanted) if wanted else monkeypatch.delenv("MUJOCO_GL", raising=False)
     with pytest.raises(MissingExtra, match="(?s)apt-get install libegl1 libgl1-mesa-dri libosmesa6"):
-        render.choose_gl()
+        gl.choose_gl()
 
 
 def test_a_back_end_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "bogus")
     with pytest.raises(MissingExtra, match="MUJOCO_GL=bogus.*egl, osmesa"):
-        render.choose_gl()
+        gl.choose_gl()
