@@ -13,13 +13,13 @@ from reachrl.policies.openvla.vision import Projector
 _NUM_HARMONICS = 8
 
 
-def ordinal_rows(num_harmonics: int = _NUM_HARMONICS) -> Float[Tensor, "256 K"]:
+def ordinal_rows(num_harmonics: int = _NUM_HARMONICS, device: torch.device | None = None) -> Float[Tensor, "256 K"]:
     """Smooth functions of a bin's action: cosines whose amplitude falls as 1 / k, of unit mean-square length.
 
     Row 0 stands for action +1 and row 255 for -1, as in the vocabulary.
     """
-    action = torch.linspace(1, -1, NUM_ACTION_BINS)
-    order = torch.arange(1, num_harmonics + 1)
+    action = torch.linspace(1, -1, NUM_ACTION_BINS, device=device)
+    order = torch.arange(1, num_harmonics + 1, device=device)
     rows = torch.cos(math.pi / 2 * (action[:, None] + 1) * order) / order
     return rows / rows.square().sum(1).mean().sqrt()
 
@@ -46,9 +46,9 @@ def initialise(projector: Projector, language_model: LlamaForCausalLM, config: L
     for name, parameter in language_model.named_parameters():
         if parameter.ndim == 2:
             parameter.normal_(std=0.02 if name == "lm_head.weight" else std)
-    rows = ordinal_rows(min(_NUM_HARMONICS, width))
+    rows = ordinal_rows(min(_NUM_HARMONICS, width), language_model.device)
     first = config.vocab_end - NUM_ACTION_BINS
     for table, scale in ((language_model.lm_head, 0.02), (language_model.model.embed_tokens, std)):
-        directions = torch.empty(rows.shape[1], width)
+        directions = torch.empty(rows.shape[1], width, device=rows.device)
         nn.init.orthogonal_(directions)
         table.weight[first : config.vocab_end] = rows @ directions * scale * math.sqrt(width)
