@@ -25,6 +25,7 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
     """
 
     Config: ClassVar[type[Section]]
+    config: Any
     tasks: tuple[str, ...]
     observation_space: gym.spaces.Dict  # pyright: ignore[reportIncompatibleVariableOverride]
     action_space: gym.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -44,9 +45,9 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""
 
-    @abstractmethod
     def num_starts(self, split: Split) -> int:
-        """How many numbered start states each task has in `split`."""
+        """How many numbered start states each task has in `split`: as many as the configuration says."""
+        return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
 
     @abstractmethod
     def expert_action(self) -> np.ndarray:

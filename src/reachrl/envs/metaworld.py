@@ -48,10 +48,6 @@ class MetaworldEnv(Env):
         """The sentence that describes `task`."""
         return INSTRUCTIONS[task]
 
-    def num_starts(self, split: Split) -> int:
-        """How many numbered start states each task has in `split`."""
-        return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
-
     def start_vector(self, task: str, split: Split, index: int) -> np.ndarray:
         """What start `index` of `task` is: positions in metres f64[K], as Meta-World draws them."""
         return self._simulator(task)[0].start(split, index)

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator
 from reachrl.config.env import EnvSection
 from reachrl.envs.base import Env, check_start, start_option
 from reachrl.errors import ConfigError
-from reachrl.types import Split
 
 COLORS = {
     "red-square": (220, 50, 50),
@@ -82,10 +81,6 @@ class ReachEnv(Env):
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""
         return f"move to the {task.replace('-', ' ')}"
-
-    def num_starts(self, split: Split) -> int:
-        """How many numbered start states each task has in `split`."""
-        return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -30,16 +30,11 @@ class ArmController:
         from robosuite.utils.control_utils import set_goal_orientation  # pyright: ignore[reportMissingImports]
 
         self._mujoco, self._turned, self._torques = import_mujoco(), set_goal_orientation, _compiled_torques()
-        self._domain = domain
-        self._substeps = int(domain.control_timestep / domain.model_timestep)
-        self.reset()
-
-    def reset(self) -> None:
-        """Take over what upstream's controller knows after its own reset."""
-        domain, robot = self._domain, self._domain.robots[0]
-        self._theirs = theirs = robot.controller
+        self._robot = robot = domain.robots[0]
         self._model, self._data = domain.sim.model._model, domain.sim.data._data
         model = self._model
+        self._substeps = int(domain.control_timestep / domain.model_timestep)
+        theirs = robot.controller
         self._site = robot.eef_site_id
         self._arm = np.array(theirs.qvel_index)
         self._arm_qpos = np.array(theirs.qpos_index)
@@ -48,12 +43,18 @@ class ArmController:
         self._hand_ctrl = np.array(robot._ref_joint_gripper_actuator_indexes)
         low, high = model.actuator_ctrlrange[self._hand_ctrl].T
         self._hand_middle, self._hand_reach = 0.5 * (high + low), 0.5 * (high - low)
-        self._hand, self._hand_speed = np.zeros(2), robot.gripper.speed
+        self._hand_speed = robot.gripper.speed
         self._rest = np.array(theirs.initial_joint)
         self._all_jacobian, self._all_mass = np.zeros((6, model.nv)), np.zeros((model.nv, model.nv))
         self._kp, self._kd = np.array(theirs.kp, float), np.array(theirs.kd, float)
+        self.reset()
+
+    def reset(self) -> None:
+        """Take over what upstream's controller knows after its own reset."""
+        self._theirs = self._robot.controller  # a reset makes a new one
+        self._goal_rotation = np.array(self._theirs.goal_ori)
+        self._hand = np.zeros(2)
         self._stale = True
-        self._goal_rotation = np.array(theirs.goal_ori)
 
     def step(self, action: np.ndarray) -> None:
         """Carry out one action f64[7] of the policy: 50 ms."""

@@ -14,7 +14,6 @@ from reachrl.envs.libero.installation import check_versions, find_assets, stand_
 from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
-from reachrl.types import Split
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +64,6 @@ class LiberoEnv(Env):
         """The sentence that describes `task`."""
         return instruction(task)
 
-    def num_starts(self, split: Split) -> int:
-        """How many numbered start states each task has in `split`."""
-        return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -101,7 +96,7 @@ class LiberoEnv(Env):
         """The action f64[7] clipped, its gripper -1 to open and 1 to close."""
         clipped = np.clip(action, self.action_space.low, self.action_space.high).astype(np.float64)
         if self.config.gripper == "openvla":
-            clipped[6] = -np.sign(2 * clipped[6] - 1)
+            clipped[6] = simulator_gripper(clipped[6])
         return clipped
 
     def expert_action(self) -> np.ndarray:
@@ -143,3 +138,8 @@ class LiberoEnv(Env):
 
     def _observe(self, starts: Starts) -> dict[str, np.ndarray]:
         return {"image": starts.simulation.frame(), "ee_state": starts.simulation.ee_state()}
+
+
+def simulator_gripper(openvla: float) -> float:
+    """What the gripper number of a published checkpoint (1 opens, 0 closes) is to the simulator (-1 opens, 1 closes)."""
+    return -float(np.sign(2 * openvla - 1))

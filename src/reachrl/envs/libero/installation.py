@@ -1,8 +1,8 @@
 """The installed LIBERO: imported without questions, side effects in the user's home or versions known to be wrong.
 
-Upstream asks a question on the terminal at its first import, writes a configuration into the home folder, logs to
-`/tmp/robosuite.log` (which fails for the second user of a machine) and downloads its assets while it constructs the
-first task. None of that happens here.
+Upstream asks a question on the terminal at its first import, writes a configuration into the home folder, logs to one
+file for all users of a machine (which fails for the second) and downloads its assets while it constructs the first
+task. None of that happens here.
 """
 
 import os
@@ -80,8 +80,7 @@ def find_assets(configured: Path | None) -> Path:
     for name, value in named.items():
         if value:
             folder = Path(value).expanduser()
-            lacking = [part for part in _ASSET_FOLDERS if not (folder / part).is_dir()]
-            if lacking:
+            if lacking := _lacking(folder):
                 raise ConfigError(
                     f"{name}={value} is not a folder with LIBERO's assets: it lacks {', '.join(lacking)}; "
                     "name the folder that holds them, or unset it"
@@ -89,9 +88,13 @@ def find_assets(configured: Path | None) -> Path:
             return folder.resolve()
     installed = (package_folder() / "assets", Path.home() / ".cache" / "libero" / "assets")
     for folder in installed:
-        if all((folder / part).is_dir() for part in _ASSET_FOLDERS):
+        if not _lacking(folder):
             return folder
     return _download(installed)
+
+
+def _lacking(folder: Path) -> list[str]:
+    return [part for part in _ASSET_FOLDERS if not (folder / part).is_dir()]
 
 
 def _download(tried: tuple[Path, ...]) -> Path:

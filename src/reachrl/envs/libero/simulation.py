@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.envs.gl import import_mujoco
 from reachrl.envs.libero.controller import ArmController
 from reachrl.envs.libero.installation import bddl_file, import_upstream
 from reachrl.envs.libero.slim import HIDDEN_GROUPS, slim_model
@@ -171,7 +170,6 @@ class FastSimulation(Simulation):
     """
 
     def __init__(self, suite: str, task: str, assets: Path, mesh_faces: int, renderer: Renderer):
-        self._mujoco = import_mujoco()
         envs = import_upstream(assets)
         from robosuite import load_controller_config  # pyright: ignore[reportMissingImports]
 

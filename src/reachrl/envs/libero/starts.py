@@ -44,8 +44,8 @@ class Starts:
             )
         self._columns = _object_columns(model)
         self._seeds: dict[int, int] = {}
-        positions = self.positions(self.stored[:, 1 : 1 + model.nq])
-        apart = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+        self._stored_positions = stored = self.positions(self.stored[:, 1 : 1 + model.nq])
+        apart = np.linalg.norm(stored[:, None] - stored[None], axis=-1)
         np.fill_diagonal(apart, np.inf)
         # Stored starts are themselves only millimetres apart in some suites, so no fixed distance would do.
         self.gap = 0.5 * float(np.median(apart.min(axis=1)))
@@ -56,8 +56,7 @@ class Starts:
 
     def distance(self, qpos: np.ndarray) -> float:
         """How far objects in `qpos` f64[nq] are from the nearest stored start: metres, all objects together."""
-        stored = self.positions(self.stored[:, 1 : 1 + self.simulation.model.nq])
-        return float(np.linalg.norm(stored - self.positions(qpos), axis=-1).min())
+        return float(np.linalg.norm(self._stored_positions - self.positions(qpos), axis=-1).min())
 
     def begin(self, split: Split, index: int) -> None:
         """Put the simulation at start `index` of `split`.

@@ -24,7 +24,7 @@ class Grasp:
 
 
 def find_grasps(
-    thing: np.ndarray, others: np.ndarray, support_height: float, yaw_now: float, *, toward: np.ndarray | None = None
+    thing: np.ndarray, others: np.ndarray, support_height: float, yaw_now: float
 ) -> list[Grasp]:
     """All ways to take hold of `thing`, the best first.
 
@@ -36,10 +36,9 @@ def find_grasps(
         others: points on everything else that the hand must not touch f64[Q 3].
         support_height: of what the thing stands on, metres.
         yaw_now: of the hand, rad.
-        toward: a point f64[2] to prefer, instead of the middle of the thing.
     """
     top, bottom = thing[:, 2].max(), max(thing[:, 2].min(), support_height)
-    middle = 0.5 * (thing[:, :2].max(0) + thing[:, :2].min(0)) if toward is None else toward
+    middle = 0.5 * (thing[:, :2].max(0) + thing[:, :2].min(0))
     near = np.linalg.norm(others[:, :2] - middle, axis=1) < 0.3
     others = others[near & (others[:, 2] > bottom - 0.005)]
     found: list[tuple[float, Grasp]] = []

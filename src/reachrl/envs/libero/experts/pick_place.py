@@ -17,7 +17,7 @@ class NotDone(Exception):
     """A skill did not reach what it is for."""
 
 
-def pick(scene: Scene, hand: Hand, thing: str, *, toward: np.ndarray | None = None) -> Actions:
+def pick(scene: Scene, hand: Hand, thing: str) -> Actions:
     """Take hold of `thing` and lift it a little.
 
     Raises:
@@ -26,7 +26,7 @@ def pick(scene: Scene, hand: Hand, thing: str, *, toward: np.ndarray | None = No
     for attempt in range(_TRIES):
         points = scene.points(thing)
         support = max(scene.table_height(), points[:, 2].min())
-        grasps = find_grasps(points, scene.others(thing), support, hand.yaw, toward=toward)
+        grasps = find_grasps(points, scene.others(thing), support, hand.yaw)
         if not grasps:
             raise NotDone(f"no grasp found for {thing}")
         grasp = grasps[min(attempt * 7, len(grasps) - 1)]  # the next ones differ by millimetres
@@ -46,13 +46,12 @@ def pick(scene: Scene, hand: Hand, thing: str, *, toward: np.ndarray | None = No
 
 def place(scene: Scene, hand: Hand, thing: str, target: str) -> Actions:
     """Put `thing`, which is held, into or onto `target`, and let go."""
-    rotation = hand.rotation
-    rotation = hand.pointing_down(hand.yaw) if rotation[2, 2] < -0.8 else rotation
+    rotation = hand.pointing_down(hand.yaw)
     inside = scene.is_region(target)
     goal = scene.target(target)
-    bottom = scene.points(thing)[:, 2].min()
-    obstacles = scene.others(thing)
-    radius = 0.5 * np.ptp(scene.points(thing)[:, :2], axis=0).max() + 0.03
+    points, obstacles = scene.points(thing), scene.others(thing)
+    bottom = points[:, 2].min()
+    radius = 0.5 * np.ptp(points[:, :2], axis=0).max() + 0.03
     rim = _highest(obstacles, goal[:2], goal[:2], radius + 0.04, scene.table_height())
     top = _highest(obstacles, hand.position[:2], goal[:2], radius, rim)
     carry = hand.position[2] + max(0.0, top + _OVER_OBSTACLES_M - bottom)

@@ -1,7 +1,5 @@
 """What an expert knows of a running LIBERO task: the simulator's own state, by the names in the task file."""
 
-from typing import Any
-
 import numpy as np
 
 from reachrl.envs.libero.experts.geometry import Surfaces, subtree
@@ -46,11 +44,6 @@ class Scene:
         """Points on the surface of an object or fixture f64[P 3]."""
         return self._surfaces.points(self.simulation.data, self.geoms(thing))
 
-    def points_of_body(self, body: int) -> np.ndarray:
-        """Points on one body and what hangs on it f64[P 3]."""
-        geoms = self._surfaces.geoms_of(subtree(self.simulation.model, body))
-        return self._surfaces.points(self.simulation.data, geoms)
-
     def others(self, thing: str) -> np.ndarray:
         """Points on everything but the robot and `thing` f64[Q 3]."""
         own = set(self.geoms(thing))
@@ -70,11 +63,6 @@ class Scene:
             return np.array(self.domain.sim.data.get_site_xpos(name))
         return self.origin(name)
 
-    def parent(self, region: str) -> str:
-        """The object or fixture that a region belongs to; empty for a part of the table."""
-        name = str(getattr(self.domain.object_sites_dict[region], "parent_name", ""))
-        return name if name in self.domain.obj_body_id else ""
-
     def floor(self, thing: str, place: np.ndarray, below: float) -> float:
         """Height of the highest point under `place` f64[2] that is lower than `below`, without `thing`: metres."""
         points = self.others(thing)
@@ -85,9 +73,3 @@ class Scene:
     def table_height(self) -> float:
         """Of what everything stands on, metres."""
         return float(self.domain.workspace_offset[2])
-
-    def joint(self, name: str) -> tuple[int, Any]:
-        """Position address and limits of a joint."""
-        model = self.simulation.model
-        found = model.joint(name)
-        return int(found.qposadr[0]), model.jnt_range[found.id].copy()
