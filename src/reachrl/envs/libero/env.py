@@ -141,5 +141,5 @@ class LiberoEnv(Env):
 
 
 def simulator_gripper(openvla: float) -> float:
-    """What the gripper number of a published checkpoint (1 opens, 0 closes) is to the simulator (-1 opens, 1 closes)."""
+    """The simulator's number (-1 opens, 1 closes) for that of published checkpoints (1 opens, 0 closes)."""
     return -float(np.sign(2 * openvla - 1))

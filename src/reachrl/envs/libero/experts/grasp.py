@@ -23,9 +23,7 @@ class Grasp:
     yaw: float
 
 
-def find_grasps(
-    thing: np.ndarray, others: np.ndarray, support_height: float, yaw_now: float
-) -> list[Grasp]:
+def find_grasps(thing: np.ndarray, others: np.ndarray, support_height: float, yaw_now: float) -> list[Grasp]:
     """All ways to take hold of `thing`, the best first.
 
     A good one is deep, near the middle of the thing, and needs little turning. A bowl cannot be taken at its middle,

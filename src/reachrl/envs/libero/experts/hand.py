@@ -13,8 +13,8 @@ _RADIANS_PER_UNIT = 0.5
 _GAIN = 2.5  # the arm covers only part of what is asked in one step
 _STALLED_STEPS = 8
 _STALLED_M = 0.002  # moved less than this (and turned less than a radian) in so many steps
-_CLOSING_STEPS = 9
-_OPENING_STEPS = 6
+_FINGER_STEPS = (3, 10)  # at least and at most, of a gripper that opens or closes
+_FINGERS_STILL = 0.02  # change of the opening (0..1) in one step
 
 Actions = Iterator[np.ndarray]
 
@@ -79,13 +79,21 @@ class Hand:
 
     def close(self) -> Actions:
         """Close the fingers."""
-        self.grip = CLOSE
-        yield from self.hold(_CLOSING_STEPS)
+        yield from self._move_fingers(CLOSE)
 
     def open(self) -> Actions:
         """Open them."""
-        self.grip = OPEN
-        yield from self.hold(_OPENING_STEPS)
+        yield from self._move_fingers(OPEN)
+
+    def _move_fingers(self, grip: float) -> Actions:
+        """Wait no longer than they move: a policy that imitates this sees no other reason to end the wait."""
+        self.grip = grip
+        least, most = _FINGER_STEPS
+        for step in range(most):
+            before = self.simulation.ee_state()[3]
+            yield from self.hold(1)
+            if step >= least and abs(self.simulation.ee_state()[3] - before) < _FINGERS_STILL:
+                return
 
     def hold(self, steps: int) -> Actions:
         """Stay."""
