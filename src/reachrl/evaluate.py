@@ -16,8 +16,7 @@ from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode
 from reachrl.types import Start
 
 # Options of an environment that change the speed or the training, never an evaluated outcome.
-NOT_PROTOCOL = {"num_envs", "worker_timeout_s", "num_train_starts", "num_eval_starts"}
-SIMULATORS = ("metaworld", "mujoco", "gymnasium")
+NOT_PROTOCOL = {"num_envs", "worker_timeout_s", "num_train_starts", "num_eval_starts", "assets"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +28,20 @@ class EvalResult:
 
     def record(self) -> dict[str, Any]:
         """Counts, Wilson intervals and episodes as JSON-ready values."""
-        tasks = dict.fromkeys(episode.start.task for episode in self.episodes)
-        per_task = {task: rate([e.success for e in self.episodes if e.start.task == task]) for task in tasks}
-        return rate([episode.success for episode in self.episodes]) | {
-            "per_task": per_task,
-            "episodes": [
-                {"task": e.start.task, "start": e.start.index, "success": e.success, "num_steps": e.num_steps}
-                for e in self.episodes
-            ],
-        }
+        return outcomes_record([outcome(episode) for episode in self.episodes])
+
+
+def outcome(episode: PlayedEpisode) -> dict[str, Any]:
+    """What a record keeps of an episode."""
+    start = episode.start
+    return {"task": start.task, "start": start.index, "success": episode.success, "num_steps": episode.num_steps}
+
+
+def outcomes_record(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts and Wilson intervals, of all and per task, with the outcomes themselves: JSON-ready."""
+    tasks = dict.fromkeys(found["task"] for found in outcomes)
+    per_task = {task: rate([found["success"] for found in outcomes if found["task"] == task]) for task in tasks}
+    return rate([found["success"] for found in outcomes]) | {"per_task": per_task, "episodes": list(outcomes)}
 
 
 def rate(outcomes: Sequence[bool]) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def protocol_hash(config: TrainConfig) -> str:
     """
     env = {key: value for key, value in config.env.model_dump(mode="json").items() if key not in NOT_PROTOCOL}
     evaluation = config.eval.model_dump(mode="json", include={"num_starts", "temperature", "seed"})
-    protocol = {"env": env, "eval": evaluation, "versions": {name: _version(name) for name in SIMULATORS}}
+    protocol = {"env": env, "eval": evaluation, "versions": {name: _version(name) for name in config.env.packages}}
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
 
 

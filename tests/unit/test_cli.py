@@ -40,6 +40,8 @@ def stages_run(monkeypatch):
                 record = {"k": k, "n": 10, "rate": k / 10, "wilson95": [0.101, 0.899]}
                 record["per_task"] = {"red-square": dict(record)}
                 (run_dir / "eval" / f"{when}.json").write_text(json.dumps({"greedy": record}))
+            stages = {"eval": {"info": {"caveats": ["pictures are not the benchmark's"]}}}
+            (run_dir / "stages.json").write_text(json.dumps(stages))
 
     monkeypatch.setattr(reachrl.pipeline, "run_stage", run_stage)
     return calls
@@ -143,6 +145,7 @@ def test_quickstart_runs_every_stage_in_order_and_ends_with_the_result(reachrl, 
     assert (code, err) == (0, "")
     assert [name for name, _, _ in stages_run] == ["demos", "sft", "reward", "train", "eval", "report"]
     assert "3/10  30 % [10, 90]" in out and "9/10  90 % [10, 90]" in out and "red-square" in out
+    assert "Note: pictures are not the benchmark's" in out
     assert out.splitlines()[-1] == f"Report: {tmp_path / 'run' / 'report.html'}"
 
 

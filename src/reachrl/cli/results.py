@@ -7,6 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from reachrl.run.formats import task_labels
+
+_LABEL_LENGTH = 34  # leaves room for two columns of figures on 100
+
 
 def show_evaluations(run_dir: Path) -> None:
     """Print success on held-out start states before and after training.
@@ -22,11 +26,48 @@ def show_evaluations(run_dir: Path) -> None:
     for mode in modes:
         table.add_row(f"all tasks, {mode}", success(before[mode]), success(after[mode]), style="bold")
     table.add_section()
+    labels = task_labels(list(after[modes[0]]["per_task"]), _LABEL_LENGTH)
     for task, record in after[modes[0]]["per_task"].items():
-        table.add_row(f"{task}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
+        table.add_row(f"{labels[task]}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
     console = Console()
     console.print(table)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
+    _print_caveats(json.loads((run_dir / "stages.json").read_text())["eval"]["info"]["caveats"])
+
+
+def show_result(result: dict[str, Any] | None, folder: Path) -> None:
+    """Print the success of one policy, or that other shards have to end first.
+
+    Args:
+        result: What `reachrl.pipeline.measure.measure` returned.
+        folder: Where it lies.
+    """
+    console = Console()
+    if result is None:
+        console.print(f"This shard is done; the one that ends last writes {folder / 'result.json'}", soft_wrap=True)
+        return
+    table = Table(
+        title=f"Success, protocol {result['protocol']}", title_justify="left", title_style="bold", pad_edge=False
+    )
+    table.add_column("")
+    for mode in result["modes"]:
+        table.add_column(mode, no_wrap=True)
+    records = list(result["modes"].values())
+    table.add_row("all tasks", *map(success, records), style="bold")
+    table.add_section()
+    labels = task_labels(list(records[0]["per_task"]), _LABEL_LENGTH)
+    for task, label in labels.items():
+        table.add_row(label, *(success(record["per_task"][task]) for record in records))
+    console.print(table)
+    console.print("k/n, rate and 95 % Wilson interval.")
+    _print_caveats(result["caveats"])
+    page = (folder / "result.html").resolve()
+    console.print(f"Page: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_caveats(caveats: list[str]) -> None:
+    for caveat in caveats:
+        Console().print(f"Note: {caveat}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def success(record: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
 
 PresetArgument = Annotated[
-    str, typer.Argument(metavar="PRESET", help="A preset's name or a TOML file; see `reachrl list`.")
+    str,
+    typer.Argument(metavar="PRESET", help="A preset's name, a TOML file or a run's config.json; see `reachrl list`."),
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as ppo.lr=1e-4 seed=1.")
@@ -46,17 +49,32 @@ def run_command(stage: str | None, preset: str, overrides: list[str] | None, run
 
     config = load_config(preset, overrides or [])
     run_dir = run or Path("runs") / Path(preset).stem
+    with interruptible(quiet, run_dir) as display:
+        _run(stage, config, run_dir, display)
+    return run_dir
+
+
+@contextmanager
+def interruptible(quiet: bool, folder: Path) -> Iterator[Display]:
+    """Show progress while the block runs; after Ctrl-C say where its work is kept and how to resume.
+
+    Args:
+        quiet: Print only warnings and errors.
+        folder: Where the work is kept.
+
+    Raises:
+        typer.Exit: 130 after Ctrl-C.
+    """
     display = Display(quiet=quiet)
     try:
         with display.logging():
-            _run(stage, config, run_dir, display)
+            yield display
     except KeyboardInterrupt:
         typer.echo(
-            f"\nInterrupted; finished work is kept in {run_dir}. The same command resumes:\n  {_this_command()}",
+            f"\nInterrupted; finished work is kept in {folder}. The same command resumes:\n  {_this_command()}",
             err=True,
         )
         raise typer.Exit(130) from None
-    return run_dir
 
 
 def _run(stage: str | None, config: "TrainConfig", run_dir: Path, display: Display) -> None:

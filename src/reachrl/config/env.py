@@ -1,7 +1,7 @@
 """Options of the environments: which tasks, how long an episode, how many workers."""
 
 from difflib import get_close_matches
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -16,6 +16,9 @@ EVAL_POOL = 100
 
 class EnvSection(Section):
     """What every simulator needs to know."""
+
+    packages: ClassVar[tuple[str, ...]] = ("metaworld", "mujoco", "gymnasium")
+    """Distributions whose versions decide what an episode is."""
 
     kind: str
     """Which environment: a built-in name or `package.module:Class`."""

@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ NUM_STORED_STARTS = 50  # per task, shipped with the benchmark
 
 class LiberoConfig(EnvSection):
     """LIBERO: a Franka arm and language tasks in five suites, robosuite physics, the benchmark of the VLA-RL paper."""
+
+    packages: ClassVar[tuple[str, ...]] = ("hf-libero", "robosuite", "mujoco")
 
     kind: Literal["libero"] = "libero"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -41,7 +41,7 @@ def list_presets() -> dict[str, str]:
 
 
 def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Resolve a preset (built-in name or path of a TOML file) and overrides such as `ppo.lr=3e-6`.
+    """Resolve a preset (built-in name, TOML file, or a run's `config.json`) and overrides such as `ppo.lr=3e-6`.
 
     Raises:
         ConfigError: unknown preset, unknown key, wrong type; the message names the key and what was expected.
@@ -120,7 +120,7 @@ def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], d
     if preset in above:
         raise ConfigError(f"presets build on each other in a circle: {' -> '.join([*above, preset])}.")
     path = Path(preset)
-    if preset.endswith(".toml"):
+    if preset.endswith((".toml", ".json")):
         if not path.is_file():
             raise ConfigError(f"preset file {preset} does not exist.")
         text = path.read_text()
@@ -130,13 +130,13 @@ def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], d
             names = [entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")]
             raise ConfigError(
                 f"unknown preset {preset!r}{_close(preset, names)}. Built-in presets: {', '.join(sorted(names))}; "
-                "or give the path of a .toml file."
+                "or give the path of a .toml file, or of a run's config.json."
             )
         text = item.read_text()
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{preset}: not valid TOML: {error}") from error
+        data = json.loads(text) if preset.endswith(".json") else tomllib.loads(text)
+    except ValueError as error:  # what both raise
+        raise ConfigError(f"{preset}: not valid {path.suffix[1:].upper()}: {error}") from error
     base, reasons = data.pop("base", None), data.pop("reasons", {})
     if base is None:
         return data, reasons

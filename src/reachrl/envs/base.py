@@ -41,6 +41,15 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
             ReachRLError: the environment cannot be made; told here, it costs no worker.
         """
 
+    @classmethod
+    def caveats(cls, config: Any) -> tuple[str, ...]:
+        """What has to stand beside every success rate measured with `config`; nothing, usually.
+
+        Args:
+            config: the environment's section.
+        """
+        return ()
+
     @abstractmethod
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""

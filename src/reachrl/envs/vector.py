@@ -105,11 +105,16 @@ class VectorEnv:
             The outcome; rows that ended, or whose worker was lost, already show their next episode.
 
         Raises:
+            ConfigError: actions of another shape.
             WorkerError: the same environment was lost too often in a row.
         """
         self._check(next_starts)
         if actions.shape != (self.num_envs, self.action_dim):
-            raise ValueError(f"actions must be f32{[self.num_envs, self.action_dim]}, got {list(actions.shape)}")
+            raise errors.ConfigError(
+                f"env.kind={self._config.kind} with {self.num_envs} environments takes actions f32"
+                f"{[self.num_envs, self.action_dim]}, got {list(actions.shape)}: the policy was made for another "
+                "environment (policy.num_action_tokens)"
+            )
         for n, worker in enumerate(self._workers):
             worker.send(do="step", action=actions[n].tolist(), next_start=_packed(next_starts[n]))
         replies = self._gather(range(self.num_envs), self._config.worker_timeout_s)

@@ -14,7 +14,7 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
-from reachrl.pipeline.base import Display, saved_policy
+from reachrl.pipeline.base import Display, caveats, saved_policy
 from reachrl.pipeline.refit import audit_figures, latest_version
 from reachrl.pipeline.reinforce import build_reward, needs_reward_model
 from reachrl.policies.base import Policy
@@ -40,7 +40,8 @@ def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
                 continue
             policy = saved_policy(config, folder).eval()
             _evaluate_one(config, run, display, policy, envs, starts, when)
-    return {when: _headline(config, _read(run, when))["rate"] for when in ("before", "after")}
+    rates = {when: _headline(config, _read(run, when))["rate"] for when in ("before", "after")}
+    return rates | {"caveats": list(caveats(config))}
 
 
 def _evaluate_one(
@@ -156,6 +157,7 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
     records = run.stages.read()
     wall = {name: record["wall_s"] for name, record in records.items()}
     found: dict[str, Any] = {
+        "caveats": records["eval"]["info"]["caveats"],
         "success_before": _figures(_headline(config, before)),
         "success_after": _figures(_headline(config, after)),
         "mode": config.eval.modes[0],

@@ -65,3 +65,8 @@ def saved_policy(config: TrainConfig, folder: Path) -> Policy:
     kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
     with torch.device(device_of(config)):
         return resolve("policies", kind).from_pretrained(folder)
+
+
+def caveats(config: TrainConfig) -> tuple[str, ...]:
+    """What has to stand beside success rates measured with `config`."""
+    return resolve("envs", config.env.kind).caveats(config.env)

@@ -78,16 +78,17 @@ class EpisodePlayer:
         def following() -> Start | None:
             return queue.pop() if queue else None
 
-        # With the queue empty an environment plays on in some start state that nobody counts.
-        filler = starts[0]
         current, upcoming = [following() for _ in range(count)], [following() for _ in range(count)]
+        # With the queue empty an environment plays on where it last was, and nobody counts.
+        fillers = [start or starts[0] for start in current]
         lengths = [0] * count
         turns: list[list[Turn]] = [[] for _ in range(count)]
-        observation = self.envs.reset([s or filler for s in current], [s or filler for s in upcoming])
+        observation = self.envs.reset(fillers, [s or filler for s, filler in zip(upcoming, fillers, strict=True)])
         while len(finished) < len(starts):
             sample = self._act(observation, current, lengths)
             actions = self.policy.decode_actions(sample.action_ids)
-            step = self.envs.step(actions, [s or filler for s in upcoming])
+            fillers = [s or filler for s, filler in zip(upcoming, fillers, strict=True)]
+            step = self.envs.step(actions, fillers)
             for n, start in enumerate(current):
                 lengths[n] += 1
                 ended = bool(step.terminated[n] or step.truncated[n])

@@ -1,4 +1,9 @@
-"""How the report writes numbers."""
+"""How reports and tables write numbers and names."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+_SHORT = 22  # characters that fit beside a chart
 
 
 def plain(number: float) -> str:
@@ -8,6 +13,28 @@ def plain(number: float) -> str:
     if abs(number) >= 1e5 or abs(number) < 1e-3:
         return f"{number:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{number:.4g}"
+
+
+def task_labels(tasks: Sequence[str], longest: int = _SHORT) -> dict[str, str]:
+    """A short label for each task: long names lose the words that all of them share, then their middle.
+
+    Args:
+        tasks: distinct names.
+        longest: characters a label may have.
+    """
+    if all(len(task) <= longest for task in tasks):
+        return {task: task for task in tasks}
+    words = [task.split("_") for task in tasks]
+    front = _shared(words) if len(tasks) > 1 else 0
+    back = _shared([own[front:][::-1] for own in words]) if len(tasks) > 1 else 0
+    labels = {task: " ".join(own[front : len(own) - back]) for task, own in zip(tasks, words, strict=True)}
+    half = (longest - 1) // 2
+    return {task: own if len(own) <= longest else f"{own[:half]}…{own[-half:]}" for task, own in labels.items()}
+
+
+def _shared(words: Sequence[Sequence[str]]) -> int:
+    """How many first words are the same in all of them."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False)))
 
 
 def percent(number: float) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reachrl.run.formats import percent, plain
+from reachrl.run.formats import percent, plain, task_labels
 from reachrl.run.svg import Chart, span
 
 Z95 = 1.959963984540054
@@ -67,12 +67,12 @@ def block_means(numbers: dict[float, float | None], most: int = 150) -> list[tup
     return [tuple(sum(column) / len(block) for column in zip(*block, strict=True)) for block in blocks]  # type: ignore[misc]
 
 
-def success_interval_chart(rows: Sequence[tuple[str, dict[str, Any], str]]) -> str:
-    """Draw one horizontal interval per (label, success record, colour)."""
+def success_interval_chart(rows: Sequence[tuple[str, dict[str, Any], str]], *, label_width: int = 128) -> str:
+    """Draw one horizontal interval per (label, success record, colour), labels `label_width` wide at most."""
     height = 30 + 30 * len(rows)
     chart = Chart(
-        (0, 1), (0, 1), width=560, height=height, margin=(6, 16, 24, 128), x_format=percent, y_ticks=False,
-        title="Success rates with 95 % intervals",
+        (0, 1), (0, 1), width=560, height=height, margin=(6, 16, 24, label_width), x_format=percent,
+        y_ticks=False, title="Success rates with 95 % intervals",
     )  # fmt: skip
     for i, (label, record, colour) in enumerate(rows):
         y = 6 + 30 * i + 13
@@ -131,6 +131,7 @@ def learning_curve(
 def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> str:
     """Draw each task's success before and after as bars with 95 % whiskers and k/n beside them."""
     tasks = list(dict.fromkeys([*before, *after]))
+    labels = task_labels(tasks)
     row = 40
     chart = Chart(
         (0, 1), (0, 1), width=560, height=row * len(tasks) + 34, margin=(6, 62, 26, 158), x_format=percent,
@@ -138,7 +139,7 @@ def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any
     )  # fmt: skip
     for i, task in enumerate(tasks):
         top = 6 + row * i + 6
-        chart.text(chart.left - 10, top + 17, task, anchor="end", css="row")
+        chart.text(chart.left - 10, top + 17, labels[task], anchor="end", css="row")
         for j, (results, colour) in enumerate(((before, "c-before"), (after, "c-after"))):
             record, y = results.get(task), top + 14 * j
             if record is None:
@@ -172,9 +173,10 @@ def heat_map(
         x_label="training iteration", y_ticks=False, title="Heat map",
     )  # fmt: skip
     wide = (chart.right - chart.left) / columns
+    labels = task_labels(list(rows))
     for i, (task, points) in enumerate(rows.items()):
         y = 4 + 24 * i
-        chart.text(chart.left - 10, y + 15, task, anchor="end", css="row")
+        chart.text(chart.left - 10, y + 15, labels[task], anchor="end", css="row")
         cells: dict[int, list[tuple[float, float]]] = {}
         for x, number in points:
             if number is not None:

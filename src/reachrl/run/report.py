@@ -84,6 +84,7 @@ def render_report(run_path: Path) -> str:
         name=run_path.resolve().name,
         provenance=provenance,
         summary=summary,
+        caveats=summary.get("caveats", []),
         headline=_headline(summary, evals),
         learning=_learning(run_path, train, evals),
         tasks=_tasks(evals),

@@ -1,6 +1,5 @@
 """LIBERO as language tasks seen through the agent-view camera, with sparse success and numbered starts."""
 
-import logging
 from typing import Any
 
 import gymnasium as gym
@@ -14,8 +13,6 @@ from reachrl.envs.libero.installation import check_versions, find_assets, stand_
 from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
-
-logger = logging.getLogger(__name__)
 
 _SETTLING_STEPS = 10  # objects are released a little above the table; published evaluations wait as long
 _DO_NOTHING = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -56,9 +53,21 @@ class LiberoEnv(Env):
     def prepare(cls, config: LiberoConfig) -> None:
         """Check versions and have the assets at hand, before workers need them."""
         check_versions()
-        assets = find_assets(config.assets)
-        if stand_in_assets(assets):
-            logger.warning("stand-in assets (%s): success rates here are not comparable with published ones", assets)
+        find_assets(config.assets)
+
+    @classmethod
+    def caveats(cls, config: LiberoConfig) -> tuple[str, ...]:
+        """Everything that sets success rates apart from published ones."""
+        said = {
+            "stand-in assets: pictures are not the benchmark's, rates do not compare with published ones": (
+                stand_in_assets(find_assets(config.assets))
+            ),
+            "trained on evaluation starts (env.split=paper)": config.split == "paper",
+            "fast simulation: frames differ a little from the benchmark's (env.simulation=fast)": (
+                config.simulation == "fast"
+            ),
+        }
+        return tuple(caveat for caveat, holds in said.items() if holds)
 
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""

@@ -1,0 +1,193 @@
+"""One saved policy on one set of start states: shared out to processes and machines, resumable, merged."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reachrl.config.loading import config_dict
+from reachrl.config.protocols import Protocol
+from reachrl.config.train import TrainConfig
+from reachrl.envs.vector import VectorEnv
+from reachrl.errors import ConfigError, StorageError
+from reachrl.evaluate import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
+from reachrl.pipeline.base import Display, caveats, new_policy, saved_policy
+from reachrl.policies.base import Policy
+from reachrl.rewards.process.pretrained import fingerprint
+from reachrl.rollout.episodes import Mode, PlayedEpisode
+from reachrl.run.atomic import write_json_atomic
+from reachrl.run.lock import RunLock
+from reachrl.run.metrics import MetricsLog, read_metrics
+from reachrl.run.provenance import collect_provenance
+from reachrl.run.result_page import write_result_page
+from reachrl.run.video import draw_overlay, write_video
+from reachrl.types import Start
+
+Key = tuple[str, str, int]  # mode, task, start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What is measured, and where the outcomes go.
+
+    `measurement.json` says what; each shard appends to `episodes/<i>-of-<n>.jsonl`; the shard that ends last writes
+    `result.json` and `result.html`.
+    """
+
+    config: TrainConfig
+    protocol: Protocol
+    policy: Path | None  # a saved policy's folder; none: the configuration's `policy.checkpoint`
+    out: Path
+    shard: tuple[int, int] = (1, 1)  # the i-th of n
+
+    @property
+    def weights(self) -> str:
+        """The policy by name."""
+        return str(self.policy or self.config.policy.checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def keys(self) -> list[Key]:
+        """Every episode, task by task: an environment of upstream's takes seconds to be made."""
+        starts = sorted(heldout_starts(self.config.env, self.config.eval), key=_by_task(self.config))
+        return [(mode, start.task, start.index) for mode in self.config.eval.modes for start in starts]
+
+    def describe(self) -> dict[str, Any]:
+        """What the outcomes depend on, JSON-ready."""
+        folder = Path(self.weights)
+        return {
+            "protocol": self.protocol,
+            "policy": self.weights,
+            "weights": fingerprint(folder) if folder.is_dir() else None,
+            "modes": list(self.config.eval.modes),
+            "protocol_hash": protocol_hash(self.config),
+        }
+
+
+def measure(measurement: Measurement, display: Display) -> dict[str, Any] | None:
+    """Play what this shard has not played yet; the merged result, once every shard has finished.
+
+    Raises:
+        ConfigError: the folder holds another policy's or another protocol's episodes.
+        ReachRLError: the policy cannot be loaded, or an environment keeps failing.
+    """
+    out, (shard, of) = measurement.out, measurement.shard
+    _claim(measurement)
+    file = out / "episodes" / f"{shard}-of-{of}.jsonl"
+    mine = [key for key in measurement.keys()[shard - 1 :: of] if key not in played(out)]
+    file.parent.mkdir(exist_ok=True)
+    lock = RunLock(file.with_suffix(".lock"))
+    lock.acquire()
+    try:
+        if mine:
+            _play(measurement, mine, MetricsLog(file), display)
+    finally:
+        lock.release()
+    return merge(measurement)
+
+
+def played(out: Path) -> dict[Key, dict[str, Any]]:
+    """The outcomes in all files of `out`, by (mode, task, start).
+
+    Raises:
+        StorageError: a file is damaged.
+    """
+    records = [record for file in sorted((out / "episodes").glob("*.jsonl")) for record in read_metrics(file)]
+    return {(record["mode"], record["task"], record["start"]): record for record in records}
+
+
+def merge(measurement: Measurement) -> dict[str, Any] | None:
+    """Write the result of all shards and return it; none while episodes are missing."""
+    found, keys = played(measurement.out), measurement.keys()
+    if any(key not in found for key in keys):
+        return None
+    config = measurement.config
+    fields = ("task", "start", "success", "num_steps")
+    modes = {
+        mode: outcomes_record([{field: found[key][field] for field in fields} for key in keys if key[0] == mode])
+        for mode in config.eval.modes
+    }
+    result = {
+        **measurement.describe(),
+        "caveats": list(caveats(config)),
+        "modes": modes,
+        "config": config_dict(config),
+        "provenance": collect_provenance(seed=config.eval.seed, protocol_hash=protocol_hash(config)),
+    }
+    write_json_atomic(measurement.out / "result.json", result)
+    write_result_page(measurement.out, result)
+    return result
+
+
+def _by_task(config: TrainConfig) -> Any:
+    order = {task: number for number, task in enumerate(config.env.tasks)}
+    return lambda start: (order[start.task], start.index)
+
+
+def _claim(measurement: Measurement) -> None:
+    """Write what is measured into a new folder, or check that an existing one is about the same."""
+    file, asked = measurement.out / "measurement.json", measurement.describe()
+    measurement.out.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_json_atomic(file, asked)
+        return
+    try:
+        there = json.loads(file.read_text())
+    except ValueError as error:
+        raise StorageError(f"{file} is not JSON ({error}); choose another --out") from error
+    differing = [key for key in asked if key != "policy" and there.get(key) != asked[key]]
+    if differing:
+        lines = [f"  {key}: {there.get(key)} there, {asked[key]} asked for" for key in differing]
+        raise ConfigError(
+            "\n".join([f"{measurement.out} holds episodes of another evaluation:", *lines, "Choose another --out."])
+        )
+
+
+def _play(measurement: Measurement, keys: Sequence[Key], log: MetricsLog, display: Display) -> None:
+    config = measurement.config
+    policy = new_policy(config) if measurement.policy is None else saved_policy(config, measurement.policy)
+    filmed = {(config.eval.modes[0], task, 0) for task in config.env.tasks[: config.eval.num_videos]}
+    with VectorEnv(config.env, min(config.env.num_envs, len(keys))) as envs:
+        _play_each_mode(measurement, policy.eval(), envs, keys, filmed, log, display)
+
+
+def _play_each_mode(
+    measurement: Measurement,
+    policy: Policy,
+    envs: VectorEnv,
+    keys: Sequence[Key],
+    filmed: set[Key],
+    log: MetricsLog,
+    display: Display,
+) -> None:
+    config, (shard, of) = measurement.config, measurement.shard
+    with display.stage("eval", len(keys), measurement.protocol if of == 1 else f"shard {shard} of {of}") as progress:
+        for mode in config.eval.modes:
+            starts = [Start(task, "eval", index) for kept, task, index in keys if kept == mode]
+            success: list[bool] = []
+
+            def keep(episode: PlayedEpisode, mode: Mode = mode, success: list[bool] = success) -> None:
+                log.log({"kind": "episode", "mode": mode} | outcome(episode))
+                if episode.turns:
+                    _film(measurement.out / "videos", episode)
+                success.append(episode.success)
+                progress.advance(1, success=f"{sum(success)}/{len(success)}")
+
+            evaluate(
+                policy,
+                envs,
+                starts,
+                mode=mode,
+                config=config.eval,
+                record=lambda start, mode=mode: (mode, start.task, start.index) in filmed,
+                on_episode=keep,
+            )
+
+
+def _film(folder: Path, episode: PlayedEpisode) -> None:
+    assert episode.final_image is not None
+    frames = np.stack([*(turn.image for turn in episode.turns), episode.final_image])
+    drawn = draw_overlay(frames, instruction=episode.instruction, values=None, process=None, success=episode.success)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(folder / f"{episode.start.task}.mp4", drawn, fps=20)
