@@ -16,7 +16,7 @@ from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode
 from reachrl.types import Start
 
 # Options of an environment that change the speed or the training, never an evaluated outcome.
-NOT_PROTOCOL = {"num_envs", "worker_timeout_s", "num_train_starts", "num_eval_starts", "assets"}
+NOT_PROTOCOL = {"num_envs", "worker_timeout_s", "num_train_starts", "num_eval_starts", "assets", "render_device"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,14 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reachrl.cli.display import Display
 from reachrl.config.demos import SFTSection
+from reachrl.config.loading import config_dict, load_config
 from reachrl.demos import sft
 from reachrl.demos.schedule import batch_rows, learning_rate
 from reachrl.demos.sft import train_sft
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import CheckpointError, DivergedError, StorageError
+from reachrl.pipeline.base import new_policy, saved_policy
+from reachrl.pipeline.warm_start import run_sft
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
+from reachrl.run.directory import Run
 from reachrl.types import Observation, Start, Trajectory
 
 SIZE = 12
@@ -391,3 +396,12 @@ def test_heldout_rows_are_never_trained_on(store_folder: Path, tmp_path: Path) -
     assert not trained & held
     assert len(held) == 2  # 0.2 of 12 starts
     assert len(training.train_rows) == 20 * 8  # two trajectories a start, 8 steps each
+
+
+def test_no_epochs_keep_the_policy_as_it_is(tmp_path):
+    config = load_config("toy", ["sft.epochs=0"])
+    with Run.open(tmp_path / "run", config_dict(config), config_hash="x") as run:
+        assert run_sft(config, run, Display(quiet=True)) == {"steps": 0}
+        kept, fresh = saved_policy(config, run.sft / "policy").state_dict(), new_policy(config).state_dict()
+    assert kept.keys() == fresh.keys()
+    assert all(torch.equal(kept[name], fresh[name]) for name in fresh)

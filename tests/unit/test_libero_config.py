@@ -48,3 +48,24 @@ def test_training_on_stored_starts_has_fifty_of_them():
 def test_a_resolved_configuration_is_read_back_as_it_was():
     config = load_config("paper", ["env.kind=libero", "env.suite=libero_goal"]).env
     assert LiberoConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
+def test_the_7b_preset_of_a_suite_is_the_papers(suite):
+    from reachrl.config.policy import OpenVLAConfig
+
+    config = load_config(suite)
+    env, policy, ppo = config.env, config.policy, config.ppo
+    assert (env.suite, env.tasks, env.max_steps, env.gripper) == (suite, SUITES[suite], STEP_LIMITS[suite], "openvla")
+    assert (policy.dataset, str(policy.checkpoint)) == (
+        suite,
+        f"openvla/openvla-7b-finetuned-{suite.replace('_', '-')}",
+    )
+    sizes = OpenVLAConfig.openvla_7b()
+    for name in ("towers", "language_model", "image_size", "num_action_tokens", "projector_expansion", "prompt_length"):
+        assert getattr(policy, name) == getattr(sizes, name), name
+    assert (ppo.lr, ppo.temperature, ppo.gamma, ppo.gae_lambda, ppo.minibatch_size) == (2e-5, 1.5, 0.99, 0.95, 16)
+    assert (ppo.clip_eps_low, ppo.clip_eps_high, ppo.warmup_iterations, ppo.epochs) == (0.2, 0.2, 5, 1)
+    assert (config.reward.mode, config.reward.weight, config.curriculum.weighting) == ("sum", 1.0, "paper")
+    # 10,000 optimiser steps.
+    assert config.num_iterations * config.num_steps * env.num_envs == 10_000 * ppo.minibatch_size

@@ -128,7 +128,7 @@ def test_wrong_arguments_are_named_before_anything_is_sent(healthy: VectorEnv):
         healthy.reset([start(200)] * N, some_starts(0))
     with pytest.raises(ValueError, match="expected 3 starts, got 2"):
         healthy.reset(some_starts(0)[:2], some_starts(0))
-    with pytest.raises(ValueError, match=r"\[3, 4\], got \[3, 7\]"):
+    with pytest.raises(ConfigError, match=r"\[3, 4\], got \[3, 7\]"):
         healthy.step(np.zeros((N, 7), np.float32), some_starts(0))
     assert healthy.step(np.zeros((N, 4), np.float32), some_starts(0)).valid.all()
 

@@ -28,8 +28,8 @@ class DemosSection(Section):
 class SFTSection(Section):
     """Supervised fine-tuning on the next-token loss of the action tokens."""
 
-    epochs: float = Field(default=8.0, gt=0.0)
-    """Passes over the training steps (fractions allowed); ignored when `steps` is set."""
+    epochs: float = Field(default=8.0, ge=0.0)
+    """Passes over the training steps (fractions allowed); 0 keeps the policy as it is. Ignored when `steps` is set."""
 
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; unset: derived from `epochs`."""

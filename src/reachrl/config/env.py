@@ -35,6 +35,10 @@ class EnvSection(Section):
     num_envs: int = Field(default=16, ge=1)
     """Environments stepped side by side, one process each."""
 
+    render_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where frames are drawn: `cpu`; `cuda`, the visible GPUs in turn; `cuda:1`; `auto` is `cuda` where there is a GPU.
+    What cannot be is drawn on the CPU, with a warning."""
+
     worker_timeout_s: float = Field(default=60.0, gt=0)
     """A worker that has not answered for this long is killed and replaced."""
 

@@ -172,8 +172,10 @@ class _Collection:
             seed=self.seed,
         )
         try:
-            for _ in range(count):
-                self.workers.append(ExpertProcess(setup, deadline=time.monotonic() + START_TIMEOUT_S))
+            kind = resolve("envs", setup.kind)
+            for number in range(count):
+                variables = kind.worker_variables(self.env_config, number)
+                self.workers.append(ExpertProcess(setup, variables, deadline=time.monotonic() + START_TIMEOUT_S))
             while self.tasks:
                 self._poll()
         finally:

@@ -15,11 +15,12 @@ _ONE_THREAD = ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL
 class ExpertProcess:
     """A child process that runs `reachrl.demos.expert`, with what it is doing now."""
 
-    def __init__(self, setup: WorkerSetup, deadline: float) -> None:
+    def __init__(self, setup: WorkerSetup, variables: dict[str, str], deadline: float) -> None:
         """Start the worker and send its setup.
 
         Args:
             setup: its first message.
+            variables: environment variables it gets besides ours.
             deadline: `time.monotonic()` by which its first answer is due, in seconds.
         """
         self.deadline = deadline
@@ -29,7 +30,8 @@ class ExpertProcess:
         self.pipe, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()  # lives as long as the process
         search_path = [os.path.abspath(folder) for folder in sys.path]
-        environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"PYTHONPATH": os.pathsep.join(search_path)}
+        ours = dict.fromkeys(_ONE_THREAD, "1") | {"PYTHONPATH": os.pathsep.join(search_path)}
+        environment = os.environ | variables | ours
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "reachrl.demos.expert", str(theirs.fileno()), str(os.getpid())],
             pass_fds=(theirs.fileno(),),

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 
 from reachrl.config.base import Section
+from reachrl.envs.render_device import render_variables
 from reachrl.types import Split, Start
 
 
@@ -40,6 +41,16 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
         Raises:
             ReachRLError: the environment cannot be made; told here, it costs no worker.
         """
+
+    @classmethod
+    def worker_variables(cls, config: Any, row: int) -> dict[str, str]:
+        """Environment variables that the process of environment `row` starts with: which GPU draws its frames.
+
+        Args:
+            config: the environment's section.
+            row: number of the process, from 0.
+        """
+        return render_variables(config.render_device, row)
 
     @classmethod
     def caveats(cls, config: Any) -> tuple[str, ...]:

@@ -39,14 +39,15 @@ class WorkerProcess:
 
     Args:
         setup: its first message: kind, config, row, num_envs, image_size, memory (a file descriptor).
+        variables: environment variables it gets besides ours.
     """
 
-    def __init__(self, setup: dict[str, Any]):
+    def __init__(self, setup: dict[str, Any], variables: dict[str, str]):
         self.connection, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()
         fds = (theirs.fileno(), setup["memory"])
         search_path = [os.path.abspath(folder) for folder in sys.path]
-        environment = os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(search_path)}
+        environment = os.environ | _SETTINGS | variables | {"PYTHONPATH": os.pathsep.join(search_path)}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "reachrl.envs.worker", str(fds[0]), str(os.getpid())],
             pass_fds=fds,

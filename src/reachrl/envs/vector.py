@@ -165,7 +165,8 @@ class VectorEnv:
                 "num_envs": self.num_envs,
                 "image_size": self._config.image_size,
                 "memory": self._memory.fileno(),
-            }
+            },
+            resolve("envs", self._config.kind).worker_variables(self._config, n),
         )
         worker.send(do="describe")
         return worker

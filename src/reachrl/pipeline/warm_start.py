@@ -27,6 +27,9 @@ def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
 def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Warm-start the policy on the demonstrations; the best weights land in `sft/policy/`."""
     policy = new_policy(config)
+    if config.sft.steps is None and config.sft.epochs == 0:
+        policy.save_pretrained(run.sft / "policy")
+        return {"steps": 0}
     last = 0
     with display.stage("sft", None, "next-token loss of action tokens") as progress:
 
