@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from reachrl.envs.libero.experts.articulate import reach_state
 from reachrl.envs.libero.experts.hand import Actions, Hand
 from reachrl.envs.libero.experts.pick_place import NotDone, pick, place
 from reachrl.envs.libero.experts.scene import Scene
@@ -13,6 +14,7 @@ from reachrl.envs.libero.simulation import Simulation
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 4  # of going through what is not yet done
+_ORDER = ("open", "turnon", "on", "in", "close", "turnoff")  # a drawer is closed when things are in it
 
 
 class Expert:
@@ -32,7 +34,7 @@ class Expert:
 
     def _reach_goals(self) -> Actions:
         for _ in range(_ROUNDS):
-            for goal in self.scene.goals:
+            for goal in sorted(self.scene.goals, key=lambda goal: _ORDER.index(goal[0])):
                 if self.scene.holds(goal):
                     continue
                 try:
@@ -48,7 +50,10 @@ class Expert:
         predicate, *names = goal
         if predicate in ("on", "in"):
             thing, target = names
+            opened = ["open", target]
+            if self.scene.is_drawer(target) and not self.scene.holds(opened):
+                yield from reach_state(self.scene, self.hand, opened)
             yield from pick(self.scene, self.hand, thing)
             yield from place(self.scene, self.hand, thing, target)
         else:
-            raise NotDone(f"no skill for {predicate}")
+            yield from reach_state(self.scene, self.hand, goal)

@@ -33,7 +33,7 @@ def pick(scene: Scene, hand: Hand, thing: str) -> Actions:
         rotation = hand.pointing_down(grasp.yaw)
         above = grasp.position + _APPROACH_M * _UP
         before = scene.origin(thing)[2]
-        yield from _travel(scene, hand, thing, above, rotation)
+        yield from travel(scene, hand, above, rotation)
         yield from hand.go(grasp.position, rotation, near=0.004, limit=40, slow=0.6)
         yield from hand.close()
         yield from hand.go(hand.position + _APPROACH_M * _UP, rotation, near=0.015, limit=25)
@@ -68,9 +68,9 @@ def place(scene: Scene, hand: Hand, thing: str, target: str) -> Actions:
     yield from hand.go(hand.position + 0.08 * _UP, rotation, near=0.03, limit=20)
 
 
-def _travel(scene: Scene, hand: Hand, thing: str, goal: np.ndarray, rotation: np.ndarray) -> Actions:
-    """Go to `goal` over what stands in the way."""
-    obstacles = np.concatenate([scene.others(thing), scene.points(thing)])
+def travel(scene: Scene, hand: Hand, goal: np.ndarray, rotation: np.ndarray) -> Actions:
+    """Go to `goal`, metres f64[3], over what stands in the way, with an empty hand."""
+    obstacles = scene.everything()
     start, way = hand.position[:2], goal[:2] - hand.position[:2]
     height = max(goal[2], _highest(obstacles, start, goal[:2], 0.09, 0.0) + _OVER_OBSTACLES_M)
     if hand.position[2] < height - 0.02 and np.linalg.norm(way) > 0.03:

@@ -1,0 +1,112 @@
+"""Moving what hangs on a joint: knobs and doors are pushed round, drawers pulled open and pushed shut."""
+
+import numpy as np
+
+from reachrl.envs.libero.experts.hand import Actions, Hand, facing
+from reachrl.envs.libero.experts.pick_place import NotDone, travel
+from reachrl.envs.libero.experts.scene import Joint, Scene
+
+_DOWN = np.array([0.0, 0.0, -1.0])
+_FREE_M = 0.10  # between the hand and a drawer before and after they touch
+_BEHIND_M = 0.035  # between the hand and what it is going to push
+_TILT = np.pi / 4  # of a hand that pushes a drawer: its palm stays away from the drawers above
+_FURTHER_M = 0.02  # beyond the joint's end, so that the arm presses
+_FURTHER_RAD = 0.3
+_ARC_RAD = 0.12  # between the stations of a way round
+_TRIES = 3
+
+
+def reach_state(scene: Scene, hand: Hand, goal: list[str]) -> Actions:
+    """Turn, open or close what `goal` names.
+
+    Args:
+        scene: where.
+        hand: with what; empty.
+        goal: a predicate about one thing, such as `open` or `turnon`.
+
+    Raises:
+        NotDone: it did not get there.
+    """
+    for _ in range(_TRIES):
+        joint = scene.joint(goal)
+        if joint.hinge:
+            yield from _push_round(scene, hand, joint, goal)
+        elif goal[0] == "open":
+            yield from _pull(scene, hand, joint, goal)
+        else:
+            yield from _push_shut(scene, hand, joint, goal)
+        if scene.holds(goal):
+            return
+    raise NotDone(f"{' '.join(goal)}: still not so")
+
+
+def _push_round(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
+    """Push the far end of what turns about a vertical axis, with closed fingers that point down."""
+    points = scene.points_of_body(joint.body)
+    high = points[points[:, 2] > 0.5 * (points[:, 2].min() + points[:, 2].max())]
+    arms = high - joint.anchor
+    reach = np.linalg.norm(arms[:, :2], axis=1)
+    arm = arms[reach.argmax()] * np.array([0.8, 0.8, 1.0])
+    radius = float(np.linalg.norm(arm[:2]))
+    first, last = -joint.sign * _BEHIND_M / radius, joint.distance + joint.sign * _FURTHER_RAD
+    rotation = hand.pointing_down(hand.yaw)
+    stations = [joint.anchor + _turned(arm, angle) for angle in np.arange(first, last, joint.sign * _ARC_RAD)]
+    for station in stations:
+        station[2] = high[:, 2].max() - 0.01
+    yield from hand.close()
+    yield from travel(scene, hand, stations[0] + np.array([0, 0, 0.06]), rotation)
+    yield from hand.go(stations[0], rotation, near=0.008, limit=25, slow=0.6)
+    for station in stations[1:]:
+        if scene.holds(goal):
+            break
+        yield from hand.go(station, rotation, near=0.012, limit=8)
+    yield from hand.go(hand.position + np.array([0, 0, 0.08]), rotation, near=0.03, limit=20)
+    yield from hand.open()
+
+
+def _pull(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
+    """Grasp a drawer's handle from the front, one finger over it and one under it."""
+    out = joint.sign * joint.axis
+    handle = scene.handle(joint)
+    rotation = facing(-out, np.array([0.0, 0.0, -1.0]))
+    yield from hand.open()
+    free = handle + _FREE_M * out
+    yield from travel(scene, hand, free + np.array([0, 0, 0.05]), rotation)
+    yield from hand.go(free, rotation, near=0.01, limit=40)
+    yield from hand.go(handle, rotation, near=0.006, limit=40, slow=0.6)
+    yield from hand.close()
+    start = hand.position
+    while not scene.holds(goal):
+        before = hand.position
+        yield from hand.go(start + (abs(joint.distance) + _FURTHER_M) * out, rotation, near=0.01, limit=10)
+        if np.linalg.norm(hand.position - before) < 0.005:
+            break
+    yield from hand.open()
+    yield from hand.go(hand.position + _FREE_M * out, rotation, near=0.02, limit=30)
+    yield from hand.go(hand.position + np.array([0, 0, 0.1]), hand.pointing_down(hand.yaw), near=0.03, limit=30)
+
+
+def _push_shut(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
+    """Push a drawer's handle with closed fingers that lean towards the cabinet."""
+    shut = joint.sign * joint.axis
+    handle = scene.handle(joint)
+    pointing = np.cos(_TILT) * _DOWN + np.sin(_TILT) * shut
+    rotation = facing(pointing, np.cross(shut, _DOWN))
+    behind = handle - _BEHIND_M * shut
+    yield from hand.close()
+    yield from travel(scene, hand, behind - 0.04 * shut + np.array([0, 0, 0.1]), rotation)
+    yield from hand.go(behind, rotation, near=0.01, limit=40, slow=0.6)
+    for _ in range(6):
+        if scene.holds(goal):
+            break
+        end = scene.handle(joint) + _FURTHER_M * shut
+        yield from hand.go(end, rotation, near=0.005, limit=10)
+    yield from hand.go(hand.position - _FREE_M * shut, rotation, near=0.02, limit=20)
+    yield from hand.go(hand.position + np.array([0, 0, 0.1]), hand.pointing_down(hand.yaw), near=0.03, limit=30)
+    yield from hand.open()
+
+
+def _turned(arm: np.ndarray, angle: float) -> np.ndarray:
+    """`arm` f64[3] turned about the vertical."""
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    return turn @ arm
