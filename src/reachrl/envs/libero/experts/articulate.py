@@ -83,7 +83,7 @@ def _pull(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
             break
     yield from hand.open()
     yield from hand.go(hand.position + _FREE_M * out, rotation, near=0.02, limit=30)
-    yield from hand.go(hand.position + np.array([0, 0, 0.1]), hand.pointing_down(hand.yaw), near=0.03, limit=30)
+    yield from hand.go_home()
 
 
 def _push_shut(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
@@ -102,7 +102,7 @@ def _push_shut(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actio
         end = scene.handle(joint) + _FURTHER_M * shut
         yield from hand.go(end, rotation, near=0.005, limit=10)
     yield from hand.go(hand.position - _FREE_M * shut, rotation, near=0.02, limit=20)
-    yield from hand.go(hand.position + np.array([0, 0, 0.1]), hand.pointing_down(hand.yaw), near=0.03, limit=30)
+    yield from hand.go_home()
     yield from hand.open()
 
 

@@ -30,6 +30,7 @@ class Hand:
         self.simulation = simulation
         self._site = simulation.domain.robots[0].eef_site_id
         self.grip = OPEN
+        self._home = self.position, self.rotation
 
     @property
     def position(self) -> np.ndarray:
@@ -76,6 +77,11 @@ class Hand:
             move = np.clip(_GAIN * error / _METRES_PER_UNIT, -slow, slow)
             spin = np.clip(_GAIN * turn / _RADIANS_PER_UNIT, -0.5, 0.5)
             yield np.array([*move, *spin, self.grip])
+
+    def go_home(self) -> Actions:
+        """Return to where the episode began: far from the ends of the arm's joints."""
+        position, rotation = self._home
+        yield from self.go(position, rotation, near=0.05, limit=60)
 
     def close(self) -> Actions:
         """Close the fingers."""

@@ -10,6 +10,7 @@ _UP = np.array([0.0, 0.0, 1.0])
 _APPROACH_M = 0.06  # over the grasp, from where the hand goes straight down
 _LIFTED_M = 0.02
 _OVER_OBSTACLES_M = 0.03
+_ROOF_M = 0.02  # around a thing, in which nothing may be over it when it is lifted
 _TRIES = 3
 
 
@@ -36,12 +37,28 @@ def pick(scene: Scene, hand: Hand, thing: str) -> Actions:
         yield from travel(scene, hand, above, rotation)
         yield from hand.go(grasp.position, rotation, near=0.004, limit=40, slow=0.6)
         yield from hand.close()
+        yield from _leave_roof(scene, hand, thing, rotation)
         yield from hand.go(hand.position + _APPROACH_M * _UP, rotation, near=0.015, limit=25)
         if scene.origin(thing)[2] > before + _LIFTED_M:
             return
         yield from hand.open()
         yield from hand.go(hand.position + _APPROACH_M * _UP, rotation, near=0.02, limit=20)
     raise NotDone(f"{thing} slipped {_TRIES} times")
+
+
+def _leave_roof(scene: Scene, hand: Hand, thing: str, rotation: np.ndarray) -> Actions:
+    """Slide what is held out from under a drawer or shelf, if there is one over it."""
+    points, others = scene.points(thing), scene.others(thing)
+    low, high = points.min(0), points.max(0)
+    over = (others[:, :2] > low[:2] - _ROOF_M).all(1) & (others[:, :2] < high[:2] + _ROOF_M).all(1)
+    roof = others[over & (others[:, 2] > high[2])]
+    if not len(roof):
+        return
+    away = 0.5 * (low + high)[:2] - roof[:, :2].mean(0)
+    away = away / max(float(np.linalg.norm(away)), 1e-6)
+    deep = float((high[:2] - low[:2]).max()) + _ROOF_M
+    goal = hand.position + np.array([*(deep * away), 0.005])
+    yield from hand.go(goal, rotation, near=0.02, limit=30, slow=0.5)
 
 
 def place(scene: Scene, hand: Hand, thing: str, target: str) -> Actions:
