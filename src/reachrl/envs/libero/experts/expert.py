@@ -7,7 +7,7 @@ import numpy as np
 
 from reachrl.envs.libero.experts.articulate import reach_state
 from reachrl.envs.libero.experts.hand import Actions, Hand
-from reachrl.envs.libero.experts.pick_place import NotDone, pick, place
+from reachrl.envs.libero.experts.pick_place import NotDone, drag, is_dish, pick, place
 from reachrl.envs.libero.experts.scene import Scene
 from reachrl.envs.libero.simulation import Simulation
 
@@ -53,7 +53,10 @@ class Expert:
             opened = ["open", target]
             if self.scene.is_drawer(target) and not self.scene.holds(opened):
                 yield from reach_state(self.scene, self.hand, opened)
-            yield from pick(self.scene, self.hand, thing)
-            yield from place(self.scene, self.hand, thing, target)
+            if is_dish(self.scene, thing):
+                yield from drag(self.scene, self.hand, thing, target)
+            else:
+                yield from pick(self.scene, self.hand, thing)
+                yield from place(self.scene, self.hand, thing, target)
         else:
             yield from reach_state(self.scene, self.hand, goal)

@@ -10,7 +10,10 @@ _UP = np.array([0.0, 0.0, 1.0])
 _APPROACH_M = 0.06  # over the grasp, from where the hand goes straight down
 _LIFTED_M = 0.02
 _OVER_OBSTACLES_M = 0.03
-_ROOF_M = 0.02  # around a thing, in which nothing may be over it when it is lifted
+_ROOF_M = 0.01  # sideways from a point of a thing to one over it that is in the way when it is lifted
+_DISH_M = 0.014  # of the grip site over the bottom of a dish
+_THERE_M = 0.015  # from where a dragged thing shall be
+_DRAGS = 40  # short moves with one
 _TRIES = 3
 
 
@@ -46,17 +49,49 @@ def pick(scene: Scene, hand: Hand, thing: str) -> Actions:
     raise NotDone(f"{thing} slipped {_TRIES} times")
 
 
+def drag(scene: Scene, hand: Hand, thing: str, target: str) -> Actions:
+    """Bring a dish to `target` along the table, with closed fingers against the inside of its rim.
+
+    Raises:
+        NotDone: it did not follow.
+    """
+    rotation = hand.pointing_down(hand.yaw)
+    yield from hand.close()
+    inside = scene.points(thing).mean(0)
+    yield from travel(scene, hand, inside + _APPROACH_M * _UP, rotation)
+    inside[2] = scene.points(thing)[:, 2].min() + _DISH_M
+    yield from hand.go(inside, rotation, near=0.006, limit=40, slow=0.5)
+    for _ in range(_DRAGS):
+        way = scene.target(target)[:2] - scene.origin(thing)[:2]
+        if np.linalg.norm(way) < _THERE_M:
+            break
+        ahead = hand.position + np.array([*(way * min(1.0, 0.06 / float(np.linalg.norm(way)))), 0.0])
+        yield from hand.go(np.array([*ahead[:2], inside[2]]), rotation, near=0.005, limit=4, slow=0.5)
+    else:
+        raise NotDone(f"{thing} was not dragged to {target}")
+    yield from hand.go(hand.position + _APPROACH_M * _UP, rotation, near=0.03, limit=20)
+    yield from hand.open()
+
+
+def is_dish(scene: Scene, thing: str) -> bool:
+    """Whether `thing` is wide and flat: the fingers hold its rim too loosely to lift it."""
+    width, depth, height = np.ptp(scene.points(thing), axis=0)
+    return min(width, depth) > 0.1 and height < 0.03
+
+
 def _leave_roof(scene: Scene, hand: Hand, thing: str, rotation: np.ndarray) -> Actions:
     """Slide what is held out from under a drawer or shelf, if there is one over it."""
     points, others = scene.points(thing), scene.others(thing)
     low, high = points.min(0), points.max(0)
-    over = (others[:, :2] > low[:2] - _ROOF_M).all(1) & (others[:, :2] < high[:2] + _ROOF_M).all(1)
-    roof = others[over & (others[:, 2] > high[2])]
+    near = (others[:, :2] > low[:2]).all(1) & (others[:, :2] < high[:2]).all(1)
+    higher = others[near & (others[:, 2] > high[2])]
+    apart = np.linalg.norm(higher[:, None, :2] - points[None, ::4, :2], axis=-1)
+    roof = higher[apart.min(1, initial=np.inf) < _ROOF_M]
     if not len(roof):
         return
     away = 0.5 * (low + high)[:2] - roof[:, :2].mean(0)
     away = away / max(float(np.linalg.norm(away)), 1e-6)
-    deep = float((high[:2] - low[:2]).max()) + _ROOF_M
+    deep = float((high[:2] - low[:2]).max()) + 2 * _ROOF_M
     goal = hand.position + np.array([*(deep * away), 0.005])
     yield from hand.go(goal, rotation, near=0.02, limit=30, slow=0.5)
 
