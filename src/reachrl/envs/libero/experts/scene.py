@@ -105,6 +105,11 @@ class Scene:
         own = set(self.geoms(thing))
         return self._surfaces.points(self.simulation.data, [geom for geom in self._everything if geom not in own])
 
+    def others_than_body(self, body: int) -> np.ndarray:
+        """Points on everything but the robot, one body and what hangs on it f64[Q 3]."""
+        own = set(self._surfaces.geoms_of(subtree(self.simulation.model, body)))
+        return self._surfaces.points(self.simulation.data, [geom for geom in self._everything if geom not in own])
+
     def everything(self) -> np.ndarray:
         """Points on everything but the robot f64[Q 3]."""
         return self._surfaces.points(self.simulation.data, self._everything)
