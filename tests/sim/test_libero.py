@@ -90,14 +90,9 @@ def run(script: str, request: dict, tmp_path: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-@pytest.fixture(scope="module", params=TASKS, ids=lambda task: f"{task[0]}-{task[1]}")
-def upstream(request, tmp_path_factory):
-    suite, number = request.param
-    task, folder, seed = SUITES[suite][number], tmp_path_factory.mktemp("upstream"), 3
-    actions = np.random.default_rng(0).uniform(-1, 1, (NUM_STEPS, 7)).astype(np.float32)
-    np.save(folder / "actions.npy", actions)
-    np.save(folder / "state.npy", installation.stored_starts(suite, task)[seed])
-    asked = {
+def upstream_request(suite: str, task: str, seed: int, folder: Path) -> dict:
+    """What `UPSTREAM` is to do with the `state.npy` and `actions.npy` of a folder."""
+    return {
         "folder": str(folder),
         "assets": str(ASSETS),
         "size": SIZE,
@@ -106,6 +101,16 @@ def upstream(request, tmp_path_factory):
         "state": str(folder / "state.npy"),
         "actions": str(folder / "actions.npy"),
     }
+
+
+@pytest.fixture(scope="module", params=TASKS, ids=lambda task: f"{task[0]}-{task[1]}")
+def upstream(request, tmp_path_factory):
+    suite, number = request.param
+    task, folder, seed = SUITES[suite][number], tmp_path_factory.mktemp("upstream"), 3
+    actions = np.random.default_rng(0).uniform(-1, 1, (NUM_STEPS, 7)).astype(np.float32)
+    np.save(folder / "actions.npy", actions)
+    np.save(folder / "state.npy", installation.stored_starts(suite, task)[seed])
+    asked = upstream_request(suite, task, seed, folder)
     config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS)}
     return run(UPSTREAM, asked, folder), asked | {"config": config, "task": task}
 
@@ -163,18 +168,47 @@ def test_published_openvla_actions_move_the_gripper_the_other_way():
     assert [simulator_gripper(number) for number in (1.0, 0.7, 0.3, 0.0)] == [-1, -1, 1, 1]
 
 
-@pytest.mark.parametrize(("suite", "number"), [("libero_object", 0), ("libero_spatial", 0)])
-def test_the_expert_solves(suite, number):
+# One of each skill: pick and place twice, pull a drawer, twist a knob, drag a dish, push a drawer and a door shut.
+SKILLS = [
+    *(("libero_object", 0), ("libero_spatial", 0), ("libero_goal", 0), ("libero_goal", 7), ("libero_goal", 5)),
+    *(("libero_10", 3), ("libero_90", 33)),
+]
+
+
+def play_expert(suite: str, number: int, start: Start) -> tuple[bool, np.ndarray]:
+    """Success and actions of the expert."""
     from reachrl.envs.libero.env import LiberoEnv
 
     env = LiberoEnv(LiberoConfig(suite=suite, image_size=16, assets=ASSETS))
-    env.reset(options={"start": Start(env.tasks[number], "train", 0)})
-    done = success = False
+    env.reset(options={"start": start})
+    done, success, reward, actions = False, False, 0.0, []
     while not done:
-        _, reward, success, truncated, _ = env.step(env.expert_action())
+        actions.append(env.expert_action())
+        _, reward, success, truncated, _ = env.step(actions[-1])
         done = success or truncated
     env.close()
-    assert success and reward == 1.0
+    assert reward == success
+    return success, np.array(actions)
+
+
+@pytest.mark.parametrize(("suite", "number"), SKILLS)
+def test_the_expert_solves(suite, number):
+    success, _ = play_expert(suite, number, Start(SUITES[suite][number], "train", 0))
+    assert success
+
+
+@pytest.mark.parametrize(("suite", "number"), [("libero_object", 0), ("libero_goal", 0)])
+def test_an_episode_ends_when_upstreams_does(suite, number, tmp_path):
+    task, seed = SUITES[suite][number], 3
+    success, actions = play_expert(suite, number, Start(task, "eval", seed))
+    assert success
+    np.save(tmp_path / "actions.npy", actions)
+    np.save(tmp_path / "state.npy", installation.stored_starts(suite, task)[seed])
+    theirs = run(UPSTREAM, upstream_request(suite, task, seed, tmp_path), tmp_path)
+    assert theirs["rewards"][10:].tolist() == [0.0] * (len(actions) - 1) + [1.0]
+    config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS), "simulation": "faithful"}
+    ours = run(OURS, upstream_request(suite, task, seed, tmp_path) | {"config": config, "task": task}, tmp_path)
+    assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -215,16 +249,18 @@ def test_assets_that_are_none_are_told(tmp_path, monkeypatch):
     assert installation.find_assets(None) == ASSETS.resolve()
 
 
-def test_stand_in_assets_are_told(tmp_path, caplog):
+def test_what_sets_success_rates_apart_is_told(tmp_path):
     from reachrl.envs.libero.env import LiberoEnv
 
     for part in ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"):
         (tmp_path / part).mkdir()
-    LiberoEnv.prepare(LiberoConfig(assets=tmp_path))
-    assert not caplog.records
+    assert LiberoEnv.caveats(LiberoConfig(assets=tmp_path, simulation="faithful")) == ()
+    [fast] = LiberoEnv.caveats(LiberoConfig(assets=tmp_path))
+    [paper] = LiberoEnv.caveats(LiberoConfig(assets=tmp_path, simulation="faithful", split="paper"))
+    assert fast.startswith("fast simulation") and paper.startswith("trained on evaluation starts")
     (tmp_path / "README.md").write_text("**Not official pictures.** Stand-ins.")
-    LiberoEnv.prepare(LiberoConfig(assets=tmp_path))
-    assert "stand-in assets" in caplog.text
+    [stand_in] = LiberoEnv.caveats(LiberoConfig(assets=tmp_path, simulation="faithful"))
+    assert stand_in.startswith("stand-in assets")
 
 
 def test_importing_it_writes_nothing_and_asks_nothing(tmp_path):
