@@ -1,6 +1,8 @@
 """Evaluation of any policy: shards, resuming, merging, and what the official protocol allows."""
 
 import json
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -83,6 +85,20 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(policy, whole, tmp_p
     assert measure(measurement(policy, out, 2, (2, 2)), QUIET)["modes"] == whole["modes"]
     written = [line for file in (out / "episodes").glob("*.jsonl") for line in file.read_text().splitlines()]
     assert sum(line.endswith("}") for line in written) == len(played(out)) == 18
+
+
+def test_a_killed_worker_costs_time_and_no_outcome(policy, whole, tmp_path, monkeypatch):
+    step, calls = VectorEnv.step, []
+
+    def step_and_kill(envs, *arguments):
+        calls.append(envs)
+        if len(calls) in (4, 11):
+            os.kill(envs._workers[len(calls) % 2].pid, signal.SIGKILL)
+        return step(envs, *arguments)
+
+    monkeypatch.setattr(VectorEnv, "step", step_and_kill)
+    result = measure(measurement(policy, tmp_path / "killed"), QUIET)
+    assert calls[0].lost_episodes == 2 and result["modes"] == whole["modes"]
 
 
 def test_a_folder_holds_one_evaluation(policy, whole, tmp_path):

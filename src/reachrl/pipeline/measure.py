@@ -75,7 +75,8 @@ def measure(measurement: Measurement, display: Display) -> dict[str, Any] | None
     out, (shard, of) = measurement.out, measurement.shard
     _claim(measurement)
     file = out / "episodes" / f"{shard}-of-{of}.jsonl"
-    mine = [key for key in measurement.keys()[shard - 1 :: of] if key not in played(out)]
+    done = played(out)
+    mine = [key for key in measurement.keys()[shard - 1 :: of] if key not in done]
     file.parent.mkdir(exist_ok=True)
     lock = RunLock(file.with_suffix(".lock"))
     lock.acquire()
