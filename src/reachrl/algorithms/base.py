@@ -1,10 +1,10 @@
 """What an algorithm receives and returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from reachrl.policies.base import PolicyInput
@@ -15,7 +15,8 @@ class PPOBatch:
     """The valid decisions of one iteration, flattened to `B` rows.
 
     `inputs(rows)` gives model-ready rows i64[b]: from cached vision features, or from uint8 frames that stay
-    uint8 until then.
+    uint8 until then. Where several processes share the rows, `own` says which are this one's; a gradient is the sum
+    over the processes.
     """
 
     inputs: Callable[[Int64[Tensor, "b"]], PolicyInput]
@@ -25,6 +26,19 @@ class PPOBatch:
     old_values: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
     returns: Float[Tensor, "B"]
+    own: Bool[Tensor, "B"] | None = None
+
+
+class Group(Protocol):
+    """Processes that share the rows of a batch."""
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+        ...
+
+    def max_(self, tensor: Tensor) -> None:
+        """Replace each element by the greatest of the processes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

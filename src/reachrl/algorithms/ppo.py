@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reachrl.algorithms.base import PPOBatch, UpdateStats
+from reachrl.algorithms.base import Group, PPOBatch, UpdateStats
 from reachrl.config.ppo import PPOConfig
 from reachrl.errors import DivergedError
 from reachrl.functional.ppo import importance_weights, policy_loss, value_loss
@@ -16,6 +16,8 @@ from reachrl.streams import Stream, generator
 
 # How far the very first ratio may be from 1: rounding in another batch shape, nothing more.
 FIRST_RATIO_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+_FIGURES = ("policy_loss", "entropy", "approx_kl", "clip_frac", "value_loss")  # means over rows; ratio_max beside them
 
 
 class PPO:
@@ -28,6 +30,8 @@ class PPO:
     """
 
     Config = PPOConfig
+    group: Group | None = None
+    """The processes that share each minibatch; none: this one alone."""
 
     def __init__(self, config: PPOConfig, policy: Policy, *, seed: int) -> None:
         self.config, self.policy, self.seed = config, policy, seed
@@ -115,7 +119,8 @@ class PPO:
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
-        for micro in rows.split(config.micro_batch_size):
+        mine = rows if batch.own is None else rows[batch.own[rows]]
+        for micro in mine.split(config.micro_batch_size) if len(mine) else ():
             share = len(micro) / len(rows)
             inputs, device = batch.inputs(micro), self.policy.device
             returns, old_values = batch.returns[micro].to(device), batch.old_values[micro].to(device)
@@ -148,12 +153,31 @@ class PPO:
             error = value_loss(values, old_values, returns, kind=config.value_loss, clip=config.value_clip).mean()
             sums["value_loss"] += share * error.item()
             ((loss + config.value_coef * error) * share).backward()
-        if not all(np.isfinite(value) for value in sums.values()):
+        figures = self._over_processes(sums)
+        if not all(np.isfinite(value) for value in figures.values()):
             raise DivergedError(
-                f"a loss is not finite: {dict(sums)}. Weights were not changed by it; resume from the last "
+                f"a loss is not finite: {figures}. Weights were not changed by it; resume from the last "
                 "checkpoint with a lower ppo.lr or ppo.value_lr."
             )
-        return sums
+        return figures
+
+    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
+        """The figures of the whole minibatch; its gradient is put into the parameters."""
+        if self.group is None:
+            return dict(sums)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        self.group.max_(reached)  # by some process: with few rows it need not be this one
+        moved = [parameter for parameter, known in zip(parameters, reached.tolist(), strict=True) if known]
+        for parameter in moved:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.group.sum_([parameter.grad for parameter in moved if parameter.grad is not None])
+        figures = torch.tensor([sums[name] for name in _FIGURES], dtype=torch.float64)
+        greatest = torch.tensor([sums["ratio_max"]], dtype=torch.float64)
+        self.group.sum_([figures])
+        self.group.max_(greatest)
+        return dict(zip(_FIGURES, figures.tolist(), strict=True)) | {"ratio_max": greatest.item()}
 
     def _step(self, *, train_policy: bool) -> tuple[float, float]:
         norms = (

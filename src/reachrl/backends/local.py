@@ -13,6 +13,7 @@ from torch.nn import functional
 from reachrl.algorithms.base import PPOBatch, UpdateStats
 from reachrl.algorithms.ppo import PPO
 from reachrl.backends.base import Weights
+from reachrl.backends.group import Group
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.functional.gae import gae
@@ -75,13 +76,22 @@ class LocalActors:
 
 
 class LocalLearner:
-    """Scores rollouts and updates the policy in place."""
+    """Scores rollouts and updates the policy in place, alone or with a block of each rollout for every process.
 
-    def __init__(self, policy: Policy, config: PPOConfig, *, seed: int) -> None:
-        self.policy, self.config = policy, config
+    Args:
+        policy: what is trained.
+        config: the `ppo` section.
+        seed: of the shuffles.
+        group: who shares the work; each process calls the same methods with the same rollouts.
+    """
+
+    def __init__(self, policy: Policy, config: PPOConfig, *, seed: int, group: Group | None = None) -> None:
+        self.policy, self.config, self.group = policy, config, group or Group()
         self.algorithm: PPO = build("algorithms", config, policy, seed=seed)
+        if not self.group.alone:
+            self.algorithm.group = self.group
         self.version = 0
-        self._inputs: PolicyInput | None = None  # of the last scored rollout, vision features cached
+        self._inputs: PolicyInput | None = None  # of its block of the last scored rollout, vision features cached
 
     def export_weights(self) -> SharedWeights:
         """The current version of the shared policy."""
@@ -101,8 +111,9 @@ class LocalLearner:
         )
         ids = torch.from_numpy(rollout.action_ids).reshape(steps * envs, -1)
         logprobs, values, cached = [], [], []
-        for first in range(0, len(ids), SCORE_ROWS):
-            rows = slice(first, first + SCORE_ROWS)
+        block = self.group.block(len(ids))
+        for first in range(block.start, block.stop, SCORE_ROWS):
+            rows = slice(first, min(first + SCORE_ROWS, block.stop))
             inputs = self._encode(flat, rows)
             out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.config.temperature)
             logprobs.append(out.logprobs.float().cpu())
@@ -116,8 +127,8 @@ class LocalLearner:
             texts = tuple(rollout.instructions[i][j] for i, j in rollout.final_rows)
             finals[t, n] = self._values(Observation(images=rollout.final_images, instructions=texts))
         return Scored(
-            old_logprobs=torch.cat(logprobs).reshape(steps, envs, -1).numpy(),
-            values=np.concatenate([torch.cat(values).reshape(steps, envs).numpy(), last[None]]),
+            old_logprobs=self.group.gather(torch.cat(logprobs)).reshape(steps, envs, -1).numpy(),
+            values=np.concatenate([self.group.gather(torch.cat(values)).reshape(steps, envs).numpy(), last[None]]),
             final_values=finals,
         )
 
@@ -137,6 +148,7 @@ class LocalLearner:
             bootstrap_truncated=self.config.bootstrap_truncated,
         )
         keep = torch.from_numpy(np.flatnonzero(rollout.valid))
+        block = self.group.block(rollout.valid.size)
 
         def flat(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array.reshape(rollout.valid.size, *array.shape[2:]))[keep]
@@ -149,6 +161,7 @@ class LocalLearner:
             old_values=flat(scored.values[:-1]),
             advantages=flat(advantages),
             returns=flat(returns),
+            own=None if self.group.alone else (keep >= block.start) & (keep < block.stop),
         )
         stats = self.algorithm.update(batch, iteration=iteration, train_policy=train_policy)
         self.version += 1
@@ -191,7 +204,8 @@ class LocalLearner:
     def _rows(self, rollout: Rollout, keep: Tensor) -> Callable[[Tensor], PolicyInput]:
         cached = self._inputs
         if cached is not None:
-            return lambda rows: cached.rows(keep[rows])
+            first = self.group.block(rollout.valid.size).start
+            return lambda rows: cached.rows(keep[rows] - first)
         images = rollout.images.reshape(-1, *rollout.images.shape[2:])
         texts = [text for row in rollout.instructions for text in row]
 

@@ -1,5 +1,6 @@
 """What every stage command does: read the configuration, show progress, say how to resume."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def run_command(stage: str | None, preset: str, overrides: list[str] | None, run
 
     config = load_config(preset, overrides or [])
     run_dir = run or Path("runs") / Path(preset).stem
-    with interruptible(quiet, run_dir) as display:
+    follower = os.environ.get("RANK", "0") != "0"  # of torchrun: the leader speaks for all
+    with interruptible(quiet or follower, run_dir) as display:
         _run(stage, config, run_dir, display)
     return run_dir
 

@@ -35,7 +35,8 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         The stage's record in `stages.json`.
 
     Raises:
-        ConfigError: another configuration's folder, or an earlier stage has not run.
+        ConfigError: another configuration's folder, an earlier stage has not run, or `torchrun` around another stage
+            than `train`.
         ReachRLError: whatever the stage itself raises.
     """
     from reachrl.evaluate import protocol_hash
@@ -43,6 +44,14 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
     from reachrl.run.provenance import write_provenance
 
     _limit_threads(config)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and name != "train":
+        raise ConfigError(f"torchrun is for `reachrl train`; run the stage {name!r} in one process, without it")
+    if rank > 0:
+        from reachrl.pipeline.reinforce import follow_train
+
+        follow_train(config)
+        return {}
     with Run.open(run_dir, config_dict(config), config_hash=config_hash(config)) as run:
         write_provenance(
             run.provenance, seed=config.seed, protocol_hash=protocol_hash(config), config_hash=config_hash(config)
@@ -50,6 +59,10 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         finished = run.stage_done(name)
         if finished is not None and name != "report":  # the report is redrawn from what lies on disk
             display.log(f"{name}: already done in {run_dir}")
+            if size > 1:
+                from reachrl.backends.data_parallel import dismiss
+
+                dismiss()
             return finished
         for earlier in STAGES[: STAGES.index(name)]:
             if run.stage_done(earlier) is None:

@@ -1,5 +1,6 @@
 """What the stages share: how progress is shown and how the policy is built."""
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,9 +42,11 @@ def device_of(config: TrainConfig) -> torch.device:
         ConfigError: it is not here.
     """
     present = torch.cuda.device_count()
-    if config.device == "auto":
-        return torch.device("cuda" if present else "cpu")
-    device = torch.device(config.device)
+    if config.device == "auto" and not present:
+        return torch.device("cpu")
+    device = torch.device("cuda" if config.device == "auto" else config.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one of torchrun's processes on each
     if device.type == "cuda" and (device.index or 0) >= present:
         raise ConfigError(f"device={config.device}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
     return device

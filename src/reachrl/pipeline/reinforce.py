@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from reachrl.backends.data_parallel import LeadingLearner, follow
+from reachrl.backends.group import Group
 from reachrl.backends.local import LocalActors, LocalLearner
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
@@ -11,7 +13,7 @@ from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError
-from reachrl.pipeline.base import Display, StageProgress, device_of, saved_policy
+from reachrl.pipeline.base import Display, StageProgress, device_of, new_policy, saved_policy
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.registry import build, resolve
 from reachrl.rewards.base import Reward
@@ -144,7 +146,9 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )
     reward = build_reward(config, run)
-    learner = LocalLearner(policy, config.ppo, seed=config.seed)
+    group = Group.from_environment()
+    local = LocalLearner(policy, config.ppo, seed=config.seed, group=group)
+    learner = local if group.alone else LeadingLearner(local, group)
     actors = LocalActors(
         policy,
         VectorEnv(config.env, config.env.num_envs),
@@ -158,8 +162,18 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
             state = train(config, actors, learner, reward, curriculum, run, _TrainDisplay(progress))
     finally:
         actors.close()
+    if isinstance(learner, LeadingLearner):
+        learner.close()
     replace_folder_atomic(run.policy, policy.save_pretrained)
     return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
+
+
+def follow_train(config: TrainConfig) -> None:
+    """Share the learner's work with the process that `torchrun` numbers 0, until its training ends."""
+    assert isinstance(config.ppo, PPOConfig)
+    policy = new_policy(config).eval()
+    group = Group.from_environment()
+    follow(LocalLearner(policy, config.ppo, seed=config.seed, group=group), group)
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:

@@ -1,0 +1,80 @@
+"""Processes that share one learner's work, as `torchrun` starts them."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+# A follower waits for its next piece of work through whole rollouts and evaluations of its leader.
+_TIMEOUT = timedelta(hours=2)
+
+
+class Group:
+    """This process among those of `torchrun`; alone without it.
+
+    Args:
+        rank: of this process; 0 leads.
+        size: number of processes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def from_environment(cls) -> "Group":
+        """Join the processes that `torchrun` started with this one."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1 and not distributed.is_initialized():
+            # Objects and CPU tensors travel by gloo, gradients on GPUs by NCCL.
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend, timeout=_TIMEOUT)
+        return cls(int(os.environ.get("RANK", "0")), size)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to share with."""
+        return self.size == 1
+
+    def block(self, rows: int) -> slice:
+        """This process's part of `rows` rows."""
+        return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all processes, one below the other, on the CPU."""
+        if self.alone:
+            return part.cpu()
+        parts: list[Any] = [None] * self.size
+        distributed.all_gather_object(parts, part.cpu())
+        return torch.cat(parts)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+        if self.alone or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    def max_(self, tensor: Tensor) -> None:
+        """Replace each element by the greatest of the processes."""
+        if not self.alone:
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+
+    def send(self, message: Any) -> None:
+        """Give the followers a message; only the leader may."""
+        distributed.broadcast_object_list([message])
+
+    def receive(self) -> Any:
+        """The leader's next message."""
+        box: list[Any] = [None]
+        distributed.broadcast_object_list(box)
+        return box[0]
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Make everyone's tensors equal the leader's."""
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)

@@ -1,0 +1,88 @@
+"""`torchrun ... reachrl train`: one run by several processes, which may die."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+CHANGES = ["toy", "num_iterations=5", "checkpoint_every=1", "env.num_envs=3", "num_threads=1"]
+# Without the dashes torchrun takes --run for one of its own options.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "reachrl"]
+REACHRL = ["-m", "reachrl"]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(*arguments: str) -> str:
+    process = start(*arguments)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def records(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Path:
+    """A run whose training may begin."""
+    folder = tmp_path_factory.mktemp("torchrun") / "warm"
+    for stage in (["demos"], ["sft"], ["reward", "fit"]):
+        run(*REACHRL, *stage, *CHANGES, "--run", str(folder))
+    return folder
+
+
+def test_two_processes_train_as_one_does(warm, tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    for folder in (alone, shared):
+        shutil.copytree(warm, folder)
+    run(*REACHRL, "train", *CHANGES, "--run", str(alone))
+    said = run(*TORCHRUN, "train", *CHANGES, "--run", str(shared))
+    assert said.count("train: finished") == 1  # the follower is quiet
+    first, again = records(alone)[0], records(shared)[0]
+    for name in first:
+        if name != "kind" and not name.startswith("seconds/"):
+            assert again[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+    assert len(records(shared)) == 5
+    assert (shared / "policy" / "model.safetensors").is_file()
+    # Finished: everyone leaves at once.
+    assert "already done" in run(*TORCHRUN, "train", *CHANGES, "--run", str(shared))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_killed_process_ends_the_run_and_one_process_resumes_it(warm, tmp_path, rank):
+    folder = tmp_path / "run"
+    shutil.copytree(warm, folder)
+    torchrun = start(*TORCHRUN, "train", *CHANGES, "--run", str(folder))
+    deadline = time.monotonic() + 120
+    while len(records(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victims = [child for child in psutil.Process(torchrun.pid).children() if child.environ().get("RANK") == rank]
+    assert len(victims) == 1
+    os.kill(victims[0].pid, signal.SIGKILL)
+    torchrun.communicate(timeout=90)
+    assert torchrun.returncode != 0
+    assert 2 <= len(records(folder)) < 5
+    run(*REACHRL, "train", *CHANGES, "--run", str(folder))
+    assert [record["iteration"] for record in records(folder)] == list(range(5))
+
+
+def test_torchrun_is_for_training_only(warm):
+    process = start(*TORCHRUN, "sft", *CHANGES, "--run", str(warm))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "torchrun is for `reachrl train`" in said

@@ -1,0 +1,61 @@
+"""Three iterations on one collected batch, alone or under `torchrun`: what each process ends with.
+
+Run by test_data_parallel.py: python data_parallel_steps.py OUT [KEY=VALUE...]
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+from toy_policy import toy_config, toy_policy
+
+from reachrl.backends.data_parallel import LeadingLearner, follow
+from reachrl.backends.group import Group
+from reachrl.backends.local import LocalActors, LocalLearner
+from reachrl.envs.vector import VectorEnv
+from reachrl.registry import build
+from reachrl.rewards.task import TaskReward
+
+
+def main(out: Path, overrides: list[str]) -> None:
+    """Leader and followers; the leader writes its figures, everyone its weights."""
+    torch.set_num_threads(1)
+    config = toy_config("env.num_envs=3", "ppo.target_kl=none", *overrides)
+    group = Group.from_environment()
+    policy = toy_policy(config, seed=group.rank)  # followers begin elsewhere: the leader's weights must reach them
+    local = LocalLearner(policy, config.ppo, seed=1, group=group)
+    if group.rank > 0:
+        follow(local, group)
+    else:
+        learner = local if group.alone else LeadingLearner(local, group)
+        curriculum = build(
+            "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=1
+        )
+        actors = LocalActors(policy, VectorEnv(config.env, 3), seed=1, temperature=1.0)
+        actors.load_weights(learner.export_weights())
+        rollout = actors.collect(curriculum.assign, 20)
+        actors.close()
+        valid = rollout.valid.copy()
+        valid[3:5, 1] = False  # as lost workers leave it: the rows of a block are not all data
+        rollout, figures = replace(rollout, valid=valid), []
+        rewards = TaskReward(config.reward)(rollout)
+        rewards = replace(rewards, total=rewards.total + np.float32(0.1) * rollout.ee_state[..., 0])
+        for iteration in range(3):
+            scored = learner.score(rollout)
+            stats = learner.update(rollout, rewards, scored, iteration=iteration, train_policy=iteration > 0)
+            figures.append(stats.metrics() | {"value_mean": float(scored.values.mean())})
+        if isinstance(learner, LeadingLearner):
+            learner.close()
+        (out / "figures.json").write_text(json.dumps(figures))
+    save_file(dict(policy.state_dict()), out / f"weights-{group.rank}.safetensors")
+    if not group.alone:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,63 @@
+"""Learners that share the work take the step that one alone would take."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from reachrl.backends.group import Group
+
+SCRIPT = Path(__file__).with_name("data_parallel_steps.py")
+
+
+def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
+    """Figures of the leader, weights of each process."""
+    out.mkdir()
+    launch = [sys.executable]
+    if size > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(SCRIPT), str(out), *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "figures.json").read_text()), [
+        load_file(out / f"weights-{rank}.safetensors") for rank in range(size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, ("ppo.minibatch_size=16",)),
+        # Minibatches of 3 rows over 3 processes: often some process has none of them.
+        (3, ("ppo.minibatch_size=3", "ppo.micro_batch_size=2", "ppo.epochs=1")),
+        (2, ("ppo.minibatch_size=16", "ppo.train_vision=true", "ppo.weight_decay=0.1")),
+    ],
+)
+def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, changes):
+    alone, [weights] = run(tmp_path / "alone", 1, *changes)
+    shared, all_weights = run(tmp_path / "shared", size, *changes)
+    for one, many in zip(alone, shared, strict=True):
+        assert one.keys() == many.keys()
+        for name in one:
+            assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert alone[1]["grad_norm"] > 0.01  # something was learned from
+    for others in all_weights:
+        for name, weight in weights.items():
+            np.testing.assert_allclose(others[name].numpy(), weight.numpy(), rtol=0, atol=1e-5, err_msg=name)
+    leader, *followers = all_weights
+    assert all(follower[name].equal(leader[name]) for follower in followers for name in leader)
+
+
+def test_blocks_part_the_rows():
+    for size in (1, 2, 3, 7):
+        for rows in (0, 1, 6, 7, 20):
+            parts = [list(range(rows))[Group(rank, size).block(rows)] for rank in range(size)]
+            assert list(chain.from_iterable(parts)) == list(range(rows))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
