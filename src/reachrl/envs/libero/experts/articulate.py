@@ -7,7 +7,7 @@ from reachrl.envs.libero.experts.hand import Actions, Hand, facing
 from reachrl.envs.libero.experts.pick_place import NotDone, travel
 from reachrl.envs.libero.experts.scene import Joint, Scene
 
-_DOWN = np.array([0.0, 0.0, -1.0])
+_UP = np.array([0.0, 0.0, 1.0])
 _FREE_M = 0.10  # between the hand and a drawer before and after they touch
 _BEHIND_M = 0.035  # between the hand and a drawer it is going to push
 _BESIDE_M = 0.022  # sideways from closed fingers to what they go down beside
@@ -50,23 +50,23 @@ def _twist(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
     """Take a knob from above and turn it about its vertical axis."""
     points, others = scene.points_of_body(joint.body), scene.others_than_body(joint.body)
     support = 0.5 * (points[:, 2].min() + points[:, 2].max())  # of its grip; below it is a plate
-    grasps = find_grasps(points, others, support, hand.yaw - joint.sign * _TWIST_RAD)
+    grasps = find_grasps(points, others, support, hand.yaw - np.sign(joint.turn) * _TWIST_RAD)
     if not grasps:
         raise NotDone(f"no grasp found for {' '.join(goal)}")
     grasp = grasps[0]
     rotation = hand.pointing_down(grasp.yaw)
     yield from hand.open()
-    yield from travel(scene, hand, grasp.position + np.array([0, 0, 0.06]), rotation)
+    yield from travel(scene, hand, grasp.position + 0.06 * _UP, rotation)
     yield from hand.go(grasp.position, rotation, near=0.004, limit=40, slow=0.6)
     yield from hand.close()
-    for angle in np.arange(joint.sign * _ARC_RAD, joint.distance, joint.sign * _ARC_RAD):
+    for angle in np.arange(0.0, joint.turn, np.sign(joint.turn) * _ARC_RAD):
         if scene.holds(goal):
             break
         turn = _turned(np.eye(3), angle)
         place = joint.anchor + turn @ (grasp.position - joint.anchor)
         yield from hand.go(place, turn @ rotation, near=0.01, limit=4)
     yield from hand.open()
-    yield from hand.go(hand.position + np.array([0, 0, 0.1]), hand.rotation, near=0.03, limit=20)
+    yield from hand.go(hand.position + 0.1 * _UP, hand.rotation, near=0.03, limit=20)
     yield from hand.go_home()
 
 
@@ -83,31 +83,31 @@ def _push_round(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Acti
     reach = np.linalg.norm(arms[:, :2], axis=1)
     arm = arms[reach.argmax()] * np.array([0.8, 0.8, 1.0])
     arm[2] = high[:, 2].max() - 0.01 - joint.anchor[2]
-    step, first = joint.sign * _ARC_RAD, 0.0
+    step, first = np.sign(joint.turn) * _ARC_RAD, 0.0
     while abs(first) < np.pi and _nearest(high, joint.anchor + _turned(arm, first)) < _BESIDE_M:
         first -= step  # back to where the fingers go down beside it
     rotation = hand.pointing_down(hand.yaw)
-    last = joint.distance + joint.sign * _FURTHER_RAD
+    last = joint.turn + np.sign(joint.turn) * _FURTHER_RAD
     stations = [joint.anchor + _turned(arm, angle) for angle in np.arange(first, last, step)]
     yield from hand.close()
-    yield from travel(scene, hand, stations[0] + np.array([0, 0, 0.06]), rotation)
+    yield from travel(scene, hand, stations[0] + 0.06 * _UP, rotation)
     yield from hand.go(stations[0], rotation, near=0.008, limit=25, slow=0.6)
     for station in stations[1:]:
         if scene.holds(goal):
             break
         yield from hand.go(station, rotation, near=0.012, limit=8)
-    yield from hand.go(hand.position + np.array([0, 0, 0.08]), rotation, near=0.03, limit=20)
+    yield from hand.go(hand.position + 0.08 * _UP, rotation, near=0.03, limit=20)
     yield from hand.open()
 
 
 def _pull(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
     """Grasp a drawer's handle from the front, one finger over it and one under it."""
-    out = joint.sign * joint.axis
+    out = np.sign(joint.distance) * joint.axis
     handle = scene.handle(joint)
-    rotation = facing(-out, np.array([0.0, 0.0, -1.0]))
+    rotation = facing(-out, -_UP)
     yield from hand.open()
     free = handle + _FREE_M * out
-    yield from travel(scene, hand, free + np.array([0, 0, 0.05]), rotation)
+    yield from travel(scene, hand, free + 0.05 * _UP, rotation)
     yield from hand.go(free, rotation, near=0.01, limit=40)
     yield from hand.go(handle, rotation, near=0.006, limit=40, slow=0.6)
     yield from hand.close()
@@ -124,13 +124,13 @@ def _pull(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
 
 def _push_shut(scene: Scene, hand: Hand, joint: Joint, goal: list[str]) -> Actions:
     """Push a drawer's handle with closed fingers that lean towards the cabinet."""
-    shut = joint.sign * joint.axis
+    shut = np.sign(joint.distance) * joint.axis
     handle = scene.handle(joint)
-    pointing = np.cos(_TILT) * _DOWN + np.sin(_TILT) * shut
-    rotation = facing(pointing, np.cross(shut, _DOWN))
+    pointing = np.sin(_TILT) * shut - np.cos(_TILT) * _UP
+    rotation = facing(pointing, np.cross(_UP, shut))
     behind = handle - _BEHIND_M * shut
     yield from hand.close()
-    yield from travel(scene, hand, behind - 0.04 * shut + np.array([0, 0, 0.1]), rotation)
+    yield from travel(scene, hand, behind - 0.04 * shut + 0.1 * _UP, rotation)
     yield from hand.go(behind, rotation, near=0.01, limit=40, slow=0.6)
     for _ in range(6):
         if scene.holds(goal):

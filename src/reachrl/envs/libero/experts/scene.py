@@ -23,9 +23,9 @@ class Joint:
     distance: float  # to the middle of where it shall be, metres or rad
 
     @property
-    def sign(self) -> float:
-        """Of the motion to come."""
-        return float(np.sign(self.distance))
+    def turn(self) -> float:
+        """By how much a hinge with a vertical axis has to turn, counter-clockwise from above: rad."""
+        return self.distance * float(np.sign(self.axis[2]))
 
 
 class Scene:
@@ -91,7 +91,7 @@ class Scene:
     def handle(self, joint: Joint) -> np.ndarray:
         """The middle of a drawer's handle, which is what stands out furthest: metres f64[3]."""
         points = self.points_of_body(joint.body)
-        out = joint.axis if joint.hinge else self._opening(joint)
+        out = self._opening(joint)
         furthest = points[points @ out > (points @ out).max() - 0.012]
         return 0.5 * (furthest.min(0) + furthest.max(0))
 
