@@ -176,15 +176,15 @@ def speed(suite: str, number: int, size: int, steps: int) -> None:
         print(f"{side:9s} {speed_said}; {reset_said}; {memory[side] / 1e9:.2f} GB")
 
 
-def parity(suites: list[str], number: int, size: int) -> None:
-    """One expert episode of every task in all three."""
+def parity(suites: list[str], number: int, size: int, most: int | None) -> None:
+    """One expert episode of every task, or the beginning of one, in all three."""
     pipes, equal, total = start(size, core=None), 0, 0
     for suite in suites:
         for index, task in enumerate(SUITES[suite]):
             ask(pipes, "reset", suite, task, number)
             gaps, frames, success = {"faithful": 0.0, "fast": 0.0}, {"faithful": 0.0, "fast": 0.0}, dict.fromkeys(SIDES)
             steps = 0
-            while steps < STEP_LIMITS[suite] and not any(success.values()):
+            while steps < (most or STEP_LIMITS[suite]) and not any(success.values()):
                 action = ask(pipes, "expert", sides=("fast",))["fast"][0]
                 found = {side: answer[0] for side, answer in ask(pipes, "step", action).items()}
                 success = {side: found[side]["success"] for side in SIDES}
@@ -217,11 +217,12 @@ def main() -> None:
     same.add_argument("--suites", nargs="+", default=[suite for suite in SUITES if suite != "libero_90"])
     same.add_argument("--start", type=int, default=0)
     same.add_argument("--size", type=int, default=64)
+    same.add_argument("--steps", type=int, help="compare so many at most; unset: whole episodes")
     asked = parser.parse_args()
     if asked.what == "speed":
         speed(asked.suite, asked.task, asked.size, asked.steps)
     else:
-        parity(asked.suites, asked.start, asked.size)
+        parity(asked.suites, asked.start, asked.size, asked.steps)
     sys.stdout.flush()
 
 
