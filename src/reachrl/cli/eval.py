@@ -19,10 +19,10 @@ OWN = "Any policy, by any protocol"
 def eval_(
     preset: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET]", help="As for the other stages; left out: that of --run or around --policy."),
+        typer.Argument(metavar="PRESET", help="As for the other stages; left out: that of --run or around --policy."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as env.num_envs=4.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as env.num_envs=4.")
     ] = None,
     run: RunOption = None,
     policy: Annotated[
