@@ -8,7 +8,6 @@ summed, so that every process takes the same step, and the same as one process w
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from reachrl.algorithms.base import UpdateStats
@@ -99,5 +98,4 @@ def dismiss() -> None:
 
 
 def _tensors(learner: LocalLearner) -> list[Tensor]:
-    with torch.no_grad():
-        return [tensor.data for tensor in (*learner.policy.parameters(), *learner.policy.buffers())]
+    return [tensor.data for tensor in (*learner.policy.parameters(), *learner.policy.buffers())]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-# A follower waits for its next piece of work through whole rollouts and evaluations of its leader.
+# A follower waits for its next piece of work through whole rollouts of its leader.
 _TIMEOUT = timedelta(hours=2)
 
 
@@ -52,8 +52,6 @@ class Group:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
-        if self.alone or not tensors:
-            return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         distributed.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -61,8 +59,7 @@ class Group:
 
     def max_(self, tensor: Tensor) -> None:
         """Replace each element by the greatest of the processes."""
-        if not self.alone:
-            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
 
     def send(self, message: Any) -> None:
         """Give the followers a message; only the leader may."""

@@ -1,4 +1,4 @@
-"""What EGL can draw with: `python -m reachrl.envs.egl_query` prints one JSON list.
+"""What EGL can draw with: run as a script, it prints one JSON list.
 
 In a process of its own, because a driver library stays loaded, and because drivers differ in whether
 `CUDA_VISIBLE_DEVICES` renumbers what they report: here it is unset.

@@ -79,8 +79,7 @@ def choose_device(
 def egl_devices() -> tuple[EglDevice, ...]:
     """What EGL lists on this machine; nothing where there is no EGL."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
-    command = [sys.executable, "-P", "-m", "reachrl.envs.egl_query"]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("egl_query.py"))]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True)
         listed = json.loads(done.stdout)

@@ -180,10 +180,10 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
 
 
 def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode, when: str) -> None:
-    assert isinstance(config.ppo, PPOConfig) and episode.final_image is not None
+    assert isinstance(config.ppo, PPOConfig)
     parts = episode_rewards(config, reward, episode).parts
     frames = draw_overlay(
-        np.stack([*(turn.image for turn in episode.turns), episode.final_image]),
+        episode.frames(),
         instruction=episode.instruction,
         # An untrained critic has nothing to say about the warm-started policy.
         values=[turn.value for turn in episode.turns] if when == "after" else None,

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from reachrl.config.loading import config_dict
 from reachrl.config.protocols import Protocol
@@ -50,7 +49,8 @@ class Measurement:
 
     def keys(self) -> list[Key]:
         """Every episode, task by task: an environment of upstream's takes seconds to be made."""
-        starts = sorted(heldout_starts(self.config.env, self.config.eval), key=_by_task(self.config))
+        env = self.config.env
+        starts = sorted(heldout_starts(env, self.config.eval), key=lambda start: env.tasks.index(start.task))
         return [(mode, start.task, start.index) for mode in self.config.eval.modes for start in starts]
 
     def describe(self) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def measure(measurement: Measurement, display: Display) -> dict[str, Any] | None
     lock.acquire()
     try:
         if mine:
-            _play(measurement, mine, MetricsLog(file), display)
+            with closing(MetricsLog(file)) as log:
+                _play(measurement, mine, log, display)
     finally:
         lock.release()
     return merge(measurement)
@@ -121,11 +122,6 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
     return result
 
 
-def _by_task(config: TrainConfig) -> Any:
-    order = {task: number for number, task in enumerate(config.env.tasks)}
-    return lambda start: (order[start.task], start.index)
-
-
 def _claim(measurement: Measurement) -> None:
     """Write what is measured into a new folder, or check that an existing one is about the same."""
     file, asked = measurement.out / "measurement.json", measurement.describe()
@@ -148,9 +144,8 @@ def _claim(measurement: Measurement) -> None:
 def _play(measurement: Measurement, keys: Sequence[Key], log: MetricsLog, display: Display) -> None:
     config = measurement.config
     policy = new_policy(config) if measurement.policy is None else saved_policy(config, measurement.policy)
-    filmed = {(config.eval.modes[0], task, 0) for task in config.env.tasks[: config.eval.num_videos]}
     with VectorEnv(config.env, min(config.env.num_envs, len(keys))) as envs:
-        _play_each_mode(measurement, policy.eval(), envs, keys, filmed, log, display)
+        _play_each_mode(measurement, policy.eval(), envs, keys, log, display)
 
 
 def _play_each_mode(
@@ -158,11 +153,11 @@ def _play_each_mode(
     policy: Policy,
     envs: VectorEnv,
     keys: Sequence[Key],
-    filmed: set[Key],
     log: MetricsLog,
     display: Display,
 ) -> None:
     config, (shard, of) = measurement.config, measurement.shard
+    filmed = {(config.eval.modes[0], task, 0) for task in config.env.tasks[: config.eval.num_videos]}
     with display.stage("eval", len(keys), measurement.protocol if of == 1 else f"shard {shard} of {of}") as progress:
         for mode in config.eval.modes:
             starts = [Start(task, "eval", index) for kept, task, index in keys if kept == mode]
@@ -187,8 +182,8 @@ def _play_each_mode(
 
 
 def _film(folder: Path, episode: PlayedEpisode) -> None:
-    assert episode.final_image is not None
-    frames = np.stack([*(turn.image for turn in episode.turns), episode.final_image])
-    drawn = draw_overlay(frames, instruction=episode.instruction, values=None, process=None, success=episode.success)
+    drawn = draw_overlay(
+        episode.frames(), instruction=episode.instruction, values=None, process=None, success=episode.success
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_video(folder / f"{episode.start.task}.mp4", drawn, fps=20)

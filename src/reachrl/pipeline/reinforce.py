@@ -177,11 +177,10 @@ def follow_train(config: TrainConfig) -> None:
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:
-    assert episode.final_image is not None
     return Trajectory(
         start=episode.start,
         instruction=episode.instruction,
-        images=np.stack([*(turn.image for turn in episode.turns), episode.final_image]),
+        images=episode.frames(),
         actions=np.stack([turn.action for turn in episode.turns]),
         ee_state=with_first_pose([turn.ee_state for turn in episode.turns]),
         success=episode.success,

@@ -39,6 +39,11 @@ class PlayedEpisode:
     turns: tuple[Turn, ...] = ()
     final_image: np.ndarray | None = None
 
+    def frames(self) -> np.ndarray:
+        """All that was seen in a recorded episode, the true final frame last: u8[T+1 H W 3]."""
+        assert self.final_image is not None, "the episode was not recorded"
+        return np.stack([*(turn.image for turn in self.turns), self.final_image])
+
 
 class EpisodePlayer:
     """Hands start states to environments as they fall free.

@@ -13,7 +13,7 @@ from reachrl.run.directory import flatten_config
 from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page
-from reachrl.run.video import data_uri, poster
+from reachrl.run.video import clip
 
 MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
 MAX_TURNS = 60
@@ -182,10 +182,7 @@ def _videos(run_path: Path, evals: dict) -> dict[str, Any] | None:
             left_out.append(task)
             continue
         room -= size
-        clips = {
-            when: {"video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)}
-            for when, path in found[task].items()
-        }
+        clips = {when: clip(path) for when, path in found[task].items()}
         rows.append({"task": task, "clips": clips})
     return {"rows": rows, "left_out": left_out}
 
@@ -270,7 +267,7 @@ def _alarm(run_path: Path, train: Sequence[dict]) -> dict[str, Any] | None:
         room -= path.stat().st_size
         if room < 0:
             break
-        clips.append({"name": path.name, "video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)})
+        clips.append({"name": path.name} | clip(path))
     return {"first": iterations[0], "count": len(iterations), "of": len(train), "clips": clips}
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from reachrl.run import plots
 from reachrl.run.formats import task_labels
 from reachrl.run.pages import drawn, write_page
-from reachrl.run.video import data_uri, poster
+from reachrl.run.report import MAX_VIDEO_BYTES
+from reachrl.run.video import clip
 
-_MAX_VIDEO_BYTES = 8_000_000
 _LABEL_WIDTH = 210  # pixels
 _LABEL_LENGTH = 32  # characters that fit into it
 
@@ -47,12 +47,10 @@ def _mode(name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def _videos(folder: Path) -> list[dict[str, str]]:
     paths = sorted(folder.glob("*.mp4"))
-    labels, room, clips = task_labels([path.stem for path in paths], _LABEL_LENGTH), _MAX_VIDEO_BYTES, []
+    labels, room, clips = task_labels([path.stem for path in paths], _LABEL_LENGTH), MAX_VIDEO_BYTES, []
     for path in paths:
         room -= path.stat().st_size
         if room < 0:
             break
-        clips.append(
-            {"label": labels[path.stem], "video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)}
-        )
+        clips.append({"label": labels[path.stem]} | clip(path))
     return clips

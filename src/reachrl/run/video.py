@@ -250,6 +250,11 @@ def read_video(path: Path) -> UInt8[np.ndarray, "F H W 3"]:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def clip(path: Path) -> dict[str, str]:
+    """What a page embeds of a video file: `video` and `poster`, data URIs."""
+    return {"video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)}
+
+
 def poster(path: Path) -> str:
     """Return a video's last frame as a JPEG data URI, shown until the video plays."""
     buffer = io.BytesIO()

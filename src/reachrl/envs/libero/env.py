@@ -111,7 +111,7 @@ class LiberoEnv(Env):
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action f32[7]; it reads the simulator's state and what it did before in this episode.
 
-        It takes things and puts them somewhere; drawers, doors and knobs are beyond it, and it waits in front of them.
+        What it can do: `reachrl.envs.libero.experts`; in front of what it cannot do it waits.
         """
         if self._starts is None:
             raise RuntimeError("call reset first")

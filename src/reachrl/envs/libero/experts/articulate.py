@@ -1,4 +1,4 @@
-"""Moving what hangs on a joint: knobs and doors are pushed round, drawers pulled open and pushed shut."""
+"""Moving what hangs on a joint: knobs are twisted, doors pushed round, drawers pulled open and pushed shut."""
 
 import numpy as np
 

@@ -55,8 +55,7 @@ class Scene:
     def geoms(self, thing: str) -> list[int]:
         """The colliding geoms of an object or fixture."""
         if thing not in self._geoms:
-            bodies = subtree(self.simulation.model, self.domain.obj_body_id[thing])
-            self._geoms[thing] = self._surfaces.geoms_of(bodies)
+            self._geoms[thing] = self._geoms_of_body(self.domain.obj_body_id[thing])
         return self._geoms[thing]
 
     def points(self, thing: str) -> np.ndarray:
@@ -65,8 +64,7 @@ class Scene:
 
     def points_of_body(self, body: int) -> np.ndarray:
         """Points on one body and what hangs on it f64[P 3]."""
-        geoms = self._surfaces.geoms_of(subtree(self.simulation.model, body))
-        return self._surfaces.points(self.simulation.data, geoms)
+        return self._surfaces.points(self.simulation.data, self._geoms_of_body(body))
 
     def joint(self, goal: list[str]) -> Joint:
         """The joint that a predicate is about, and what it wants of it.
@@ -102,17 +100,22 @@ class Scene:
 
     def others(self, thing: str) -> np.ndarray:
         """Points on everything but the robot and `thing` f64[Q 3]."""
-        own = set(self.geoms(thing))
-        return self._surfaces.points(self.simulation.data, [geom for geom in self._everything if geom not in own])
+        return self._points_without(self.geoms(thing))
 
     def others_than_body(self, body: int) -> np.ndarray:
         """Points on everything but the robot, one body and what hangs on it f64[Q 3]."""
-        own = set(self._surfaces.geoms_of(subtree(self.simulation.model, body)))
-        return self._surfaces.points(self.simulation.data, [geom for geom in self._everything if geom not in own])
+        return self._points_without(self._geoms_of_body(body))
 
     def everything(self) -> np.ndarray:
         """Points on everything but the robot f64[Q 3]."""
-        return self._surfaces.points(self.simulation.data, self._everything)
+        return self._points_without([])
+
+    def _points_without(self, geoms: list[int]) -> np.ndarray:
+        own = set(geoms)
+        return self._surfaces.points(self.simulation.data, [geom for geom in self._everything if geom not in own])
+
+    def _geoms_of_body(self, body: int) -> list[int]:
+        return self._surfaces.geoms_of(subtree(self.simulation.model, body))
 
     def origin(self, thing: str) -> np.ndarray:
         """The body's origin, which predicates look at: metres f64[3]."""
