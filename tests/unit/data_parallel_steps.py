@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import distributed
 from toy_policy import toy_config, toy_policy
 
 from reachrl.backends.data_parallel import LeadingLearner, follow
@@ -53,8 +52,6 @@ def main(out: Path, overrides: list[str]) -> None:
             learner.close()
         (out / "figures.json").write_text(json.dumps(figures))
     save_file(dict(policy.state_dict()), out / f"weights-{group.rank}.safetensors")
-    if not group.alone:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class LeadingLearner:
 
     def close(self) -> None:
         """Let the followers end."""
-        self.group.send((_END, {}))
+        _end(self.group)
 
     def _synchronise(self) -> None:
         optimizer = self.learner.algorithm.optimizer
@@ -79,6 +79,7 @@ def follow(learner: LocalLearner, group: Group) -> None:
     while True:
         name, arguments = group.receive()
         if name == _END:
+            group.leave()
             return
         rollout = arguments.pop("rollout", rollout)
         if name == "synchronise":
@@ -94,7 +95,12 @@ def follow(learner: LocalLearner, group: Group) -> None:
 
 def dismiss() -> None:
     """Let followers end for whom there is nothing to do."""
-    Group.from_environment().send((_END, {}))
+    _end(Group.from_environment())
+
+
+def _end(group: Group) -> None:
+    group.send((_END, {}))
+    group.leave()
 
 
 def _tensors(learner: LocalLearner) -> list[Tensor]:

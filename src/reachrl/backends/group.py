@@ -71,6 +71,11 @@ class Group:
         distributed.broadcast_object_list(box)
         return box[0]
 
+    def leave(self) -> None:
+        """Part from the others, all at once: who left early would close connections that others still read from."""
+        distributed.barrier()
+        distributed.destroy_process_group()
+
     def share(self, tensors: Sequence[Tensor]) -> None:
         """Make everyone's tensors equal the leader's."""
         for tensor in tensors:
