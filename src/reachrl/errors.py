@@ -35,6 +35,10 @@ class WorkerError(ReachRLError):
     exit_code = 5
 
 
+class LearnerLostError(WorkerError):
+    """A process that trains died or hung; the run can go on from its last checkpoint."""
+
+
 class CheckpointError(ReachRLError):
     """A checkpoint is missing, truncated or belongs to another architecture."""
 

@@ -42,6 +42,10 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
             "reachrl.config.curriculum:SuccessRateConfig",
         ),
     },
+    "backends": {
+        "local": ("reachrl.backends.local:LocalBackend", "reachrl.config.backend:LocalBackendConfig"),
+        "ray": ("reachrl.backends.cluster.backend:RayBackend", "reachrl.config.backend:RayBackendConfig"),
+    },
     "algorithms": {
         "ppo": ("reachrl.algorithms.ppo:PPO", "reachrl.config.ppo:PPOConfig"),
     },

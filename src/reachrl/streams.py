@@ -28,6 +28,7 @@ class Stream(IntEnum):
     REWARD_PROBE = 13
     REWARD_SHUFFLE = 14
     LIBERO_STARTS = 15
+    WEIGHT_PROBE = 16
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from reachrl.algorithms.base import UpdateStats
-from reachrl.backends.base import Actors, Learner
+from reachrl.backends.base import Actors, Learner, Pending
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
@@ -66,10 +66,6 @@ class Keepers:
 class Watcher(Protocol):
     """Follows the progress of a run; a display, or nothing."""
 
-    def step(self) -> None:
-        """One vectorised environment step was taken."""
-        ...
-
     def iteration(self, record: dict[str, Any]) -> None:
         """One iteration ended with this metrics record."""
         ...
@@ -94,16 +90,28 @@ def train(
     audit = RewardAudit(config.audit, run.videos)
     keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
     state = restore(run, keepers)
-    while state.iteration < config.num_iterations:
+
+    def collect() -> Pending[Rollout]:
         with run.span("sync"):
-            version = actors.load_weights(learner.export_weights())
+            actors.load_weights(learner.export_weights())
         with run.span("rollout"):
-            rollout = actors.collect(curriculum.assign, config.num_steps, watcher.step)
-            assert rollout.policy_version == version
+            return actors.collect(curriculum.assign, config.num_steps)
+
+    ahead: Pending[Rollout] | None = None
+    while state.iteration < config.num_iterations:
+        collecting = ahead or collect()
+        with run.span("rollout"):
+            rollout = collecting.result()
+        lag = learner.version - rollout.policy_version
+        assert lag == (0 if ahead is None else 1), f"a rollout of weights that are {lag} updates old"
+        # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
+        ahead = collect() if config.collect_ahead and not checkpoint_due(config, state) else None
+        with run.span("score"):
+            scoring = learner.score(rollout)
         with run.span("reward"):
             rewards = reward(rollout)
         with run.span("score"):
-            scored = learner.score(rollout)
+            scored = scoring.result()
         with run.span("update"):
             stats = learner.update(
                 rollout, rewards, scored, iteration=state.iteration, train_policy=not state.warming_up
@@ -111,15 +119,24 @@ def train(
         with run.span("watch"):
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
             watched |= reward.adapt(rollout, iteration=state.iteration)
-        warn_of_engine_gap(config.ppo, state, stats)
+        if lag == 0:
+            warn_of_engine_gap(config.ppo, state, stats)
         curriculum.observe(rollout.episodes)
         warming_up = still_warming_up(config.ppo, state, stats)
-        record = metrics(state, rollout, rewards, stats, curriculum, lost_episodes=actors.lost_episodes) | watched
-        state = state.advance(rollout, warming_up=warming_up)
+        record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
         watcher.iteration(run.log(record))
-        if state.iteration % config.checkpoint_every == 0 or state.iteration == config.num_iterations:
+        spans = [*run.spans.take(), *actors.take_spans(), *learner.take_spans()]
+        due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
+        if due:
+            run.write_timeline(state.iteration - 1, spans, actors.balance())
             save(run, state, keepers, keep=config.keep_checkpoints)
     return state
+
+
+def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:
+    """Whether a checkpoint follows the iteration that `state` is in."""
+    done = state.iteration + 1
+    return done % config.checkpoint_every == 0 or done == config.num_iterations
 
 
 def still_warming_up(config: PPOConfig, state: TrainState, stats: UpdateStats) -> bool:
@@ -151,8 +168,6 @@ def metrics(
     rewards: Rewards,
     stats: UpdateStats,
     curriculum: TaskSampler,
-    *,
-    lost_episodes: int,
 ) -> dict[str, Any]:
     """One iteration's line of `metrics.jsonl`."""
     episodes, valid = rollout.episodes, rollout.valid
@@ -166,7 +181,6 @@ def metrics(
             "success_k": sum(episode.success for episode in episodes),
             "success_n": len(episodes),
             "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
-            "lost_episodes": lost_episodes,
             "warming_up": state.warming_up,
         }
         | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}
@@ -199,9 +213,9 @@ def restore(run: Run, keepers: Keepers) -> TrainState:
         return TrainState(warming_up=_starts_in_warm_up(keepers.learner))
     verify_checkpoint(folder)
     saved = json.loads((folder / "state.json").read_text())
-    keepers.learner.load(folder)
-    keepers.load_state_dict(saved)
     state = TrainState(**saved["train"])
+    keepers.learner.load(folder, version=state.iteration)
+    keepers.load_state_dict(saved)
     run.metrics.truncate_after("train", "iteration", state.iteration - 1)
     return state
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from corridor import LENGTH, CorridorConfig
 
-from reachrl.backends.local import LocalActors, LocalLearner
+from reachrl.backends.learner import LocalLearner
+from reachrl.backends.local import LocalActors
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
@@ -47,9 +48,9 @@ def success_by_iteration(envs, path, seed, reward):
         ppo=PPO_OPTIONS,
     )
     learner = LocalLearner(policy, PPO_OPTIONS, seed=seed)
-    actors = LocalActors(policy, envs, seed=seed, temperature=1.0)
+    actors = LocalActors(policy, [envs], seed=seed, temperature=1.0)
     curriculum = SuccessRateSampler(SuccessRateConfig(), tasks=config.env.tasks, num_starts=30, seed=seed)
-    watcher = SimpleNamespace(step=lambda: None, iteration=lambda record: None)
+    watcher = SimpleNamespace(iteration=lambda record: None)
     with Run.open(path, {}, config_hash="x", tensorboard=False) as run:
         train(config, actors, learner, reward, curriculum, run, watcher)
         records = run.metrics.read("train")

@@ -15,7 +15,8 @@ from toy_policy import toy_config, toy_policy
 
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
-from reachrl.backends.local import LocalActors, LocalLearner
+from reachrl.backends.learner import LocalLearner
+from reachrl.backends.local import LocalActors
 from reachrl.envs.vector import VectorEnv
 from reachrl.registry import build
 from reachrl.rewards.task import TaskReward
@@ -25,19 +26,20 @@ def main(out: Path, overrides: list[str]) -> None:
     """Leader and followers; the leader writes its figures, everyone its weights."""
     torch.set_num_threads(1)
     config = toy_config("env.num_envs=3", "ppo.target_kl=none", *overrides)
-    group = Group.from_environment()
+    group = Group.from_environment(sharded=config.backend.sharding == "full")
     policy = toy_policy(config, seed=group.rank)  # followers begin elsewhere: the leader's weights must reach them
-    local = LocalLearner(policy, config.ppo, seed=1, group=group)
+    whole = toy_policy(config) if group.sharded and group.rank == 0 else None
+    local = LocalLearner(policy, config.ppo, seed=1, group=group, whole=whole)
     if group.rank > 0:
         follow(local, group)
     else:
-        learner = local if group.alone else LeadingLearner(local, group)
+        learner = local if group.alone else LeadingLearner(local, group, image_size=config.env.image_size)
         curriculum = build(
             "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=1
         )
-        actors = LocalActors(policy, VectorEnv(config.env, 3), seed=1, temperature=1.0)
+        actors = LocalActors(whole or policy, [VectorEnv(config.env, 3)], seed=1, temperature=1.0)
         actors.load_weights(learner.export_weights())
-        rollout = actors.collect(curriculum.assign, 20)
+        rollout = actors.collect(curriculum.assign, 20).result()
         actors.close()
         valid = rollout.valid.copy()
         valid[3:5, 1] = False  # as lost workers leave it: the rows of a block are not all data
@@ -45,13 +47,19 @@ def main(out: Path, overrides: list[str]) -> None:
         rewards = TaskReward(config.reward)(rollout)
         rewards = replace(rewards, total=rewards.total + np.float32(0.1) * rollout.ee_state[..., 0])
         for iteration in range(3):
-            scored = learner.score(rollout)
+            scored = learner.score(rollout).result()
             stats = learner.update(rollout, rewards, scored, iteration=iteration, train_policy=iteration > 0)
             figures.append(stats.metrics() | {"value_mean": float(scored.values.mean())})
+            if iteration == 1:  # a checkpoint in between, read back at once, changes nothing
+                learner.save(out / "saved")
+                learner.load(out / "saved", version=2)
+        actors.load_weights(learner.export_weights())  # checks itself: the copy acts as the trained one scores
+        learner.save(out / "final")
         if isinstance(learner, LeadingLearner):
             learner.close()
         (out / "figures.json").write_text(json.dumps(figures))
-    save_file(dict(policy.state_dict()), out / f"weights-{group.rank}.safetensors")
+    if not group.sharded:
+        save_file(dict(policy.state_dict()), out / f"weights-{group.rank}.safetensors")
 
 
 if __name__ == "__main__":

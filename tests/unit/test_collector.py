@@ -7,7 +7,8 @@ import pytest
 import torch
 from toy_policy import toy_config, toy_policy
 
-from reachrl.backends.local import LocalActors, LocalLearner, _concatenate
+from reachrl.backends.learner import LocalLearner, _concatenate
+from reachrl.backends.local import LocalActors
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import PolicyInput
@@ -18,12 +19,10 @@ from reachrl.types import Observation, Start
 STEPS = 25
 
 
-def assigner(tasks, first=0):
-    """Start states in a fixed order."""
-    count = iter(range(first, 10_000))
+def assigner(tasks):
+    """Start states by episode number."""
 
-    def assign():
-        i = next(count)
+    def assign(i):
         return Start(tasks[i % len(tasks)], "train", i % 50)
 
     return assign
@@ -73,7 +72,7 @@ def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
         assigner(config.env.tasks), STEPS, policy_version=0
     )
     learner = LocalLearner(policy, PPOConfig(temperature=1.3), seed=0)
-    scored = learner.score(rollout)
+    scored = learner.score(rollout).result()
     np.testing.assert_allclose(scored.old_logprobs, rollout.behaviour_logprobs, atol=1e-5)
     # An independent pass: one row at a time, full distribution.
     for t, n in [(0, 0), (7, 1), (24, 0)]:
@@ -92,11 +91,11 @@ def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
     config, policy, envs = setting
     whole, tail = Collector(policy, envs, seed=5, temperature=1.0), assigner(config.env.tasks)
     whole.collect(tail, STEPS, policy_version=0)
-    state = json.loads(json.dumps(whole.state_dict()))
+    state = json.loads(json.dumps(whole.state()))
     expected = whole.collect(tail, STEPS, policy_version=1)
     resumed = Collector(policy, envs, seed=5, temperature=1.0)
-    resumed.load_state_dict(state)
-    found = resumed.collect(assigner(config.env.tasks, first=state["begun"] + 2), STEPS, policy_version=1)
+    resumed.load_state(state)
+    found = resumed.collect(assigner(config.env.tasks), STEPS, policy_version=1)
     for name in ("images", "action_ids", "behaviour_logprobs", "success", "truncated", "final_images", "final_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     assert found.episodes == expected.episodes
@@ -104,9 +103,9 @@ def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
 
 def test_lost_episodes_are_counted_over_the_whole_run(setting):
     _, policy, envs = setting
-    actors = LocalActors(policy, envs, seed=5, temperature=1.0)
+    actors = LocalActors(policy, [envs], seed=5, temperature=1.0)
     envs.lost_episodes = 2
-    resumed = LocalActors(policy, envs, seed=5, temperature=1.0)
+    resumed = LocalActors(policy, [envs], seed=5, temperature=1.0)
     resumed.load_state_dict(json.loads(json.dumps(actors.state_dict())))
     envs.lost_episodes = 3  # as the resumed process counts them itself
     assert (actors.lost_episodes, resumed.lost_episodes) == (3, 5)
@@ -120,7 +119,7 @@ def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(sett
     grads = []
     for train_vision in (False, True):
         learner = LocalLearner(policy, PPOConfig(train_vision=train_vision), seed=0)
-        scored = learner.score(rollout)
+        scored = learner.score(rollout).result()
         inputs = learner._rows(rollout, rows)(rows)
         assert (inputs.vision_features is None) == train_vision
         policy.zero_grad()

@@ -68,8 +68,8 @@ def test_draws_follow_the_probabilities():
     sampler = trained(floor=0.3)
     expected = sampler.probabilities()
     counts = np.zeros_like(expected)
-    for _ in range(4000):
-        start = sampler.assign()
+    for number in range(4000):
+        start = sampler.assign(number)
         assert start.split == "train"
         counts[TASKS.index(start.task), start.index] += 1
     error = np.abs(counts / 4000 - expected)
@@ -81,8 +81,8 @@ def test_draws_follow_the_probabilities():
 )
 def test_resume_continues_the_same_draws(make):
     whole, cut = make(), make()
-    first = [whole.assign() for _ in range(20)]
-    assert [cut.assign() for _ in range(20)] == first
+    first = [whole.assign(number) for number in range(20)]
+    assert [cut.assign(number) for number in reversed(range(20))] == first[::-1]  # whoever asks, in any order
     state = json.loads(json.dumps(cut.state_dict()))
     resumed = (
         UniformSampler(UniformConfig(), tasks=TASKS, num_starts=5, seed=7)
@@ -92,5 +92,5 @@ def test_resume_continues_the_same_draws(make):
     resumed.load_state_dict(state)
     whole.observe([episode("half", 1, True)])
     resumed.observe([episode("half", 1, True)])
-    assert [resumed.assign() for _ in range(20)] == [whole.assign() for _ in range(20)]
+    assert [resumed.assign(n) for n in range(20, 40)] == [whole.assign(n) for n in range(20, 40)]
     assert resumed.metrics() == whole.metrics()

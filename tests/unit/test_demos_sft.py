@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reachrl.backends.building import new_policy, saved_policy
 from reachrl.cli.display import Display
 from reachrl.config.demos import SFTSection
 from reachrl.config.loading import config_dict, load_config
@@ -22,7 +23,6 @@ from reachrl.demos.sft import train_sft
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import CheckpointError, DivergedError, StorageError
-from reachrl.pipeline.base import new_policy, saved_policy
 from reachrl.pipeline.warm_start import run_sft
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.run.directory import Run

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from reachrl.backends.building import device_of
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
-from reachrl.pipeline.base import device_of
 
 
 def test_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,12 @@ class PPOBatch:
 class Group(Protocol):
     """Processes that share the rows of a batch."""
 
+    sharded: bool
+    """Whether each has only a part of the weights: the backward pass then leaves the mean of the processes' gradients,
+    and all must make as many passes."""
+    size: int
+    """How many there are."""
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
         ...

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from reachrl.algorithms.base import Group, PPOBatch, UpdateStats
 from reachrl.config.ppo import PPOConfig
@@ -120,7 +121,11 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
         mine = rows if batch.own is None else rows[batch.own[rows]]
-        for micro in mine.split(config.micro_batch_size) if len(mine) else ():
+        micros = mine.split(config.micro_batch_size) if len(mine) else ()
+        group = self.group
+        scale = group.size if group is not None and group.sharded else 1  # from the mean over processes to their sum
+        idle = self._passes_of_the_others(len(micros))
+        for micro in micros:
             share = len(micro) / len(rows)
             inputs, device = batch.inputs(micro), self.policy.device
             returns, old_values = batch.returns[micro].to(device), batch.old_values[micro].to(device)
@@ -152,7 +157,9 @@ class PPO:
                 values = self.policy.values(inputs)
             error = value_loss(values, old_values, returns, kind=config.value_loss, clip=config.value_clip).mean()
             sums["value_loss"] += share * error.item()
-            ((loss + config.value_coef * error) * share).backward()
+            ((loss + config.value_coef * error) * (share * scale)).backward()
+        for _ in range(idle):
+            self._pass_for_nothing(batch, rows[:1], train_policy=train_policy)
         figures = self._over_processes(sums)
         if not all(np.isfinite(value) for value in figures.values()):
             raise DivergedError(
@@ -161,35 +168,60 @@ class PPO:
             )
         return figures
 
+    def _passes_of_the_others(self, own: int) -> int:
+        """How many more passes some other process makes over this minibatch, where all must make as many."""
+        if self.group is None or not self.group.sharded:
+            return 0
+        most = torch.tensor([own])
+        self.group.max_(most)
+        return int(most) - own
+
+    def _pass_for_nothing(self, batch: PPOBatch, row: Tensor, *, train_policy: bool) -> None:
+        """Keep the others company: weights are gathered and gradients of zero are summed."""
+        inputs = batch.inputs(row)
+        if train_policy:
+            ids = batch.action_ids[row].to(self.policy.device)
+            out = self.policy.evaluate(inputs, ids, temperature=self.config.temperature)
+            total = out.logprobs.sum() + out.entropy.sum() + out.values.sum()
+        else:
+            total = self.policy.values(inputs).sum()
+        (total * 0).backward()
+
     def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
         """The figures of the whole minibatch; its gradient is put into the parameters."""
         if self.group is None:
             return dict(sums)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        self.group.max_(reached)  # by some process: with few rows it need not be this one
-        moved = [parameter for parameter, known in zip(parameters, reached.tolist(), strict=True) if known]
-        for parameter in moved:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.group.sum_([parameter.grad for parameter in moved if parameter.grad is not None])
+        if not self.group.sharded:
+            self._sum_gradients(self.group)
         figures = torch.tensor([sums[name] for name in _FIGURES], dtype=torch.float64)
         greatest = torch.tensor([sums["ratio_max"]], dtype=torch.float64)
         self.group.sum_([figures])
         self.group.max_(greatest)
         return dict(zip(_FIGURES, figures.tolist(), strict=True)) | {"ratio_max": greatest.item()}
 
+    def _sum_gradients(self, group: Group) -> None:
+        parameters = [parameter for options in self.optimizer.param_groups for parameter in options["params"]]
+        reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        group.max_(reached)  # by some process: with few rows it need not be this one
+        moved = [parameter for parameter, known in zip(parameters, reached.tolist(), strict=True) if known]
+        for parameter in moved:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        group.sum_([parameter.grad for parameter in moved if parameter.grad is not None])
+
     def _step(self, *, train_policy: bool) -> tuple[float, float]:
         norms = (
-            nn.utils.clip_grad_norm_(self._policy_parameters, self.config.max_grad_norm).item()
-            if train_policy
-            else 0.0,
-            nn.utils.clip_grad_norm_(self._value_parameters, self.config.max_grad_norm).item(),
+            self._clip(self._policy_parameters) if train_policy else 0.0,
+            self._clip(self._value_parameters),
         )
         if not np.isfinite(norms).all():
             raise DivergedError(f"a gradient is not finite (norms {norms}); no step was taken. Lower ppo.lr.")
         self.optimizer.step()
         return norms
+
+    def _clip(self, parameters: list[nn.Parameter]) -> float:
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _check_first_ratio(self, ratio_max: float) -> None:
         assert ratio_max < 1 + FIRST_RATIO_TOLERANCE[self.policy.compute_dtype], (

@@ -1,35 +1,68 @@
 """Where the two halves of training live: actors that collect, a learner that scores and updates."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from reachrl.algorithms.base import UpdateStats
+from reachrl.config.backend import BackendSection
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
-from reachrl.types import Rewards, Rollout, Scored, Start
+from reachrl.rewards.process.scorer import FrameScoring
+from reachrl.rollout.collector import Assign
+from reachrl.run.spans import Span
+from reachrl.types import Rewards, Rollout, Scored
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """Work that is under way elsewhere, or done."""
+
+    def result(self) -> T_co:
+        """Wait for the end of the work."""
+        ...
+
+
+class Done(Generic[T_co]):
+    """Work that this process did at once."""
+
+    def __init__(self, result: T_co) -> None:
+        self._result = result
+
+    def result(self) -> T_co:
+        """What came of it."""
+        return self._result
 
 
 class Actors(Protocol):
     """Policy copies with their environments."""
 
-    policy: Policy
-
     def load_weights(self, weights: "Weights") -> int:
         """Take the learner's weights; returns their version."""
         ...
 
-    def collect(self, assign: Callable[[], Start], num_steps: int, on_step: Callable[[], None] | None) -> Rollout:
-        """`num_steps` decisions in every environment with the loaded weights."""
+    def collect(self, assign: Assign, num_steps: int) -> Pending[Rollout]:
+        """Begin `num_steps` decisions in every environment with the loaded weights."""
         ...
 
-    @property
-    def lost_episodes(self) -> int:
-        """Episodes lost with a dead or stuck worker since the run began."""
+    def metrics(self) -> dict[str, float]:
+        """Figures for the metrics log; `lost_episodes` counts those lost with a dead or stuck simulator."""
+        ...
+
+    def take_spans(self) -> list[Span]:
+        """Who did what when since the last time."""
+        ...
+
+    def balance(self) -> list[dict[str, Any]]:
+        """How the environments are shared out: actor, host, rows, seconds per step, busy share; [] for one process."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The running episodes, JSON-ready."""
+        """The running episodes by environment, JSON-ready."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -44,29 +77,45 @@ class Actors(Protocol):
 class Learner(Protocol):
     """The weights in training with their optimiser."""
 
-    policy: Policy
     config: PPOConfig
+
+    @property
+    def version(self) -> int:
+        """Of the weights; grows by one with each update."""
+        ...
 
     def export_weights(self) -> "Weights":
         """What the actors load."""
         ...
 
-    def score(self, rollout: Rollout) -> Scored:
-        """Log-probs and values of a rollout under the weights about to be trained."""
+    def score(self, rollout: Rollout) -> Pending[Scored]:
+        """Begin to compute log-probs and values of a rollout under the weights about to be trained."""
         ...
 
     def update(
         self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
     ) -> UpdateStats:
-        """One iteration of the algorithm."""
+        """One iteration of the algorithm on the rollout that was scored last."""
+        ...
+
+    def take_spans(self) -> list[Span]:
+        """Who did what when since the last time."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimiser state."""
+        """Write `policy/` and the optimiser's state, in the same files however many processes share the work."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read them back."""
+    def load(self, folder: Path, *, version: int) -> None:
+        """Read them back; they are this version's."""
+        ...
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy alone."""
+        ...
+
+    def close(self) -> None:
+        """End the processes that share the work."""
         ...
 
 
@@ -77,3 +126,54 @@ class Weights(Protocol):
     def version(self) -> int:
         """Grows by one with each update."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """The learner's own policy object: nothing is copied in one process."""
+
+    version: int
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Everyone who works for one training loop."""
+
+    actors: Actors
+    learner: Learner
+    score_frames: FrameScoring | None = None  # None: the loop's own process runs the reward model
+
+    def close(self) -> None:
+        """Let everyone end."""
+        self.actors.close()
+        self.learner.close()
+
+
+class Backend(ABC):
+    """Starts the workers of a training loop.
+
+    Args:
+        config: the `backend` section.
+    """
+
+    Config: ClassVar[type[BackendSection]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def max_restarts(self) -> int:
+        """How often a run may go on from its last checkpoint with new workers after a learner was lost."""
+        return 0
+
+    @abstractmethod
+    def open(self, config: TrainConfig, warm: Path) -> AbstractContextManager[Workers]:
+        """Workers for the run of `config`, whose policy begins from the one saved in `warm`.
+
+        Inside, losing a learner beyond repair raises LearnerLostError; leaving ends every process that was started.
+
+        Raises:
+            ConfigError: not enough machines, or a folder that they cannot see.
+            MissingExtra: the backend's package is not installed.
+        """

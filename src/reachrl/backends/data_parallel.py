@@ -1,21 +1,31 @@
 """Several learners that train one policy: the leader runs the loop, the others follow its calls.
 
-The leader collects. Scoring and gradients are shared out: each process scores a block of the rollout's decisions, keeps
-their vision features, and computes the gradient of what each minibatch holds of its block. Gradients and figures are
-summed, so that every process takes the same step, and the same as one process would.
+Scoring and gradients are shared out: each process scores a block of the rollout's decisions, keeps their vision
+features, and computes the gradient of what each minibatch holds of its block. Gradients and figures are summed, so that
+every process takes the same step, and the same as one process would. Weights are whole in every process, or, where the
+group is sharded, each has its part of them.
 """
 
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Protocol
 
 from reachrl.algorithms.base import UpdateStats
+from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
-from reachrl.backends.local import LocalLearner, SharedWeights
+from reachrl.backends.learner import LocalLearner
+from reachrl.backends.weights import PackedWeights
+from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout, Scored
 
 _END = "end"
+
+
+class Elsewhere(Protocol):
+    """Stands for a rollout that each process gets in another way than from the leader."""
+
+    def fetch(self) -> Rollout:
+        """The rollout, in this process."""
+        ...
 
 
 class LeadingLearner:
@@ -24,48 +34,80 @@ class LeadingLearner:
     Args:
         learner: of this process, with the group.
         group: of more than one process, this one its leader.
+        image_size: side of the frames, for weights that are sent.
     """
 
-    def __init__(self, learner: LocalLearner, group: Group) -> None:
-        self.learner, self.group = learner, group
-        self.policy, self.config = learner.policy, learner.config
-        self._synchronise()
+    def __init__(self, learner: LocalLearner, group: Group, *, image_size: int) -> None:
+        self.learner, self.group, self.image_size = learner, group, image_size
+        self.config = learner.config
+        self._together("share")
 
-    def export_weights(self) -> SharedWeights:
-        """The current version of the policy."""
-        return self.learner.export_weights()
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self.learner.version
 
-    def score(self, rollout: Rollout) -> Scored:
-        """Log-probs and values, each process for its block."""
-        self.group.send(("score", {"rollout": rollout}))
-        return self.learner.score(rollout)
+    def export_weights(self) -> SharedWeights | PackedWeights:
+        """The policy that is here; or, if only a part of it is, all of it packed."""
+        return self.pack_weights() if self.group.sharded else self.learner.export_weights()
+
+    def pack_weights(self) -> PackedWeights:
+        """The current version to be sent."""
+        return self._together("pack_weights", image_size=self.image_size)
+
+    def score(self, rollout: Rollout, *, told: Elsewhere | None = None) -> Pending[Scored]:
+        """Log-probs and values, each process for its block.
+
+        Args:
+            rollout: what was collected.
+            told: how the followers get it; None: from here.
+        """
+        self.group.send(("score_now", {"rollout": told or rollout}))
+        return Done(self.learner.score_now(rollout))
 
     def update(
         self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
     ) -> UpdateStats:
-        """One iteration of the algorithm, by all processes."""
+        """One iteration of the algorithm, by all processes; the followers have the rollout from scoring it."""
         arguments: dict[str, Any] = {"rewards": rewards, "scored": scored}
         arguments |= {"iteration": iteration, "train_policy": train_policy}
-        self.group.send(("update", arguments))  # the followers have the rollout from scoring it
+        self.group.send(("update", arguments))
         return self.learner.update(rollout, **arguments)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state, which are everyone's."""
-        self.learner.save(folder)
+    def take_spans(self) -> list[Span]:
+        """When the leader scored and updated; the followers do so at the same time."""
+        return self.learner.take_spans()
 
-    def load(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser state."""
+        self._collective("save", folder=folder)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy alone."""
+        self._collective("save_policy", folder=folder)
+
+    def load(self, folder: Path, *, version: int) -> None:
         """Read them back, and give them to the followers."""
-        self.learner.load(folder)
-        self._synchronise()
+        self.learner.load(folder, version=version)
+        self._together("share")
+
+    def hand_over(self) -> None:
+        """Give the accelerators' memory to whoever acts there."""
+        self._together("hand_over")
 
     def close(self) -> None:
         """Let the followers end."""
         _end(self.group)
 
-    def _synchronise(self) -> None:
-        optimizer = self.learner.algorithm.optimizer
-        self.group.send(("synchronise", {"optimizer": optimizer.state_dict()}))
-        self.group.share(_tensors(self.learner))
+    def _collective(self, name: str, **arguments: Any) -> Any:
+        """What the leader can do alone unless weights are sharded."""
+        if self.group.sharded:
+            return self._together(name, **arguments)
+        return getattr(self.learner, name)(**arguments)
+
+    def _together(self, name: str, **arguments: Any) -> Any:
+        self.group.send((name, arguments))
+        return getattr(self.learner, name)(**arguments)
 
 
 def follow(learner: LocalLearner, group: Group) -> None:
@@ -81,16 +123,16 @@ def follow(learner: LocalLearner, group: Group) -> None:
         if name == _END:
             group.leave()
             return
-        rollout = arguments.pop("rollout", rollout)
-        if name == "synchronise":
-            learner.algorithm.optimizer.load_state_dict(arguments["optimizer"])
-            group.share(_tensors(learner))
-            continue
-        assert rollout is not None
-        if name == "score":
-            learner.score(rollout)
-        else:
-            learner.update(rollout, **arguments)
+        if name == "score_now":
+            rollout = arguments["rollout"] = _here(arguments["rollout"])
+        elif name == "update":
+            arguments["rollout"] = rollout
+        getattr(learner, name)(**arguments)
+        learner.take_spans()  # the leader's tell enough
+
+
+def _here(rollout: Rollout | Elsewhere) -> Rollout:
+    return rollout if isinstance(rollout, Rollout) else rollout.fetch()
 
 
 def dismiss() -> None:
@@ -101,7 +143,3 @@ def dismiss() -> None:
 def _end(group: Group) -> None:
     group.send((_END, {}))
     group.leave()
-
-
-def _tensors(learner: LocalLearner) -> list[Tensor]:
-    return [tensor.data for tensor in (*learner.policy.parameters(), *learner.policy.buffers())]

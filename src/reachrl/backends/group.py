@@ -1,5 +1,6 @@
 """Processes that share one learner's work, as `torchrun` starts them."""
 
+import math
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,20 +19,21 @@ class Group:
     Args:
         rank: of this process; 0 leads.
         size: number of processes.
+        sharded: whether each keeps only its part of the weights.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False):
+        self.rank, self.size, self.sharded = rank, size, sharded and size > 1
 
     @classmethod
-    def from_environment(cls) -> "Group":
+    def from_environment(cls, *, sharded: bool = False) -> "Group":
         """Join the processes that `torchrun` started with this one."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size > 1 and not distributed.is_initialized():
             # Objects and CPU tensors travel by gloo, gradients on GPUs by NCCL.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backend, timeout=_TIMEOUT)
-        return cls(int(os.environ.get("RANK", "0")), size)
+        return cls(int(os.environ.get("RANK", "0")), size, sharded=sharded)
 
     @property
     def alone(self) -> bool:
@@ -41,6 +43,11 @@ class Group:
     def block(self, rows: int) -> slice:
         """This process's part of `rows` rows."""
         return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
+
+    def passes(self, rows: int, per_pass: int) -> int:
+        """How many passes of `per_pass` rows the largest block of `rows` takes."""
+        largest = math.ceil(rows / self.size)
+        return math.ceil(largest / per_pass)
 
     def gather(self, part: Tensor) -> Tensor:
         """The parts of all processes, one below the other, on the CPU."""
@@ -68,6 +75,12 @@ class Group:
     def receive(self) -> Any:
         """The leader's next message."""
         box: list[Any] = [None]
+        distributed.broadcast_object_list(box)
+        return box[0]
+
+    def agree(self, message: Any) -> Any:
+        """The leader's message, for everyone."""
+        box = [message]
         distributed.broadcast_object_list(box)
         return box[0]
 

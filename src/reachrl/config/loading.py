@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from reachrl.config.backend import BackendSection
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
 from reachrl.config.ppo import PPOConfig
@@ -20,7 +21,12 @@ from reachrl.errors import ConfigError
 from reachrl.registry import section_class
 
 # The loop reads these sections' common options, whatever the kind.
-_SECTION_BASES: dict[str, type[Section]] = {"env": EnvSection, "reward_model": RewardModelSection, "ppo": PPOConfig}
+_SECTION_BASES: dict[str, type[Section]] = {
+    "env": EnvSection,
+    "reward_model": RewardModelSection,
+    "ppo": PPOConfig,
+    "backend": BackendSection,
+}
 PRESETS = files("reachrl.config") / "presets"
 
 
@@ -91,8 +97,9 @@ def config_dict(config: Section) -> dict[str, Any]:
 
 
 def config_hash(config: Section) -> str:
-    """Twelve hex digits that change when any option changes."""
-    return hashlib.sha256(json.dumps(config_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve hex digits that change when any option changes but those of `backend`, which decide no number."""
+    decisive = {key: value for key, value in config_dict(config).items() if key != "backend"}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def explain(preset: str) -> list[Deviation]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from reachrl.config.audit import AuditSection
+from reachrl.config.backend import BackendSection, LocalBackendConfig
 from reachrl.config.base import Section
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.demos import DemosSection, SFTSection
@@ -22,6 +23,7 @@ KIND_SECTIONS = {
     "reward_model": "reward_models",
     "curriculum": "curricula",
     "ppo": "algorithms",
+    "backend": "backends",
 }
 
 
@@ -59,6 +61,9 @@ class TrainConfig(Section):
     """Iterations between checkpoints; one is always written at the end."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept on disk."""
+    collect_ahead: bool = False
+    """Collect the next rollout while the learner works on the last one. Its weights are then one update old, which
+    `ppo.importance_cap` must correct for; before a checkpoint they never are."""
     env: SerializeAsAny[EnvSection] = MetaworldConfig()
     """The simulator and its tasks."""
     policy: SerializeAsAny[Section] = OpenVLAConfig()
@@ -79,6 +84,17 @@ class TrainConfig(Section):
     """The algorithm."""
     eval: EvalSection = EvalSection()
     """Held-out evaluation."""
+    backend: SerializeAsAny[BackendSection] = LocalBackendConfig()
+    """Where training computes."""
+
+    @model_validator(mode="after")
+    def _stale_rollouts_are_corrected(self) -> Self:
+        if self.collect_ahead and isinstance(self.ppo, PPOConfig) and self.ppo.importance_cap is None:
+            raise ValueError(
+                "collect_ahead=true trains on rollouts of weights that are one update old, which nothing corrects for: "
+                "set ppo.importance_cap (2.0 is a common bound)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refits_are_possible(self) -> Self:

@@ -18,7 +18,7 @@ class TaskSampler(ABC):
         config: the sampler's section.
         tasks: the task names.
         num_starts: training starts per task.
-        seed: of the draws. Draw number i depends on (seed, i) and on what was observed before it.
+        seed: of the draws. Draw number i depends on (seed, i) and on what has been observed.
     """
 
     Config: ClassVar[type[Section]]
@@ -28,14 +28,12 @@ class TaskSampler(ABC):
         self.tasks = tuple(tasks)
         self.num_starts = num_starts
         self.seed = seed
-        self.assigned = 0
 
-    def assign(self) -> Start:
-        """The next episode's task and start state."""
+    def assign(self, number: int) -> Start:
+        """Task and start state of episode `number`; asking changes nothing, so anyone may ask in any order."""
         probabilities = self.probabilities()
-        # A stream per draw: the counter is all the random state there is to checkpoint.
-        draw = generator(self.seed, Stream.CURRICULUM, self.assigned)
-        self.assigned += 1
+        # A stream per draw: there is no random state to checkpoint.
+        draw = generator(self.seed, Stream.CURRICULUM, number)
         unit = int(draw.choice(probabilities.size, p=probabilities.ravel()))
         task, index = divmod(unit, self.num_starts)
         return Start(self.tasks[task], "train", index)

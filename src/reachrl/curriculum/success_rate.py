@@ -64,9 +64,8 @@ class SuccessRateSampler(TaskSampler):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts by task and start, and the number of draws made."""
+        """Counts by task and start."""
         return {
-            "assigned": self.assigned,
             "wins": self._wins.tolist(),
             "tries": self._tries.tolist(),
             "task_wins": self._task_wins.tolist(),
@@ -75,6 +74,5 @@ class SuccessRateSampler(TaskSampler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`'s output."""
-        self.assigned = int(state["assigned"])
         self._wins, self._tries = np.array(state["wins"]), np.array(state["tries"])
         self._task_wins, self._task_tries = np.array(state["task_wins"]), np.array(state["task_tries"])

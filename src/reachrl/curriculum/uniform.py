@@ -27,9 +27,8 @@ class UniformSampler(TaskSampler):
         return {f"curriculum/{task}": 1 / len(self.tasks) for task in self.tasks}
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of draws made."""
-        return {"assigned": self.assigned}
+        """Nothing is kept."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `assigned` draws."""
-        self.assigned = int(state["assigned"])
+        """Nothing was kept."""

@@ -37,7 +37,7 @@ class VectorEnv:
 
     def __init__(self, config: EnvSection, num_envs: int):
         resolve("envs", config.kind).prepare(config)
-        self.num_envs = num_envs
+        self.num_envs, self.image_size = num_envs, config.image_size
         self.lost_episodes = 0
         self._config = config
         size = SharedArrays.size(num_envs, config.image_size)
@@ -50,6 +50,7 @@ class VectorEnv:
         self._losses = [0] * num_envs
         self._starts: list[Start | None] = [None] * num_envs
         self._steps = [0] * num_envs
+        self._next_starts: list[Start] = []  # of the decision under way
         self._workers.extend(self._spawn(n) for n in range(num_envs))
         for n, reply in self._gather(range(num_envs), _START_TIMEOUT_S).items():
             if isinstance(reply, WorkerLost):
@@ -95,18 +96,19 @@ class VectorEnv:
         return self._observation()
 
     def step(self, actions: Float32[np.ndarray, "N D"], next_starts: Sequence[Start]) -> EnvStep:
-        """Take one decision in every environment.
+        """Take one decision in every environment; `send` and `receive` in one."""
+        self.send(actions, next_starts)
+        return self.receive()
+
+    def send(self, actions: Float32[np.ndarray, "N D"], next_starts: Sequence[Start]) -> None:
+        """Begin one decision in every environment and return at once; `receive` must follow.
 
         Args:
             actions: in the environment's units.
             next_starts: where row `n` goes if its episode ends in this step.
 
-        Returns:
-            The outcome; rows that ended, or whose worker was lost, already show their next episode.
-
         Raises:
             ConfigError: actions of another shape.
-            WorkerError: the same environment was lost too often in a row.
         """
         self._check(next_starts)
         if actions.shape != (self.num_envs, self.action_dim):
@@ -117,6 +119,18 @@ class VectorEnv:
             )
         for n, worker in enumerate(self._workers):
             worker.send(do="step", action=actions[n].tolist(), next_start=_packed(next_starts[n]))
+        self._next_starts = list(next_starts)
+
+    def receive(self) -> EnvStep:
+        """Wait for the decision that `send` began.
+
+        Returns:
+            The outcome; rows that ended, or whose worker was lost, already show their next episode.
+
+        Raises:
+            WorkerError: the same environment was lost too often in a row.
+        """
+        next_starts = self._next_starts
         replies = self._gather(range(self.num_envs), self._config.worker_timeout_s)
         flags = np.zeros((self.num_envs, 3), bool)
         valid = np.ones(self.num_envs, bool)

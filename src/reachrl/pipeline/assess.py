@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reachrl.backends.building import saved_policy
 from reachrl.config.loading import config_hash
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
-from reachrl.pipeline.base import Display, caveats, saved_policy
+from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures, latest_version
 from reachrl.pipeline.reinforce import build_reward, needs_reward_model
 from reachrl.policies.base import Policy

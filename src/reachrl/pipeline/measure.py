@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reachrl.backends.building import new_policy, saved_policy
 from reachrl.config.loading import config_dict
 from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError, StorageError
 from reachrl.evaluate import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
-from reachrl.pipeline.base import Display, caveats, new_policy, saved_policy
+from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.pretrained import fingerprint
 from reachrl.rollout.episodes import Mode, PlayedEpisode

@@ -1,30 +1,34 @@
 """Stages `reward` and `train`: fit the process reward model, then improve the policy with it."""
 
+import logging
 from typing import Any
 
 import numpy as np
 
-from reachrl.backends.data_parallel import LeadingLearner, follow
-from reachrl.backends.group import Group
-from reachrl.backends.local import LocalActors, LocalLearner
+from reachrl.backends.base import Backend
+from reachrl.backends.building import device_of, saved_policy
+from reachrl.backends.local import LocalBackend
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import ExtensionError
-from reachrl.pipeline.base import Display, StageProgress, device_of, new_policy, saved_policy
+from reachrl.errors import ConfigError, ExtensionError, LearnerLostError
+from reachrl.pipeline.base import Display, StageProgress
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.registry import build, resolve
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, split_starts
+from reachrl.rewards.process.scorer import FrameScoring
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
 from reachrl.run.directory import Run
-from reachrl.train import train
+from reachrl.train import TrainState, Watcher, train
 from reachrl.types import Start, Trajectory
+
+log = logging.getLogger(__name__)
 
 
 def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
@@ -87,8 +91,14 @@ def needs_reward_model(config: TrainConfig) -> bool:
     return isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
 
 
-def build_reward(config: TrainConfig, run: Run, *, version: int = 0) -> Reward:
+def build_reward(config: TrainConfig, run: Run, *, version: int = 0, scoring: FrameScoring | None = None) -> Reward:
     """The configured reward; the process reward with a version of this run's model unless it names another.
+
+    Args:
+        config: the run's.
+        run: where its reward models are.
+        version: of the model.
+        scoring: who runs the model; None: this process.
 
     Raises:
         ExtensionError: a plug-in that is no `Reward`.
@@ -114,6 +124,7 @@ def build_reward(config: TrainConfig, run: Run, *, version: int = 0) -> Reward:
         **shaping,
         model=model.to(device_of(config)),
         refit=Refitter(config, run) if config.reward_model.refit_every else None,
+        scoring=scoring,
         read_version=lambda number: read_version(run, number).to(device_of(config)),
     )
 
@@ -123,9 +134,6 @@ class _TrainDisplay:
 
     def __init__(self, progress: StageProgress) -> None:
         self._progress = progress
-
-    def step(self) -> None:
-        """Vectorised steps are too many to show one by one."""
 
     def iteration(self, record: dict[str, Any]) -> None:
         """Advance by one iteration."""
@@ -140,40 +148,44 @@ class _TrainDisplay:
 def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Improve the warm-started policy with PPO; the result lands in `policy/`."""
     assert isinstance(config.ppo, PPOConfig)
-    policy = saved_policy(config, run.sft / "policy").eval()
-    policy.reset_critic()  # a separate critic has seen none of the warm start
+    backend: Backend = build("backends", config.backend)
+    lost = 0
+    while True:
+        latest = latest_checkpoint(run.checkpoints)
+        done = 0 if latest is None else checkpoint_step(latest)
+        try:
+            with display.stage("train", config.num_iterations, "PPO", completed=done) as progress:
+                state = _train_once(config, backend, run, _TrainDisplay(progress))
+            return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
+        except LearnerLostError as error:
+            lost += 1
+            if lost > backend.max_restarts:
+                raise
+            log.warning("%s; going on from it with new processes (%d of %d times)", error, lost, backend.max_restarts)
+
+
+def _train_once(config: TrainConfig, backend: Backend, run: Run, watcher: Watcher) -> TrainState:
+    """Train from the last checkpoint to the end with one set of workers; the result lands in `policy/`."""
     curriculum = build(
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )
-    reward = build_reward(config, run)
-    group = Group.from_environment()
-    local = LocalLearner(policy, config.ppo, seed=config.seed, group=group)
-    learner = local if group.alone else LeadingLearner(local, group)
-    actors = LocalActors(
-        policy,
-        VectorEnv(config.env, config.env.num_envs),
-        seed=config.seed,
-        temperature=config.ppo.temperature,
-    )
-    try:
-        latest = latest_checkpoint(run.checkpoints)
-        done = 0 if latest is None else checkpoint_step(latest)
-        with display.stage("train", config.num_iterations, "PPO", completed=done) as progress:
-            state = train(config, actors, learner, reward, curriculum, run, _TrainDisplay(progress))
-    finally:
-        actors.close()
-    if isinstance(learner, LeadingLearner):
-        learner.close()
-    replace_folder_atomic(run.policy, policy.save_pretrained)
-    return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
+    with backend.open(config, run.sft / "policy") as workers:
+        reward = build_reward(config, run, scoring=workers.score_frames)
+        state = train(config, workers.actors, workers.learner, reward, curriculum, run, watcher)
+        replace_folder_atomic(run.policy, workers.learner.save_policy)
+    return state
 
 
 def follow_train(config: TrainConfig) -> None:
-    """Share the learner's work with the process that `torchrun` numbers 0, until its training ends."""
-    assert isinstance(config.ppo, PPOConfig)
-    policy = new_policy(config).eval()
-    group = Group.from_environment()
-    follow(LocalLearner(policy, config.ppo, seed=config.seed, group=group), group)
+    """Share the learner's work with the process that `torchrun` numbers 0, until its training ends.
+
+    Raises:
+        ConfigError: the backend starts its processes itself.
+    """
+    backend = build("backends", config.backend)
+    if not isinstance(backend, LocalBackend):
+        raise ConfigError("torchrun is for backend.kind=local; backend.kind=ray starts its processes itself")
+    backend.follow(config)
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:

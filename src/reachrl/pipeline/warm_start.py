@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from reachrl.backends.building import new_policy
 from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
-from reachrl.pipeline.base import Display, new_policy
+from reachrl.pipeline.base import Display
 from reachrl.run.directory import Run
 
 

@@ -167,6 +167,13 @@ class Policy(nn.Module, ABC):
     def architecture(self) -> dict[str, Any]:
         """What must be equal for weights to fit; stored in checkpoints and compared on load."""
 
+    def sharding_units(self) -> list[nn.Module]:
+        """Modules that are computed by calling them, none inside another: what sharded learners gather one at a time.
+
+        What is in none of them is gathered for each pass as one piece.
+        """
+        return []
+
     def freeze(self, roles: Sequence[str]) -> None:
         """Stop gradients into the parameter groups named in `roles`."""
         for role in roles:

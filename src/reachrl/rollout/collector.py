@@ -1,6 +1,7 @@
 """Collects decisions: the policy acts on all environments at once, the environments step in parallel."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,46 +10,62 @@ import torch
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import Policy
 from reachrl.rollout.noise import gumbel_noise
+from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
 from reachrl.types import Episode, Observation, Rollout, Start
 
+Assign = Callable[[int], Start]
+"""The curriculum's start state of the episode with this number."""
+
 
 class Collector:
-    """Keeps `N` environments running across iterations; an episode may span several.
+    """Keeps environments running across iterations; an episode may span several.
+
+    Environment `n` of all `N` plays the episodes numbered `n`, `n + N`, `n + 2 N` ... An episode's start and noise are
+    addressed by its number, so it depends neither on the rows it was batched with nor on who else collects.
 
     Args:
         policy: what acts (its current weights).
         envs: the environments.
-        seed: of the sampling noise; each episode has its own stream, so an episode depends neither on the
-            rows it was batched with nor on the number of environments stepping beside it.
+        seed: of the sampling noise.
         temperature: of the sampling distribution.
+        first: number of the first of these environments among all.
+        total: `N`; none: these are all.
+        log: notes when was decoded and when simulated.
     """
 
-    def __init__(self, policy: Policy, envs: VectorEnv, *, seed: int, temperature: float) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        envs: VectorEnv,
+        *,
+        seed: int,
+        temperature: float,
+        first: int = 0,
+        total: int | None = None,
+        log: SpanLog | None = None,
+    ) -> None:
         self.policy, self.envs, self.seed, self.temperature = policy, envs, seed, temperature
+        self.first, self.total = first, envs.num_envs if total is None else total
+        self._log = log or SpanLog("actor")
         self._observation: Observation | None = None
         self._starts: list[Start] = []  # of the running episodes
-        self._numbers: list[int] = []  # running number of each, the key of its noise
+        self._numbers: list[int] = []  # of the running episodes
         self._next_starts: list[Start] = []
         self._actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # taken so far, for replay
-        self._begun = 0
 
-    def collect(
-        self,
-        assign: Callable[[], Start],
-        num_steps: int,
-        *,
-        policy_version: int,
-        on_step: Callable[[], None] | None = None,
-    ) -> Rollout:
+    def collect(self, assign: Assign, num_steps: int, *, policy_version: int) -> Rollout:
         """Take `num_steps` decisions in each environment.
 
         Args:
             assign: the curriculum's choice of the next episode.
             num_steps: `T`.
             policy_version: recorded in the rollout.
-            on_step: called after each vectorised step (progress display).
         """
+        return collect_in_turn([self.collecting(assign, num_steps, policy_version=policy_version)])[0]
+
+    def collecting(self, assign: Assign, num_steps: int, *, policy_version: int) -> Generator[None, None, Rollout]:
+        """`collect` as a generator that pauses while its simulators step, so that others can decode meanwhile."""
         if self._observation is None:
             self._begin(assign)
         assert self._observation is not None
@@ -56,7 +73,7 @@ class Collector:
         finals: list[tuple[np.ndarray, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):
-            observation = self._observation
+            began, observation = time.time(), self._observation
             inputs = self.policy.encode(observation)
             sample = self.policy.act(inputs, temperature=self.temperature, gumbel=self._noise(), with_values=False)
             actions = self.policy.decode_actions(sample.action_ids)
@@ -64,7 +81,12 @@ class Collector:
             rows["instructions"].append(observation.instructions)
             rows["ids"].append(sample.action_ids.cpu().numpy())
             rows["logprobs"].append(sample.logprobs.float().cpu().numpy())
-            step = self.envs.step(actions, self._next_starts)
+            self.envs.send(actions, self._next_starts)
+            self._log.add("decode", began)
+            sent = time.time()
+            yield
+            step = self.envs.receive()
+            self._log.add("simulate", sent)
             rows["steps"].append(step)
             for n in range(self.envs.num_envs):
                 self._actions[n].append(actions[n])
@@ -75,50 +97,51 @@ class Collector:
                             start=self._starts[n],
                             success=bool(step.success[n]),
                             num_steps=len(self._actions[n]),
-                            env=n,
+                            env=self.first + n,
                         )
                     )
                 if step.terminated[n] or step.truncated[n] or not step.valid[n]:
                     self._follow(n, assign)
             self._observation = step.observation
-            if on_step is not None:
-                on_step()
         return self._rollout(rows, finals, episodes, policy_version)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The running episodes as start states and the actions since; JSON-ready."""
-        return {
-            "begun": self._begun,
-            "starts": [[s.task, s.index] for s in self._starts],
-            "next_starts": [[s.task, s.index] for s in self._next_starts],
-            "numbers": self._numbers,
-            "actions": [[[float(x) for x in action] for action in taken] for taken in self._actions],
-        }
+    def state(self) -> list[dict[str, Any]]:
+        """Each environment's running episode as its start and the actions since, JSON-ready; [] before the first."""
+        return [
+            {
+                "number": number,
+                "start": [start.task, start.index],
+                "next_start": [following.task, following.index],
+                "actions": [[float(x) for x in action] for action in taken],
+            }
+            for number, start, following, taken in zip(
+                self._numbers, self._starts, self._next_starts, self._actions if self._numbers else [], strict=True
+            )
+        ]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replay the running episodes, which brings every simulator back to where it was."""
-        self._begun = int(state["begun"])
-        self._starts = [Start(task, "train", index) for task, index in state["starts"]]
-        self._next_starts = [Start(task, "train", index) for task, index in state["next_starts"]]
-        self._numbers = list(state["numbers"])
+    def load_state(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Replay running episodes, which brings every simulator back to where it was."""
+        if not rows:
+            return
+        assert len(rows) == self.envs.num_envs
+        self._numbers = [int(row["number"]) for row in rows]
+        self._starts = [Start(row["start"][0], "train", row["start"][1]) for row in rows]
+        self._next_starts = [Start(row["next_start"][0], "train", row["next_start"][1]) for row in rows]
         dims = self.envs.action_dim
-        histories = [np.array(taken, dtype=np.float32).reshape(-1, dims) for taken in state["actions"]]
+        histories = [np.array(row["actions"], dtype=np.float32).reshape(-1, dims) for row in rows]
         self._actions = [list(history) for history in histories]
-        self._observation = self.envs.replay(self._starts, histories) if self._starts else None
+        self._observation = self.envs.replay(self._starts, histories)
 
-    def _begin(self, assign: Callable[[], Start]) -> None:
-        count = self.envs.num_envs
-        self._starts = [assign() for _ in range(count)]
-        self._next_starts = [assign() for _ in range(count)]
-        self._numbers = list(range(count))
-        self._begun = count
+    def _begin(self, assign: Assign) -> None:
+        self._numbers = [self.first + n for n in range(self.envs.num_envs)]
+        self._starts = [assign(number) for number in self._numbers]
+        self._next_starts = [assign(number + self.total) for number in self._numbers]
         self._observation = self.envs.reset(self._starts, self._next_starts)
 
-    def _follow(self, n: int, assign: Callable[[], Start]) -> None:
+    def _follow(self, n: int, assign: Assign) -> None:
         """Environment `n` has begun its next episode; queue the one after."""
-        self._starts[n], self._next_starts[n] = self._next_starts[n], assign()
-        self._numbers[n] = self._begun
-        self._begun += 1
+        self._numbers[n] += self.total
+        self._starts[n], self._next_starts[n] = self._next_starts[n], assign(self._numbers[n] + self.total)
         self._actions[n] = []
 
     def _noise(self) -> torch.Tensor:
@@ -154,3 +177,17 @@ class Collector:
             episodes=tuple(episodes),
             policy_version=policy_version,
         )
+
+
+def collect_in_turn(collecting: Sequence[Generator[None, None, Rollout]]) -> list[Rollout]:
+    """Drive several collectors' `collecting` in turn: while the simulators of one step, another decodes."""
+    rollouts: list[Rollout | None] = [None] * len(collecting)
+    waiting = dict(enumerate(collecting))
+    while waiting:
+        for place, one in list(waiting.items()):
+            try:
+                next(one)
+            except StopIteration as stop:
+                rollouts[place] = stop.value
+                del waiting[place]
+    return [rollout for rollout in rollouts if rollout is not None]

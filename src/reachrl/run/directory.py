@@ -11,6 +11,7 @@ from reachrl.errors import ConfigError, StorageError
 from reachrl.run.atomic import jsonable, recover_tree, storage_errors, write_bytes_atomic, write_json_atomic
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog
+from reachrl.run.spans import Span, SpanLog
 from reachrl.run.stages import StageClock, StageRecords
 
 
@@ -22,6 +23,7 @@ class Run:
         self.path = path
         self._lock = lock
         self._seconds: dict[str, float] = {}
+        self.spans = SpanLog("loop")
         self.stages = StageRecords(path / "stages.json")
         self.metrics = MetricsLog(path / "metrics.jsonl", path / "tensorboard" if tensorboard else None)
 
@@ -127,9 +129,26 @@ class Run:
         """
         start = time.perf_counter()
         try:
-            yield
+            with self.spans.span(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def write_timeline(self, iteration: int, spans: list[Span], balance: list[dict[str, Any]]) -> None:
+        """Write `timeline.json`: who did what when in one iteration, in seconds since it began.
+
+        Args:
+            iteration: its number.
+            spans: of everyone; the loop's own are taken for when the iteration began.
+            balance: how the environments are shared out among the actors.
+        """
+        began = min((span.start for span in spans if span.who == self.spans.who), default=0.0)
+        rows = [
+            {"who": s.who, "what": s.what, "start": round(s.start - began, 6), "end": round(s.end - began, 6)}
+            for s in spans
+        ]
+        record = {"iteration": iteration, "spans": rows, "balance": balance}
+        write_json_atomic(self.path / "timeline.json", record)
 
     def log(self, record: dict[str, Any]) -> dict[str, Any]:
         """Append a metrics record, with the seconds of the spans since the last one.

@@ -20,17 +20,18 @@ def _description(optimizer: Optimizer) -> dict[str, Any]:
     return {"class": type(optimizer).__name__, "shapes": shapes}
 
 
-def save_optimizer(optimizer: Optimizer, path: Path) -> None:
+def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | None = None) -> None:
     """Write the optimizer's state (moments, step counters) and its options; the file is complete or absent.
 
     Args:
         optimizer: any optimizer whose state is tensors and JSON values (AdamW, Adam, SGD, ...).
         path: the safetensors file.
+        state: its `state_dict` with whole tensors, where the optimizer itself holds only parts of them.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    state = optimizer.state_dict()
+    state = optimizer.state_dict() if state is None else state
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -69,6 +70,15 @@ def load_optimizer(optimizer: Optimizer, path: Path) -> None:
     """Restore what `save_optimizer` wrote into an optimizer built over the same parameters.
 
     Raises:
+        CheckpointError: see `read_optimizer`.
+    """
+    optimizer.load_state_dict(read_optimizer(optimizer, path))
+
+
+def read_optimizer(optimizer: Optimizer, path: Path) -> dict[str, Any]:
+    """What `save_optimizer` wrote, in the form of `optimizer.state_dict()`, for an optimizer over the same parameters.
+
+    Raises:
         CheckpointError: the file is missing or truncated, or belongs to another optimizer or other parameters.
     """
     try:
@@ -95,7 +105,7 @@ def load_optimizer(optimizer: Optimizer, path: Path) -> None:
     for group, now in zip(groups, current, strict=True):
         group.update({name: _restored(value, now.get(name)) for name, value in group.items()})
         group["params"] = now["params"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": groups}
 
 
 def _first_difference(found: list[list[list[int]]], expected: list[list[list[int]]]) -> str:

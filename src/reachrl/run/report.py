@@ -13,6 +13,7 @@ from reachrl.run.directory import flatten_config
 from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page
+from reachrl.run.timeline import timeline_section
 from reachrl.run.video import clip
 
 MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
@@ -96,6 +97,7 @@ def render_report(run_path: Path) -> str:
         warm_start=_losses(run_path, "sft", 960),
         panels=_panels(train),
         timing=_timing(summary, _read(run_path / "stages.json") or {}, train),
+        timeline=timeline_section(run_path),
         config=sorted(flatten_config(config).items()) if config else None,
         commands=_commands(provenance),
     )

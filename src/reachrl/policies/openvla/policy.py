@@ -18,7 +18,7 @@ from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_f
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
-from reachrl.policies.llama import build_llama, last_hidden
+from reachrl.policies.llama import build_llama, decoder_layers, last_hidden
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
@@ -137,6 +137,9 @@ class OpenVLAPolicy(Policy):
 
     def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
         """The vision towers' output: what may be cached while the towers are frozen."""
+        return self._see(pixel_values)
+
+    def _see(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
         with self._arithmetic():
             return self.vision_backbone(pixel_values.to(self.projector.fc1.weight.dtype))
 
@@ -170,7 +173,7 @@ class OpenVLAPolicy(Policy):
             return inputs.vision_features.to(self.projector.fc1.weight.dtype)
         if inputs.pixel_values is None:
             raise ValueError("PolicyInput needs pixel_values or vision_features")
-        return self.vision_features(inputs.pixel_values)
+        return self._see(inputs.pixel_values)
 
     def _embed(
         self,
@@ -373,6 +376,16 @@ class OpenVLAPolicy(Policy):
             "trunk": [*self.projector.parameters(), *self.language_model.parameters()],
             "value": value if self.critic is None else [*value, *self.critic.parameters()],
         }
+
+    def sharding_units(self) -> list[nn.Module]:
+        """The towers, projectors, value head, and every decoder layer but the last, whose parts are used singly."""
+        trunks: list[tuple[nn.Module, LlamaModel]] = [(self.projector, self.language_model.model)]
+        if self.critic is not None:
+            trunks.append((self.critic.projector, self.critic.model))
+        units: list[nn.Module] = [self.vision_backbone, self.value_head]
+        for projector, model in trunks:
+            units += [projector, *decoder_layers(model)[:-1]]
+        return units
 
     def architecture(self) -> dict[str, Any]:
         """What must be equal for weights to fit; stored in checkpoints and compared on load."""

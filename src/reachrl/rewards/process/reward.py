@@ -12,7 +12,7 @@ from reachrl.errors import ConfigError
 from reachrl.rewards.base import Reward
 from reachrl.rewards.episodes import episode_parts, frame_numbers
 from reachrl.rewards.process.base import RewardModel, load_reward_model
-from reachrl.rewards.process.scorer import FrameScorer
+from reachrl.rewards.process.scorer import FrameScorer, FrameScoring
 from reachrl.rewards.process.segment import gripper_cuts
 from reachrl.rewards.running_scale import RunningScale
 from reachrl.rewards.shaping import pay_at_ends, potential_difference, terminal_steps
@@ -32,6 +32,7 @@ class ProcessReward(Reward):
         bootstrap_truncated: the learner's; where it treats a time limit as terminal, so must the potential.
         model: the reward model; at a weight above 0 it is read from `config.checkpoint` when None.
         refit: fits the model anew on fresh episodes when due; None: it stays as it is.
+        scoring: who runs the model; None: this process.
         read_version: gives the model of a version again; needed to resume a run that refits.
 
     Raises:
@@ -49,6 +50,7 @@ class ProcessReward(Reward):
         bootstrap_truncated: bool = True,
         model: RewardModel | None = None,
         refit: Refit | None = None,
+        scoring: FrameScoring | None = None,
         read_version: Callable[[int], RewardModel] | None = None,
     ) -> None:
         if model is None and config.weight > 0:
@@ -60,7 +62,7 @@ class ProcessReward(Reward):
             model = load_reward_model(config.checkpoint)
         self.config, self.gamma, self.bootstrap_truncated = config, gamma, bootstrap_truncated
         self.version = 0  # of the model; each refit adds one
-        self._refit, self._read_version = refit, read_version
+        self._refit, self._read_version, self._scoring = refit, read_version, scoring
         self._scale = RunningScale()
         self._scorer: FrameScorer | None = None
         if model is not None:
@@ -115,7 +117,7 @@ class ProcessReward(Reward):
     def _use(self, model: RewardModel) -> None:
         if self.config.device != "auto":
             model = model.to(torch.device(self.config.device))
-        self._scorer = FrameScorer(model.eval(), batch_size=self.config.score_batch)
+        self._scorer = FrameScorer(model.eval(), batch_size=self.config.score_batch, scoring=self._scoring)
 
     def _scores(
         self, rollout: Rollout, now: Int64[np.ndarray, "T N"], after: Int64[np.ndarray, "T N"]

@@ -1,0 +1,46 @@
+"""The configured policy on the configured device, in whichever process asks."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from reachrl.config.train import TrainConfig
+from reachrl.errors import ConfigError
+from reachrl.policies.base import Policy
+from reachrl.registry import build, resolve
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device that `config.device` stands for on this machine.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    present = torch.cuda.device_count()
+    if config.device == "auto" and not present:
+        return torch.device("cpu")
+    device = torch.device("cuda" if config.device == "auto" else config.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one of torchrun's processes on each
+    if device.type == "cuda" and (device.index or 0) >= present:
+        raise ConfigError(f"device={config.device}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
+    return device
+
+
+def new_policy(config: TrainConfig) -> Policy:
+    """The configured policy with the seed's initial weights, or its checkpoint's."""
+    torch.manual_seed(config.seed)
+    with torch.device(device_of(config)):
+        return build("policies", config.policy)
+
+
+def saved_policy(config: TrainConfig, folder: Path) -> Policy:
+    """The policy saved in `folder`, of the configured class.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another architecture.
+    """
+    kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.device(device_of(config)):
+        return resolve("policies", kind).from_pretrained(folder)

@@ -1,0 +1,230 @@
+"""The actors as the training loop sees them: one object, however many processes collect."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+
+from reachrl.backends.base import Pending, Weights
+from reachrl.backends.cluster.calls import Call, Lost, Remote
+from reachrl.backends.cluster.processes import Collected
+from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
+from reachrl.backends.weights import PackedWeights
+from reachrl.errors import ConfigError, WorkerError
+from reachrl.rollout.collector import Assign
+from reachrl.rollout.join import join_rollouts
+from reachrl.run.spans import Span
+from reachrl.types import Rollout
+
+log = logging.getLogger(__name__)
+
+_MAX_LOSSES = 3  # of the same actor in one iteration; one more is an error
+_WORTH_MOVING = 0.9  # environments move when a step then takes less than this part of its time
+
+
+class _Actor:
+    """What the training process knows of one actor."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote
+        self.host = ""
+        self.count = 0  # environments
+        self.rows: list[dict[str, Any]] = []  # their running episodes when the last rollout was complete
+        self.lost_episodes = 0  # since it has these environments
+        self.seconds: float | None = None  # of the last rollout
+        self.seconds_per_env: float | None = None  # of one step of one environment; None: not measured yet
+        self.measured = 0  # rollouts with these environments
+
+
+class ClusterActors:
+    """Actors in processes of their own, each with its share of the environments.
+
+    An actor that is lost is replaced, and its part of the rollout collected again from the same state with the same
+    weights and noise: nothing of the rollout depends on who collected it.
+
+    Args:
+        spawn: starts actor number i.
+        count: of actors.
+        total: environments of all.
+        rebalance: whether environments move to where they are stepped faster.
+
+    Raises:
+        ConfigError: fewer environments than actors.
+        WorkerError: an actor cannot be started.
+    """
+
+    def __init__(self, spawn: Callable[[int], Remote], count: int, *, total: int, rebalance: bool) -> None:
+        if total < count:
+            raise ConfigError(f"backend.actors={count} need an environment each, but env.num_envs={total}: raise it")
+        self._spawn, self._total, self._rebalance = spawn, total, rebalance
+        self._actors = [_Actor(spawn(number)) for number in range(count)]
+        self._weights: PackedWeights | None = None
+        self._lost_before = 0
+        self._redone = 0  # parts of rollouts collected again
+        self._moved = 0  # times environments moved
+        self._gap = 0.0
+        self._spans: list[Span] = []
+        self._give_rows(even_shares(total, count), [])
+
+    def load_weights(self, weights: Weights) -> int:
+        """Send weights to every actor; each checks that it acts with them."""
+        assert isinstance(weights, PackedWeights)
+        self._weights = weights
+        self._balance_shares()
+        self._each("load_weights", lambda _: (weights,))
+        return weights.version
+
+    def collect(self, assign: Assign, num_steps: int) -> Pending[Rollout]:
+        """Begin a rollout in every actor."""
+        # Stored as it is now: a part that is collected again must not see what the curriculum learns meanwhile.
+        return _Collecting(self, ray.put(assign), num_steps)
+
+    def metrics(self) -> dict[str, float]:
+        """Losses, repetitions, moves, and how far the actors' log-probs are from the learner's."""
+        return {
+            "lost_episodes": self._lost_before + sum(actor.lost_episodes for actor in self._actors),
+            "redone_rollouts": self._redone,
+            "moved_environments": self._moved,
+            "weight_sync/gap": self._gap,
+        }
+
+    def take_spans(self) -> list[Span]:
+        """When each actor decoded and simulated."""
+        taken, self._spans = self._spans, []
+        return taken
+
+    def balance(self) -> list[dict[str, Any]]:
+        """Each actor's share and what it takes."""
+        slowest = max((actor.seconds or 0.0) for actor in self._actors) or 1.0
+        return [
+            {
+                "actor": number,
+                "host": actor.host,
+                "rows": actor.count,
+                "seconds_per_step": actor.seconds_per_env,
+                "busy": None if actor.seconds is None else actor.seconds / slowest,
+            }
+            for number, actor in enumerate(self._actors)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running episodes by environment, as one process would keep them, and how many were lost so far."""
+        rows = [row for actor in self._actors for row in actor.rows]
+        return {"lost_episodes": self.metrics()["lost_episodes"], "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replay the running episodes, shared out anew."""
+        self._lost_before = state["lost_episodes"]
+        for actor in self._actors:
+            actor.lost_episodes = 0
+        self._give_rows([actor.count for actor in self._actors], state["rows"])
+
+    def close(self) -> None:
+        """Stop environments and processes."""
+        for actor in self._actors:
+            actor.remote.kill()
+
+    # ---- rollouts ----
+
+    def begin(self, number: int, assign: Any, num_steps: int) -> Call:
+        """Begin one actor's part of a rollout."""
+        return self._actors[number].remote.begin("collect", assign, num_steps)
+
+    def finish(self, calls: Sequence[Call], assign: Any, num_steps: int) -> Rollout:
+        """Wait for all parts; those of lost actors are collected again."""
+        parts = [
+            self._insist(number, call, partial(self.begin, number, assign, num_steps))
+            for number, call in enumerate(calls)
+        ]
+        for actor, part in zip(self._actors, parts, strict=True):
+            self._note(actor, part, num_steps)
+        self._gap = max(part.gap for part in parts)
+        self._spans += [span for part in parts for span in part.spans]
+        return join_rollouts([part.rollout for part in parts])
+
+    def _note(self, actor: _Actor, part: Collected, num_steps: int) -> None:
+        actor.rows, actor.lost_episodes, actor.seconds = part.rows, part.lost_episodes, part.seconds
+        actor.measured += 1
+        if actor.measured > 1:  # the first rollout begins episodes and warms up
+            actor.seconds_per_env = part.seconds / (num_steps * actor.count)
+
+    # ---- who has what ----
+
+    def _balance_shares(self) -> None:
+        """Move environments if the measured times say that it is worth the replay of their episodes."""
+        known = [actor.seconds_per_env for actor in self._actors]
+        seconds = [each for each in known if each is not None]
+        if not self._rebalance or len(seconds) < len(self._actors):
+            return
+        now = [actor.count for actor in self._actors]
+        shares = proportional_shares(self._total, seconds)
+        before, after = step_time(now, seconds), step_time(shares, seconds)
+        if after < _WORTH_MOVING * before:
+            log.info("environments move from %s to %s: %.3f s a step, not %.3f s", now, shares, after, before)
+            rows = [row for actor in self._actors for row in actor.rows]
+            self._lost_before += sum(actor.lost_episodes for actor in self._actors)
+            self._moved += 1
+            self._give_rows(shares, rows)
+
+    def _give_rows(self, shares: Sequence[int], rows: Sequence[dict[str, Any]]) -> None:
+        for actor, count, first in zip(self._actors, shares, firsts(shares), strict=True):
+            actor.count, actor.rows = count, list(rows[first : first + count])
+            actor.lost_episodes, actor.measured, actor.seconds_per_env = 0, 0, None
+        hosts = self._each("take_rows", self._share)
+        for actor, host in zip(self._actors, hosts, strict=True):
+            actor.host = host
+
+    def _share(self, number: int) -> tuple[int, int, list[dict[str, Any]]]:
+        first = sum(actor.count for actor in self._actors[:number])
+        return first, self._actors[number].count, self._actors[number].rows
+
+    # ---- losses ----
+
+    def _each(self, method: str, arguments: Callable[[int], tuple]) -> list[Any]:
+        """Call every actor at once; what was lost is done again by its successor."""
+
+        def begin(number: int) -> Call:
+            return self._actors[number].remote.begin(method, *arguments(number))
+
+        calls = [begin(number) for number in range(len(self._actors))]
+        return [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)]
+
+    def _insist(self, number: int, call: Call, again: Callable[[], Call]) -> Any:
+        """The call's answer, from a successor if need be."""
+        losses, method = 0, call.method
+        while True:
+            try:
+                if losses:
+                    self._replace(number, method)
+                    call = again()
+                return call.result()
+            except Lost as lost:
+                losses += 1
+                log.warning("%s; another process takes its place", lost)
+                if losses > _MAX_LOSSES:
+                    raise WorkerError(f"actor {number} was lost {losses} times in a row: {lost}") from lost
+                self._redone += method == "collect"
+
+    def _replace(self, number: int, method: str) -> None:
+        """A successor, with what the lost one had before it was asked for `method`."""
+        actor = self._actors[number]
+        actor.remote.kill()
+        actor.remote, actor.measured = self._spawn(number), 0
+        if method != "take_rows":
+            actor.remote.call("take_rows", *self._share(number))
+        if method == "collect":
+            actor.remote.call("load_weights", self._weights)
+
+
+class _Collecting:
+    """A rollout under way."""
+
+    def __init__(self, actors: ClusterActors, assign: Any, num_steps: int) -> None:
+        self._finish = partial(actors.finish, assign=assign, num_steps=num_steps)
+        self._calls = [actors.begin(number, assign, num_steps) for number in range(len(actors._actors))]
+
+    def result(self) -> Rollout:
+        """Wait for every actor."""
+        return self._finish(self._calls)

@@ -1,0 +1,191 @@
+"""Starts Ray, reserves machines and starts the processes of a run on them."""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from reachrl.backends.base import Backend, Workers
+from reachrl.backends.cluster.actors import ClusterActors
+from reachrl.backends.cluster.calls import Lost, Remote
+from reachrl.backends.cluster.learner import ClusterLearner
+from reachrl.backends.cluster.processes import ActorProcess, LearnerProcess, RewardProcess
+from reachrl.backends.cluster.rewards import ClusterScoring
+from reachrl.config.backend import RayBackendConfig
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.errors import ConfigError, WorkerError
+
+log = logging.getLogger(__name__)
+
+_RESERVE_S = 60.0  # how long to wait until the cluster has room
+
+
+class RayBackend(Backend):
+    """Learners, actors and reward workers as Ray actors."""
+
+    Config: ClassVar[type[RayBackendConfig]] = RayBackendConfig
+    config: RayBackendConfig
+
+    @property
+    def max_restarts(self) -> int:
+        """How often a run may go on from its last checkpoint."""
+        return self.config.max_restarts
+
+    @contextmanager
+    def open(self, config: TrainConfig, warm: Path) -> Iterator[Workers]:
+        """Start everyone; on leaving, everyone is ended, and Ray too if it was started here."""
+        assert isinstance(config.ppo, PPOConfig)
+        bundles = reservation(self.config, gpus=False)
+        started = _start_ray(self.config, cpus=math.ceil(sum(bundle["CPU"] for bundle in bundles)))
+        crew: _Crew | None = None
+        try:
+            crew = _Crew(config, self.config, warm.absolute())
+            yield crew.workers(config.ppo)
+        finally:
+            if crew is not None:
+                crew.close()
+            if started:
+                ray.shutdown()
+
+
+def reservation(config: RayBackendConfig, *, gpus: bool) -> list[dict[str, float]]:
+    """What is reserved on the cluster: learners first (with their actors if colocated), then actors, reward workers.
+
+    Args:
+        config: the section.
+        gpus: whether the cluster has any; then every bundle gets one.
+    """
+    gpu = {"GPU": 1.0} if gpus else {}
+    if config.placement == "colocated":
+        bundles = [{"CPU": 1.0 + config.cpus_per_actor} | gpu for _ in range(config.learners)]
+    else:
+        bundles = [{"CPU": 1.0} | gpu for _ in range(config.learners)]
+        bundles += [{"CPU": config.cpus_per_actor} | gpu for _ in range(config.actors)]
+    return bundles + [{"CPU": 1.0} | gpu for _ in range(config.reward_workers)]
+
+
+class _Crew:
+    """The processes of one run.
+
+    Args:
+        config: the run's.
+        backend: its section.
+        warm: folder of the policy that the run begins from.
+    """
+
+    def __init__(self, config: TrainConfig, backend: RayBackendConfig, warm: Path) -> None:
+        self._config, self._backend, self._warm = config, backend, warm
+        self._gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        self._group = self._reserve()
+        self._closing: list[Any] = []
+
+    def workers(self, ppo: PPOConfig) -> Workers:
+        """Everyone, ready to work.
+
+        Raises:
+            WorkerError: a process cannot be started.
+        """
+        backend = self._backend
+        try:
+            scoring = ClusterScoring(self._reward_worker, backend.reward_workers) if backend.reward_workers else None
+            self._closing.append(scoring)
+            learner = ClusterLearner([self._learner(rank) for rank in range(backend.learners)], ppo)
+            self._closing.append(learner)
+            actors = ClusterActors(
+                self._actor, backend.actors, total=self._config.env.num_envs, rebalance=backend.rebalance
+            )
+            self._closing.append(actors)
+        except Lost as lost:
+            raise WorkerError(f"a process could not be started: {lost}") from lost
+        return Workers(actors=actors, learner=learner, score_frames=scoring)
+
+    def close(self) -> None:
+        """End every process and give the machines back."""
+        for each in reversed(self._closing):
+            if each is not None:
+                each.close()
+        remove_placement_group(self._group)
+
+    def _reserve(self) -> PlacementGroup:
+        bundles = reservation(self._backend, gpus=self._gpus)
+        group = placement_group(bundles, strategy="PACK")
+        if not group.wait(_RESERVE_S):
+            remove_placement_group(group)
+            have = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+            raise ConfigError(
+                f"the cluster has had no room for the run in {_RESERVE_S:g} s: it needs {bundles}, each on a machine; "
+                f"the cluster has {have} in all. Lower backend.learners, backend.actors or backend.cpus_per_actor"
+            )
+        return group
+
+    def _learner(self, rank: int) -> Remote:
+        cores = 1.0
+        return self._spawn(
+            LearnerProcess, f"learner {rank}", rank, cores, self._config, self._warm, rank, groups={"offers": 1}
+        )
+
+    def _actor(self, number: int) -> Remote:
+        colocated = self._backend.placement == "colocated"
+        bundle = number if colocated else self._backend.learners + number
+        cores = self._backend.cpus_per_actor
+        return self._spawn(ActorProcess, f"actor {number}", bundle, cores, self._config, self._warm, number)
+
+    def _reward_worker(self, number: int) -> Remote:
+        before = self._backend.learners + (0 if self._backend.placement == "colocated" else self._backend.actors)
+        return self._spawn(RewardProcess, f"reward worker {number}", before + number, 1.0, self._config)
+
+    def _spawn(
+        self, kind: type, name: str, bundle: int, cores: float, *arguments: Any, groups: dict[str, int] | None = None
+    ) -> Remote:
+        shared = self._backend.placement == "colocated" and bundle < self._backend.learners
+        handle = (
+            ray.remote(kind)
+            .options(
+                num_cpus=cores,
+                num_gpus=(0.5 if shared else 1.0) if self._gpus else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+                max_restarts=0,
+                **({"concurrency_groups": groups} if groups else {}),
+            )
+            .remote(*arguments)
+        )
+        return Remote(name, handle, self._backend.deadline_s)
+
+
+def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
+    """Connect to the cluster, or start Ray here; whether it was started here.
+
+    Raises:
+        ConfigError: there is no cluster at that address.
+    """
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if config.address is not None:
+        try:
+            ray.init(address=config.address, **options)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(
+                f"backend.address={config.address}: no Ray cluster answers there ({error}). Start one with `ray start "
+                "--head`, or leave the address out to run on this machine"
+            ) from error
+        return True
+    # What plug-ins are found by must hold in the processes too.
+    search_path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=cpus,  # reservations are for clusters: here the processes share what there is
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": search_path}},
+        **options,
+    )
+    return True

@@ -1,0 +1,118 @@
+"""Calls to Ray actors that never wait for ever, and say who was lost."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+
+from reachrl.errors import ReachRLError
+
+
+class Lost(Exception):
+    """A process died or did not answer in time.
+
+    Args:
+        name: which one.
+        why: what happened.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} {why}")
+        self.name = name
+
+
+class Remote:
+    """A process elsewhere, by name.
+
+    Args:
+        name: for people.
+        handle: Ray's.
+        deadline_s: a call that takes longer is given up.
+    """
+
+    def __init__(self, name: str, handle: Any, deadline_s: float) -> None:
+        self.name, self.handle, self.deadline_s = name, handle, deadline_s
+
+    def begin(self, method: str, *arguments: Any) -> "Call":
+        """Send a call and return at once."""
+        return Call(self, method, getattr(self.handle, method).remote(*arguments))
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Send a call and wait for its answer; see `Call.result`."""
+        return self.begin(method, *arguments).result()
+
+    def kill(self) -> None:
+        """End the process now, whatever it is doing."""
+        ray.kill(self.handle, no_restart=True)
+
+
+class Call:
+    """One call that is under way.
+
+    Args:
+        remote: who does it.
+        method: what.
+        reference: Ray's handle on the answer.
+    """
+
+    def __init__(self, remote: Remote, method: str, reference: Any) -> None:
+        self.remote, self.method, self.reference = remote, method, reference
+
+    def result(self, *, company: Sequence["Call"] = ()) -> Any:
+        """The answer.
+
+        Args:
+            company: calls of others that cannot end well before this one: if one of them ends, its process is lost.
+
+        Raises:
+            Lost: a process died or did not answer in time.
+            ReachRLError: what the call itself raised; anything else it raised comes as Ray's own error.
+        """
+        remote = self.remote
+        ready, _ = ray.wait(
+            [self.reference, *(call.reference for call in company)], num_returns=1, timeout=remote.deadline_s
+        )
+        if not ready:
+            raise Lost(remote.name, f"did not finish {self.method!r} within {remote.deadline_s:g} s (deadline_s)")
+        for call in company:
+            if call.reference in ready:
+                call.fail()
+        try:
+            return self._answer()
+        except (RayTaskError, RaySystemError) as error:
+            # Who talks to a process that dies sees a broken connection first: look for the one that died.
+            late = [call.reference for call in company]
+            if late and (ended := ray.wait(late, num_returns=1, timeout=5)[0]):
+                next(call for call in company if call.reference in ended).fail()
+            if late:
+                raise Lost(remote.name, f"failed in {self.method!r}: {error}") from error
+            raise
+
+    def fail(self) -> None:
+        """Raise what ended a call that should not have ended.
+
+        Raises:
+            Lost: always, but for what the call itself raised as an error of ours.
+        """
+        try:
+            self._answer()
+        except (RayTaskError, RaySystemError) as error:
+            raise Lost(self.remote.name, f"failed in {self.method!r}: {error}") from error
+        raise Lost(self.remote.name, f"ended {self.method!r} before its time")
+
+    def _answer(self) -> Any:
+        try:
+            return ray.get(self.reference, timeout=self.remote.deadline_s)
+        except GetTimeoutError as error:
+            raise Lost(self.remote.name, f"did not hand over the result of {self.method!r} in time") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, ReachRLError):
+                raise error.cause from None
+            raise
+        except RayActorError as error:
+            raise Lost(self.remote.name, f"died during {self.method!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,120 @@
+"""The learner as the training loop sees it: its leader does what is asked, the others follow."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from reachrl.algorithms.base import UpdateStats
+from reachrl.backends.base import Pending
+from reachrl.backends.cluster.calls import Call, Lost, Remote
+from reachrl.backends.weights import PackedWeights
+from reachrl.config.ppo import PPOConfig
+from reachrl.errors import LearnerLostError
+from reachrl.run.spans import Span
+from reachrl.types import Rewards, Rollout, Scored
+
+_LEAVE_S = 10.0  # for a polite end; then they are killed
+
+
+class ClusterLearner:
+    """One leader and its followers, in processes of their own.
+
+    Their weights and gradients belong together, so none can be replaced alone: a loss ends them all, and the run goes
+    on from its last checkpoint with new ones.
+
+    Args:
+        processes: the leader first.
+        config: the `ppo` section.
+        resumed: after `load`, the version of the weights.
+
+    Raises:
+        LearnerLostError: here and in every method: a process died or hung.
+    """
+
+    def __init__(self, processes: Sequence[Remote], config: PPOConfig) -> None:
+        self.config, self.version = config, 0
+        self._leader, *self._others = processes
+        self._following: list[Call] = []
+        self._spans: list[Span] = []
+        self._offered = 0  # rollouts
+        address = self._ask("address")
+        self._following = [other.begin("follow", address) for other in self._others]
+        self._ask("lead", address)
+
+    def export_weights(self) -> PackedWeights:
+        """The current version, its buckets in the object store."""
+        packed, self.sent_bytes = self._ask("pack_weights")
+        return packed
+
+    def score(self, rollout: Rollout) -> Pending[Scored]:
+        """Begin to compute log-probs and values of a rollout."""
+        self._offered += 1
+        stored = ray.put(rollout)
+        offers = [each.begin("offer", self._offered, stored) for each in (self._leader, *self._others)]
+        for offer in offers:
+            self._wait(offer)
+        return _Scoring(self, self._leader.begin("score", self._offered))
+
+    def update(
+        self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
+    ) -> UpdateStats:
+        """One iteration of the algorithm on the rollout that was scored last."""
+        stats, spans = self._ask("update", rewards, scored, iteration, train_policy)
+        self.version += 1
+        self._spans += spans
+        return stats
+
+    def take_spans(self) -> list[Span]:
+        """When the leader scored and updated."""
+        taken, self._spans = self._spans, []
+        return taken
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser state."""
+        self._ask("save", folder.absolute())
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy alone."""
+        self._ask("save_policy", folder.absolute())
+
+    def load(self, folder: Path, *, version: int) -> None:
+        """Read weights and optimiser state."""
+        self._ask("load", folder.absolute(), version)
+        self.version = version
+
+    def close(self) -> None:
+        """End the processes; they say good-bye if they can."""
+        closing = Call(self._leader, "close", self._leader.handle.close.remote())
+        with contextlib.suppress(Exception):  # whatever state they are in, they are ended below
+            ray.wait([closing.reference], timeout=_LEAVE_S)
+            ray.wait([call.reference for call in self._following], num_returns=len(self._following), timeout=_LEAVE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes now."""
+        for each in (self._leader, *self._others):
+            each.kill()
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return self._wait(self._leader.begin(method, *arguments))
+
+    def _wait(self, call: Call) -> Any:
+        try:
+            return call.result(company=self._following)
+        except Lost as lost:
+            self.kill()
+            raise LearnerLostError(f"{lost}; the last checkpoint is whole") from lost
+
+
+class _Scoring:
+    """Scoring under way."""
+
+    def __init__(self, learner: ClusterLearner, call: Call) -> None:
+        self._learner, self._call = learner, call
+
+    def result(self) -> Scored:
+        """Wait for it."""
+        return self._learner._wait(self._call)

@@ -1,0 +1,136 @@
+"""A policy and its optimiser in pieces: each process of a group keeps one part of every tensor (FSDP2)."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from reachrl.backends.group import Group
+from reachrl.policies.base import Policy
+from reachrl.policies.critic import ValueHead
+
+
+def shard(policy: Policy, group: Group) -> None:
+    """Split a policy's weights over the group; each piece of it is gathered for as long as it computes.
+
+    The backward pass leaves each process its part of the gradients' mean over the group. Make the optimiser afterwards:
+    its state is split like the weights.
+
+    Args:
+        policy: whole, with its weights anywhere; every process calls this with the same architecture.
+        group: of more than one process.
+    """
+    mesh = init_device_mesh(policy.device.type, (group.size,))
+    stored = next(policy.parameters()).dtype
+    mixed = MixedPrecisionPolicy()
+    if policy.compute_dtype != stored:  # gathered in the type it computes in, summed in the type it is stored in
+        mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=stored)
+    for unit in policy.sharding_units():
+        # The value head computes in float32 whatever the rest does.
+        precision = MixedPrecisionPolicy() if isinstance(unit, ValueHead) else mixed
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+    for method in ("evaluate", "values", "vision_features"):  # what the learner calls
+        register_fsdp_forward_method(policy, method)
+
+
+def is_sharded(policy: nn.Module) -> bool:
+    """Whether `shard` was called on the policy."""
+    return isinstance(policy, FSDPModule)
+
+
+def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in one piece, one after the other; every process of the group must walk through all of them."""
+    for name, tensor in named:
+        yield name, whole(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece; every process of the group must ask."""
+    found = tensor.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+@torch.no_grad()
+def share_weights(policy: Policy, source: Policy | None) -> None:
+    """Give the sharded policy the weights and buffers of a whole one.
+
+    Args:
+        policy: of every process.
+        source: of the leader; None elsewhere.
+    """
+    theirs = {} if source is None else dict([*source.named_parameters(), *source.named_buffers()])
+    for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]:
+        given = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if source is not None:
+            given.copy_(theirs[name])
+        _take(tensor, given)
+
+
+def _take(tensor: Tensor, given: Tensor) -> None:
+    """Set a tensor to the leader's `given`."""
+    if isinstance(tensor, DTensor):
+        tensor.copy_(distribute_tensor(given, tensor.device_mesh, tensor.placements))
+    else:
+        torch.distributed.broadcast(given, src=0)
+        tensor.copy_(given)
+
+
+@torch.no_grad()
+def share_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, group: Group) -> None:
+    """Give every process its part of a whole optimiser state.
+
+    Args:
+        optimizer: over a sharded policy's parameters.
+        state: as `state_dict` of an optimiser over whole parameters gives it; None on all but the leader.
+        group: the processes.
+    """
+    outline = None
+    if state is not None:
+        outline = {
+            index: {
+                name: torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+                for name, value in entries.items()
+            }
+            for index, entries in state["state"].items()
+        }
+        outline = {"state": outline, "param_groups": state["param_groups"]}
+    received = group.agree(outline)
+    parameters = [p for options in optimizer.param_groups for p in options["params"]]
+    for index, entries in received["state"].items():
+        parameter = parameters[index]
+        for name, value in entries.items():
+            if not isinstance(value, Tensor):
+                continue
+            like = isinstance(parameter, DTensor) and value.shape == parameter.shape
+            given = torch.empty(value.shape, dtype=value.dtype, device=parameter.device if like else "cpu")
+            if state is not None:
+                given.copy_(state["state"][index][name])
+            if like:
+                given = distribute_tensor(given, parameter.device_mesh, parameter.placements)
+            else:
+                torch.distributed.broadcast(given, src=0)
+            entries[name] = given
+    optimizer.load_state_dict(received)
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """The optimiser's `state_dict` with every tensor in one piece in main memory; every process must ask.
+
+    Args:
+        optimizer: over a sharded policy's parameters.
+        keep: whether this process wants it; the others' answer holds no tensors.
+    """
+    found = optimizer.state_dict()
+    state = {}
+    for index, entries in found["state"].items():
+        state[index] = {}
+        for name, value in entries.items():
+            given = whole(value).cpu() if isinstance(value, Tensor) else value
+            if keep:
+                state[index][name] = given
+    return {"state": state, "param_groups": found["param_groups"]}

@@ -1,0 +1,177 @@
+"""Trained weights on their way from the learner to the actors: named, in one order, packed, versioned, checked.
+
+Only what acting needs and training changes travels: the trunk, with adapters the adapters alone, and the towers if they
+are trained. The receiver copies it into its own policy, which forms what it decodes with anew (out of place), and then
+answers a fixed batch: its log-probs must be the learner's.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reachrl.errors import WorkerError
+from reachrl.policies.base import ActionSample, Policy
+from reachrl.streams import Stream, generator
+from reachrl.types import Observation
+
+BUCKET_BYTES = 64 * 2**20
+PROBE_ROWS = 2
+# Mean difference of log-probs per action token between the trained policy and its copy for acting.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What one tensor is."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Some tensors, one behind the other."""
+
+    tensors: tuple[TensorInfo, ...]
+    data: np.ndarray  # u8[bytes]
+    checksum: int  # crc32 of the data
+
+    def unpack(self) -> Iterator[tuple[TensorInfo, Tensor]]:
+        """The tensors, in order.
+
+        Raises:
+            WorkerError: the bytes are not those that were packed.
+        """
+        if zlib.crc32(self.data.data) != self.checksum:
+            raise WorkerError("weights were damaged on their way from the learner; the run can be resumed")
+        data, begin = torch.from_numpy(np.array(self.data)), 0  # a copy: shared memory is read-only and not aligned
+        for info in self.tensors:
+            size = int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize
+            yield info, data[begin : begin + size].clone().view(info.dtype).view(info.shape)
+            begin += size
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """One version of the weights, with the learner's answer to the fixed batch."""
+
+    version: int
+    buckets: tuple[Bucket, ...]
+    probe_ids: np.ndarray  # i64[P A]
+    probe_logprobs: np.ndarray  # f32[P A]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(bucket.data.nbytes for bucket in self.buckets)
+
+
+def acting_parameters(policy: Policy, *, train_vision: bool) -> list[tuple[str, Tensor]]:
+    """What training changes and acting reads, by name, in alphabetical order: the same on both sides."""
+    groups = policy.parameter_groups()
+    wanted = {id(p) for p in groups["trunk"] + (groups["vision"] if train_vision else [])}
+    return sorted((name, p) for name, p in policy.named_parameters() if id(p) in wanted)
+
+
+def pack(
+    tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int = BUCKET_BYTES, keep: bool = True
+) -> tuple[Bucket, ...]:
+    """Put whole tensors, in their order, into buckets of about `bucket_bytes` (a larger tensor has one alone).
+
+    Without `keep` the tensors are walked through for nothing but the company of those who gather them.
+    """
+    buckets: list[Bucket] = []
+    infos: list[TensorInfo] = []
+    parts: list[np.ndarray] = []
+
+    def close() -> None:
+        if parts:
+            data = np.concatenate(parts)
+            buckets.append(Bucket(tuple(infos), data, zlib.crc32(data.data)))
+            infos.clear()
+            parts.clear()
+
+    for name, tensor in tensors:
+        if not keep:
+            continue
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if sum(part.nbytes for part in parts) + raw.nbytes > bucket_bytes:
+            close()
+        infos.append(TensorInfo(name, tuple(tensor.shape), tensor.dtype))
+        parts.append(raw)
+    close()
+    return tuple(buckets)
+
+
+@torch.no_grad()
+def load_packed(policy: Policy, weights: PackedWeights, *, train_vision: bool) -> None:
+    """Copy packed weights into a policy of the same architecture.
+
+    Raises:
+        WorkerError: other tensors, or another order, than this policy has; or damaged bytes.
+    """
+    own = acting_parameters(policy, train_vision=train_vision)
+    theirs = [info for bucket in weights.buckets for info in bucket.tensors]
+    ours = [TensorInfo(name, tuple(p.shape), p.dtype) for name, p in own]
+    if ours != theirs:
+        pairs = zip([*ours, None], [*theirs, None], strict=False)
+        mine, sent = next((a, b) for a, b in pairs if a != b)
+        raise WorkerError(
+            f"the learner sends {len(theirs)} tensors, this actor's policy has {len(ours)}; the first difference: "
+            f"{sent} sent, {mine} expected. Both must be built from the same `policy` section"
+        )
+    places = dict(own)
+    for bucket in weights.buckets:
+        for info, tensor in bucket.unpack():
+            places[info.name].copy_(tensor)
+
+
+def probe_batch(seed: int, image_size: int, num_tokens: int) -> tuple[Observation, np.ndarray]:
+    """A fixed batch: frames of noise with an instruction, and actions f32[P A] in the middle of their range."""
+    rng = generator(seed, Stream.WEIGHT_PROBE)
+    images = rng.integers(0, 256, (PROBE_ROWS, image_size, image_size, 3), dtype=np.uint8)
+    observation = Observation(images=images, instructions=("pick up the red block",) * PROBE_ROWS)
+    return observation, rng.uniform(-0.5, 0.5, (PROBE_ROWS, num_tokens)).astype(np.float32)
+
+
+@torch.no_grad()
+def learner_answer(policy: Policy, *, seed: int, image_size: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Action tokens i64[P A] of the fixed batch and their log-probs f32[P A] as the trained policy scores them."""
+    observation, actions = probe_batch(seed, image_size, policy.num_action_tokens)
+    ids = policy.encode_actions(actions)
+    out = policy.evaluate(policy.encode(observation), ids, temperature=temperature)
+    return ids.cpu().numpy(), out.logprobs.float().cpu().numpy()
+
+
+@torch.no_grad()
+def actor_gap(policy: Policy, weights: PackedWeights, *, seed: int, image_size: int, temperature: float) -> float:
+    """Mean difference per token between the log-probs of this policy, on the path that acts, and the learner's.
+
+    Raises:
+        WorkerError: it is too large for rounding: this policy acts with other weights than the learner has.
+    """
+    observation, _ = probe_batch(seed, image_size, policy.num_action_tokens)
+    inputs, ids = policy.encode(observation), torch.from_numpy(weights.probe_ids).to(policy.device)
+
+    def act(choices: Tensor) -> ActionSample:
+        # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
+        noise = torch.zeros((*ids.shape, policy.num_choices), device=policy.device)
+        noise.scatter_(-1, choices.unsqueeze(-1), 1e6)
+        return policy.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
+
+    first_id = act(torch.zeros_like(ids)).action_ids[0, 0]
+    sample = act(ids - first_id)
+    assert sample.action_ids.equal(ids)
+    gap = float(np.abs(sample.logprobs.float().cpu().numpy() - weights.probe_logprobs).mean())
+    if not gap <= PROBE_TOLERANCE[policy.compute_dtype]:
+        raise WorkerError(
+            f"after weights version {weights.version} were sent, log-probs of a fixed batch differ by {gap:.4f} a "
+            f"token between learner and actor (at most {PROBE_TOLERANCE[policy.compute_dtype]} is rounding): the actor "
+            "does not act with the weights that are trained"
+        )
+    return gap

@@ -1,0 +1,394 @@
+"""The pipeline simulator against closed forms, and its rollout against a plain `simpy` model of one event per task."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simpy
+from scipy.stats import norm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from pipeline_layout import Layout, Stages
+from pipeline_rollout import collect_rollouts, node_rollout
+from pipeline_simulator import GPU_COUNTS, simulate, table_openvla
+
+# Every stage takes time, and no two sums of them are equal by chance.
+STAGES = Stages(
+    decode_fixed_s=0.3,
+    decode_row_s=0.017,
+    env_step_s=0.11,
+    env_wait_s=0.029,
+    step_fixed_s=0.0053,
+    reward_row_s=0.0021,
+    score_row_s=0.0031,
+    update_row_s=0.0057,
+    learner_efficiency=0.8,
+    gradient_bytes=6e8,
+    gradient_bytes_per_s=2e10,
+    sync_fixed_s=0.7,
+    sync_bytes=3e9,
+    sync_bytes_per_s=1e10,
+    handover_s=1.9,
+)
+LAYOUT = Layout(rows=(10, 10, 10), num_steps=20, cores=4, learners=2, epochs=3, minibatch=64)
+# 600 decisions, of which 10 make 10 minibatches of 64 and 3 epochs 30 steps; two learners, each sends half twice.
+ROLLOUT_S = 20 * (0.3 + 10 * 0.017 + 3 * 0.11 + 0.029 + 0.0053)
+REWARD_S = 600 * 0.0021 / 2
+SCORE_S = 600 * 0.0031 / 2
+UPDATE_S = 600 * 3 * 0.0057 / 2 / 0.8 + 30 * 0.03
+SYNC_S = 0.7 + 0.3
+
+
+def rollout_s(stages: Stages, layout: Layout, seed: int = 0) -> float:
+    return collect_rollouts(stages, layout, 1, seed)[0].seconds
+
+
+# --- the rollout ------------------------------------------------------------------------------------
+
+
+def plain_rollout(stages: Stages, layout: Layout, rows: tuple[int, ...], env_s: np.ndarray) -> tuple[float, float]:
+    """Seconds of a rollout on one node and of work on its cores: every task is a process and queues for a core."""
+    env = simpy.Environment()
+    cores, device_of = simpy.Resource(env, layout.cores), [simpy.Resource(env) for _ in rows]
+    worked = []
+
+    def task(seconds, width=1):
+        wanted = [cores.request() for _ in range(width)]
+        for request in wanted:
+            yield request
+        yield env.timeout(seconds)
+        worked.append(width * seconds)
+        for request in wanted:
+            cores.release(request)
+
+    def environment(seconds):
+        yield env.process(task(seconds))
+        yield env.timeout(stages.env_wait_s)
+
+    def group(actor, columns):
+        decode_s = stages.decode_fixed_s + stages.decode_row_s * len(columns)
+        for step in range(layout.num_steps):
+            turn = device_of[actor].request()
+            yield turn
+            if layout.decode_on_cpu:
+                yield env.process(task(decode_s, layout.decode_cores))
+            else:
+                yield env.timeout(decode_s)
+            device_of[actor].release(turn)
+            yield env.all_of([env.process(environment(env_s[step, column])) for column in columns])
+            yield env.timeout(stages.step_fixed_s)
+
+    ends = np.cumsum([0, *rows])
+    for actor in range(len(rows)):
+        for columns in np.array_split(np.arange(ends[actor], ends[actor + 1]), layout.groups):
+            env.process(group(actor, columns))
+    env.run()
+    return env.now, sum(worked)
+
+
+@pytest.mark.parametrize("decode_cores", [0, 1, 3])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("rows", [(7,), (5, 9), (6, 3, 11)], ids=str)
+def test_a_rollout_takes_what_one_event_per_task_takes(rows, groups, decode_cores):
+    cpu = {"decode_on_cpu": True, "decode_cores": decode_cores} if decode_cores else {}
+    layout = Layout(rows=rows, num_steps=15, cores=4, actors_per_node=3, groups=groups, **cpu)
+    env_s = np.random.default_rng(sum(rows) + groups).lognormal(-2, 0.7, (15, sum(rows)))
+    node = node_rollout(STAGES, layout, rows, env_s)
+    seconds, core_s = plain_rollout(STAGES, layout, rows, env_s)
+    assert node.seconds == pytest.approx(seconds, rel=1e-9)
+    assert node.core_s == pytest.approx(core_s, rel=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "cores", "waves"), [(1, 4, 1), (8, 4, 2), (9, 4, 3), (9, 1, 9), (9, 64, 1)])
+def test_one_group_alternates_between_decoding_and_waves_of_simulation(rows, cores, waves):
+    layout = Layout(rows=(rows,), num_steps=20, cores=cores)
+    step_s = 0.3 + 0.017 * rows + waves * 0.11 + 0.029 + 0.0053
+    assert rollout_s(STAGES, layout) == pytest.approx(20 * step_s)
+
+
+@pytest.mark.parametrize("env_step_s", [0.02, 0.19, 0.2, 0.21, 1.3])
+def test_of_two_groups_one_decodes_while_the_other_simulates(env_step_s):
+    stages = Stages(decode_fixed_s=0.12, decode_row_s=0.02, env_step_s=env_step_s)
+    layout = Layout(rows=(8,), num_steps=50, cores=8, groups=2)
+    decode_s = 0.12 + 4 * 0.02
+    expected = 50 * max(2 * decode_s, decode_s + env_step_s) + min(decode_s, env_step_s)
+    assert rollout_s(stages, layout) == pytest.approx(expected)
+
+
+def test_two_groups_on_too_few_cores_are_bound_by_the_cores():
+    # 8 tasks of 1 s a step on 2 cores, of which decoding hides all but the first group's first step.
+    stages = Stages(decode_fixed_s=0.1, env_step_s=1.0)
+    assert rollout_s(stages, Layout(rows=(8,), num_steps=30, cores=2, groups=2)) == pytest.approx(0.1 + 30 * 4)
+
+
+def test_the_slowest_actor_ends_the_rollout():
+    alone = [rollout_s(STAGES, replace(LAYOUT, rows=(rows,))) for rows in (4, 17, 9)]
+    assert rollout_s(STAGES, replace(LAYOUT, rows=(4, 17, 9))) == max(alone) == alone[1]
+
+
+def test_what_takes_no_time_waits_for_no_core():
+    # One core that always decodes, and environments that only wait: of all waits only the last is not hidden.
+    layout = Layout(rows=(1, 1, 1), num_steps=10, cores=1, actors_per_node=3, decode_on_cpu=True)
+    assert rollout_s(Stages(decode_fixed_s=1.0, env_wait_s=0.7), layout) == pytest.approx(3 * 10 + 0.7)
+    # And a policy that takes no time takes no cores from the simulators either.
+    stages = Stages(env_step_s=1.0, env_step_cv=0.7)
+    layout = Layout(rows=(5, 3), num_steps=10, cores=3, actors_per_node=2, decode_on_cpu=True, decode_cores=3)
+    assert rollout_s(stages, layout) == rollout_s(stages, replace(layout, decode_on_cpu=False))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_actors_on_nodes_of_their_own_halve_a_simulation_bound_rollout(groups):
+    stages = Stages(env_step_s=0.5)
+    one = Layout(rows=(32,), num_steps=10, cores=4, groups=groups)
+    two = replace(one, rows=(16, 16))
+    shared = replace(two, actors_per_node=2)
+    seconds = [rollout_s(stages, layout) for layout in (one, two, shared)]
+    assert seconds == pytest.approx([10 * 4.0, 10 * 2.0, 10 * 4.0])
+
+
+def test_nodes_that_are_alike_need_to_be_simulated_once_only():
+    # With a variation too small to matter, every node is simulated.
+    layout = Layout(rows=(5, 9) * 4 + (3,), num_steps=10, cores=3, actors_per_node=2, groups=2)
+    once = collect_rollouts(STAGES, layout, 1, 0)[0]
+    each = collect_rollouts(replace(STAGES, env_step_cv=1e-12), layout, 1, 0)[0]
+    for name in ("seconds", "device_s", "core_s"):
+        assert getattr(once, name) == pytest.approx(getattr(each, name), rel=1e-6)
+
+
+@pytest.mark.parametrize("cv", [0.3, 1.5])
+def test_varying_environment_steps_keep_their_mean_and_cost_the_slower_of_two(cv):
+    stages = Stages(env_step_s=0.25, env_step_cv=cv)
+    steps = 40_000
+    error = 5 * cv / math.sqrt(steps)
+    alone = rollout_s(stages, Layout(rows=(1,), num_steps=steps, cores=1))
+    assert alone / steps == pytest.approx(0.25, rel=error)
+    # The larger of two log-normal numbers with spread s is on average 2 Phi(s / sqrt 2) of their mean.
+    larger = 2 * norm.cdf(math.sqrt(math.log(1 + cv**2)) / math.sqrt(2))
+    pair = rollout_s(stages, Layout(rows=(2,), num_steps=steps, cores=2))
+    assert pair / steps == pytest.approx(0.25 * larger, rel=error)
+
+
+def test_variation_comes_from_the_seed_and_differs_between_rollouts_and_nodes():
+    stages = replace(STAGES, env_step_cv=0.5)
+    first, again = (collect_rollouts(stages, LAYOUT, 3, 7) for _ in range(2))
+    assert first == again
+    assert len({rollout.seconds for rollout in first + collect_rollouts(stages, LAYOUT, 3, 8)}) == 6
+    one, three = (replace(LAYOUT, rows=(10,) * actors) for actors in (1, 3))
+    # Three times the same draws would do exactly three times the work.
+    assert collect_rollouts(stages, three, 1, 7)[0].core_s != 3 * collect_rollouts(stages, one, 1, 7)[0].core_s
+
+
+# --- the iteration ----------------------------------------------------------------------------------
+
+
+def test_on_policy_every_stage_adds_up():
+    outcome = simulate(STAGES, LAYOUT)
+    expected = ROLLOUT_S + REWARD_S + SCORE_S + UPDATE_S + SYNC_S
+    assert outcome.iteration_s == pytest.approx(expected)
+    assert outcome.decisions_per_s == pytest.approx(600 / expected)
+    assert outcome.actor_idle == pytest.approx(1 - 20 * 0.47 / expected)
+    assert outcome.learner_idle == pytest.approx(1 - (REWARD_S + SCORE_S + UPDATE_S) / expected)
+    assert outcome.core_idle == pytest.approx(1 - 20 * 10 * 0.11 / 4 / expected)
+
+
+def test_reward_workers_score_beside_the_learners():
+    for workers in (1, 2, 7):
+        outcome = simulate(STAGES, replace(LAYOUT, reward_workers=workers))
+        beside = max(600 * 0.0021 / workers, SCORE_S)
+        assert outcome.iteration_s == pytest.approx(ROLLOUT_S + beside + UPDATE_S + SYNC_S)
+        assert outcome.learner_idle == pytest.approx(1 - (SCORE_S + UPDATE_S) / outcome.iteration_s)
+
+
+@pytest.mark.parametrize(("learners", "share"), [(1, 0.0), (2, 1.0), (4, 1.5), (64, 63 / 32)])
+def test_an_all_reduce_moves_twice_what_a_learner_does_not_own(learners, share):
+    stages = Stages(update_row_s=0.01, gradient_bytes=8e9, gradient_bytes_per_s=4e9)
+    layout = Layout(rows=(13,), num_steps=10, cores=16, learners=learners, epochs=2, minibatch=64)
+    # 130 rows are 3 minibatches, twice.
+    assert simulate(stages, layout).iteration_s == pytest.approx(130 * 2 * 0.01 / learners + 6 * share * 2.0)
+
+
+@pytest.mark.parametrize("slower", [1.0, 0.1, 10.0])
+def test_ahead_the_longer_of_rollout_and_learning_sets_the_pace(slower):
+    stages = replace(STAGES, update_row_s=STAGES.update_row_s * slower)
+    outcome = simulate(stages, replace(LAYOUT, ahead=True))
+    learning = REWARD_S + SCORE_S + (UPDATE_S - 0.9) * slower + 0.9
+    assert outcome.iteration_s == pytest.approx(max(ROLLOUT_S, learning) + SYNC_S)
+    assert outcome.learner_idle == pytest.approx(1 - learning / outcome.iteration_s)
+    assert outcome.actor_idle == pytest.approx(1 - 20 * 0.47 / outcome.iteration_s)
+
+
+def test_ahead_changes_nothing_but_the_overlap():
+    # What takes no time cannot be overlapped.
+    stages = replace(STAGES, reward_row_s=0, score_row_s=0, update_row_s=0, gradient_bytes=0)
+    assert simulate(stages, replace(LAYOUT, ahead=True)).iteration_s == pytest.approx(
+        simulate(stages, LAYOUT).iteration_s
+    )
+
+
+def test_colocated_devices_decode_and_learn_in_turn_and_are_handed_over_twice():
+    outcome = simulate(STAGES, replace(LAYOUT, placement="colocated"))
+    learning = REWARD_S + SCORE_S + UPDATE_S
+    expected = ROLLOUT_S + learning + SYNC_S + 2 * 1.9
+    assert outcome.iteration_s == pytest.approx(expected)
+    # Of three devices all decode and two learn.
+    assert outcome.actor_idle == pytest.approx(1 - (3 * 20 * 0.47 + 2 * learning) / (3 * expected))
+    assert outcome.learner_idle == outcome.actor_idle
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_with_variation_the_mean_is_that_of_the_rollouts_after_the_first(ahead):
+    stages = replace(STAGES, env_step_cv=0.8)
+    layout = replace(LAYOUT, ahead=ahead)
+    iterations = 6
+    rollouts = collect_rollouts(stages, layout, iterations + ahead, 3)
+    seconds = [rollout.seconds for rollout in rollouts]
+    learning = REWARD_S + SCORE_S + UPDATE_S
+    # Ahead, the first two rollouts come before the first weights.
+    each = [max(s, learning) if ahead else s + learning for s in seconds[1 + ahead :]]
+    assert len(each) == iterations - 1
+    outcome = simulate(stages, layout, iterations=iterations, seed=3)
+    assert outcome.iteration_s == pytest.approx(np.mean(each) + SYNC_S)
+    core_s = np.mean([rollout.core_s for rollout in rollouts[1 + ahead :]])
+    assert outcome.core_idle == pytest.approx(1 - core_s / (3 * 4 * outcome.iteration_s))
+
+
+# --- the bottleneck ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("decoding", {"decode_row_s": 3.0}),
+        ("simulation", {"env_step_s": 9.0}),
+        ("simulation", {"env_wait_s": 30.0}),  # although the cores idle
+        ("learning", {"update_row_s": 1.0}),
+        ("learning", {"gradient_bytes": 1e11}),
+        ("reward", {"reward_row_s": 1.0}),
+        ("sync", {"sync_bytes": 1e13}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_stage_made_very_slow_is_the_bottleneck(name, changes, ahead):
+    assert simulate(replace(STAGES, **changes), replace(LAYOUT, ahead=ahead)).bottleneck == name
+
+
+def test_on_policy_with_one_group_a_stage_gains_all_of_its_time():
+    gains = simulate(STAGES, LAYOUT).shorter_s
+    simulation = 20 * (3 * 0.11 + 0.029 + 0.0053)
+    expected = {
+        "decoding": 20 * 0.47,
+        "simulation": simulation,
+        "learning": SCORE_S + UPDATE_S,
+        "reward": REWARD_S,
+        "sync": SYNC_S,
+    }
+    assert gains == pytest.approx(expected)
+
+
+def test_the_busiest_stage_is_not_the_bottleneck_where_another_is_as_long_beside_it():
+    # Learning takes 9.9 of 11 s and simulation 10; without either the other remains. Only the sync is in the way.
+    stages = Stages(env_step_s=1.0, score_row_s=0.99, sync_fixed_s=1.0)
+    outcome = simulate(stages, Layout(rows=(1,), num_steps=10, cores=1, ahead=True))
+    assert outcome.bottleneck == "sync"
+    assert outcome.learner_idle == pytest.approx(1 - 9.9 / 11)
+    assert outcome.shorter_s == pytest.approx(
+        {"decoding": 0, "simulation": 0.1, "learning": 0, "reward": 0, "sync": 1}, abs=1e-9
+    )
+
+
+def test_stages_that_hide_each_other_exactly_are_balanced():
+    stages = Stages(env_step_s=1.0, score_row_s=1.0)
+    assert simulate(stages, Layout(rows=(1,), num_steps=10, cores=1, ahead=True)).bottleneck == "balanced"
+
+
+def test_an_infinitely_fast_stage_takes_no_cores_either():
+    # One core for both: without one of them the other runs as if alone.
+    stages = Stages(decode_fixed_s=1.0, env_step_s=2.0)
+    layout = Layout(rows=(3, 3), num_steps=10, cores=1, actors_per_node=2, decode_on_cpu=True)
+    gains = simulate(stages, layout).shorter_s
+    assert gains["decoding"] == pytest.approx(2 * 10 * 1.0)
+    assert gains["simulation"] == pytest.approx(2 * 10 * 3 * 2.0)
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ()}, "no actor"),
+        ({"rows": (4, 0)}, "without environments"),
+        ({"groups": 11}, "10 environments of an actor cannot be split into 11 groups"),
+        ({"placement": "colocated", "ahead": True}, "ahead needs placement 'split'"),
+        ({"placement": "colocated", "learners": 4}, "4 learners cannot be colocated with 3 actors"),
+        ({"placement": "apart"}, "'apart', not 'colocated' or 'split'"),
+        ({"learners": 65}, "a minibatch of 64 rows leaves some of 65 learners none"),
+        ({"cores": 0}, "cores is 0"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"reward_workers": -1}, "reward_workers is -1"),
+        ({"decode_on_cpu": True, "decode_cores": 5}, "decode_cores is 5, but a node has 4 cores"),
+    ],
+)
+def test_an_impossible_layout_is_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(LAYOUT, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env_step_s": -1.0}, "env_step_s is -1.0"),
+        ({"decode_row_s": math.nan}, "decode_row_s is nan"),
+        ({"learner_efficiency": 1.2}, "learner_efficiency is 1.2"),
+        ({"sync_bytes_per_s": 0.0}, "a bandwidth is 0"),
+    ],
+)
+def test_impossible_times_are_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(STAGES, **changes)
+
+
+def test_nothing_to_simulate_is_told():
+    with pytest.raises(ValueError, match="no stage takes any time"):
+        simulate(Stages(), LAYOUT)
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        simulate(STAGES, LAYOUT, iterations=1)
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_best_split_and_the_colocated_pipeline(capsys):
+    # Learning takes three times the rollout: 6 of 8 GPUs learn, and each of the other 2 has half of the cores.
+    stages = Stages(decode_row_s=0.01, score_row_s=0.03)
+    found = table_openvla(stages, rows=16, num_steps=10, node_cores=40, groups=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(found) == len(lines) - 2 == 2 * len(GPU_COUNTS)
+    for index, total in enumerate((8, 16, 32, 64, 128, 256, 512)):
+        (_, split, fast), (_, colocated, slow) = found[2 * index : 2 * index + 2]
+        assert (len(split.rows), split.learners, split.cores) == (total // 4, total * 3 // 4, 20)
+        assert (len(colocated.rows), colocated.learners, colocated.cores) == (total, total, 5)
+        # A GPU alone makes 25 decisions/s; none idles in either.
+        assert fast.decisions_per_s == pytest.approx(25 * total)
+        assert slow.decisions_per_s == pytest.approx(25 * total)
+        assert (
+            f"| {total} | {total // 4} act, {total * 3 // 4} learn, ahead | {25 * total:,}.0 |" in lines[2 + 2 * index]
+        )
+        assert lines[3 + 2 * index].startswith(f"| {total} | colocated | {25 * total:,}.0 |")
+
+
+def test_the_table_takes_the_best_of_the_splits(capsys):
+    for decode_row_s, learners in ((0.07, 1), (0.03, 2), (0.01, 4), (0.002, 6)):
+        stages = Stages(decode_row_s=decode_row_s, score_row_s=0.01)
+        (_, split, _), _ = table_openvla(stages, rows=16, num_steps=10, node_cores=40, groups=1, gpus=(8,))
+        assert split.learners == learners
+
+
+def test_the_table_wants_whole_nodes():
+    with pytest.raises(ValueError, match="12 GPUs are not whole nodes of 8"):
+        table_openvla(STAGES, rows=16, num_steps=10, node_cores=40, gpus=(12,))
