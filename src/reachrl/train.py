@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from reachrl.algorithms.base import UpdateStats
-from reachrl.backends.base import Actors, Learner, Pending
+from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
@@ -73,8 +73,7 @@ class Watcher(Protocol):
 
 def train(
     config: TrainConfig,
-    actors: Actors,
-    learner: Learner,
+    workers: Workers,
     reward: Reward,
     curriculum: TaskSampler,
     run: Run,
@@ -82,11 +81,14 @@ def train(
 ) -> TrainState:
     """Improve one policy with online PPO, from the run's last checkpoint if it has one.
 
+    The same loop whoever the workers are and wherever: this process, or many on a cluster.
+
     Raises:
         DivergedError: a loss, gradient or weight is not finite; nothing of that iteration is saved.
         WorkerError: an environment keeps failing.
     """
     assert isinstance(config.ppo, PPOConfig)
+    actors, learner = workers.actors, workers.learner
     audit = RewardAudit(config.audit, run.videos)
     keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
     state = restore(run, keepers)
@@ -125,7 +127,7 @@ def train(
         warming_up = still_warming_up(config.ppo, state, stats)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
         watcher.iteration(run.log(record))
-        spans = [*run.spans.take(), *actors.take_spans(), *learner.take_spans()]
+        spans = [*run.spans.take(), *workers.take_spans()]
         due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
         if due:
             run.write_timeline(state.iteration - 1, spans, actors.balance())

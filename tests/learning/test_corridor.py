@@ -10,6 +10,7 @@ import pytest
 import torch
 from corridor import LENGTH, CorridorConfig
 
+from reachrl.backends.base import Workers
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.local import LocalActors
 from reachrl.config.curriculum import SuccessRateConfig
@@ -52,7 +53,7 @@ def success_by_iteration(envs, path, seed, reward):
     curriculum = SuccessRateSampler(SuccessRateConfig(), tasks=config.env.tasks, num_starts=30, seed=seed)
     watcher = SimpleNamespace(iteration=lambda record: None)
     with Run.open(path, {}, config_hash="x", tensorboard=False) as run:
-        train(config, actors, learner, reward, curriculum, run, watcher)
+        train(config, Workers(actors=actors, learner=learner), reward, curriculum, run, watcher)
         records = run.metrics.read("train")
     return [record["success_k"] / max(record["success_n"], 1) for record in records]
 

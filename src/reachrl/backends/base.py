@@ -142,12 +142,12 @@ class Workers:
 
     actors: Actors
     learner: Learner
-    score_frames: FrameScoring | None = None  # None: the loop's own process runs the reward model
+    scoring: FrameScoring | None = None  # who runs the reward model; None: the loop's own process
 
-    def close(self) -> None:
-        """Let everyone end."""
-        self.actors.close()
-        self.learner.close()
+    def take_spans(self) -> list[Span]:
+        """Who did what when since the last time."""
+        parts = [self.actors, self.learner] + ([] if self.scoring is None else [self.scoring])
+        return [span for part in parts for span in part.take_spans()]
 
 
 class Backend(ABC):

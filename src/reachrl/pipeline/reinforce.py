@@ -170,8 +170,8 @@ def _train_once(config: TrainConfig, backend: Backend, run: Run, watcher: Watche
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )
     with backend.open(config, run.sft / "policy") as workers:
-        reward = build_reward(config, run, scoring=workers.score_frames)
-        state = train(config, workers.actors, workers.learner, reward, curriculum, run, watcher)
+        reward = build_reward(config, run, scoring=workers.scoring)
+        state = train(config, workers, reward, curriculum, run, watcher)
         replace_folder_atomic(run.policy, workers.learner.save_policy)
     return state
 

@@ -45,8 +45,8 @@ class ClusterActors:
     weights and noise: nothing of the rollout depends on who collected it.
 
     Args:
-        spawn: starts actor number i.
-        count: of actors.
+        processes: the actors.
+        spawn: starts another actor number i.
         total: environments of all.
         rebalance: whether environments move to where they are stepped faster.
 
@@ -55,11 +55,14 @@ class ClusterActors:
         WorkerError: an actor cannot be started.
     """
 
-    def __init__(self, spawn: Callable[[int], Remote], count: int, *, total: int, rebalance: bool) -> None:
+    def __init__(
+        self, processes: Sequence[Remote], spawn: Callable[[int], Remote], *, total: int, rebalance: bool
+    ) -> None:
+        count = len(processes)
         if total < count:
             raise ConfigError(f"backend.actors={count} need an environment each, but env.num_envs={total}: raise it")
         self._spawn, self._total, self._rebalance = spawn, total, rebalance
-        self._actors = [_Actor(spawn(number)) for number in range(count)]
+        self._actors = [_Actor(process) for process in processes]
         self._weights: PackedWeights | None = None
         self._lost_before = 0
         self._redone = 0  # parts of rollouts collected again

@@ -86,7 +86,7 @@ class _Crew:
         self._config, self._backend, self._warm = config, backend, warm
         self._gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         self._group = self._reserve()
-        self._closing: list[Any] = []
+        self._learning: ClusterLearner | None = None
 
     def workers(self, ppo: PPOConfig) -> Workers:
         """Everyone, ready to work.
@@ -96,24 +96,25 @@ class _Crew:
         """
         backend = self._backend
         try:
-            scoring = ClusterScoring(self._reward_worker, backend.reward_workers) if backend.reward_workers else None
-            self._closing.append(scoring)
-            learner = ClusterLearner([self._learner(rank) for rank in range(backend.learners)], ppo)
-            self._closing.append(learner)
+            # All are started before the first is waited for: each imports for seconds.
+            learners = [self._learner(rank) for rank in range(backend.learners)]
+            collecting = [self._actor(number) for number in range(backend.actors)]
+            scorers = [self._reward_worker(number) for number in range(backend.reward_workers)]
+            learner = ClusterLearner(learners, ppo)
             actors = ClusterActors(
-                self._actor, backend.actors, total=self._config.env.num_envs, rebalance=backend.rebalance
+                collecting, self._actor, total=self._config.env.num_envs, rebalance=backend.rebalance
             )
-            self._closing.append(actors)
+            scoring = ClusterScoring(scorers, self._reward_worker) if scorers else None
         except Lost as lost:
             raise WorkerError(f"a process could not be started: {lost}") from lost
-        return Workers(actors=actors, learner=learner, score_frames=scoring)
+        self._learning = learner
+        return Workers(actors=actors, learner=learner, scoring=scoring)
 
     def close(self) -> None:
         """End every process and give the machines back."""
-        for each in reversed(self._closing):
-            if each is not None:
-                each.close()
-        remove_placement_group(self._group)
+        if self._learning is not None:
+            self._learning.close()
+        remove_placement_group(self._group)  # ends whoever is still in it
 
     def _reserve(self) -> PlacementGroup:
         bundles = reservation(self._backend, gpus=self._gpus)
@@ -147,17 +148,14 @@ class _Crew:
         self, kind: type, name: str, bundle: int, cores: float, *arguments: Any, groups: dict[str, int] | None = None
     ) -> Remote:
         shared = self._backend.placement == "colocated" and bundle < self._backend.learners
-        handle = (
-            ray.remote(kind)
-            .options(
-                num_cpus=cores,
-                num_gpus=(0.5 if shared else 1.0) if self._gpus else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
-                max_restarts=0,
-                **({"concurrency_groups": groups} if groups else {}),
-            )
-            .remote(*arguments)
-        )
+        # Ray's own type says nothing of concurrency groups.
+        remote_class: Any = ray.remote(concurrency_groups=groups)(kind) if groups else ray.remote(kind)  # pyright: ignore
+        handle = remote_class.options(
+            num_cpus=cores,
+            num_gpus=(0.5 if shared else 1.0) if self._gpus else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+            max_restarts=0,
+        ).remote(*arguments)
         return Remote(name, handle, self._backend.deadline_s)
 
 

@@ -10,6 +10,7 @@ import ray
 from reachrl.backends.cluster.calls import Call, Lost, Remote
 from reachrl.errors import WorkerError
 from reachrl.rewards.process.base import RewardModel
+from reachrl.run.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +21,15 @@ class ClusterScoring:
     """Deals clips out to reward workers; a lost one is replaced and its clips are scored again.
 
     Args:
-        spawn: starts reward worker number i.
-        count: of workers.
+        processes: the workers.
+        spawn: starts another worker number i.
     """
 
-    def __init__(self, spawn: Callable[[int], Remote], count: int) -> None:
-        self._spawn, self.parallel = spawn, count
-        self._workers = [spawn(number) for number in range(count)]
+    def __init__(self, processes: Sequence[Remote], spawn: Callable[[int], Remote]) -> None:
+        self._workers, self._spawn, self.parallel = list(processes), spawn, len(processes)
         self._model: RewardModel | None = None
         self._stored: Any = None  # the model in the object store
+        self._spans: list[Span] = []
 
     def __call__(
         self, model: RewardModel, clips: np.ndarray, instructions: Sequence[str], *, batch_size: int
@@ -47,15 +48,20 @@ class ClusterScoring:
         calls = [self._workers[number].begin("score", *job) for number, job in enumerate(jobs)]
         return np.concatenate([self._answer(number, call, jobs[number]) for number, call in enumerate(calls)])
 
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            worker.kill()
+    def take_spans(self) -> list[Span]:
+        """When each worker scored."""
+        taken, self._spans = self._spans, []
+        return taken
+
+    def _noted(self, number: int, answer: tuple[np.ndarray, tuple[float, float]]) -> np.ndarray:
+        scores, (began, ended) = answer
+        self._spans.append(Span(f"reward worker {number}", "score frames", began, ended))
+        return scores
 
     def _answer(self, number: int, call: Call, job: tuple) -> np.ndarray:
         for _ in range(_MAX_LOSSES):
             try:
-                return call.result()
+                return self._noted(number, call.result())
             except Lost as lost:
                 log.warning("%s; another process takes its place", lost)
                 self._workers[number].kill()
@@ -63,6 +69,6 @@ class ClusterScoring:
                 self._workers[number].begin("take_model", self._stored)
                 call = self._workers[number].begin("score", *job)
         try:
-            return call.result()
+            return self._noted(number, call.result())
         except Lost as lost:
             raise WorkerError(f"reward worker {number} was lost {_MAX_LOSSES + 1} times in a row: {lost}") from lost

@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from reachrl.rewards.episodes import first_rows
 from reachrl.rewards.process.base import RewardModel
+from reachrl.run.spans import Span
 from reachrl.types import Rollout
 
 CACHE_SIZE = 500_000  # scores remembered, about 100 bytes each
@@ -32,6 +33,10 @@ class FrameScoring(Protocol):
         """P(progress) of each clip, in passes of `batch_size`."""
         ...
 
+    def take_spans(self) -> list[Span]:
+        """Who scored when since the last time."""
+        ...
+
 
 class ScoreHere:
     """Runs the reward model in this process."""
@@ -48,6 +53,10 @@ class ScoreHere:
     ) -> Float32[np.ndarray, "B"]:
         """P(progress) of each clip, in passes of `batch_size`."""
         return model.score(clips, instructions, batch_size=batch_size)
+
+    def take_spans(self) -> list[Span]:
+        """The caller knows."""
+        return []
 
 
 class FrameScorer:
