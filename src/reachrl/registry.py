@@ -51,6 +51,8 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 
+_EXTRAS = {"ray": "ray"}  # packages whose absence first shows here, and the extra that brings them
+
 
 def kinds(group: str) -> dict[str, str]:
     """Every known kind of `group` with the import string of its class (built-ins, then entry points)."""
@@ -67,7 +69,9 @@ def _import(target: str, *, group: str, kind: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name == module_name or not attribute:
             raise ExtensionError(f"{group}: kind {kind!r} points to {target!r}, which does not exist.") from error
-        raise MissingExtra(f"{group}: kind {kind!r} needs the package {error.name!r}: install it.") from error
+        package = (error.name or "").partition(".")[0]
+        how = f"pip install 'reachrl[{_EXTRAS[package]}]'" if package in _EXTRAS else "install it"
+        raise MissingExtra(f"{group}: kind {kind!r} needs the package {error.name!r}: {how}.") from error
     except (ImportError, AttributeError) as error:
         raise ExtensionError(f"{group}: kind {kind!r} ({target!r}) could not be imported: {error}") from error
 

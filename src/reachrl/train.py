@@ -18,6 +18,7 @@ from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from reachrl.run.directory import Run
+from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class Keepers:
             getattr(self, name).load_state_dict(state[name])
 
 
+Timeline = tuple[int, list[Span], list[dict[str, Any]]]
+"""An iteration's number, who did what when in it, and how environments were shared out."""
+
+
 class Watcher(Protocol):
     """Follows the progress of a run; a display, or nothing."""
 
@@ -100,6 +105,7 @@ def train(
             return actors.collect(curriculum.assign, config.num_steps)
 
     ahead: Pending[Rollout] | None = None
+    timeline: Timeline | None = None
     while state.iteration < config.num_iterations:
         collecting = ahead or collect()
         with run.span("rollout"):
@@ -128,9 +134,11 @@ def train(
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
         watcher.iteration(run.log(record))
         spans = [*run.spans.take(), *workers.take_spans()]
+        if timeline is None or (ahead is None) != config.collect_ahead:  # a typical iteration
+            timeline = (state.iteration, spans, actors.balance())
         due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
         if due:
-            run.write_timeline(state.iteration - 1, spans, actors.balance())
+            run.write_timeline(*timeline)
             save(run, state, keepers, keep=config.keep_checkpoints)
     return state
 

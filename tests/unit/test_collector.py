@@ -14,6 +14,7 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import PolicyInput
 from reachrl.registry import build
 from reachrl.rollout.collector import Collector
+from reachrl.rollout.join import join_rollouts
 from reachrl.types import Observation, Start
 
 STEPS = 25
@@ -99,6 +100,42 @@ def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
     for name in ("images", "action_ids", "behaviour_logprobs", "success", "truncated", "final_images", "final_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     assert found.episodes == expected.episodes
+
+
+def same_rollout(found, expected):
+    for name in ("images", "action_ids", "success", "truncated", "valid", "final_images", "final_rows", "progress"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    np.testing.assert_array_equal(found.last_observation.images, expected.last_observation.images)
+    assert (found.instructions, found.episodes) == (expected.instructions, expected.episodes)
+    # Rows are decoded in other batches.
+    np.testing.assert_allclose(found.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-5)
+
+
+def test_who_collects_and_in_which_groups_changes_no_episode():
+    config = toy_config("env.radius=0.2", "env.max_steps=9")  # some succeed early: episodes of all lengths
+    policy, assign = toy_policy(config), assigner(config.env.tasks)
+
+    def actors(shares, first=0):
+        """One actor with groups of these sizes."""
+        groups = [VectorEnv(config.env, count) for count in shares]
+        return LocalActors(policy, groups, seed=5, temperature=1.0, first=first, total=5)
+
+    alone, grouped = actors([5]), actors([2, 1, 2])
+    pair = [actors([3]), actors([1, 1], first=3)]
+    expected = [alone.collect(assign, STEPS).result() for _ in range(2)]
+    assert len({episode.num_steps for episode in expected[1].episodes}) >= 3
+    assert {episode.env for episode in expected[1].episodes} == set(range(5))
+    for one in expected:
+        same_rollout(grouped.collect(assign, STEPS).result(), one)
+    same_rollout(join_rollouts([one.collect(assign, STEPS).result() for one in pair]), expected[0])
+    # The environments are shared out anew, with the episodes that run in them.
+    rows = [row for one in pair for row in one.state_dict()["rows"]]
+    moved = [actors([1]), actors([2, 2], first=1)]
+    moved[0].load_state_dict({"lost_episodes": 0, "rows": rows[:1]})
+    moved[1].load_state_dict({"lost_episodes": 0, "rows": rows[1:]})
+    same_rollout(join_rollouts([one.collect(assign, STEPS).result() for one in moved]), expected[1])
+    for one in (alone, grouped, *pair, *moved):
+        one.close()
 
 
 def test_lost_episodes_are_counted_over_the_whole_run(setting):

@@ -15,6 +15,8 @@ Count = Annotated[int, Field(ge=1)]
 class BackendSection(Section):
     """What every backend knows."""
 
+    kind: str
+    """Which backend: a built-in name or `package.module:Class`."""
     env_groups: Count = 1
     """Groups that the environments of one actor are stepped in: while the simulators of one group step, the actions of
     the next are decoded. Two pay off where decoding and simulation take about as long as each other."""
@@ -26,13 +28,13 @@ class BackendSection(Section):
 class LocalBackendConfig(BackendSection):
     """One process, or as many learners as `torchrun` starts."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local"] = "local"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class RayBackendConfig(BackendSection):
     """Learners, actors with environments and reward workers as Ray actors. Needs the extra `ray`."""
 
-    kind: Literal["ray"] = "ray"
+    kind: Literal["ray"] = "ray"  # pyright: ignore[reportIncompatibleVariableOverride]
     address: str | None = None
     """A running cluster's address, `auto` for the one this machine belongs to; none starts Ray on this machine for the
     time of the run. The run folder must then be on storage that every machine sees."""

@@ -53,6 +53,10 @@ class VectorEnv:
         self._next_starts: list[Start] = []  # of the decision under way
         self._workers.extend(self._spawn(n) for n in range(num_envs))
         for n, reply in self._gather(range(num_envs), _START_TIMEOUT_S).items():
+            if isinstance(reply, WorkerLost) and not reply.kind:  # once more: it may not have been its own fault
+                self._workers[n].kill()
+                self._workers[n] = self._spawn(n)
+                reply = self._gather([n], _START_TIMEOUT_S)[n]
             if isinstance(reply, WorkerLost):
                 self.close()
                 raise self._error(n, reply, "could not be made")

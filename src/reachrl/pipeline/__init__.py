@@ -47,6 +47,11 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and name != "train":
         raise ConfigError(f"torchrun is for `reachrl train`; run the stage {name!r} in one process, without it")
+    if size > 1 and config.backend.kind != "local":
+        raise ConfigError(
+            f"torchrun is for backend.kind=local; backend.kind={config.backend.kind} starts its own processes: run "
+            "`reachrl train` without torchrun"
+        )
     if rank > 0:
         from reachrl.pipeline.reinforce import follow_train
 

@@ -13,7 +13,7 @@ from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import ConfigError, ExtensionError, LearnerLostError
+from reachrl.errors import ExtensionError, LearnerLostError
 from reachrl.pipeline.base import Display, StageProgress
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.registry import build, resolve
@@ -177,15 +177,8 @@ def _train_once(config: TrainConfig, backend: Backend, run: Run, watcher: Watche
 
 
 def follow_train(config: TrainConfig) -> None:
-    """Share the learner's work with the process that `torchrun` numbers 0, until its training ends.
-
-    Raises:
-        ConfigError: the backend starts its processes itself.
-    """
-    backend = build("backends", config.backend)
-    if not isinstance(backend, LocalBackend):
-        raise ConfigError("torchrun is for backend.kind=local; backend.kind=ray starts its processes itself")
-    backend.follow(config)
+    """Share the learner's work with the process that `torchrun` numbers 0, until its training ends."""
+    LocalBackend(config.backend).follow(config)
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:

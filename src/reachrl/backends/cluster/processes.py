@@ -119,7 +119,8 @@ class ActorProcess:
     def load_weights(self, weights: PackedWeights) -> None:
         """Take weights whose buckets lie in the object store."""
         assert self._actors is not None
-        self._policy.to(self._device)
+        if self._hands_over:
+            self._policy.to(self._device)
         references: list[Any] = list(weights.buckets)
         self._actors.load_weights(replace(weights, buckets=tuple(ray.get(references))))
 
@@ -129,9 +130,10 @@ class ActorProcess:
         assert actors is not None
         rollout = actors.collect(assign, num_steps).result()
         seconds, state, figures = time.perf_counter() - began, actors.state_dict(), actors.metrics()
-        if self._hands_over:
+        if self._hands_over and self._device.type != "cpu":
             self._policy.to("cpu")
-            _free()
+            gc.collect()
+            torch.cuda.empty_cache()
         return Collected(
             rollout=rollout,
             rows=state["rows"],
@@ -285,9 +287,3 @@ class RewardProcess:
 def _prepare(config: TrainConfig) -> None:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,27 +1,30 @@
 """How many environments each actor gets: in proportion to how fast it steps them."""
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from itertools import accumulate
 
 
 def proportional_shares(total: int, seconds_per_env: Sequence[float]) -> list[int]:
-    """Environments for each actor so that all need about the same time for one step.
+    """Environments for each actor so that the slowest is done as early as possible.
 
     Args:
         total: environments to share out, at least one for each actor.
         seconds_per_env: what one step of one environment takes, by actor.
 
     Returns:
-        One count per actor; they sum to `total` and none is 0. Largest remainders round up.
+        One count per actor; they sum to `total` and none is 0.
     """
     count = len(seconds_per_env)
     assert total >= count > 0 and min(seconds_per_env) > 0
-    speed = [1 / seconds for seconds in seconds_per_env]
-    wanted = [(total - count) * each / sum(speed) for each in speed]  # beyond the one that everyone has
-    shares = [1 + int(each) for each in wanted]
-    by_remainder = sorted(range(count), key=lambda i: (int(wanted[i]) - wanted[i], i))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
+    shares = [1] * count
+    # Each further one goes where it is done first: for a maximum of sums, dealing out greedily is optimal.
+    done = [(2 * seconds, number) for number, seconds in enumerate(seconds_per_env)]
+    heapify(done)
+    for _ in range(total - count):
+        when, number = heappop(done)
+        shares[number] += 1
+        heappush(done, (when + seconds_per_env[number], number))
     return shares
 
 

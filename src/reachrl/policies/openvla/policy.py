@@ -91,6 +91,11 @@ class OpenVLAPolicy(Policy):
         """The type of the arithmetic behind the log-probs."""
         return getattr(torch, self.config.compute_dtype or self.config.dtype)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "OpenVLAPolicy":
+        """Whatever moves or converts the weights also ends the copy that was made of them for decoding."""
+        self._rollout = None
+        return super()._apply(fn, recurse)
+
     def add_adapters(self, base: Path) -> None:
         """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
         assert self.config.lora is not None
