@@ -12,7 +12,7 @@ from reachrl.backends.cluster.calls import Call, Lost, Remote
 from reachrl.backends.cluster.processes import Collected
 from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
-from reachrl.errors import ConfigError, WorkerError
+from reachrl.errors import WorkerError
 from reachrl.rollout.collector import Assign
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span
@@ -47,20 +47,16 @@ class ClusterActors:
     Args:
         processes: the actors.
         spawn: starts another actor number i.
-        total: environments of all.
+        total: environments of all, at least one for each actor.
         rebalance: whether environments move to where they are stepped faster.
 
     Raises:
-        ConfigError: fewer environments than actors.
         WorkerError: an actor cannot be started.
     """
 
     def __init__(
         self, processes: Sequence[Remote], spawn: Callable[[int], Remote], *, total: int, rebalance: bool
     ) -> None:
-        count = len(processes)
-        if total < count:
-            raise ConfigError(f"backend.actors={count} need an environment each, but env.num_envs={total}: raise it")
         self._spawn, self._total, self._rebalance = spawn, total, rebalance
         self._actors = [_Actor(process) for process in processes]
         self._weights: PackedWeights | None = None
@@ -69,7 +65,7 @@ class ClusterActors:
         self._moved = 0  # times environments moved
         self._gap = 0.0
         self._spans: list[Span] = []
-        self._give_rows(even_shares(total, count), [])
+        self._give_rows(even_shares(total, len(processes)), [])
 
     def load_weights(self, weights: Weights) -> int:
         """Send weights to every actor; each checks that it acts with them."""

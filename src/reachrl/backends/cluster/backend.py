@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,12 @@ class RayBackend(Backend):
     def open(self, config: TrainConfig, warm: Path) -> Iterator[Workers]:
         """Start everyone; on leaving, everyone is ended, and Ray too if it was started here."""
         assert isinstance(config.ppo, PPOConfig)
+        least = self.config.actors * self.config.env_groups
+        if config.env.num_envs < least:
+            raise ConfigError(
+                f"backend.actors={self.config.actors} with backend.env_groups={self.config.env_groups} need {least} "
+                f"environments, but env.num_envs={config.env.num_envs}: raise it, or lower one of the others"
+            )
         bundles = reservation(self.config, gpus=False)
         started = _start_ray(self.config, cpus=math.ceil(sum(bundle["CPU"] for bundle in bundles)))
         crew: _Crew | None = None
@@ -159,6 +166,17 @@ class _Crew:
         return Remote(name, handle, self._backend.deadline_s)
 
 
+def _knock(address: str) -> None:
+    """See whether anyone listens at `host:port`: Ray itself asks for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
     """Connect to the cluster, or start Ray here; whether it was started here.
 
@@ -170,8 +188,9 @@ def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address is not None:
         try:
+            _knock(config.address)
             ray.init(address=config.address, **options)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"backend.address={config.address}: no Ray cluster answers there ({error}). Start one with `ray start "
                 "--head`, or leave the address out to run on this machine"

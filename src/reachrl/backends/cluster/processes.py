@@ -24,6 +24,7 @@ from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
+from reachrl.policies.base import Policy
 from reachrl.rewards.process.base import RewardModel
 from reachrl.rollout.collector import Assign
 from reachrl.run.spans import Span
@@ -85,12 +86,11 @@ class ActorProcess:
     """
 
     def __init__(self, config: TrainConfig, warm: Path, number: int) -> None:
-        _prepare(config)
         assert isinstance(config.backend, RayBackendConfig)
-        self._config, self._number = config, number
-        self._device = device_of(config)
-        self._policy = saved_policy(config, warm).eval()
+        self._config, self._warm, self._number = config, warm, number
         self._hands_over = config.backend.placement == "colocated"
+        # Nothing that may fail is done here: Ray keeps only the text of what a constructor raises.
+        self._policy: Policy | None = None
         self._actors: LocalActors | None = None
 
     def take_rows(self, first: int, count: int, rows: Sequence[dict[str, Any]]) -> str:
@@ -101,6 +101,9 @@ class ActorProcess:
         """
         config = self._config
         assert isinstance(config.ppo, PPOConfig)
+        if self._policy is None:
+            _prepare(config)
+            self._policy = saved_policy(config, self._warm).eval()
         if self._actors is not None:
             self._actors.close()
         self._actors = LocalActors(
@@ -118,19 +121,19 @@ class ActorProcess:
 
     def load_weights(self, weights: PackedWeights) -> None:
         """Take weights whose buckets lie in the object store."""
-        assert self._actors is not None
+        assert self._actors is not None and self._policy is not None
         if self._hands_over:
-            self._policy.to(self._device)
+            self._policy.to(device_of(self._config))
         references: list[Any] = list(weights.buckets)
         self._actors.load_weights(replace(weights, buckets=tuple(ray.get(references))))
 
     def collect(self, assign: Assign, num_steps: int) -> Collected:
         """`num_steps` decisions in every environment."""
         actors, began = self._actors, time.perf_counter()
-        assert actors is not None
+        assert actors is not None and self._policy is not None
         rollout = actors.collect(assign, num_steps).result()
         seconds, state, figures = time.perf_counter() - began, actors.state_dict(), actors.metrics()
-        if self._hands_over and self._device.type != "cpu":
+        if self._hands_over and self._policy.device.type != "cpu":
             self._policy.to("cpu")
             gc.collect()
             torch.cuda.empty_cache()
@@ -159,7 +162,6 @@ class LearnerProcess:
     """
 
     def __init__(self, config: TrainConfig, warm: Path, rank: int) -> None:
-        _prepare(config)
         assert isinstance(config.backend, RayBackendConfig)
         self._config, self._warm, self._rank, self._size = config, warm, rank, config.backend.learners
         self._hands_over = config.backend.placement == "colocated"
@@ -267,13 +269,13 @@ class RewardProcess:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        _prepare(config)
-        self._device = device_of(config)
+        self._config = config
         self._model: RewardModel | None = None
 
     def take_model(self, model: RewardModel) -> None:
         """Score with this model from now on."""
-        self._model = model.to(self._device).eval()
+        _prepare(self._config)
+        self._model = model.to(device_of(self._config)).eval()
 
     def score(
         self, clips: np.ndarray, instructions: Sequence[str], batch_size: int
