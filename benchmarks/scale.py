@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from busy_env import BusyConfig
@@ -36,13 +37,13 @@ from reachrl.rewards.task import TaskReward
 from reachrl.types import Start
 
 STEPS = 40
-POLICY = ["policy.language_model.num_layers=4", "policy.language_model.hidden_size=128"]
+POLICY = [f"policy.language_model.{size}" for size in ("num_layers=4", "hidden_size=256", "intermediate_size=512")]
 
 
 def configuration(*changes: str) -> TrainConfig:
     """The toy preset with a simulator that takes its time and a policy that does, too."""
     options = ["env.kind=busy_env:BusyEnv", "num_threads=1", f"num_steps={STEPS}", "backend.kind=ray", *POLICY]
-    return load_config("toy", [*options, "env.max_steps=15", "env.image_size=24", *changes])
+    return load_config("toy", [*options, "env.max_steps=15", "env.image_size=48", *changes])
 
 
 def assign(number: int) -> Start:
@@ -71,28 +72,31 @@ def collecting_seconds(found: Workers, repeats: int) -> float:
     return min(seconds)
 
 
-def measured_stages(policy: Policy, config: TrainConfig) -> Stages:
-    """Decoding and the answers of simulators that take no time, measured in this process."""
+def measured_stages(policy: Policy, config: TrainConfig, rows: tuple[int, ...]) -> Stages:
+    """Decoding, and the answers of simulators that take no time, measured in this process by number of rows.
+
+    Whatever happens between an answer and the next decoding counts as decoding.
+    """
     free = config.env.model_copy(update={"compute_s": 0.0, "wait_s": 0.0})
-    times = {}
-    for rows in (1, 2, 4, 8):
-        actors = LocalActors(policy, open_groups(free, rows, 1), seed=1, temperature=1.0)
+    decode, answer = [], []
+    for count in rows:
+        actors = LocalActors(policy, open_groups(free, count, 1), seed=1, temperature=1.0)
         actors.collect(assign, 5)
         actors.take_spans()
+        began = time.perf_counter()
         actors.collect(assign, STEPS)
-        spans = actors.take_spans()
+        seconds = time.perf_counter() - began
+        simulating = [span.end - span.start for span in actors.take_spans() if span.what == "simulate"]
         actors.close()
-        times[rows] = [
-            statistics.median(span.end - span.start for span in spans if span.what == what)
-            for what in ("decode", "simulate")
-        ]
-    row = (times[8][0] - times[2][0]) / 6
-    overhead = (times[8][1] - times[2][1]) / 6  # of one environment's answer, on one core of those that are free
+        answer.append(statistics.median(simulating))
+        decode.append((seconds - sum(simulating)) / STEPS)
+    decode_row, decode_fixed = np.polyfit(rows, decode, 1) if len(rows) > 1 else (0.0, decode[0])
+    answer_row, answer_fixed = np.polyfit(rows, answer, 1) if len(rows) > 1 else (0.0, answer[0])
     return Stages(
-        decode_fixed_s=max(0.0, times[2][0] - 2 * row),
-        decode_row_s=row,
-        env_step_s=max(0.0, overhead),
-        step_fixed_s=max(0.0, times[2][1] - 2 * overhead),
+        decode_fixed_s=max(0.0, float(decode_fixed)),
+        decode_row_s=max(0.0, float(decode_row)),
+        env_step_s=max(0.0, float(answer_row)),
+        step_fixed_s=max(0.0, float(answer_fixed)),
     )
 
 
@@ -117,8 +121,8 @@ def compare_actors(repeats: int) -> None:
     for actors in (1, 2):
         config = configuration(f"env.num_envs={actors}", f"backend.actors={actors}", "env.compute_s=0.025")
         policy = new_policy(config).eval()
-        stages = told(measured_stages(policy, config), config)
         with workers(config) as found:
+            stages = told(measured_stages(policy, config, (1,)), config)
             seconds = collecting_seconds(found, repeats)
         layout = Layout(
             rows=(1,) * actors, num_steps=STEPS, cores=os.cpu_count() or 1, actors_per_node=actors, decode_on_cpu=True
@@ -130,10 +134,11 @@ def compare_actors(repeats: int) -> None:
 
 def compare_overlap(repeats: int) -> None:
     """Decoding while other simulators step, where both take equally long."""
-    rows = 8
+    rows = 16
     config = configuration(f"env.num_envs={rows}")
     policy = new_policy(config).eval()
-    stages = measured_stages(policy, config)
+    with workers(config):  # what runs besides costs its share
+        stages = measured_stages(policy, config, (4, 8, 16))
     decode = stages.decode_fixed_s + rows * stages.decode_row_s
     print(f"\nGroups of one actor's {rows} environments; decoding all takes {1e3 * decode:.1f} ms")
     cores = os.cpu_count() or 1
@@ -165,14 +170,12 @@ def iterations(config: TrainConfig, found: Workers, repeats: int) -> dict[str, f
         found.actors.load_weights(found.learner.export_weights())
         return found.actors.collect(assign, STEPS)
 
-    spans, syncs, ahead = [], [], None
+    spans, ahead = [], None
     for iteration in itertools.count():
         began = time.perf_counter()
         rollout = (ahead or collect()).result()
         if config.collect_ahead:
-            at = time.perf_counter()
             ahead = collect()
-            syncs.append(time.perf_counter() - at)
         scored = found.learner.score(rollout).result()
         found.learner.update(rollout, reward(rollout), scored, iteration=iteration, train_policy=True)
         took.append(time.perf_counter() - began)
@@ -191,13 +194,11 @@ def compare_ahead(repeats: int) -> None:
     options = [f"env.num_envs={rows}", "ppo.importance_cap=2.0", "reward.kind=task", "ppo.minibatch_size=80"]
     config = configuration(*options)
     policy = new_policy(config).eval()
-    stages = measured_stages(policy, config)
     with workers(config) as found:
+        stages = measured_stages(policy, config, (rows,))
         alone = iterations(config, found, repeats)
-        at = time.perf_counter()
-        for _ in range(3):
-            found.actors.load_weights(found.learner.export_weights())
-        sync = (time.perf_counter() - at) / 3
+        # Weights, rollouts and rewards on their way.
+        transport = alone["iteration"] - alone["score"] - alone["update"] - collecting_seconds(found, repeats)
     learning = alone["score"] + alone["update"]
     # A simulator that waits for as long as makes collecting take as long as learning.
     decode = stages.decode_fixed_s + rows * stages.decode_row_s
@@ -212,7 +213,7 @@ def compare_ahead(repeats: int) -> None:
             told(stages, config),
             score_row_s=alone["score"] / decisions,
             update_row_s=alone["update"] / decisions / config.ppo.epochs,  # pyright: ignore
-            sync_fixed_s=sync,
+            sync_fixed_s=max(0.0, transport),
         )
         layout = Layout(
             rows=(rows,), num_steps=STEPS, cores=os.cpu_count() or 1, decode_on_cpu=True, ahead=ahead,

@@ -25,6 +25,9 @@ from reachrl.errors import ReachRLError
 from reachrl.registry import build, section_class
 from reachrl.types import Start
 
+# Whoever decodes the next actions gets a core at once: many simulators wait for it, it waits for the slowest only.
+_NICENESS = 10
+
 
 class Worker:
     """Answers the parent's commands with one environment.
@@ -119,6 +122,7 @@ def serve(connection: Connection) -> None:
 def main() -> None:
     """Entry point of the worker process: file descriptor of the pipe and the parent's process id."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.nice(_NICENESS)
     pipe, parent = int(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     serve(Connection(pipe))

@@ -199,6 +199,7 @@ def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
     # What plug-ins are found by must hold in the processes too.
     search_path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default all are so low that simulators cannot be lower
     ray.init(
         num_cpus=cpus,  # reservations are for clusters: here the processes share what there is
         include_dashboard=False,
