@@ -123,6 +123,6 @@ def test_the_probe_looks_at_the_temperature_too() -> None:
     assert actor_gap(policy, weights, seed=3, image_size=24, temperature=1.2) < 1e-5
     with pytest.raises(WorkerError):
         actor_gap(policy, weights, seed=3, image_size=24, temperature=1.0)
-    assert np.isfinite(weights.probe_logprobs).all() and weights.num_bytes == sum(
+    assert np.isfinite(weights.probe_logprobs).all() and sum(bucket.data.nbytes for bucket in weights.buckets) == sum(
         p.numel() * 4 for _, p in acting_parameters(policy, train_vision=False)
     )

@@ -65,11 +65,6 @@ class PackedWeights:
     probe_ids: np.ndarray  # i64[P A]
     probe_logprobs: np.ndarray  # f32[P A]
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(bucket.data.nbytes for bucket in self.buckets)
-
 
 def acting_parameters(policy: Policy, *, train_vision: bool) -> list[tuple[str, Tensor]]:
     """What training changes and acting reads, by name, in alphabetical order: the same on both sides."""

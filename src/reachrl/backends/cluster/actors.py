@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from reachrl.backends.base import Pending, Weights
-from reachrl.backends.cluster.calls import Call, Lost, Remote
+from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
 from reachrl.backends.cluster.processes import Collected
 from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
@@ -36,6 +36,10 @@ class _Actor:
         self.seconds: float | None = None  # of the last rollout
         self.seconds_per_env: float | None = None  # of one step of one environment; None: not measured yet
         self.measured = 0  # rollouts with these environments
+
+    def begin(self, method: str, *arguments: Any) -> Call:
+        """Send a call to whichever process this actor is now."""
+        return self.remote.begin(method, *arguments)
 
 
 class ClusterActors:
@@ -78,7 +82,10 @@ class ClusterActors:
     def collect(self, assign: Assign, num_steps: int) -> Pending[Rollout]:
         """Begin a rollout in every actor."""
         # Stored as it is now: a part that is collected again must not see what the curriculum learns meanwhile.
-        return _Collecting(self, ray.put(assign), num_steps)
+        stored = ray.put(assign)
+        begin = [partial(actor.begin, "collect", stored, num_steps) for actor in self._actors]
+        calls = [each() for each in begin]
+        return Later(partial(self._finish, calls, begin, num_steps))
 
     def metrics(self) -> dict[str, float]:
         """Losses, repetitions, moves, and how far the actors' log-probs are from the learner's."""
@@ -127,16 +134,9 @@ class ClusterActors:
 
     # ---- rollouts ----
 
-    def begin(self, number: int, assign: Any, num_steps: int) -> Call:
-        """Begin one actor's part of a rollout."""
-        return self._actors[number].remote.begin("collect", assign, num_steps)
-
-    def finish(self, calls: Sequence[Call], assign: Any, num_steps: int) -> Rollout:
+    def _finish(self, calls: Sequence[Call], again: Sequence[Callable[[], Call]], num_steps: int) -> Rollout:
         """Wait for all parts; those of lost actors are collected again."""
-        parts = [
-            self._insist(number, call, partial(self.begin, number, assign, num_steps))
-            for number, call in enumerate(calls)
-        ]
+        parts = [self._insist(number, call, again[number]) for number, call in enumerate(calls)]
         for actor, part in zip(self._actors, parts, strict=True):
             self._note(actor, part, num_steps)
         self._gap = max(part.gap for part in parts)
@@ -210,20 +210,9 @@ class ClusterActors:
         """A successor, with what the lost one had before it was asked for `method`."""
         actor = self._actors[number]
         actor.remote.kill()
-        actor.remote, actor.measured = self._spawn(number), 0
+        self._lost_before += actor.lost_episodes  # the successor counts from 0
+        actor.remote, actor.measured, actor.lost_episodes = self._spawn(number), 0, 0
         if method != "take_rows":
             actor.remote.call("take_rows", *self._share(number))
         if method == "collect":
             actor.remote.call("load_weights", self._weights)
-
-
-class _Collecting:
-    """A rollout under way."""
-
-    def __init__(self, actors: ClusterActors, assign: Any, num_steps: int) -> None:
-        self._finish = partial(actors.finish, assign=assign, num_steps=num_steps)
-        self._calls = [actors.begin(number, assign, num_steps) for number in range(len(actors._actors))]
-
-    def result(self) -> Rollout:
-        """Wait for every actor."""
-        return self._finish(self._calls)

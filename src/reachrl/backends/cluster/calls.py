@@ -1,6 +1,6 @@
 """Calls to Ray actors that never wait for ever, and say who was lost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -45,6 +45,17 @@ class Remote:
     def kill(self) -> None:
         """End the process now, whatever it is doing."""
         ray.kill(self.handle, no_restart=True)
+
+
+class Later:
+    """Work under way whose end somebody has to wait for.
+
+    Args:
+        wait: waits and returns what came of it.
+    """
+
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.result = wait
 
 
 class Call:

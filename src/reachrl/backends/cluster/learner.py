@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import ray
 
 from reachrl.algorithms.base import UpdateStats
 from reachrl.backends.base import Pending
-from reachrl.backends.cluster.calls import Call, Lost, Remote
+from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.ppo import PPOConfig
 from reachrl.errors import LearnerLostError
@@ -28,7 +29,6 @@ class ClusterLearner:
     Args:
         processes: the leader first.
         config: the `ppo` section.
-        resumed: after `load`, the version of the weights.
 
     Raises:
         LearnerLostError: here and in every method: a process died or hung.
@@ -46,8 +46,7 @@ class ClusterLearner:
 
     def export_weights(self) -> PackedWeights:
         """The current version, its buckets in the object store."""
-        packed, self.sent_bytes = self._ask("pack_weights")
-        return packed
+        return self._ask("pack_weights")
 
     def score(self, rollout: Rollout) -> Pending[Scored]:
         """Begin to compute log-probs and values of a rollout."""
@@ -56,7 +55,7 @@ class ClusterLearner:
         offers = [each.begin("offer", self._offered, stored) for each in (self._leader, *self._others)]
         for offer in offers:
             self._wait(offer)
-        return _Scoring(self, self._leader.begin("score", self._offered))
+        return Later(partial(self._wait, self._leader.begin("score", self._offered)))
 
     def update(
         self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
@@ -107,14 +106,3 @@ class ClusterLearner:
         except Lost as lost:
             self.kill()
             raise LearnerLostError(f"{lost}; the last checkpoint is whole") from lost
-
-
-class _Scoring:
-    """Scoring under way."""
-
-    def __init__(self, learner: ClusterLearner, call: Call) -> None:
-        self._learner, self._call = learner, call
-
-    def result(self) -> Scored:
-        """Wait for it."""
-        return self._learner._wait(self._call)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 
 from reachrl.algorithms.base import UpdateStats
 from reachrl.backends.building import device_of, saved_policy
@@ -24,6 +25,7 @@ from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
+from reachrl.errors import LearnerLostError
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.base import RewardModel
 from reachrl.rollout.collector import Assign
@@ -120,12 +122,22 @@ class ActorProcess:
         return socket.gethostname()
 
     def load_weights(self, weights: PackedWeights) -> None:
-        """Take weights whose buckets lie in the object store."""
+        """Take weights whose buckets lie in the object store.
+
+        Raises:
+            LearnerLostError: they went with the learner that put them there.
+        """
         assert self._actors is not None and self._policy is not None
         if self._hands_over:
             self._policy.to(device_of(self._config))
         references: list[Any] = list(weights.buckets)
-        self._actors.load_weights(replace(weights, buckets=tuple(ray.get(references))))
+        try:
+            buckets = tuple(ray.get(references))
+        except ObjectLostError as error:
+            raise LearnerLostError(
+                f"weights version {weights.version} were lost with the learner that sent them"
+            ) from error
+        self._actors.load_weights(replace(weights, buckets=buckets))
 
     def collect(self, assign: Assign, num_steps: int) -> Collected:
         """`num_steps` decisions in every environment."""
@@ -205,8 +217,8 @@ class LearnerProcess:
         self._own = LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole)
         return self._own, group
 
-    def pack_weights(self) -> tuple[PackedWeights, int]:
-        """The weights with their buckets in the object store, and their size in bytes."""
+    def pack_weights(self) -> PackedWeights:
+        """The weights with their buckets in the object store."""
         learner = self._learner
         assert learner is not None
         size = self._config.env.image_size
@@ -216,7 +228,7 @@ class LearnerProcess:
         stored = tuple(ray.put(bucket) for bucket in packed.buckets)
         if self._hands_over:
             learner.hand_over()
-        return replace(packed, buckets=stored), packed.num_bytes
+        return replace(packed, buckets=stored)
 
     @ray.method(concurrency_group="offers")
     def offer(self, number: int, rollout: Rollout) -> None:

@@ -1,5 +1,6 @@
 """Runs a reward model in several processes."""
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ class ClusterScoring:
             WorkerError: a worker is lost again and again.
         """
         if model is not self._model:
-            self._model, self._stored = model, ray.put(model)
+            self._model, self._stored = model, ray.put(copy.deepcopy(model).cpu())
             for worker in self._workers:
                 worker.begin("take_model", self._stored)
         parts = [rows for rows in np.array_split(np.arange(len(clips)), self.parallel) if len(rows)]
