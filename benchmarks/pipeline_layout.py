@@ -72,7 +72,7 @@ class Layout:
     """The next rollout is collected while the learners work on the last one, with weights one update old."""
     decode_on_cpu: bool = False
     decode_cores: int = 1
-    """Cores of the node that a forward pass takes, with `decode_on_cpu`."""
+    """Cores of the node that a forward pass takes from the simulators, with `decode_on_cpu`."""
 
     def __post_init__(self):
         if not self.rows or min(self.rows) < 1:

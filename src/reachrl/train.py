@@ -13,6 +13,7 @@ from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
+from reachrl.evaluate import HeldoutCurve
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
@@ -97,10 +98,14 @@ def train(
     audit = RewardAudit(config.audit, run.videos)
     keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
     state = restore(run, keepers)
+    heldout = HeldoutCurve(config, workers.evaluator, run.metrics.log)
 
     def collect() -> Pending[Rollout]:
         with run.span("sync"):
-            actors.load_weights(learner.export_weights())
+            weights = learner.export_weights()
+            actors.load_weights(weights)
+        with run.span("evaluate"):
+            heldout.begin(weights)
         with run.span("rollout"):
             return actors.collect(curriculum.assign, config.num_steps)
 
@@ -138,6 +143,7 @@ def train(
             timeline = (state.iteration, spans, actors.balance())
         due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
         if due:
+            heldout.finish()
             run.write_timeline(*timeline)
             save(run, state, keepers, keep=config.keep_checkpoints)
     return state
@@ -219,15 +225,20 @@ def restore(run: Run, keepers: Keepers) -> TrainState:
     """
     folder = latest_checkpoint(run.checkpoints)
     if folder is None:
-        run.metrics.truncate_after("train", "iteration", -1)
+        _forget_after(run, -1)
         return TrainState(warming_up=_starts_in_warm_up(keepers.learner))
     verify_checkpoint(folder)
     saved = json.loads((folder / "state.json").read_text())
     state = TrainState(**saved["train"])
     keepers.learner.load(folder, version=state.iteration)
     keepers.load_state_dict(saved)
-    run.metrics.truncate_after("train", "iteration", state.iteration - 1)
+    _forget_after(run, state.iteration - 1)
     return state
+
+
+def _forget_after(run: Run, iteration: int) -> None:
+    for kind in ("train", "heldout"):
+        run.metrics.truncate_after(kind, "iteration", iteration)
 
 
 def _starts_in_warm_up(learner: Learner) -> bool:

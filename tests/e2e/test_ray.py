@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 pytest.importorskip("ray")
 
 OPTIONS = ["toy", "num_iterations=6", "checkpoint_every=2", "env.num_envs=4", "num_threads=1"]
+OPTIONS += ["eval.during_every=3", "eval.during_starts=4"]
 RAY = ["backend.kind=ray", "backend.actors=2", "backend.learners=2", "backend.deadline_s=90"]
 
 
@@ -37,11 +38,11 @@ def finish(process: subprocess.Popen) -> str:
     return said
 
 
-def records(folder: Path) -> list[dict]:
+def records(folder: Path, kind: str = "train") -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
-    return [record for record in found if record["kind"] == "train"]
+    return [record for record in found if record["kind"] == kind]
 
 
 def wait_for(folder: Path, iterations: int) -> None:
@@ -85,6 +86,8 @@ def assert_same_run(folder: Path, expected: Path) -> None:
             if name != "kind" and not name.startswith("seconds/"):
                 wanted = one[name] if one[name] is None else pytest.approx(one[name], rel=2e-3, abs=2e-5)
                 assert other[name] == wanted, (one["iteration"], name)
+    assert [record["iteration"] for record in records(expected, "heldout")] == [0, 3]
+    assert records(folder, "heldout") == records(expected, "heldout")
     weights, found = (load_file(run / "policy" / "model.safetensors") for run in (expected, folder))
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
@@ -102,7 +105,8 @@ def test_many_processes_train_as_one_does_even_if_an_actor_is_killed(warm, alone
     assert "another process takes its place" in said and "actor" in said
     assert_same_run(folder, alone)
     timeline = json.loads((folder / "timeline.json").read_text())
-    assert {span["who"] for span in timeline["spans"]} == {"loop", "actor 0", "actor 1", "learner", "reward worker 0"}
+    names = {span["who"] for span in timeline["spans"]}
+    assert names == {"loop", "actor 0", "actor 1", "learner", "reward worker 0"}
     assert [entry["rows"] for entry in timeline["balance"]] in ([2, 2], [3, 1], [1, 3])
     assert all(record["weight_sync/gap"] < 1e-4 for record in records(folder))
 

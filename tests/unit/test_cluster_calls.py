@@ -120,8 +120,8 @@ def test_whoever_of_the_company_died_is_the_guilty_one(spawn):
 
 def test_what_is_reserved():
     split = RayBackendConfig(learners=2, actors=3, reward_workers=1, cpus_per_actor=4)
-    cpus = [bundle["CPU"] for bundle in reservation(split, gpus=False)]
+    cpus = [bundle["CPU"] for bundle in reservation(split, gpus=False, evaluator=False)]
     assert cpus == [1, 1, 4, 4, 4, 1]
-    assert [bundle["GPU"] for bundle in reservation(split, gpus=True)] == [1] * 6
+    assert [bundle["GPU"] for bundle in reservation(split, gpus=True, evaluator=True)] == [1] * 7
     pairs = RayBackendConfig(learners=2, actors=2, placement="colocated", cpus_per_actor=4)
-    assert reservation(pairs, gpus=True) == [{"CPU": 5, "GPU": 1}] * 2
+    assert reservation(pairs, gpus=True, evaluator=False) == [{"CPU": 5, "GPU": 1}] * 2

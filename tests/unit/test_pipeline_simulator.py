@@ -1,4 +1,4 @@
-"""The pipeline simulator against closed forms, and its rollout against a plain `simpy` model of one event per task."""
+"""The pipeline simulator against closed forms, and its rollout against a model that deals out tiny slices of time."""
 
 import math
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simpy
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -36,7 +35,7 @@ STAGES = Stages(
 )
 LAYOUT = Layout(rows=(10, 10, 10), num_steps=20, cores=4, learners=2, epochs=3, minibatch=64)
 # 600 decisions, of which 10 make 10 minibatches of 64 and 3 epochs 30 steps; two learners, each sends half twice.
-ROLLOUT_S = 20 * (0.3 + 10 * 0.017 + 3 * 0.11 + 0.029 + 0.0053)
+ROLLOUT_S = 20 * (0.3 + 10 * 0.017 + 10 / 4 * 0.11 + 0.029 + 0.0053)
 REWARD_S = 600 * 0.0021 / 2
 SCORE_S = 600 * 0.0031 / 2
 UPDATE_S = 600 * 3 * 0.0057 / 2 / 0.8 + 30 * 0.03
@@ -50,64 +49,95 @@ def rollout_s(stages: Stages, layout: Layout, seed: int = 0) -> float:
 # --- the rollout ------------------------------------------------------------------------------------
 
 
-def plain_rollout(stages: Stages, layout: Layout, rows: tuple[int, ...], env_s: np.ndarray) -> tuple[float, float]:
-    """Seconds of a rollout on one node and of work on its cores: every task is a process and queues for a core."""
-    env = simpy.Environment()
-    cores, device_of = simpy.Resource(env, layout.cores), [simpy.Resource(env) for _ in rows]
-    worked = []
-
-    def task(seconds, width=1):
-        wanted = [cores.request() for _ in range(width)]
-        for request in wanted:
-            yield request
-        yield env.timeout(seconds)
-        worked.append(width * seconds)
-        for request in wanted:
-            cores.release(request)
-
-    def environment(seconds):
-        yield env.process(task(seconds))
-        yield env.timeout(stages.env_wait_s)
-
-    def group(actor, columns):
-        decode_s = stages.decode_fixed_s + stages.decode_row_s * len(columns)
-        for step in range(layout.num_steps):
-            turn = device_of[actor].request()
-            yield turn
-            if layout.decode_on_cpu:
-                yield env.process(task(decode_s, layout.decode_cores))
-            else:
-                yield env.timeout(decode_s)
-            device_of[actor].release(turn)
-            yield env.all_of([env.process(environment(env_s[step, column])) for column in columns])
-            yield env.timeout(stages.step_fixed_s)
-
-    ends = np.cumsum([0, *rows])
+def sliced_rollout(
+    stages: Stages, layout: Layout, rows: tuple[int, ...], env_s: np.ndarray, slice_s: float
+) -> tuple[float, float]:
+    """Seconds of a rollout on one node and of work on its cores: in each slice of time, cores are dealt out anew."""
+    ends, groups = np.cumsum([0, *rows]), []
     for actor in range(len(rows)):
         for columns in np.array_split(np.arange(ends[actor], ends[actor + 1]), layout.groups):
-            env.process(group(actor, columns))
-    env.run()
-    return env.now, sum(worked)
+            groups.append({"actor": actor, "columns": columns, "step": 0, "doing": "queue", "left": [], "since": 0})
+    number, worked = 0, 0.0
+    while True:
+        for group in sorted(groups, key=lambda group: group["since"]):  # who has waited longest decodes
+            _move_on(stages, layout, group, groups, env_s, number)
+        if all(group["doing"] == "done" for group in groups):
+            return number * slice_s, worked
+        decoders = [group for group in groups if group["doing"] == "decode"]
+        wide = layout.decode_cores if layout.decode_on_cpu else 0
+        decode_cores = min(layout.cores, wide * len(decoders))
+        tasks = sum(left > 0 for group in groups if group["doing"] == "simulate" for left in group["left"])
+        speeds = {
+            "decode": decode_cores / (wide * len(decoders)) if wide and decoders else 1.0,
+            "simulate": min(1.0, (layout.cores - decode_cores) / tasks) if tasks else 1.0,
+            "wait": 1.0,
+        }
+        for group in groups:
+            speed = speeds.get(group["doing"], 0.0) * slice_s
+            cores = {"decode": wide, "simulate": 1}.get(group["doing"], 0)
+            worked += cores * sum(min(speed, left) for left in group["left"])
+            group["left"] = [max(0.0, left - speed) for left in group["left"]]
+        number += 1
 
 
-@pytest.mark.parametrize("decode_cores", [0, 1, 3])
-@pytest.mark.parametrize("groups", [1, 2, 3])
-@pytest.mark.parametrize("rows", [(7,), (5, 9), (6, 3, 11)], ids=str)
-def test_a_rollout_takes_what_one_event_per_task_takes(rows, groups, decode_cores):
-    cpu = {"decode_on_cpu": True, "decode_cores": decode_cores} if decode_cores else {}
-    layout = Layout(rows=rows, num_steps=15, cores=4, actors_per_node=3, groups=groups, **cpu)
-    env_s = np.random.default_rng(sum(rows) + groups).lognormal(-2, 0.7, (15, sum(rows)))
-    node = node_rollout(STAGES, layout, rows, env_s)
-    seconds, core_s = plain_rollout(STAGES, layout, rows, env_s)
-    assert node.seconds == pytest.approx(seconds, rel=1e-9)
+def _move_on(stages: Stages, layout: Layout, group: dict, groups: list[dict], env_s: np.ndarray, number: int) -> None:
+    """Start what follows, in this slice, for a group that has nothing left of what it does."""
+    while not any(group["left"]) and group["doing"] != "done":
+        if group["doing"] == "queue":
+            others = [other for other in groups if other["actor"] == group["actor"] and other is not group]
+            if any(other["doing"] == "decode" for other in others):
+                return
+            decode_s = stages.decode_fixed_s + stages.decode_row_s * len(group["columns"])
+            group.update(doing="decode", left=[decode_s])
+        elif group["doing"] == "decode":
+            group.update(doing="simulate", left=list(env_s[group["step"], group["columns"]]))
+        elif group["doing"] == "simulate":
+            group.update(doing="wait", left=[stages.env_wait_s + stages.step_fixed_s])
+        else:
+            step = group["step"] + 1
+            group.update(doing="queue" if step < layout.num_steps else "done", left=[], step=step, since=number)
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_a_rollout_takes_what_dealing_out_slices_takes(case):
+    generator = np.random.default_rng(case)
+    rows = tuple(generator.integers(2, 6, generator.integers(1, 4)).tolist())
+    cores, slice_s = int(generator.integers(1, 5)), 1e-4
+    layout = Layout(
+        rows=rows,
+        num_steps=4,
+        cores=cores,
+        actors_per_node=3,
+        groups=int(generator.integers(1, min(rows) + 1)),
+        decode_on_cpu=case % 4 > 0,
+        decode_cores=int(generator.integers(1, cores + 1)),
+    )
+    decode_fixed_s, decode_row_s, env_wait_s, step_fixed_s = generator.uniform(0, [0.04, 0.01, 0.01, 0.01])
+    stages = Stages(
+        decode_fixed_s=decode_fixed_s, decode_row_s=decode_row_s, env_wait_s=env_wait_s, step_fixed_s=step_fixed_s
+    )
+    env_s = generator.lognormal(-3.5, 0.7, (4, sum(rows)))
+    node = node_rollout(stages, layout, rows, env_s)
+    seconds, core_s = sliced_rollout(stages, layout, rows, env_s, slice_s)
+    # Each of three stages in each of 4 steps ends with its slice, which is late, also for the other actors.
+    assert seconds - 3 * 4 * len(rows) * slice_s < node.seconds < seconds
     assert node.core_s == pytest.approx(core_s, rel=1e-9)
 
 
-@pytest.mark.parametrize(("rows", "cores", "waves"), [(1, 4, 1), (8, 4, 2), (9, 4, 3), (9, 1, 9), (9, 64, 1)])
-def test_one_group_alternates_between_decoding_and_waves_of_simulation(rows, cores, waves):
+@pytest.mark.parametrize(("rows", "cores"), [(1, 4), (4, 4), (8, 4), (9, 4), (9, 1), (9, 64)])
+def test_one_group_alternates_between_decoding_and_simulation_that_shares_the_cores(rows, cores):
     layout = Layout(rows=(rows,), num_steps=20, cores=cores)
-    step_s = 0.3 + 0.017 * rows + waves * 0.11 + 0.029 + 0.0053
+    step_s = 0.3 + 0.017 * rows + max(1, rows / cores) * 0.11 + 0.029 + 0.0053
     assert rollout_s(STAGES, layout) == pytest.approx(20 * step_s)
+
+
+def test_on_one_core_the_shorter_of_two_tasks_ends_at_twice_its_length_and_the_longer_at_the_sum():
+    layout = Layout(rows=(1, 1), num_steps=2, cores=1, actors_per_node=2)
+    together = Layout(rows=(2,), num_steps=1, cores=1)
+    assert node_rollout(Stages(), together, (2,), np.array([[0.3, 0.5]])).seconds == pytest.approx(0.3 + 0.5)
+    # The first actor's second step begins 1 s after its first has ended, when the other's is over, and takes 7 s.
+    node = node_rollout(Stages(env_wait_s=1.0), layout, (1, 1), np.array([[0.3, 0.5], [7.0, 0.0]]))
+    assert node.seconds == pytest.approx(2 * 0.3 + 1.0 + 7.0 + 1.0)
 
 
 @pytest.mark.parametrize("env_step_s", [0.02, 0.19, 0.2, 0.21, 1.3])
@@ -125,19 +155,77 @@ def test_two_groups_on_too_few_cores_are_bound_by_the_cores():
     assert rollout_s(stages, Layout(rows=(8,), num_steps=30, cores=2, groups=2)) == pytest.approx(0.1 + 30 * 4)
 
 
+@pytest.mark.parametrize("simulation_s", [0.4, 0.9, 1.0, 1.1, 3.0])
+def test_of_two_groups_on_two_cores_one_decodes_on_the_core_that_the_other_leaves(simulation_s):
+    # 1 s of decoding a group, then 4 tasks. While the other group decodes, a group simulates on one core.
+    stages = Stages(decode_fixed_s=1.0, env_step_s=simulation_s / 4)
+    layout = Layout(rows=(8,), num_steps=30, cores=2, groups=2, decode_on_cpu=True)
+    # Short tasks are over before the other group is decoded: the device never rests, the last group ends on both
+    # cores. Long ones share both cores until the first group is done: the other has then 1 s of work left, which it
+    # gets on one core while the first decodes, so that both cores work from the second decoding on. At the end the
+    # first group decodes no more, and this last second takes half.
+    expected = 30 * 2 + simulation_s / 2 if simulation_s < 1 else 30 * (1 + simulation_s) + 0.5
+    assert rollout_s(stages, layout) == pytest.approx(expected)
+
+
+def test_decoding_takes_the_only_core_from_a_simulator():
+    # The first group's simulator stands still while the second decodes; then both share the core and end together.
+    stages = Stages(decode_fixed_s=1.0, env_step_s=0.3, env_wait_s=0.2)
+    layout = Layout(rows=(2,), num_steps=10, cores=1, groups=2, decode_on_cpu=True)
+    assert rollout_s(stages, layout) == pytest.approx(10 * (2 * 1.0 + 2 * 0.3 + 0.2))
+
+
+@pytest.mark.parametrize(("decode_cores", "seconds"), [(1, 1.0), (2, 4 / 3), (3, 2.0)])
+def test_decoding_processes_share_the_cores_where_they_want_more_than_there_are(decode_cores, seconds):
+    stages = Stages(decode_fixed_s=1.0, env_step_s=0.3)
+    layout = Layout(
+        rows=(1, 1), num_steps=10, cores=3, actors_per_node=2, decode_on_cpu=True, decode_cores=decode_cores
+    )
+    assert rollout_s(stages, layout) == pytest.approx(10 * (seconds + 0.3))
+
+
+def test_decoding_leaves_the_simulators_its_other_cores_and_not_one_more():
+    # Of 4 cores the second decoding takes 3: for 1 s the two simulators of the first group share one.
+    layout = Layout(rows=(4,), num_steps=1, cores=4, groups=2, decode_on_cpu=True, decode_cores=3)
+    node = node_rollout(Stages(decode_fixed_s=1.0), layout, (4,), np.array([[3.0, 3.0, 1.0, 1.0]]))
+    assert node.seconds == pytest.approx(1 + 1 + (3 - 0.5))
+
+
+@pytest.mark.parametrize("first_s", [0.1, 0.2, 0.3, 0.6, 0.7])
+@pytest.mark.parametrize("wait_s", [0.3, 0.6, 0.7])
+def test_a_task_that_ends_when_another_actor_decodes_again_is_not_held_up_by_rounding(first_s, wait_s):
+    # On one core, the second actor's longer task ends at the moment at which the first actor has waited.
+    stages = Stages(decode_fixed_s=0.1, env_wait_s=wait_s)
+    layout = Layout(rows=(1, 1), num_steps=2, cores=1, actors_per_node=2, decode_on_cpu=True)
+    env_s = np.array([[first_s, first_s + wait_s], [0.0, 0.0]])
+    tie_s = 2 * 0.1 + first_s + (first_s + wait_s)
+    assert node_rollout(stages, layout, (1, 1), env_s).seconds == pytest.approx(tie_s + wait_s + 0.1 + wait_s)
+
+
 def test_the_slowest_actor_ends_the_rollout():
     alone = [rollout_s(STAGES, replace(LAYOUT, rows=(rows,))) for rows in (4, 17, 9)]
     assert rollout_s(STAGES, replace(LAYOUT, rows=(4, 17, 9))) == max(alone) == alone[1]
 
 
 def test_what_takes_no_time_waits_for_no_core():
-    # One core that always decodes, and environments that only wait: of all waits only the last is not hidden.
+    # One core on which three actors decode together, and environments that only wait.
     layout = Layout(rows=(1, 1, 1), num_steps=10, cores=1, actors_per_node=3, decode_on_cpu=True)
-    assert rollout_s(Stages(decode_fixed_s=1.0, env_wait_s=0.7), layout) == pytest.approx(3 * 10 + 0.7)
+    assert rollout_s(Stages(decode_fixed_s=1.0, env_wait_s=0.7), layout) == pytest.approx(10 * (3 + 0.7))
+    # The second group decodes on the only core while the environments of the first, which take none, wait.
+    layout = Layout(rows=(2,), num_steps=10, cores=1, groups=2, decode_on_cpu=True)
+    assert rollout_s(Stages(decode_fixed_s=1.0, env_wait_s=0.7), layout) == pytest.approx(10 * 2 + 0.7)
     # And a policy that takes no time takes no cores from the simulators either.
     stages = Stages(env_step_s=1.0, env_step_cv=0.7)
     layout = Layout(rows=(5, 3), num_steps=10, cores=3, actors_per_node=2, decode_on_cpu=True, decode_cores=3)
     assert rollout_s(stages, layout) == rollout_s(stages, replace(layout, decode_on_cpu=False))
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_actors_that_are_alike_and_share_a_node_stay_in_step(groups, cpu):
+    alone = Layout(rows=(7,), num_steps=50, cores=2, groups=groups, decode_on_cpu=cpu)
+    shared = replace(alone, rows=(7,) * 4, cores=8, actors_per_node=4)
+    assert rollout_s(STAGES, shared) == pytest.approx(rollout_s(STAGES, alone))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -279,7 +367,7 @@ def test_a_stage_made_very_slow_is_the_bottleneck(name, changes, ahead):
 
 def test_on_policy_with_one_group_a_stage_gains_all_of_its_time():
     gains = simulate(STAGES, LAYOUT).shorter_s
-    simulation = 20 * (3 * 0.11 + 0.029 + 0.0053)
+    simulation = 20 * (10 / 4 * 0.11 + 0.029 + 0.0053)
     expected = {
         "decoding": 20 * 0.47,
         "simulation": simulation,

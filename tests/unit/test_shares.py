@@ -10,12 +10,12 @@ pytest.importorskip("ray")
 from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
 
 
-@given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=4), st.integers(0, 7))
-def test_no_other_division_is_faster(seconds, more):
-    total = len(seconds) + more
-    shares = proportional_shares(total, seconds)
-    assert sum(shares) == total and min(shares) >= 1
-    every = (each for each in product(range(1, total + 1), repeat=len(seconds)) if sum(each) == total)
+@given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=4), st.integers(0, 7), st.integers(1, 3))
+def test_no_other_division_is_faster(seconds, more, least):
+    total = least * len(seconds) + more
+    shares = proportional_shares(total, seconds, least=least)
+    assert sum(shares) == total and min(shares) >= least
+    every = (each for each in product(range(least, least + more + 1), repeat=len(seconds)) if sum(each) == total)
     assert step_time(shares, seconds) == pytest.approx(min(step_time(each, seconds) for each in every))
 
 

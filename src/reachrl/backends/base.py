@@ -1,6 +1,7 @@
 """Where the two halves of training live: actors that collect, a learner that scores and updates."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.scorer import FrameScoring
 from reachrl.rollout.collector import Assign
+from reachrl.rollout.episodes import Mode, PlayedEpisode
 from reachrl.run.spans import Span
-from reachrl.types import Rewards, Rollout, Scored
+from reachrl.types import Rewards, Rollout, Scored, Start
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -119,6 +121,18 @@ class Learner(Protocol):
         ...
 
 
+class Evaluator(Protocol):
+    """Plays held-out episodes during training."""
+
+    def play(self, weights: "Weights", starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
+        """Begin to play every start once with these weights."""
+        ...
+
+    def take_spans(self) -> list[Span]:
+        """When was played since the last time."""
+        ...
+
+
 class Weights(Protocol):
     """A version of the weights; how they travel is the backend's affair."""
 
@@ -143,11 +157,12 @@ class Workers:
     actors: Actors
     learner: Learner
     scoring: FrameScoring | None = None  # who runs the reward model; None: the loop's own process
+    evaluator: Evaluator | None = None  # None: nobody evaluates during training
 
     def take_spans(self) -> list[Span]:
         """Who did what when since the last time."""
-        parts = [self.actors, self.learner] + ([] if self.scoring is None else [self.scoring])
-        return [span for part in parts for span in part.take_spans()]
+        parts = (self.actors, self.learner, self.scoring, self.evaluator)
+        return [span for part in parts if part is not None for span in part.take_spans()]
 
 
 class Backend(ABC):

@@ -19,9 +19,10 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.rollout.collector import Assign, Collector, collect_in_turn
+from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span, SpanLog
-from reachrl.types import Rollout
+from reachrl.types import Rollout, Start
 
 
 class LocalActors:
@@ -129,6 +130,34 @@ class LocalActors:
             envs.close()
 
 
+class LocalEvaluator:
+    """Evaluates with the actors' own policy, while training waits, in environments of its own.
+
+    Args:
+        policy: holds the weights that the actors have loaded.
+        config: the run's.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self._policy, self._config = policy, config
+        self._log = SpanLog("evaluator")
+
+    def play(self, weights: Weights, starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
+        """Play every start once, now."""
+        return Done(self.play_now(starts, mode, self._config.env.num_envs))
+
+    def play_now(self, starts: Sequence[Start], mode: Mode, num_envs: int) -> list[PlayedEpisode]:
+        """Play every start once in so many environments."""
+        options = self._config.eval
+        with self._log.span("play"), VectorEnv(self._config.env, num_envs) as envs:
+            player = EpisodePlayer(self._policy, envs, mode=mode, temperature=options.temperature, seed=options.seed)
+            return player.play(starts)
+
+    def take_spans(self) -> list[Span]:
+        """When was played."""
+        return self._log.take()
+
+
 def open_groups(config: EnvSection, num_envs: int, num_groups: int) -> list[VectorEnv]:
     """`num_envs` environments in groups whose sizes differ by one at most.
 
@@ -179,7 +208,7 @@ class LocalBackend(Backend):
             train_vision=config.ppo.train_vision,
         )
         try:
-            yield Workers(actors=actors, learner=learner)
+            yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
         finally:
             actors.close()
         learner.close()

@@ -44,6 +44,8 @@ class RayBackendConfig(BackendSection):
     """Processes that collect, one GPU each; `env.num_envs` is shared out among them."""
     reward_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that score frames with the reward model, beside the learner; 0: the training process does."""
+    evaluator_envs: Count = 8
+    """Environments of the process that evaluates during training, with `eval.during_every`."""
     placement: Literal["split", "colocated"] = "split"
     """`split`: actors and learners have GPUs of their own; `colocated`: actor i shares the GPU of learner i, and each
     hands the memory over when it is the other's turn."""
@@ -54,7 +56,8 @@ class RayBackendConfig(BackendSection):
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
     """A process that has not finished one piece of work (a rollout, an update) after so long is taken for dead."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often the run goes on from its last checkpoint, with new processes, after a learner was lost."""
+    """How often in a row an actor, a reward worker or the evaluator is replaced before the run gives up; and how often
+    a run goes on from its last checkpoint, with new processes, after a learner was lost."""
 
     @model_validator(mode="after")
     def _pairs_where_colocated(self) -> Self:

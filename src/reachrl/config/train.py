@@ -38,6 +38,11 @@ class EvalSection(Section):
     """Temperature of `sampled`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampling noise, so that two evaluations of equal weights are equal."""
+    during_every: Annotated[int, Field(ge=0)] = 0
+    """Iterations between evaluations during training, in the first mode; 0: none. On Ray a process of its own plays
+    them beside training."""
+    during_starts: Annotated[int, Field(ge=1)] = 10
+    """Held-out start states per task of those; the first ones of the set."""
     num_videos: Annotated[int, Field(ge=0)] = 3
     """Tasks whose first held-out episode is recorded before and after."""
 
@@ -114,9 +119,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _enough_held_out_starts(self) -> Self:
-        if self.eval.num_starts > self.env.num_eval_starts:
-            raise ValueError(
-                f"eval.num_starts={self.eval.num_starts} exceeds env.num_eval_starts={self.env.num_eval_starts}: "
-                "lower the one or raise the other"
-            )
+        wanted = {"num_starts": self.eval.num_starts}
+        if self.eval.during_every:
+            wanted["during_starts"] = self.eval.during_starts
+        for name, count in wanted.items():
+            if count > self.env.num_eval_starts:
+                raise ValueError(
+                    f"eval.{name}={count} exceeds env.num_eval_starts={self.env.num_eval_starts}: lower the one or "
+                    "raise the other"
+                )
         return self

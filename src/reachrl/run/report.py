@@ -141,7 +141,8 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
 
 
 def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, Any] | None:
-    logged = [r for r in read_metrics(run_path / "metrics.jsonl", "eval") if "k" in r and "iteration" in r]
+    found = [r for kind in ("heldout", "eval") for r in read_metrics(run_path / "metrics.jsonl", kind)]
+    logged = [r for r in found if "k" in r and "iteration" in r]
     # A repeated evaluation counts once, as it came out last.
     points = list({(r["iteration"], r.get("mode", "greedy")): r for r in logged}.values())
     last = max((r["iteration"] for r in train), default=None)

@@ -8,11 +8,10 @@ from typing import Any
 import ray
 
 from reachrl.backends.base import Pending, Weights
-from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
+from reachrl.backends.cluster.calls import Call, Later, Remote, insist
 from reachrl.backends.cluster.processes import Collected
 from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
-from reachrl.errors import WorkerError
 from reachrl.rollout.collector import Assign
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span
@@ -20,7 +19,6 @@ from reachrl.types import Rollout
 
 log = logging.getLogger(__name__)
 
-_MAX_LOSSES = 3  # of the same actor in one iteration; one more is an error
 _WORTH_MOVING = 0.9  # environments move when a step then takes less than this part of its time
 
 
@@ -51,7 +49,9 @@ class ClusterActors:
     Args:
         processes: the actors.
         spawn: starts another actor number i.
-        total: environments of all, at least one for each actor.
+        total: environments of all.
+        least: environments that every actor has.
+        max_losses: how often in a row an actor is replaced.
         rebalance: whether environments move to where they are stepped faster.
 
     Raises:
@@ -59,10 +59,18 @@ class ClusterActors:
     """
 
     def __init__(
-        self, processes: Sequence[Remote], spawn: Callable[[int], Remote], *, total: int, rebalance: bool
+        self,
+        processes: Sequence[Remote],
+        spawn: Callable[[int], Remote],
+        *,
+        total: int,
+        least: int,
+        max_losses: int,
+        rebalance: bool,
     ) -> None:
-        self._spawn, self._total, self._rebalance = spawn, total, rebalance
+        self._spawn, self._total, self._least, self._rebalance = spawn, total, least, rebalance
         self._actors = [_Actor(process) for process in processes]
+        self._max_losses = max_losses
         self._weights: PackedWeights | None = None
         self._lost_before = 0
         self._redone = 0  # parts of rollouts collected again
@@ -158,7 +166,7 @@ class ClusterActors:
         if not self._rebalance or len(seconds) < len(self._actors):
             return
         now = [actor.count for actor in self._actors]
-        shares = proportional_shares(self._total, seconds)
+        shares = proportional_shares(self._total, seconds, least=self._least)
         before, after = step_time(now, seconds), step_time(shares, seconds)
         if after < _WORTH_MOVING * before:
             log.info("environments move from %s to %s: %.3f s a step, not %.3f s", now, shares, after, before)
@@ -190,21 +198,15 @@ class ClusterActors:
         calls = [begin(number) for number in range(len(self._actors))]
         return [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)]
 
-    def _insist(self, number: int, call: Call, again: Callable[[], Call]) -> Any:
+    def _insist(self, number: int, call: Call, begin: Callable[[], Call]) -> Any:
         """The call's answer, from a successor if need be."""
-        losses, method = 0, call.method
-        while True:
-            try:
-                if losses:
-                    self._replace(number, method)
-                    call = again()
-                return call.result()
-            except Lost as lost:
-                losses += 1
-                log.warning("%s; another process takes its place", lost)
-                if losses > _MAX_LOSSES:
-                    raise WorkerError(f"actor {number} was lost {losses} times in a row: {lost}") from lost
-                self._redone += method == "collect"
+
+        def again() -> Call:
+            self._redone += call.method == "collect"
+            self._replace(number, call.method)
+            return begin()
+
+        return insist(call, again, max_losses=self._max_losses)
 
     def _replace(self, number: int, method: str) -> None:
         """A successor, with what the lost one had before it was asked for `method`."""

@@ -17,8 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from reachrl.backends.base import Backend, Workers
 from reachrl.backends.cluster.actors import ClusterActors
 from reachrl.backends.cluster.calls import Lost, Remote
+from reachrl.backends.cluster.evaluator import ClusterEvaluator
 from reachrl.backends.cluster.learner import ClusterLearner
-from reachrl.backends.cluster.processes import ActorProcess, LearnerProcess, RewardProcess
+from reachrl.backends.cluster.processes import ActorProcess, EvaluatorProcess, LearnerProcess, RewardProcess
 from reachrl.backends.cluster.rewards import ClusterScoring
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig
@@ -51,7 +52,7 @@ class RayBackend(Backend):
                 f"backend.actors={self.config.actors} with backend.env_groups={self.config.env_groups} need {least} "
                 f"environments, but env.num_envs={config.env.num_envs}: raise it, or lower one of the others"
             )
-        bundles = reservation(self.config, gpus=False)
+        bundles = reservation(self.config, gpus=False, evaluator=True)
         started = _start_ray(self.config, cpus=math.ceil(sum(bundle["CPU"] for bundle in bundles)))
         crew: _Crew | None = None
         try:
@@ -64,12 +65,13 @@ class RayBackend(Backend):
                 ray.shutdown()
 
 
-def reservation(config: RayBackendConfig, *, gpus: bool) -> list[dict[str, float]]:
-    """What is reserved on the cluster: learners first (with their actors if colocated), then actors, reward workers.
+def reservation(config: RayBackendConfig, *, gpus: bool, evaluator: bool) -> list[dict[str, float]]:
+    """What is reserved: for learners (with their actors if colocated), actors, reward workers, the evaluator.
 
     Args:
         config: the section.
         gpus: whether the cluster has any; then every bundle gets one.
+        evaluator: whether there is one.
     """
     gpu = {"GPU": 1.0} if gpus else {}
     if config.placement == "colocated":
@@ -77,7 +79,8 @@ def reservation(config: RayBackendConfig, *, gpus: bool) -> list[dict[str, float
     else:
         bundles = [{"CPU": 1.0} | gpu for _ in range(config.learners)]
         bundles += [{"CPU": config.cpus_per_actor} | gpu for _ in range(config.actors)]
-    return bundles + [{"CPU": 1.0} | gpu for _ in range(config.reward_workers)]
+    bundles += [{"CPU": 1.0} | gpu for _ in range(config.reward_workers)]
+    return bundles + [{"CPU": config.cpus_per_actor} | gpu] * evaluator
 
 
 class _Crew:
@@ -92,6 +95,7 @@ class _Crew:
     def __init__(self, config: TrainConfig, backend: RayBackendConfig, warm: Path) -> None:
         self._config, self._backend, self._warm = config, backend, warm
         self._gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        self._evaluates = config.eval.during_every > 0
         self._group = self._reserve()
         self._learning: ClusterLearner | None = None
 
@@ -101,7 +105,7 @@ class _Crew:
         Raises:
             WorkerError: a process cannot be started.
         """
-        backend = self._backend
+        backend, most = self._backend, self._backend.max_restarts
         try:
             # All are started before the first is waited for: each imports for seconds.
             learners = [self._learner(rank) for rank in range(backend.learners)]
@@ -109,13 +113,21 @@ class _Crew:
             scorers = [self._reward_worker(number) for number in range(backend.reward_workers)]
             learner = ClusterLearner(learners, ppo)
             actors = ClusterActors(
-                collecting, self._actor, total=self._config.env.num_envs, rebalance=backend.rebalance
+                collecting,
+                self._actor,
+                total=self._config.env.num_envs,
+                least=backend.env_groups,
+                max_losses=most,
+                rebalance=backend.rebalance,
             )
-            scoring = ClusterScoring(scorers, self._reward_worker) if scorers else None
+            scoring = ClusterScoring(scorers, self._reward_worker, max_losses=most) if scorers else None
+            evaluator = (
+                ClusterEvaluator(self._evaluator(), self._evaluator, max_losses=most) if self._evaluates else None
+            )
         except Lost as lost:
             raise WorkerError(f"a process could not be started: {lost}") from lost
         self._learning = learner
-        return Workers(actors=actors, learner=learner, scoring=scoring)
+        return Workers(actors=actors, learner=learner, scoring=scoring, evaluator=evaluator)
 
     def close(self) -> None:
         """End every process and give the machines back."""
@@ -124,7 +136,7 @@ class _Crew:
         remove_placement_group(self._group)  # ends whoever is still in it
 
     def _reserve(self) -> PlacementGroup:
-        bundles = reservation(self._backend, gpus=self._gpus)
+        bundles = reservation(self._backend, gpus=self._gpus, evaluator=self._evaluates)
         group = placement_group(bundles, strategy="PACK")
         if not group.wait(_RESERVE_S):
             remove_placement_group(group)
@@ -150,6 +162,11 @@ class _Crew:
     def _reward_worker(self, number: int) -> Remote:
         before = self._backend.learners + (0 if self._backend.placement == "colocated" else self._backend.actors)
         return self._spawn(RewardProcess, f"reward worker {number}", before + number, 1.0, self._config)
+
+    def _evaluator(self) -> Remote:
+        bundles = reservation(self._backend, gpus=self._gpus, evaluator=True)
+        cores = self._backend.cpus_per_actor
+        return self._spawn(EvaluatorProcess, "evaluator", len(bundles) - 1, cores, self._config, self._warm)
 
     def _spawn(
         self, kind: type, name: str, bundle: int, cores: float, *arguments: Any, groups: dict[str, int] | None = None

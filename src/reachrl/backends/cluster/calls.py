@@ -1,12 +1,15 @@
 """Calls to Ray actors that never wait for ever, and say who was lost."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
 
-from reachrl.errors import ReachRLError
+from reachrl.errors import ReachRLError, WorkerError
+
+log = logging.getLogger(__name__)
 
 
 class Lost(Exception):
@@ -123,6 +126,31 @@ class Call:
             raise
         except RayActorError as error:
             raise Lost(self.remote.name, f"died during {self.method!r}: {_first_line(error)}") from error
+
+
+def insist(call: Call, again: Callable[[], Call], *, max_losses: int) -> Any:
+    """The call's answer, from a successor if need be.
+
+    Args:
+        call: under way.
+        again: replaces the process that was lost and sends the call anew.
+        max_losses: how often in a row.
+
+    Raises:
+        WorkerError: it was lost once more.
+        ReachRLError: what the call itself raised.
+    """
+    losses = 0
+    while True:
+        try:
+            if losses:
+                call = again()
+            return call.result()
+        except Lost as lost:
+            losses += 1
+            if losses > max_losses:
+                raise WorkerError(f"{lost.name} was lost {losses} times in a row: {lost}") from lost
+            log.warning("%s; another process takes its place", lost)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,8 +20,8 @@ from reachrl.backends.building import device_of, saved_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
-from reachrl.backends.local import LocalActors, open_groups
-from reachrl.backends.weights import PackedWeights
+from reachrl.backends.local import LocalActors, LocalEvaluator, open_groups
+from reachrl.backends.weights import PackedWeights, load_packed
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
@@ -29,8 +29,9 @@ from reachrl.errors import LearnerLostError
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.base import RewardModel
 from reachrl.rollout.collector import Assign
+from reachrl.rollout.episodes import Mode, PlayedEpisode
 from reachrl.run.spans import Span
-from reachrl.types import Rewards, Rollout, Scored
+from reachrl.types import Rewards, Rollout, Scored, Start
 
 _OFFER_TIMEOUT_S = 60.0  # offers are made before anyone is told to fetch them
 
@@ -130,14 +131,7 @@ class ActorProcess:
         assert self._actors is not None and self._policy is not None
         if self._hands_over:
             self._policy.to(device_of(self._config))
-        references: list[Any] = list(weights.buckets)
-        try:
-            buckets = tuple(ray.get(references))
-        except ObjectLostError as error:
-            raise LearnerLostError(
-                f"weights version {weights.version} were lost with the learner that sent them"
-            ) from error
-        self._actors.load_weights(replace(weights, buckets=buckets))
+        self._actors.load_weights(_fetched(weights))
 
     def collect(self, assign: Assign, num_steps: int) -> Collected:
         """`num_steps` decisions in every environment."""
@@ -162,6 +156,31 @@ class ActorProcess:
         """Stop the environments."""
         if self._actors is not None:
             self._actors.close()
+
+
+class EvaluatorProcess:
+    """Plays held-out episodes with a copy of the policy.
+
+    Args:
+        config: the run's.
+        warm: folder of the policy that the run began from; trained weights are sent on top of it.
+    """
+
+    def __init__(self, config: TrainConfig, warm: Path) -> None:
+        self._config, self._warm = config, warm
+        self._policy: Policy | None = None
+
+    def play(self, weights: PackedWeights, starts: Sequence[Start], mode: Mode) -> tuple[list[PlayedEpisode], Span]:
+        """Play every start once with weights whose buckets lie in the object store."""
+        config = self._config
+        assert isinstance(config.backend, RayBackendConfig) and isinstance(config.ppo, PPOConfig)
+        if self._policy is None:
+            _prepare(config)
+            self._policy = saved_policy(config, self._warm).eval()
+        load_packed(self._policy, _fetched(weights), train_vision=config.ppo.train_vision)
+        evaluator = LocalEvaluator(self._policy, config)
+        episodes = evaluator.play_now(starts, mode, min(config.backend.evaluator_envs, len(starts)))
+        return episodes, evaluator.take_spans()[0]
 
 
 class LearnerProcess:
@@ -296,6 +315,20 @@ class RewardProcess:
         assert self._model is not None
         began = time.time()
         return self._model.score(clips, instructions, batch_size=batch_size), (began, time.time())
+
+
+def _fetched(weights: PackedWeights) -> PackedWeights:
+    """Weights whose buckets are here.
+
+    Raises:
+        LearnerLostError: they went with the learner that put them into the object store.
+    """
+    references: list[Any] = list(weights.buckets)
+    try:
+        return replace(weights, buckets=tuple(ray.get(references)))
+    except ObjectLostError as error:
+        lost = f"weights version {weights.version} were lost with the learner that sent them"
+        raise LearnerLostError(lost) from error
 
 
 def _prepare(config: TrainConfig) -> None:

@@ -1,21 +1,15 @@
 """Runs a reward model in several processes."""
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 
-from reachrl.backends.cluster.calls import Call, Lost, Remote
-from reachrl.errors import WorkerError
+from reachrl.backends.cluster.calls import Call, Remote, insist
 from reachrl.rewards.process.base import RewardModel
 from reachrl.run.spans import Span
-
-log = logging.getLogger(__name__)
-
-_MAX_LOSSES = 3  # of the same worker for one batch
 
 
 class ClusterScoring:
@@ -24,9 +18,11 @@ class ClusterScoring:
     Args:
         processes: the workers.
         spawn: starts another worker number i.
+        max_losses: how often in a row a worker is replaced.
     """
 
-    def __init__(self, processes: Sequence[Remote], spawn: Callable[[int], Remote]) -> None:
+    def __init__(self, processes: Sequence[Remote], spawn: Callable[[int], Remote], *, max_losses: int) -> None:
+        self._max_losses = max_losses
         self._workers, self._spawn, self.parallel = list(processes), spawn, len(processes)
         self._model: RewardModel | None = None
         self._stored: Any = None  # the model in the object store
@@ -54,22 +50,13 @@ class ClusterScoring:
         taken, self._spans = self._spans, []
         return taken
 
-    def _noted(self, number: int, answer: tuple[np.ndarray, tuple[float, float]]) -> np.ndarray:
-        scores, (began, ended) = answer
+    def _answer(self, number: int, call: Call, job: tuple) -> np.ndarray:
+        def again() -> Call:
+            self._workers[number].kill()
+            self._workers[number] = self._spawn(number)
+            self._workers[number].begin("take_model", self._stored)
+            return self._workers[number].begin("score", *job)
+
+        scores, (began, ended) = insist(call, again, max_losses=self._max_losses)
         self._spans.append(Span(f"reward worker {number}", "score frames", began, ended))
         return scores
-
-    def _answer(self, number: int, call: Call, job: tuple) -> np.ndarray:
-        for _ in range(_MAX_LOSSES):
-            try:
-                return self._noted(number, call.result())
-            except Lost as lost:
-                log.warning("%s; another process takes its place", lost)
-                self._workers[number].kill()
-                self._workers[number] = self._spawn(number)
-                self._workers[number].begin("take_model", self._stored)
-                call = self._workers[number].begin("score", *job)
-        try:
-            return self._noted(number, call.result())
-        except Lost as lost:
-            raise WorkerError(f"reward worker {number} was lost {_MAX_LOSSES + 1} times in a row: {lost}") from lost

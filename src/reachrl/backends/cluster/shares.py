@@ -5,23 +5,24 @@ from heapq import heapify, heappop, heappush
 from itertools import accumulate
 
 
-def proportional_shares(total: int, seconds_per_env: Sequence[float]) -> list[int]:
+def proportional_shares(total: int, seconds_per_env: Sequence[float], *, least: int = 1) -> list[int]:
     """Environments for each actor so that the slowest is done as early as possible.
 
     Args:
-        total: environments to share out, at least one for each actor.
+        total: environments to share out.
         seconds_per_env: what one step of one environment takes, by actor.
+        least: what every actor gets in any case.
 
     Returns:
-        One count per actor; they sum to `total` and none is 0.
+        One count per actor; they sum to `total`.
     """
     count = len(seconds_per_env)
-    assert total >= count > 0 and min(seconds_per_env) > 0
-    shares = [1] * count
+    assert total >= count * least > 0 and min(seconds_per_env) > 0
+    shares = [least] * count
     # Each further one goes where it is done first: for a maximum of sums, dealing out greedily is optimal.
-    done = [(2 * seconds, number) for number, seconds in enumerate(seconds_per_env)]
+    done = [((least + 1) * seconds, number) for number, seconds in enumerate(seconds_per_env)]
     heapify(done)
-    for _ in range(total - count):
+    for _ in range(total - count * least):
         when, number = heappop(done)
         shares[number] += 1
         heappush(done, (when + seconds_per_env[number], number))
