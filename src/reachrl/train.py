@@ -19,7 +19,7 @@ from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from reachrl.run.directory import Run
-from reachrl.run.spans import Span
+from reachrl.run.spans import Timelines
 from reachrl.types import Rewards, Rollout
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,6 @@ class Keepers:
             getattr(self, name).load_state_dict(state[name])
 
 
-Timeline = tuple[int, list[Span], list[dict[str, Any]]]
-"""An iteration's number, who did what when in it, and how environments were shared out."""
-
-
 class Watcher(Protocol):
     """Follows the progress of a run; a display, or nothing."""
 
@@ -98,6 +94,7 @@ def train(
     audit = RewardAudit(config.audit, run.videos)
     keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
     state = restore(run, keepers)
+    run.forget_spans()
     heldout = HeldoutCurve(config, workers.evaluator, run.metrics.log)
 
     def collect() -> Pending[Rollout]:
@@ -110,11 +107,12 @@ def train(
             return actors.collect(curriculum.assign, config.num_steps)
 
     ahead: Pending[Rollout] | None = None
-    timeline: Timeline | None = None
+    timelines = Timelines()
     while state.iteration < config.num_iterations:
         collecting = ahead or collect()
         with run.span("rollout"):
             rollout = collecting.result()
+        del collecting  # what it was put together from may go
         lag = learner.version - rollout.policy_version
         assert lag == (0 if ahead is None else 1), f"a rollout of weights that are {lag} updates old"
         # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
@@ -138,13 +136,11 @@ def train(
         warming_up = still_warming_up(config.ppo, state, stats)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
         watcher.iteration(run.log(record))
-        spans = [*run.spans.take(), *workers.take_spans()]
-        if timeline is None or (ahead is None) != config.collect_ahead:  # a typical iteration
-            timeline = (state.iteration, spans, actors.balance())
+        timelines.note(state.iteration, run.spans.take(), workers.take_spans())
         due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
         if due:
             heldout.finish()
-            run.write_timeline(*timeline)
+            run.write_timeline(*timelines.typical(ahead=config.collect_ahead), actors.balance())
             save(run, state, keepers, keep=config.keep_checkpoints)
     return state
 

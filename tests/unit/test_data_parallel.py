@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from toy_policy import toy_config, toy_policy
 
 from reachrl.backends.group import Group
 
+SHARDED = "backend.sharding=full"
 SCRIPT = Path(__file__).with_name("data_parallel_steps.py")
 
 
@@ -26,10 +28,12 @@ def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
     command = [*launch, str(SCRIPT), str(out), *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    sharded = "backend.sharding=full" in overrides
-    saved = [out / "final" / "policy" / "model.safetensors"]
-    weights = saved if sharded else [out / f"weights-{rank}.safetensors" for rank in range(size)]
-    return json.loads((out / "figures.json").read_text()), [load_file(path) for path in weights]
+    saved = {}
+    for path in sorted((out / "final" / "policy").rglob("*.safetensors")):
+        saved |= {f"{path.parent.name} {name}": tensor for name, tensor in load_file(path).items()}
+    own = [load_file(path) for path in sorted(out.glob("weights-*.safetensors"))]  # none where weights are split
+    assert len(own) in (0, size)
+    return json.loads((out / "figures.json").read_text()), [saved, *own]
 
 
 @pytest.mark.parametrize(
@@ -40,12 +44,18 @@ def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
         (3, ("ppo.minibatch_size=3", "ppo.micro_batch_size=2", "ppo.epochs=1")),
         (2, ("ppo.minibatch_size=16", "ppo.train_vision=true", "ppo.weight_decay=0.1")),
         # Each process has a part of the weights: all must make as many passes, even those without rows.
-        (2, ("backend.sharding=full", "ppo.minibatch_size=16", "policy.critic=separate")),
-        (3, ("backend.sharding=full", "ppo.minibatch_size=3", "ppo.micro_batch_size=2", "ppo.epochs=1")),
+        (2, (SHARDED, "ppo.minibatch_size=16", "policy.critic=separate")),
+        (3, (SHARDED, "ppo.minibatch_size=3", "ppo.micro_batch_size=2", "ppo.epochs=1")),
+        (2, (SHARDED, "ppo.minibatch_size=16", "ppo.train_vision=true", "policy.gradient_checkpointing=true")),
+        (2, (SHARDED, "ppo.minibatch_size=7", "ppo.target_kl=1e-5", "policy.lora.rank=2", "policy.critic=adapter")),
     ],
 )
 def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, changes):
-    alone, [weights] = run(tmp_path / "alone", 1, *changes)
+    if "policy.lora.rank=2" in changes:
+        config = toy_config()
+        toy_policy(config, seed=5).save_pretrained(tmp_path / "base")
+        changes += (f"policy.checkpoint={tmp_path / 'base'}",)
+    alone, [saved, weights] = run(tmp_path / "alone", 1, *(each for each in changes if each != SHARDED))
     shared, all_weights = run(tmp_path / "shared", size, *changes)
     for one, many in zip(alone, shared, strict=True):
         assert one.keys() == many.keys()
@@ -53,10 +63,11 @@ def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, chan
             assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     assert alone[1]["grad_norm"] > 0.01  # something was learned from
     for others in all_weights:
-        assert others.keys() == weights.keys()
-        for name, weight in weights.items():
+        expected = saved if others.keys() == saved.keys() else weights
+        assert others.keys() == expected.keys()
+        for name, weight in expected.items():
             np.testing.assert_allclose(others[name].numpy(), weight.numpy(), rtol=0, atol=1e-5, err_msg=name)
-    leader, *followers = all_weights
+    leader, *followers = all_weights[1:] or all_weights
     assert all(follower[name].equal(leader[name]) for follower in followers for name in leader)
 
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("ray")
-from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
+from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 
 
 @given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=4), st.integers(0, 7), st.integers(1, 3))

@@ -53,7 +53,7 @@ class LeadingLearner:
 
     def pack_weights(self) -> PackedWeights:
         """The current version to be sent."""
-        return self._together("pack_weights", image_size=self.image_size)
+        return self._collective("pack_weights", image_size=self.image_size)
 
     def score(self, rollout: Rollout, *, told: Elsewhere | None = None) -> Pending[Scored]:
         """Log-probs and values, each process for its block.
@@ -126,7 +126,7 @@ def follow(learner: LocalLearner, group: Group) -> None:
         if name == "score_now":
             rollout = arguments["rollout"] = _here(arguments["rollout"])
         elif name == "update":
-            arguments["rollout"] = rollout
+            arguments["rollout"], rollout = rollout, None
         getattr(learner, name)(**arguments)
         learner.take_spans()  # the leader's tell enough
 

@@ -30,6 +30,8 @@ class Group:
         """Join the processes that `torchrun` started with this one."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size > 1 and not distributed.is_initialized():
+            if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where collectives and split weights live
             # Objects and CPU tensors travel by gloo, gradients on GPUs by NCCL.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backend, timeout=_TIMEOUT)

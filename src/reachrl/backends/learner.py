@@ -206,16 +206,13 @@ class LocalLearner:
     def share(self) -> None:
         """Give everyone in the group the leader's weights and optimiser state; every process must call it."""
         optimizer, leads = self.algorithm.optimizer, self.group.rank == 0
-        if not self.group.sharded:
-            state = self.group.agree(optimizer.state_dict())
-            if not leads:
-                optimizer.load_state_dict(state)
+        if self.group.sharded:
+            sharding.share_weights(self.policy, self._whole)
+        else:
             self.group.share([tensor.data for tensor in (*self.policy.parameters(), *self.policy.buffers())])
-            return
-        sharding.share_weights(self.policy, self._whole)
-        if self.group.agree(self._read_state is not None):  # a fresh optimiser has nothing to share
-            sharding.share_optimizer_state(optimizer, self._read_state, self.group)
-            self._read_state = None
+        state = (self._read_state or optimizer.state_dict()) if leads else None
+        self._read_state = None
+        sharding.share_optimizer_state(optimizer, state, self.group)
 
     def hand_over(self) -> None:
         """Give the accelerator's memory to whoever acts there, until the next rollout is scored.

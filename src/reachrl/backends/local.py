@@ -10,6 +10,7 @@ from reachrl.backends.building import new_policy, saved_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
+from reachrl.backends.shares import even_shares
 from reachrl.backends.weights import PackedWeights, actor_gap, load_packed
 from reachrl.config.backend import LocalBackendConfig
 from reachrl.config.env import EnvSection
@@ -170,10 +171,9 @@ def open_groups(config: EnvSection, num_envs: int, num_groups: int) -> list[Vect
             f"backend.env_groups={num_groups} groups need as many environments in each actor, which has {num_envs}: "
             "lower it, or raise env.num_envs"
         )
-    sizes = [(i + 1) * num_envs // num_groups - i * num_envs // num_groups for i in range(num_groups)]
     groups: list[VectorEnv] = []
     try:
-        for size in sizes:
+        for size in even_shares(num_envs, num_groups):
             groups.append(VectorEnv(config, size))
     except BaseException:
         for group in groups:

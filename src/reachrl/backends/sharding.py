@@ -4,14 +4,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reachrl.backends.group import Group
 from reachrl.policies.base import Policy
-from reachrl.policies.critic import ValueHead
 
 
 def shard(policy: Policy, group: Group) -> None:
@@ -25,22 +24,13 @@ def shard(policy: Policy, group: Group) -> None:
         group: of more than one process.
     """
     mesh = init_device_mesh(policy.device.type, (group.size,))
-    stored = next(policy.parameters()).dtype
-    mixed = MixedPrecisionPolicy()
-    if policy.compute_dtype != stored:  # gathered in the type it computes in, summed in the type it is stored in
-        mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=stored)
+    # Gathered in the type they are stored in: mixed precision is the policy's own (`compute_dtype`), so that split
+    # weights compute what whole ones do.
     for unit in policy.sharding_units():
-        # The value head computes in float32 whatever the rest does.
-        precision = MixedPrecisionPolicy() if isinstance(unit, ValueHead) else mixed
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=True)
     for method in ("evaluate", "values", "vision_features"):  # what the learner calls
         register_fsdp_forward_method(policy, method)
-
-
-def is_sharded(policy: nn.Module) -> bool:
-    """Whether `shard` was called on the policy."""
-    return isinstance(policy, FSDPModule)
 
 
 def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -82,10 +72,10 @@ def _take(tensor: Tensor, given: Tensor) -> None:
 
 @torch.no_grad()
 def share_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, group: Group) -> None:
-    """Give every process its part of a whole optimiser state.
+    """Give every process a whole optimiser state, or its part of it where parameters are split.
 
     Args:
-        optimizer: over a sharded policy's parameters.
+        optimizer: of this process.
         state: as `state_dict` of an optimiser over whole parameters gives it; None on all but the leader.
         group: the processes.
     """
@@ -130,7 +120,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> di
     for index, entries in found["state"].items():
         state[index] = {}
         for name, value in entries.items():
-            given = whole(value).cpu() if isinstance(value, Tensor) else value
+            given = whole(value) if isinstance(value, Tensor) else value
             if keep:
-                state[index][name] = given
+                state[index][name] = given.cpu() if isinstance(given, Tensor) else given
     return {"state": state, "param_groups": found["param_groups"]}

@@ -35,7 +35,7 @@ class RayBackendConfig(BackendSection):
     """Learners, actors with environments and reward workers as Ray actors. Needs the extra `ray`."""
 
     kind: Literal["ray"] = "ray"  # pyright: ignore[reportIncompatibleVariableOverride]
-    address: str | None = None
+    address: Annotated[str, Field(pattern=r"^(?!ray://)")] | None = None
     """A running cluster's address, `auto` for the one this machine belongs to; none starts Ray on this machine for the
     time of the run. The run folder must then be on storage that every machine sees."""
     learners: Count = 1

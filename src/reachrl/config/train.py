@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from reachrl.config.audit import AuditSection
-from reachrl.config.backend import BackendSection, LocalBackendConfig
+from reachrl.config.backend import BackendSection, LocalBackendConfig, RayBackendConfig
 from reachrl.config.base import Section
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.demos import DemosSection, SFTSection
@@ -91,6 +91,22 @@ class TrainConfig(Section):
     """Held-out evaluation."""
     backend: SerializeAsAny[BackendSection] = LocalBackendConfig()
     """Where training computes."""
+
+    @model_validator(mode="after")
+    def _the_backend_can_do_it(self) -> Self:
+        backend = self.backend
+        if not isinstance(backend, RayBackendConfig):
+            return self
+        if self.collect_ahead and backend.placement == "colocated":
+            raise ValueError(
+                "collect_ahead=true collects while the learner works, backend.placement=colocated lets one at a "
+                "time have the GPU: set backend.placement=split"
+            )
+        if self.device.startswith("cuda:"):
+            raise ValueError(
+                f"device={self.device}: backend.kind=ray gives each process a GPU of its own; set device=cuda or auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stale_rollouts_are_corrected(self) -> Self:

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import torch
 
 from reachrl.backends.base import Backend
 from reachrl.backends.building import device_of, saved_policy
@@ -116,16 +117,18 @@ def build_reward(config: TrainConfig, run: Run, *, version: int = 0, scoring: Fr
         return reward
     if config.reward.weight == 0:
         return build("rewards", config.reward, **shaping)
+    # Where others run the model, ours is what they get copies of.
+    device = device_of(config) if scoring is None else torch.device("cpu")
     brought = config.reward.checkpoint
     model = read_version(run, version) if brought is None else load_reward_model(brought)
     return build(
         "rewards",
         config.reward,
         **shaping,
-        model=model.to(device_of(config)),
+        model=model.to(device),
         refit=Refitter(config, run) if config.reward_model.refit_every else None,
         scoring=scoring,
-        read_version=lambda number: read_version(run, number).to(device_of(config)),
+        read_version=lambda number: read_version(run, number).to(device),
     )
 
 

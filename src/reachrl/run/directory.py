@@ -134,6 +134,11 @@ class Run:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def forget_spans(self) -> None:
+        """Begin to time anew: what is noted belongs to an attempt that failed."""
+        self._seconds.clear()
+        self.spans.take()
+
     def write_timeline(self, iteration: int, spans: list[Span], balance: list[dict[str, Any]]) -> None:
         """Write `timeline.json`: who did what when in one iteration, in seconds since it began.
 

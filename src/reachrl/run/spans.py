@@ -44,3 +44,26 @@ class SpanLog:
         """What was noted since the last time."""
         taken, self._spans = self._spans, []
         return taken
+
+
+class Timelines:
+    """The last two iterations: what actors did ahead in one is known only after the next."""
+
+    def __init__(self) -> None:
+        self._loops: list[tuple[int, list[Span]]] = []
+        self._others: list[list[Span]] = []
+
+    def note(self, iteration: int, loop: list[Span], others: list[Span]) -> None:
+        """Add an iteration: the loop's spans, which say when it was, and what the others have told in it."""
+        self._loops = [*self._loops[-1:], (iteration, loop)]
+        self._others = [*self._others[-1:], others]
+
+    def typical(self, *, ahead: bool) -> tuple[int, list[Span]]:
+        """Number and spans of the last iteration; where rollouts are collected ahead, of the one before it.
+
+        Before a checkpoint nothing is collected ahead, so that the last one then shows too little.
+        """
+        iteration, loop = self._loops[0 if ahead else -1]
+        began, ended = min(span.start for span in loop), max(span.end for span in loop)
+        others = [span for told in self._others for span in told if span.start < ended and span.end > began]
+        return iteration, [*loop, *others]

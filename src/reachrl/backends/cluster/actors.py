@@ -10,7 +10,7 @@ import ray
 from reachrl.backends.base import Pending, Weights
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
 from reachrl.backends.cluster.processes import Collected
-from reachrl.backends.cluster.shares import even_shares, firsts, proportional_shares, step_time
+from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
 from reachrl.rollout.collector import Assign
 from reachrl.rollout.join import join_rollouts
@@ -19,6 +19,7 @@ from reachrl.types import Rollout
 
 log = logging.getLogger(__name__)
 
+_LEAVE_S = 5.0
 _WORTH_MOVING = 0.9  # environments move when a step then takes less than this part of its time
 
 
@@ -77,12 +78,16 @@ class ClusterActors:
         self._moved = 0  # times environments moved
         self._gap = 0.0
         self._spans: list[Span] = []
-        self._give_rows(even_shares(total, len(processes)), [])
+        for actor, count in zip(self._actors, even_shares(total, len(processes)), strict=True):
+            actor.count = count
+        self._started = False  # simulators; a resumed run begins them where they were
 
     def load_weights(self, weights: Weights) -> int:
         """Send weights to every actor; each checks that it acts with them."""
         assert isinstance(weights, PackedWeights)
         self._weights = weights
+        if not self._started:
+            self._give_rows([actor.count for actor in self._actors], [])
         self._balance_shares()
         self._each("load_weights", lambda _: (weights,))
         return weights.version
@@ -131,12 +136,12 @@ class ClusterActors:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replay the running episodes, shared out anew."""
         self._lost_before = state["lost_episodes"]
-        for actor in self._actors:
-            actor.lost_episodes = 0
         self._give_rows([actor.count for actor in self._actors], state["rows"])
 
     def close(self) -> None:
-        """Stop environments and processes."""
+        """Let simulators end; processes that are busy or stuck are ended without."""
+        closing = [actor.begin("close").reference for actor in self._actors]
+        ray.wait(closing, num_returns=len(closing), timeout=_LEAVE_S)
         for actor in self._actors:
             actor.remote.kill()
 
@@ -179,6 +184,7 @@ class ClusterActors:
         for actor, count, first in zip(self._actors, shares, firsts(shares), strict=True):
             actor.count, actor.rows = count, list(rows[first : first + count])
             actor.lost_episodes, actor.measured, actor.seconds_per_env = 0, 0, None
+        self._started = True
         hosts = self._each("take_rows", self._share)
         for actor, host in zip(self._actors, hosts, strict=True):
             actor.host = host

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,11 @@ class RayBackend(Backend):
                 f"backend.actors={self.config.actors} with backend.env_groups={self.config.env_groups} need {least} "
                 f"environments, but env.num_envs={config.env.num_envs}: raise it, or lower one of the others"
             )
+        if config.num_steps * config.env.num_envs < self.config.learners:
+            raise ConfigError(
+                f"backend.learners={self.config.learners}, but an iteration has {config.num_steps} x "
+                f"{config.env.num_envs} decisions to share out among them: lower it"
+            )
         bundles = reservation(self.config, gpus=False, evaluator=True)
         started = _start_ray(self.config, cpus=math.ceil(sum(bundle["CPU"] for bundle in bundles)))
         crew: _Crew | None = None
@@ -97,7 +103,7 @@ class _Crew:
         self._gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         self._evaluates = config.eval.during_every > 0
         self._group = self._reserve()
-        self._learning: ClusterLearner | None = None
+        self._started: list[ClusterActors | ClusterLearner] = []
 
     def workers(self, ppo: PPOConfig) -> Workers:
         """Everyone, ready to work.
@@ -111,6 +117,7 @@ class _Crew:
             learners = [self._learner(rank) for rank in range(backend.learners)]
             collecting = [self._actor(number) for number in range(backend.actors)]
             scorers = [self._reward_worker(number) for number in range(backend.reward_workers)]
+            self._check_storage([*learners, *collecting])
             learner = ClusterLearner(learners, ppo)
             actors = ClusterActors(
                 collecting,
@@ -126,13 +133,27 @@ class _Crew:
             )
         except Lost as lost:
             raise WorkerError(f"a process could not be started: {lost}") from lost
-        self._learning = learner
+        self._started = [actors, learner]
         return Workers(actors=actors, learner=learner, scoring=scoring, evaluator=evaluator)
+
+    def _check_storage(self, processes: list[Remote]) -> None:
+        """See whether the run folder is the same one everywhere: checkpoints are written by a learner.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        with tempfile.NamedTemporaryFile(dir=self._warm.parent, prefix=".seen-") as token:
+            for process in processes:
+                if not process.call("sees", Path(token.name)):
+                    raise ConfigError(
+                        f"{process.name} does not see {self._warm.parent}: put the run folder (--run) on storage that "
+                        "every machine of the cluster has under the same path"
+                    )
 
     def close(self) -> None:
         """End every process and give the machines back."""
-        if self._learning is not None:
-            self._learning.close()
+        for part in self._started:
+            part.close()
         remove_placement_group(self._group)  # ends whoever is still in it
 
     def _reserve(self) -> PlacementGroup:
@@ -207,7 +228,7 @@ def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
         try:
             _knock(config.address)
             ray.init(address=config.address, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"backend.address={config.address}: no Ray cluster answers there ({error}). Start one with `ray start "
                 "--head`, or leave the address out to run on this machine"

@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from reachrl.errors import ReachRLError, WorkerError
 
 log = logging.getLogger(__name__)
+
+_SETTLE_S = 10.0  # until all who worked with a lost process have noticed
 
 
 class Lost(Exception):
@@ -83,49 +85,57 @@ class Call:
             Lost: a process died or did not answer in time.
             ReachRLError: what the call itself raised; anything else it raised comes as Ray's own error.
         """
-        remote = self.remote
-        ready, _ = ray.wait(
-            [self.reference, *(call.reference for call in company)], num_returns=1, timeout=remote.deadline_s
-        )
+        everyone, remote = [self, *company], self.remote
+        ready, _ = ray.wait([call.reference for call in everyone], num_returns=1, timeout=remote.deadline_s)
         if not ready:
-            raise Lost(remote.name, f"did not finish {self.method!r} within {remote.deadline_s:g} s (deadline_s)")
-        for call in company:
-            if call.reference in ready:
-                call.fail()
+            raise Lost(
+                remote.name,
+                f"did not finish {self.method!r} within {remote.deadline_s:g} s (backend.deadline_s)",
+            )
+        if self.reference not in ready:
+            raise _reason(everyone)
         try:
-            return self._answer()
-        except (RayTaskError, RaySystemError) as error:
-            # Who talks to a process that dies sees a broken connection first: look for the one that died.
-            late = [call.reference for call in company]
-            if late and (ended := ray.wait(late, num_returns=1, timeout=5)[0]):
-                next(call for call in company if call.reference in ended).fail()
-            if late:
-                raise Lost(remote.name, f"failed in {self.method!r}: {error}") from error
-            raise
+            return self.answer()
+        except RayTaskError as error:
+            raise (_reason(everyone) if company else error) from None
 
-    def fail(self) -> None:
-        """Raise what ended a call that should not have ended.
+    def answer(self) -> Any:
+        """The answer of a call that has ended.
 
         Raises:
-            Lost: always, but for what the call itself raised as an error of ours.
+            Lost: its process died, or the answer went with its machine.
+            ReachRLError: what it raised; anything else that it raised comes as Ray's own error.
         """
         try:
-            self._answer()
-        except (RayTaskError, RaySystemError) as error:
-            raise Lost(self.remote.name, f"failed in {self.method!r}: {error}") from error
-        raise Lost(self.remote.name, f"ended {self.method!r} before its time")
-
-    def _answer(self) -> Any:
-        try:
             return ray.get(self.reference, timeout=self.remote.deadline_s)
-        except GetTimeoutError as error:
-            raise Lost(self.remote.name, f"did not hand over the result of {self.method!r} in time") from error
         except RayTaskError as error:
             if isinstance(error.cause, ReachRLError):
                 raise error.cause from None
             raise
-        except RayActorError as error:
+        except RayError as error:
             raise Lost(self.remote.name, f"died during {self.method!r}: {_first_line(error)}") from error
+
+
+def _reason(calls: Sequence[Call]) -> Exception:
+    """Why one of several processes that work together failed.
+
+    Whoever talks to a process that dies fails as well: the loss counts, then what the first of them raised.
+    """
+    references = [call.reference for call in calls]
+    ray.wait(references, num_returns=len(references), timeout=_SETTLE_S)
+    ended, _ = ray.wait(references, num_returns=len(references), timeout=0)
+    raised: list[Exception] = []
+    for call in calls:
+        if call.reference in ended:
+            try:
+                call.answer()
+            except Lost as lost:
+                return lost
+            except Exception as error:
+                raised.append(error)
+            else:
+                raised.append(Lost(call.remote.name, f"ended {call.method!r} before its time"))
+    return raised[0]
 
 
 def insist(call: Call, again: Callable[[], Call], *, max_losses: int) -> Any:

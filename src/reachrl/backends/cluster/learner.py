@@ -86,7 +86,7 @@ class ClusterLearner:
 
     def close(self) -> None:
         """End the processes; they say good-bye if they can."""
-        closing = Call(self._leader, "close", self._leader.handle.close.remote())
+        closing = self._leader.begin("close")
         with contextlib.suppress(Exception):  # whatever state they are in, they are ended below
             ray.wait([closing.reference], timeout=_LEAVE_S)
             ray.wait([call.reference for call in self._following], num_returns=len(self._following), timeout=_LEAVE_S)

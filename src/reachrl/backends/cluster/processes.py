@@ -61,7 +61,8 @@ class _Offers:
 
     def take(self, number: int) -> Rollout:
         with self._changed:
-            self._changed.wait_for(lambda: number in self._rollouts, timeout=_OFFER_TIMEOUT_S)
+            if not self._changed.wait_for(lambda: number in self._rollouts, timeout=_OFFER_TIMEOUT_S):
+                raise LearnerLostError(f"rollout {number} did not reach a learner within {_OFFER_TIMEOUT_S:g} s")
             return self._rollouts.pop(number)
 
 
@@ -79,7 +80,15 @@ class Offered:
         return _OFFERS.take(self.number)
 
 
-class ActorProcess:
+class _Seeing:
+    """Answers where it has its files from."""
+
+    def sees(self, path: Path) -> bool:
+        """Whether a file is there, as this process sees it."""
+        return path.exists()
+
+
+class ActorProcess(_Seeing):
     """Acts with a copy of the policy in environments of its own.
 
     Args:
@@ -183,7 +192,7 @@ class EvaluatorProcess:
         return episodes, evaluator.take_spans()[0]
 
 
-class LearnerProcess:
+class LearnerProcess(_Seeing):
     """One of the processes that train; the first leads.
 
     Args:
@@ -306,7 +315,8 @@ class RewardProcess:
     def take_model(self, model: RewardModel) -> None:
         """Score with this model from now on."""
         _prepare(self._config)
-        self._model = model.to(device_of(self._config)).eval()
+        wanted = getattr(self._config.reward, "device", "auto")
+        self._model = model.to(device_of(self._config) if wanted == "auto" else torch.device(wanted)).eval()
 
     def score(
         self, clips: np.ndarray, instructions: Sequence[str], batch_size: int

@@ -1,6 +1,5 @@
 """Runs a reward model in several processes."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,9 +36,10 @@ class ClusterScoring:
             WorkerError: a worker is lost again and again.
         """
         if model is not self._model:
-            self._model, self._stored = model, ray.put(copy.deepcopy(model).cpu())
-            for worker in self._workers:
-                worker.begin("take_model", self._stored)
+            self._model, self._stored = model, ray.put(model)
+            sent = [worker.begin("take_model", self._stored) for worker in self._workers]
+            for number, call in enumerate(sent):
+                self._insist(number, call, "take_model", self._stored)
         parts = [rows for rows in np.array_split(np.arange(len(clips)), self.parallel) if len(rows)]
         jobs = [(clips[rows], [instructions[row] for row in rows], batch_size) for rows in parts]
         calls = [self._workers[number].begin("score", *job) for number, job in enumerate(jobs)]
@@ -51,12 +51,16 @@ class ClusterScoring:
         return taken
 
     def _answer(self, number: int, call: Call, job: tuple) -> np.ndarray:
+        scores, (began, ended) = self._insist(number, call, "score", *job)
+        self._spans.append(Span(f"reward worker {number}", "score frames", began, ended))
+        return scores
+
+    def _insist(self, number: int, call: Call, method: str, *arguments: Any) -> Any:
         def again() -> Call:
             self._workers[number].kill()
             self._workers[number] = self._spawn(number)
-            self._workers[number].begin("take_model", self._stored)
-            return self._workers[number].begin("score", *job)
+            if method != "take_model":
+                self._workers[number].call("take_model", self._stored)
+            return self._workers[number].begin(method, *arguments)
 
-        scores, (began, ended) = insist(call, again, max_losses=self._max_losses)
-        self._spans.append(Span(f"reward worker {number}", "score frames", began, ended))
-        return scores
+        return insist(call, again, max_losses=self._max_losses)

@@ -115,7 +115,7 @@ class ProcessReward(Reward):
             self.version = state["version"]
 
     def _use(self, model: RewardModel) -> None:
-        if self.config.device != "auto":
+        if self.config.device != "auto" and self._scoring is None:
             model = model.to(torch.device(self.config.device))
         self._scorer = FrameScorer(model.eval(), batch_size=self.config.score_batch, scoring=self._scoring)
 

@@ -1,4 +1,4 @@
-"""How many environments each actor gets: in proportion to how fast it steps them."""
+"""How many environments each actor, or each group of one, gets."""
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
