@@ -37,7 +37,13 @@ def main(out: Path, overrides: list[str]) -> None:
         curriculum = build(
             "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=1
         )
-        actors = LocalActors(whole or policy, [VectorEnv(config.env, 3)], seed=1, temperature=1.0)
+        actors = LocalActors(
+            whole or policy,
+            [VectorEnv(config.env, 3)],
+            seed=1,
+            temperature=1.0,
+            train_vision=config.ppo.train_vision,
+        )
         actors.load_weights(learner.export_weights())
         rollout = actors.collect(curriculum.assign, 20).result()
         actors.close()

@@ -5,7 +5,7 @@ None of these options decides a number, so a run may be resumed with others.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from reachrl.config.base import Section
 
@@ -35,7 +35,7 @@ class RayBackendConfig(BackendSection):
     """Learners, actors with environments and reward workers as Ray actors. Needs the extra `ray`."""
 
     kind: Literal["ray"] = "ray"  # pyright: ignore[reportIncompatibleVariableOverride]
-    address: Annotated[str, Field(pattern=r"^(?!ray://)")] | None = None
+    address: str | None = None
     """A running cluster's address, `auto` for the one this machine belongs to; none starts Ray on this machine for the
     time of the run. The run folder must then be on storage that every machine sees."""
     learners: Count = 1
@@ -58,6 +58,16 @@ class RayBackendConfig(BackendSection):
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often in a row an actor, a reward worker or the evaluator is replaced before the run gives up; and how often
     a run goes on from its last checkpoint, with new processes, after a learner was lost."""
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, address: str | None) -> str | None:
+        if address is not None and address.startswith("ray://"):
+            raise ValueError(
+                "Ray's client does not carry what training needs: run the command on a machine of the cluster with "
+                "address=auto, or give host:port"
+            )
+        return address
 
     @model_validator(mode="after")
     def _pairs_where_colocated(self) -> Self:

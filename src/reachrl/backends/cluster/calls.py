@@ -11,7 +11,7 @@ from reachrl.errors import ReachRLError, WorkerError
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S = 10.0  # until all who worked with a lost process have noticed
+_SETTLE_S = 5.0  # until all who worked with a lost process have noticed
 
 
 class Lost(Exception):
