@@ -10,9 +10,9 @@ import pytest
 ray = pytest.importorskip("ray")
 
 from reachrl.backends.cluster.backend import reservation  # noqa: E402
-from reachrl.backends.cluster.calls import Lost, Remote  # noqa: E402
+from reachrl.backends.cluster.calls import Lost, Remote, insist  # noqa: E402
 from reachrl.config.backend import RayBackendConfig  # noqa: E402
-from reachrl.errors import DivergedError  # noqa: E402
+from reachrl.errors import DivergedError, WorkerError  # noqa: E402
 
 
 class Worker:
@@ -125,3 +125,32 @@ def test_what_is_reserved():
     assert [bundle["GPU"] for bundle in reservation(split, gpus=True, evaluator=True)] == [1] * 7
     pairs = RayBackendConfig(learners=2, actors=2, placement="colocated", cpus_per_actor=4)
     assert reservation(pairs, gpus=True, evaluator=False) == [{"CPU": 5, "GPU": 1}] * 2
+
+
+def test_a_lost_call_is_sent_again_so_often_and_no_oftener():
+    class Fake:
+        def __init__(self, outcome):
+            self.outcome = outcome
+
+        def result(self):
+            if self.outcome is None:
+                raise Lost("actor 2", "died")
+            return self.outcome
+
+    sent = []
+
+    def again(outcomes):
+        queue = iter(outcomes)
+
+        def send():
+            sent.append(1)
+            return Fake(next(queue))
+
+        return send
+
+    assert insist(Fake(None), again([None, "done"]), max_losses=2) == "done" and len(sent) == 2
+    with pytest.raises(WorkerError, match="actor 2 was lost 3 times in a row"):
+        insist(Fake(None), again([None, None, "late"]), max_losses=2)
+    assert len(sent) == 4
+    with pytest.raises(WorkerError):
+        insist(Fake(None), again([]), max_losses=0)
