@@ -25,7 +25,7 @@ from reachrl.backends.cluster.rewards import ClusterScoring
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
-from reachrl.errors import ConfigError, WorkerError
+from reachrl.errors import ConfigError, LearnerLostError
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ class _Crew:
         """Everyone, ready to work.
 
         Raises:
-            WorkerError: a process cannot be started.
+            LearnerLostError: a learner was lost on the way.
+            ConfigError: the leader does not see the run folder.
         """
         backend, most = self._backend, self._backend.max_restarts
         try:
@@ -117,7 +118,7 @@ class _Crew:
             learners = [self._learner(rank) for rank in range(backend.learners)]
             collecting = [self._actor(number) for number in range(backend.actors)]
             scorers = [self._reward_worker(number) for number in range(backend.reward_workers)]
-            self._check_storage([*learners, *collecting])
+            self._check_storage(learners[0])
             learner = ClusterLearner(learners, ppo)
             actors = ClusterActors(
                 collecting,
@@ -132,23 +133,22 @@ class _Crew:
                 ClusterEvaluator(self._evaluator(), self._evaluator, max_losses=most) if self._evaluates else None
             )
         except Lost as lost:
-            raise WorkerError(f"a process could not be started: {lost}") from lost
+            raise LearnerLostError(f"{lost}, before anything was done") from lost
         self._started = [actors, learner]
         return Workers(actors=actors, learner=learner, scoring=scoring, evaluator=evaluator)
 
-    def _check_storage(self, processes: list[Remote]) -> None:
-        """See whether the run folder is the same one everywhere: checkpoints are written by a learner.
+    def _check_storage(self, leader: Remote) -> None:
+        """See whether the leader, who writes the checkpoints, has the same run folder as this process.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it has not.
         """
         with tempfile.NamedTemporaryFile(dir=self._warm.parent, prefix=".seen-") as token:
-            for process in processes:
-                if not process.call("sees", Path(token.name)):
-                    raise ConfigError(
-                        f"{process.name} does not see {self._warm.parent}: put the run folder (--run) on storage that "
-                        "every machine of the cluster has under the same path"
-                    )
+            if not leader.call("sees", Path(token.name)):
+                raise ConfigError(
+                    f"{leader.name} does not see {self._warm.parent}: put the run folder (--run) on storage that every "
+                    "machine of the cluster has under the same path"
+                )
 
     def close(self) -> None:
         """End every process and give the machines back."""

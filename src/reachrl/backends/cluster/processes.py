@@ -80,15 +80,7 @@ class Offered:
         return _OFFERS.take(self.number)
 
 
-class _Seeing:
-    """Answers where it has its files from."""
-
-    def sees(self, path: Path) -> bool:
-        """Whether a file is there, as this process sees it."""
-        return path.exists()
-
-
-class ActorProcess(_Seeing):
+class ActorProcess:
     """Acts with a copy of the policy in environments of its own.
 
     Args:
@@ -192,7 +184,7 @@ class EvaluatorProcess:
         return episodes, evaluator.take_spans()[0]
 
 
-class LearnerProcess(_Seeing):
+class LearnerProcess:
     """One of the processes that train; the first leads.
 
     Args:
@@ -208,6 +200,10 @@ class LearnerProcess(_Seeing):
         self._own: LocalLearner | None = None
         self._learner: LocalLearner | LeadingLearner | None = None
         self._rollout: Rollout | None = None  # that was scored last
+
+    def sees(self, path: Path) -> bool:
+        """Whether a file is there, as this process sees it."""
+        return path.exists()
 
     def address(self) -> tuple[str, int]:
         """Where the processes can meet: this machine, at a port that is free now."""
