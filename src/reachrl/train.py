@@ -140,6 +140,7 @@ def train(
         due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
         if due:
             heldout.finish()
+            audit.finish()
             run.write_timeline(*timelines.typical(ahead=config.collect_ahead), actors.balance())
             save(run, state, keepers, keep=config.keep_checkpoints)
     return state

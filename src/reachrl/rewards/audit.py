@@ -2,6 +2,7 @@
 
 import logging
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class RewardAudit:
         self._first_failures: list[float] = []  # scores of the run's first failures, the reference of the drift
         self._open: dict[int, list[float]] = {}  # env -> [score, decisions, reward] so far of the episode it is in
         self._alarmed = False
+        self._filming = ThreadPoolExecutor(1, "films")  # training does not wait for films
+        self._films: list[Future[None]] = []
 
     def observe(self, rollout: Rollout, rewards: Rewards, *, iteration: int) -> dict[str, float | None]:
         """Take in an iteration's episodes; warns and films where score and success have parted.
@@ -71,6 +74,16 @@ class RewardAudit:
             )  # fmt: skip
         self._alarmed = bool(reasons)
         return figures | {"audit/alarm": float(self._alarmed)}
+
+    def finish(self) -> None:
+        """Wait for the films that are being made.
+
+        Raises:
+            StorageError: one could not be written.
+        """
+        films, self._films = self._films, []
+        for film in films:
+            film.result()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -144,7 +157,7 @@ class RewardAudit:
         return correlation(numbers, np.array([episode.success for episode in self._recent]))
 
     def _film(self, rollout: Rollout, rewards: Rewards, iteration: int) -> list[str]:
-        """Write the failures of this rollout that the dense reward liked best; returns the files."""
+        """Begin to film the failures of this rollout that the dense reward liked best; returns the files."""
         assert rewards.progress is not None
         liked = [
             (float(rewards.progress[first : t + 1, n].mean()), place, first, t, n)
@@ -154,17 +167,19 @@ class RewardAudit:
         names: list[str] = []
         best = sorted(liked, reverse=True)[: self.config.num_videos]
         for number, (_, place, first, t, n) in enumerate(best, start=1):
-            frames = draw_overlay(
-                np.concatenate([rollout.images[first : t + 1, n], rollout.final_images[place : place + 1]]),
-                instruction=rollout.instructions[t][n],
-                values=None,
-                process=rewards.progress[first : t + 1, n].tolist(),
-                success=False,
-            )
+            images = np.concatenate([rollout.images[first : t + 1, n], rollout.final_images[place : place + 1]])
+            process = rewards.progress[first : t + 1, n].tolist()
             path = self.videos / f"alarm_iteration{iteration:04d}_{number}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            names.append(str(write_video(path, frames, fps=5)))
+            names.append(str(path))
+            self._films.append(self._filming.submit(_write_film, path, images, rollout.instructions[t][n], process))
         return names
+
+
+def _write_film(path: Path, images: np.ndarray, instruction: str, process: list[float]) -> None:
+    """A failed episode: frames u8[T+1 H W 3] with the scores of its T decisions drawn on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = draw_overlay(images, instruction=instruction, values=None, process=process, success=False)
+    write_video(path, frames, fps=5)
 
 
 def correlation(numbers: Float[np.ndarray, "B"], success: Bool[np.ndarray, "B"]) -> float | None:
