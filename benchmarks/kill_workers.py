@@ -4,7 +4,8 @@
 
 For each kind: a run on Ray with two actors, two learners with split weights and two reward workers, whose processes of
 that kind get SIGKILL `--times` times, a random while after the run last went on. Every run must end by itself, and its
-metrics must be those of a run that was left alone; only a killed simulator may cost the episode it was in. The training
+metrics must be those of a run that was left alone; only a killed simulator may cost the episode it was in. A learner is killed again
+only when the run has gone on. The training
 process itself cannot go on: there the command is given again.
 """
 
@@ -72,7 +73,7 @@ def victims(root: psutil.Process, kind: str) -> list[psutil.Process]:
 
 def torment(folder: Path, kind: str, times: int, rng: random.Random) -> dict:
     """Kill until `times` is reached or the run ends; how often, and the longest standstill."""
-    kills, slowest, attempts = 0, 0.0, 1
+    kills, slowest, attempts, count_then = 0, 0.0, 1, -1
     process = reachrl("train", *OPTIONS, "--run", str(folder))
     seen, moved, wait = -1, time.monotonic(), rng.uniform(0.0, 3.0)
     while process.poll() is None:
@@ -85,20 +86,20 @@ def torment(folder: Path, kind: str, times: int, rng: random.Random) -> dict:
         if now - moved > STALL_S:
             process.kill()
             raise SystemExit(f"{kind}: the run stands still for {STALL_S:g} s after {kills} kills")
-        if kills < times and count and now - moved >= 0 and (wait := wait - 0.02) <= 0:
+        # New learners need longer than the pause: they are killed when they have done something.
+        recovered = count > count_then or not kind.startswith("learner")
+        if kills < times and count and recovered and (wait := wait - 0.02) <= 0:
             try:
                 found = victims(psutil.Process(process.pid), kind)
             except psutil.Error:
                 break
             if found:
                 os.kill(rng.choice(found).pid, signal.SIGKILL)
-                kills, wait = kills + 1, rng.uniform(0.2, 4.0)
+                kills, wait, count_then = kills + 1, rng.uniform(0.2, 4.0), count
                 if kind == "training process":
                     process.communicate()
                     process, attempts, seen = reachrl("train", *OPTIONS, "--run", str(folder)), attempts + 1, -1
                     moved = time.monotonic()
-                else:
-                    wait += 8.0 * kind.startswith("learner")  # until new ones are up, else none is there to kill
     said, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"{kind}: the run ended with {process.returncode} after {kills} kills:\n{said[-3000:]}")

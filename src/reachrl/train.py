@@ -87,7 +87,8 @@ def train(
 
     Raises:
         DivergedError: a loss, gradient or weight is not finite; nothing of that iteration is saved.
-        WorkerError: an environment keeps failing.
+        WorkerError: an environment, or an actor, keeps failing.
+        LearnerLostError: a process that trains is gone.
     """
     assert isinstance(config.ppo, PPOConfig)
     actors, learner = workers.actors, workers.learner
@@ -117,16 +118,7 @@ def train(
         assert lag == (0 if ahead is None else 1), f"a rollout of weights that are {lag} updates old"
         # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
         ahead = collect() if config.collect_ahead and not checkpoint_due(config, state) else None
-        with run.span("score"):
-            scoring = learner.score(rollout)
-        with run.span("reward"):
-            rewards = reward(rollout)
-        with run.span("score"):
-            scored = scoring.result()
-        with run.span("update"):
-            stats = learner.update(
-                rollout, rewards, scored, iteration=state.iteration, train_policy=not state.warming_up
-            )
+        rewards, stats = learn(run, state, learner, reward, rollout)
         with run.span("watch"):
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
             watched |= reward.adapt(rollout, iteration=state.iteration)
@@ -144,6 +136,21 @@ def train(
             run.write_timeline(*timelines.typical(ahead=config.collect_ahead), actors.balance())
             save(run, state, keepers, keep=config.keep_checkpoints)
     return state
+
+
+def learn(
+    run: Run, state: TrainState, learner: Learner, reward: Reward, rollout: Rollout
+) -> tuple[Rewards, UpdateStats]:
+    """Reward, score and update; frames are scored by the reward while the learner scores decisions."""
+    with run.span("score"):
+        scoring = learner.score(rollout)
+    with run.span("reward"):
+        rewards = reward(rollout)
+    with run.span("score"):
+        scored = scoring.result()
+    with run.span("update"):
+        stats = learner.update(rollout, rewards, scored, iteration=state.iteration, train_policy=not state.warming_up)
+    return rewards, stats
 
 
 def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:

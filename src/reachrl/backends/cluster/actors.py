@@ -1,11 +1,13 @@
 """The actors as the training loop sees them: one object, however many processes collect."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from reachrl.backends.base import Pending, Weights
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
@@ -141,7 +143,8 @@ class ClusterActors:
     def close(self) -> None:
         """Let simulators end; processes that are busy or stuck are ended without."""
         closing = [actor.begin("close").reference for actor in self._actors]
-        ray.wait(closing, num_returns=len(closing), timeout=_LEAVE_S)
+        with contextlib.suppress(RayError):  # whatever state they are in, they are ended below
+            ray.wait(closing, num_returns=len(closing), timeout=_LEAVE_S)
         for actor in self._actors:
             actor.remote.kill()
 

@@ -40,6 +40,7 @@ class ClusterLearner:
         self._following: list[Call] = []
         self._spans: list[Span] = []
         self._offered = 0  # rollouts
+        self._gone = False
         address = self._ask("address")
         self._following = [other.begin("follow", address) for other in self._others]
         self._ask("lead", address)
@@ -86,6 +87,8 @@ class ClusterLearner:
 
     def close(self) -> None:
         """End the processes; they say good-bye if they can."""
+        if self._gone:
+            return
         closing = self._leader.begin("close")
         with contextlib.suppress(Exception):  # whatever state they are in, they are ended below
             ray.wait([closing.reference], timeout=_LEAVE_S)
@@ -94,6 +97,7 @@ class ClusterLearner:
 
     def kill(self) -> None:
         """End the processes now."""
+        self._gone = True
         for each in (self._leader, *self._others):
             each.kill()
 
