@@ -4,9 +4,8 @@
 
 For each kind: a run on Ray with two actors, two learners with split weights and two reward workers, whose processes of
 that kind get SIGKILL `--times` times, a random while after the run last went on. Every run must end by itself, and its
-metrics must be those of a run that was left alone; only a killed simulator may cost the episode it was in. A learner is killed again
-only when the run has gone on. The training
-process itself cannot go on: there the command is given again.
+metrics must be those of a run that was left alone; only a killed simulator may cost the episode it was in. A learner is
+killed again only when the run has gone on. The training process itself cannot go on: there the command is given again.
 """
 
 import argparse
