@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from reachrl.backends import local
+from reachrl.backends import learner
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
@@ -347,7 +347,7 @@ def test_a_gpu_and_a_cpu_hold_different_things() -> None:
 
 
 def test_scoring_goes_in_the_rows_of_the_backend() -> None:
-    assert SCORE_ROWS == local.SCORE_ROWS
+    assert SCORE_ROWS == learner.SCORE_ROWS
 
 
 MORE = [
