@@ -135,7 +135,7 @@ def test_bad_layouts_are_refused_before_anything_starts(warm, tmp_path):
     shutil.copytree(warm, folder)
     for changes, words in (
         (["backend.kind=ray", "backend.actors=9"], "need 9 environments, but env.num_envs=4"),
-        (["backend.kind=ray", "backend.address=127.0.0.1:1"], "no Ray cluster answers there"),
+        (["backend.kind=ray", "backend.address=127.0.0.1:1"], "no Ray cluster answers there, or"),
         (["backend.kind=ray", "backend.actors=2", "backend.placement=colocated"], "set them equal"),
         (["backend.env_groups=5"], "backend.env_groups=5 groups need as many"),
         (["collect_ahead=true"], "set ppo.importance_cap"),

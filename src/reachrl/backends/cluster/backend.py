@@ -230,8 +230,9 @@ def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
             ray.init(address=config.address, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"backend.address={config.address}: no Ray cluster answers there ({error}). Start one with `ray start "
-                "--head`, or leave the address out to run on this machine"
+                f"backend.address={config.address}: no Ray cluster answers there, or it does not let us in ({error}). "
+                "Start one with `ray start --head`, use address=auto on one of its machines (elsewhere Ray needs the "
+                "cluster's RAY_AUTH_TOKEN), or leave the address out to run on this machine"
             ) from error
         return True
     # What plug-ins are found by must hold in the processes too.
