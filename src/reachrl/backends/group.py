@@ -72,13 +72,11 @@ class Group:
 
     def send(self, message: Any) -> None:
         """Give the followers a message; only the leader may."""
-        distributed.broadcast_object_list([message])
+        self.agree(message)
 
     def receive(self) -> Any:
         """The leader's next message."""
-        box: list[Any] = [None]
-        distributed.broadcast_object_list(box)
-        return box[0]
+        return self.agree(None)
 
     def agree(self, message: Any) -> Any:
         """The leader's message, for everyone."""
@@ -90,8 +88,3 @@ class Group:
         """Part from the others, all at once: who left early would close connections that others still read from."""
         distributed.barrier()
         distributed.destroy_process_group()
-
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Make everyone's tensors equal the leader's."""
-        for tensor in tensors:
-            distributed.broadcast(tensor, src=0)

@@ -206,10 +206,7 @@ class LocalLearner:
     def share(self) -> None:
         """Give everyone in the group the leader's weights and optimiser state; every process must call it."""
         optimizer, leads = self.algorithm.optimizer, self.group.rank == 0
-        if self.group.sharded:
-            sharding.share_weights(self.policy, self._whole)
-        else:
-            self.group.share([tensor.data for tensor in (*self.policy.parameters(), *self.policy.buffers())])
+        sharding.share_weights(self.policy, (self._whole or self.policy) if leads else None)
         state = (self._read_state or optimizer.state_dict()) if leads else None
         self._read_state = None
         sharding.share_optimizer_state(optimizer, state, self.group)

@@ -47,27 +47,26 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def share_weights(policy: Policy, source: Policy | None) -> None:
-    """Give the sharded policy the weights and buffers of a whole one.
+    """Give every process's policy, whole or split, the weights and buffers of a whole one.
 
     Args:
-        policy: of every process.
-        source: of the leader; None elsewhere.
+        policy: of this process.
+        source: on the leader, which may be its `policy` itself; None elsewhere.
     """
     theirs = {} if source is None else dict([*source.named_parameters(), *source.named_buffers()])
     for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]:
         given = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if source is not None:
             given.copy_(theirs[name])
-        _take(tensor, given)
+        tensor.copy_(_from_leader(given, tensor))
 
 
-def _take(tensor: Tensor, given: Tensor) -> None:
-    """Set a tensor to the leader's `given`."""
-    if isinstance(tensor, DTensor):
-        tensor.copy_(distribute_tensor(given, tensor.device_mesh, tensor.placements))
-    else:
-        torch.distributed.broadcast(given, src=0)
-        tensor.copy_(given)
+def _from_leader(given: Tensor, like: Tensor | None) -> Tensor:
+    """The leader's `given`, or this process's part of it where `like` is split."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(given, like.device_mesh, like.placements)
+    torch.distributed.broadcast(given, src=0)
+    return given
 
 
 @torch.no_grad()
@@ -100,11 +99,7 @@ def share_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any
             given = torch.empty(value.shape, dtype=value.dtype, device=parameter.device if like else "cpu")
             if state is not None:
                 given.copy_(state["state"][index][name])
-            if like:
-                given = distribute_tensor(given, parameter.device_mesh, parameter.placements)
-            else:
-                torch.distributed.broadcast(given, src=0)
-            entries[name] = given
+            entries[name] = _from_leader(given, parameter if like else None)
     optimizer.load_state_dict(received)
 
 

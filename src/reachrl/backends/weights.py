@@ -49,10 +49,11 @@ class Bucket:
         """
         if zlib.crc32(self.data.data) != self.checksum:
             raise WorkerError("weights were damaged on their way from the learner; the run can be resumed")
-        data, begin = torch.from_numpy(np.array(self.data)), 0  # a copy: shared memory is read-only and not aligned
+        begin = 0
         for info in self.tensors:
             size = int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize
-            yield info, data[begin : begin + size].clone().view(info.dtype).view(info.shape)
+            raw = self.data[begin : begin + size].copy()  # shared memory is read-only, and this not aligned
+            yield info, torch.from_numpy(raw).view(info.dtype).view(info.shape)
             begin += size
 
 

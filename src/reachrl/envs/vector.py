@@ -54,9 +54,7 @@ class VectorEnv:
         self._workers.extend(self._spawn(n) for n in range(num_envs))
         for n, reply in self._gather(range(num_envs), _START_TIMEOUT_S).items():
             if isinstance(reply, WorkerLost) and not reply.kind:  # once more: it may not have been its own fault
-                self._workers[n].kill()
-                self._workers[n] = self._spawn(n)
-                reply = self._gather([n], _START_TIMEOUT_S)[n]
+                reply = self._restart(n)
             if isinstance(reply, WorkerLost):
                 self.close()
                 raise self._error(n, reply, "could not be made")
@@ -229,11 +227,15 @@ class VectorEnv:
             error = self._error(n, lost, f"was lost {self._losses[n]} times in a row")
             self.close()
             raise error
-        self._workers[n].kill()
-        self._workers[n] = self._spawn(n)
-        reply = self._gather([n], _START_TIMEOUT_S)[n]
+        reply = self._restart(n)
         if isinstance(reply, WorkerLost):
             self._replace(n, reply)
+
+    def _restart(self, n: int) -> dict[str, Any] | WorkerLost:
+        """A new worker for row `n`; its description, or why it is lost as well."""
+        self._workers[n].kill()
+        self._workers[n] = self._spawn(n)
+        return self._gather([n], _START_TIMEOUT_S)[n]
 
     def _error(self, n: int, lost: WorkerLost, what: str) -> errors.ReachRLError:
         own = getattr(errors, lost.kind, None) if lost.kind else None

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -39,6 +39,10 @@ class SpanLog:
             yield
         finally:
             self.add(what, start)
+
+    def extend(self, spans: Iterable[Span]) -> None:
+        """Note what others have told of their work."""
+        self._spans.extend(spans)
 
     def take(self) -> list[Span]:
         """What was noted since the last time."""

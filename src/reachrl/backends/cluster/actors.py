@@ -16,7 +16,7 @@ from reachrl.backends.shares import even_shares, firsts, proportional_shares, st
 from reachrl.backends.weights import PackedWeights
 from reachrl.rollout.collector import Assign
 from reachrl.rollout.join import join_rollouts
-from reachrl.run.spans import Span
+from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class _Actor:
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
         self.host = ""
+        self.first = 0  # number of its first environment
         self.count = 0  # environments
         self.rows: list[dict[str, Any]] = []  # their running episodes when the last rollout was complete
         self.lost_episodes = 0  # since it has these environments
@@ -79,7 +80,7 @@ class ClusterActors:
         self._redone = 0  # parts of rollouts collected again
         self._moved = 0  # times environments moved
         self._gap = 0.0
-        self._spans: list[Span] = []
+        self._log = SpanLog("actors")
         for actor, count in zip(self._actors, even_shares(total, len(processes)), strict=True):
             actor.count = count
         self._started = False  # simulators; a resumed run begins them where they were
@@ -113,8 +114,7 @@ class ClusterActors:
 
     def take_spans(self) -> list[Span]:
         """When each actor decoded and simulated."""
-        taken, self._spans = self._spans, []
-        return taken
+        return self._log.take()
 
     def balance(self) -> list[dict[str, Any]]:
         """Each actor's share and what it takes."""
@@ -156,7 +156,7 @@ class ClusterActors:
         for actor, part in zip(self._actors, parts, strict=True):
             self._note(actor, part, num_steps)
         self._gap = max(part.gap for part in parts)
-        self._spans += [span for part in parts for span in part.spans]
+        self._log.extend(span for part in parts for span in part.spans)
         return join_rollouts([part.rollout for part in parts])
 
     def _note(self, actor: _Actor, part: Collected, num_steps: int) -> None:
@@ -185,7 +185,7 @@ class ClusterActors:
 
     def _give_rows(self, shares: Sequence[int], rows: Sequence[dict[str, Any]]) -> None:
         for actor, count, first in zip(self._actors, shares, firsts(shares), strict=True):
-            actor.count, actor.rows = count, list(rows[first : first + count])
+            actor.first, actor.count, actor.rows = first, count, list(rows[first : first + count])
             actor.lost_episodes, actor.measured, actor.seconds_per_env = 0, 0, None
         self._started = True
         hosts = self._each("take_rows", self._share)
@@ -193,8 +193,8 @@ class ClusterActors:
             actor.host = host
 
     def _share(self, number: int) -> tuple[int, int, list[dict[str, Any]]]:
-        first = sum(actor.count for actor in self._actors[:number])
-        return first, self._actors[number].count, self._actors[number].rows
+        actor = self._actors[number]
+        return actor.first, actor.count, actor.rows
 
     # ---- losses ----
 

@@ -6,7 +6,7 @@ from typing import Any
 from reachrl.backends.base import Pending, Weights
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
 from reachrl.rollout.episodes import Mode, PlayedEpisode
-from reachrl.run.spans import Span
+from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Start
 
 
@@ -21,7 +21,7 @@ class ClusterEvaluator:
 
     def __init__(self, process: Remote, spawn: Callable[[], Remote], *, max_losses: int) -> None:
         self._process, self._spawn, self._max_losses = process, spawn, max_losses
-        self._spans: list[Span] = []
+        self._log = SpanLog("evaluator")
 
     def play(self, weights: Weights, starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
         """Begin to play every start once with these weights."""
@@ -31,8 +31,7 @@ class ClusterEvaluator:
 
     def take_spans(self) -> list[Span]:
         """When was played."""
-        taken, self._spans = self._spans, []
-        return taken
+        return self._log.take()
 
     def _answer(self, call: Call, arguments: tuple[Any, ...]) -> list[PlayedEpisode]:
         def again() -> Call:
@@ -41,5 +40,5 @@ class ClusterEvaluator:
             return self._process.begin("play", *arguments)
 
         episodes, span = insist(call, again, max_losses=self._max_losses)
-        self._spans.append(span)
+        self._log.extend([span])
         return episodes

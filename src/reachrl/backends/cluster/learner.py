@@ -14,7 +14,7 @@ from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.ppo import PPOConfig
 from reachrl.errors import LearnerLostError
-from reachrl.run.spans import Span
+from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Rewards, Rollout, Scored
 
 _LEAVE_S = 10.0  # for a polite end; then they are killed
@@ -38,7 +38,7 @@ class ClusterLearner:
         self.config, self.version = config, 0
         self._leader, *self._others = processes
         self._following: list[Call] = []
-        self._spans: list[Span] = []
+        self._log = SpanLog("learner")
         self._offered = 0  # rollouts
         self._gone = False
         address = self._ask("address")
@@ -64,13 +64,12 @@ class ClusterLearner:
         """One iteration of the algorithm on the rollout that was scored last."""
         stats, spans = self._ask("update", rewards, scored, iteration, train_policy)
         self.version += 1
-        self._spans += spans
+        self._log.extend(spans)
         return stats
 
     def take_spans(self) -> list[Span]:
         """When the leader scored and updated."""
-        taken, self._spans = self._spans, []
-        return taken
+        return self._log.take()
 
     def save(self, folder: Path) -> None:
         """Write weights and optimiser state."""

@@ -197,7 +197,6 @@ class LearnerProcess:
         assert isinstance(config.backend, RayBackendConfig)
         self._config, self._warm, self._rank, self._size = config, warm, rank, config.backend.learners
         self._hands_over = config.backend.placement == "colocated"
-        self._own: LocalLearner | None = None
         self._learner: LocalLearner | LeadingLearner | None = None
         self._rollout: Rollout | None = None  # that was scored last
 
@@ -238,8 +237,7 @@ class LearnerProcess:
             with torch.device("cpu"):
                 whole = type(policy).from_pretrained(self._warm).eval()
             whole.reset_critic()
-        self._own = LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole)
-        return self._own, group
+        return LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole), group
 
     def pack_weights(self) -> PackedWeights:
         """The weights with their buckets in the object store."""

@@ -8,7 +8,7 @@ import ray
 
 from reachrl.backends.cluster.calls import Call, Remote, insist
 from reachrl.rewards.process.base import RewardModel
-from reachrl.run.spans import Span
+from reachrl.run.spans import Span, SpanLog
 
 
 class ClusterScoring:
@@ -25,7 +25,7 @@ class ClusterScoring:
         self._workers, self._spawn, self.parallel = list(processes), spawn, len(processes)
         self._model: RewardModel | None = None
         self._stored: Any = None  # the model in the object store
-        self._spans: list[Span] = []
+        self._log = SpanLog("reward workers")
 
     def __call__(
         self, model: RewardModel, clips: np.ndarray, instructions: Sequence[str], *, batch_size: int
@@ -47,12 +47,11 @@ class ClusterScoring:
 
     def take_spans(self) -> list[Span]:
         """When each worker scored."""
-        taken, self._spans = self._spans, []
-        return taken
+        return self._log.take()
 
     def _answer(self, number: int, call: Call, job: tuple) -> np.ndarray:
         scores, (began, ended) = self._insist(number, call, "score", *job)
-        self._spans.append(Span(f"reward worker {number}", "score frames", began, ended))
+        self._log.extend([Span(f"reward worker {number}", "score frames", began, ended)])
         return scores
 
     def _insist(self, number: int, call: Call, method: str, *arguments: Any) -> Any:

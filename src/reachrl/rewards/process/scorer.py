@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ CACHE_SIZE = 500_000  # scores remembered, about 100 bytes each
 
 
 class FrameScoring(Protocol):
-    """Runs a reward model, here or elsewhere."""
+    """Runs a reward model elsewhere."""
 
     parallel: int
     """How many passes it makes at a time."""
@@ -38,27 +39,6 @@ class FrameScoring(Protocol):
         ...
 
 
-class ScoreHere:
-    """Runs the reward model in this process."""
-
-    parallel = 1
-
-    def __call__(
-        self,
-        model: RewardModel,
-        clips: UInt8[np.ndarray, "B F H W 3"],
-        instructions: Sequence[str],
-        *,
-        batch_size: int,
-    ) -> Float32[np.ndarray, "B"]:
-        """P(progress) of each clip, in passes of `batch_size`."""
-        return model.score(clips, instructions, batch_size=batch_size)
-
-    def take_spans(self) -> list[Span]:
-        """The caller knows."""
-        return []
-
-
 class FrameScorer:
     """A reward model that remembers its answers: the same frames with the same instruction are scored once.
 
@@ -68,11 +48,13 @@ class FrameScorer:
     Args:
         model: a fitted model, in evaluation mode.
         batch_size: clips a forward pass; short batches are padded to it.
-        scoring: who runs the model.
+        scoring: who runs the model; None: this process.
     """
 
     def __init__(self, model: RewardModel, *, batch_size: int, scoring: FrameScoring | None = None) -> None:
-        self.model, self.batch_size, self.scoring = model, batch_size, scoring or ScoreHere()
+        self.model, self.batch_size = model, batch_size
+        self._run = model.score if scoring is None else partial(scoring, model)
+        self._at_once = batch_size * (1 if scoring is None else scoring.parallel)
         self.num_scored = 0  # clips that went through the model
         self._known: OrderedDict[bytes, float] = OrderedDict()
 
@@ -89,9 +71,8 @@ class FrameScorer:
         frames = _Frames(rollout)
         scores = np.zeros(len(frames), dtype=np.float32)
         history = clip_numbers(rollout, num_frames=self.model.num_frames, frame_stride=self.model.frame_stride)
-        at_once = self.batch_size * self.scoring.parallel
-        for start in range(0, len(wanted), at_once):  # the frames of a rollout are never copied all together
-            rows = wanted[start : start + at_once]
+        for start in range(0, len(wanted), self._at_once):  # the frames of a rollout are never copied all together
+            rows = wanted[start : start + self._at_once]
             clips = frames.images(history[rows])
             scores[rows] = self._score(clips, [frames.instruction(row) for row in rows.tolist()])
         return scores
@@ -103,7 +84,7 @@ class FrameScorer:
         ]
         new = list({key: row for row, key in enumerate(keys) if key not in self._known}.values())
         if new:
-            found = self.scoring(self.model, clips[new], [instructions[row] for row in new], batch_size=self.batch_size)
+            found = self._run(clips[new], [instructions[row] for row in new], batch_size=self.batch_size)
             self._known.update(zip([keys[row] for row in new], found.tolist(), strict=True))
             self.num_scored += len(new)
         scores = np.array([self._known[key] for key in keys], dtype=np.float32)
