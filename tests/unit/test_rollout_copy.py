@@ -28,8 +28,10 @@ def test_the_copy_decodes_as_the_adapters_do(base: Path, parts: tuple[str, ...])
     assert torch.allclose(plain.act(inputs(plain)).values, copied.act(inputs(copied)).values, atol=1e-5)
     assert copied._rollout is not None
     layer = decoder_layers(copied._rollout.model)[0]
-    assert layer.self_attn.k_proj.weight.data_ptr() != layer.self_attn.fused_qkv.data_ptr()  # a view further down
-    assert layer.self_attn.q_proj.weight.data_ptr() == layer.self_attn.fused_qkv.data_ptr()
+    assert (
+        layer.self_attn.k_proj.weight.data_ptr() != layer.self_attn.fused_qkv.weight.data_ptr()
+    )  # a view further down
+    assert layer.self_attn.q_proj.weight.data_ptr() == layer.self_attn.fused_qkv.weight.data_ptr()
 
 
 @pytest.mark.parametrize("foreach", [False, True])

@@ -21,7 +21,7 @@ from reachrl.types import Observation
 BUCKET_BYTES = 64 * 2**20
 PROBE_ROWS = 2
 # Mean difference of log-probs per action token between the trained policy and its copy for acting.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05, torch.float8_e4m3fn: 0.3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,10 @@ def actor_gap(policy: Policy, weights: PackedWeights, *, seed: int, image_size: 
     sample = act(ids - first_id)
     assert sample.action_ids.equal(ids)
     gap = float(np.abs(sample.logprobs.float().cpu().numpy() - weights.probe_logprobs).mean())
-    if not gap <= PROBE_TOLERANCE[policy.compute_dtype]:
+    if not gap <= PROBE_TOLERANCE[policy.acting_dtype]:
         raise WorkerError(
             f"after weights version {weights.version} were sent, log-probs of a fixed batch differ by {gap:.4f} a "
-            f"token between learner and actor (at most {PROBE_TOLERANCE[policy.compute_dtype]} is rounding): the actor "
+            f"token between learner and actor (at most {PROBE_TOLERANCE[policy.acting_dtype]} is rounding): the actor "
             "does not act with the weights that are trained"
         )
     return gap

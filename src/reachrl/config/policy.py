@@ -221,6 +221,16 @@ class OpenVLAConfig(Section):
     rollout_copy: bool = False
     """Decode with a copy of projector and trunk, adapters folded in and projections fused: faster, for the memory of
     a second trunk."""
+    rollout_precision: Literal["as_trained", "float8"] = "as_trained"
+    """Arithmetic of the copy's decoder layers. `float8` halves their memory and, on GPUs with 8-bit tensor cores (Ada,
+    Hopper or later), speeds them up; actions are then drawn from a slightly other distribution, which `engine_kl`
+    measures and `ppo.importance_cap`, which is then required, corrects for."""
+    decode_graphs: bool = True
+    """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
+    them in one launch."""
+    compile_prefill: bool = False
+    """Compile the copy's decoder layers for prompts (`torch.compile`): elementwise work is merged into fewer kernels.
+    Takes a minute for each new shape; on a CPU it hardly pays."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How towers, projector and trunk are stored; adapters and the value head are always float32."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -244,11 +254,22 @@ class OpenVLAConfig(Section):
             )
         if self.lora is not None and self.checkpoint is None:
             raise ValueError("policy.lora trains adapters beside frozen weights: policy.checkpoint must say which")
+        if self.rollout_precision == "float8" and not (self.rollout_copy and self._arithmetic == "bfloat16"):
+            raise ValueError(
+                'rollout_precision="float8" is of the copy for decoding, and its sums are bfloat16: set '
+                'policy.rollout_copy=true and policy.dtype (or compute_dtype) "bfloat16"'
+            )
+        if self.compile_prefill and not self.rollout_copy:
+            raise ValueError("compile_prefill=true compiles the copy for decoding: set policy.rollout_copy=true")
         if self.dtype == "bfloat16" and self.compute_dtype == "float32":
             raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
         if not len(self.image_mean) == len(self.image_std) == len(self.towers):
             raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
         return self
+
+    @property
+    def _arithmetic(self) -> str:
+        return self.compute_dtype or self.dtype
 
     @property
     def num_patches(self) -> int:

@@ -118,6 +118,16 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _coarse_rollouts_are_corrected(self) -> Self:
+        coarse = isinstance(self.policy, OpenVLAConfig) and self.policy.rollout_precision != "as_trained"
+        if coarse and isinstance(self.ppo, PPOConfig) and self.ppo.importance_cap is None:
+            raise ValueError(
+                "policy.rollout_precision=float8 draws actions from a slightly other distribution than is trained, "
+                "which nothing corrects for: set ppo.importance_cap (2.0 is a common bound)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refits_are_possible(self) -> Self:
         every, reward = self.reward_model.refit_every, self.reward
         own = isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None

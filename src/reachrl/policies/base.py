@@ -77,6 +77,11 @@ class Policy(nn.Module, ABC):
         """The type of the arithmetic behind the log-probs: how closely two passes over the same rows can agree."""
         return next(self.parameters()).dtype
 
+    @property
+    def acting_dtype(self) -> torch.dtype:
+        """The type of the arithmetic behind the log-probs of `act`, if that is coarser."""
+        return self.compute_dtype
+
     @abstractmethod
     def prompt(self, instruction: str) -> str:
         """What the policy is asked in words, for people to read."""

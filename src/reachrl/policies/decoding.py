@@ -1,5 +1,6 @@
 """Batched decoding of action tokens over a static cache: ids, log-probabilities and the value's hidden state."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
-from reachrl.policies.llama import CachedSteps
+from reachrl.policies.llama import LayerPass, Prompt, prefill, step, whole_layer
+from reachrl.policies.recordings import Recordings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,33 @@ def action_logits(
         return F.linear(hidden.float(), head.float()) / temperature
 
 
+def choose_tokens(
+    model: LlamaModel,
+    head: Float[Tensor, "V E"],
+    prompt: Prompt,
+    gumbel: Float[Tensor, "B A V"] | None,
+    *,
+    first_id: int,
+    num_tokens: int,
+    temperature: float,
+) -> tuple[Int64[Tensor, "B A"], Float[Tensor, "B A"]]:
+    """Choose the tokens behind a prompt one after the other, each with its log-probability: see `decode`.
+
+    Only the cache is written to, and nothing is asked of the device: what it does can be recorded and repeated.
+    """
+    hidden = prompt.hidden
+    ids, logprobs = [], []
+    for position in range(num_tokens):
+        logits = action_logits(hidden, head, temperature)
+        scores = logits if gumbel is None else logits + gumbel[:, position]
+        choice = scores.argmax(-1, keepdim=True)
+        ids.append(choice + first_id)
+        logprobs.append(logits.log_softmax(-1).gather(1, choice))
+        if position + 1 < num_tokens:
+            hidden = step(model, prompt, position, model.embed_tokens(ids[-1]))
+    return torch.cat(ids, 1), torch.cat(logprobs, 1)
+
+
 @torch.no_grad()
 def decode(
     model: LlamaModel,
@@ -48,6 +77,8 @@ def decode(
     num_tokens: int,
     temperature: float,
     gumbel: Float[Tensor, "B A V"] | None,
+    recordings: Recordings | None = None,
+    layer_pass: LayerPass = whole_layer,
 ) -> Decoded:
     """One prefill and `num_tokens - 1` single-token steps.
 
@@ -62,21 +93,23 @@ def decode(
         num_tokens: tokens to decode.
         temperature: divides the logits.
         gumbel: noise, or None for greedy decoding.
+        recordings: replays of the steps; None: they are launched one by one.
+        layer_pass: computes a layer of the prefill.
 
     Returns:
         Ids, their log-probabilities under the sampling distribution, and the first position's hidden state.
 
     Source: Gumbel-max trick, Maddison et al. 2014, A* Sampling, section 2.
     """
-    steps = CachedSteps(model, embeds, valid, num_tokens - 1)
-    hidden = first_hidden = steps.hidden[:, -1]
-    ids, logprobs = [], []
-    for position in range(num_tokens):
-        logits = action_logits(hidden, head, temperature)
-        scores = logits if gumbel is None else logits + gumbel[:, position]
-        choice = scores.argmax(-1, keepdim=True)
-        ids.append(choice + first_id)
-        logprobs.append(logits.log_softmax(-1).gather(1, choice))
-        if position + 1 < num_tokens:
-            hidden = steps.step(model.embed_tokens(ids[-1]))[:, -1]
-    return Decoded(action_ids=torch.cat(ids, 1), logprobs=torch.cat(logprobs, 1), first_hidden=first_hidden)
+    steps, batch, length = num_tokens - 1, *embeds.shape[:2]
+    cache = None if recordings is None else recordings.cache(model, batch, length + steps, embeds)
+    prompt = prefill(model, embeds, valid, steps, cache=cache, layer_pass=layer_pass)
+    choose = functools.partial(
+        choose_tokens, model, head, first_id=first_id, num_tokens=num_tokens, temperature=temperature
+    )
+    if recordings is None:
+        ids, logprobs = choose(prompt, gumbel)
+    else:
+        noise = torch.zeros(batch, num_tokens, len(head), device=head.device) if gumbel is None else gumbel
+        ids, logprobs = recordings.replay(choose, prompt, noise, name=temperature)
+    return Decoded(action_ids=ids, logprobs=logprobs, first_hidden=prompt.hidden)

@@ -1,5 +1,6 @@
-"""A walk over the layers of transformers' Llama: teacher-forced hidden states, or one cached decoding step."""
+"""A walk over the layers of transformers' Llama: teacher-forced hidden states, or cached decoding."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -7,15 +8,22 @@ from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, rotate_half
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, rotate_half
 
 from reachrl.config.policy import LanguageModelConfig
+from reachrl.policies.given_linear import GivenLinear
 
 Rotary = tuple[Tensor, Tensor]
+# layer, hidden, rotary, mask, number of queries -> hidden, keys, values: see `whole_layer`
+LayerPass = Callable[
+    [LlamaDecoderLayer, Tensor, Rotary, Tensor | None, int],
+    tuple[Tensor, Tensor, Tensor],
+]
+FUSED = _QKV, _GATE_UP = "fused_qkv", "fused_gate_up"
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
@@ -63,6 +71,20 @@ class KVCache:
         store = torch.empty(shape, dtype=like.dtype, device=like.device)
         return cls(keys=[layer[0] for layer in store], values=[layer[1] for layer in store])
 
+    @property
+    def rows(self) -> int:
+        """How many rows there is room for."""
+        return self.keys[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        """How many tokens each has room for."""
+        return self.keys[0].shape[2]
+
+    def first(self, rows: int) -> "KVCache":
+        """The same memory, of the first `rows` rows."""
+        return KVCache(keys=[keys[:rows] for keys in self.keys], values=[values[:rows] for values in self.values])
+
 
 def causal_mask(valid: Bool[Tensor, "B S"], num_queries: int) -> Bool[Tensor, "B 1 Q S"]:
     """Which keys the last `num_queries` positions may see: real tokens that do not come later."""
@@ -85,82 +107,91 @@ def _rotate(x: Float[Tensor, "B H S D"], rotary: Rotary) -> Float[Tensor, "B H S
 def fuse(layer: LlamaDecoderLayer) -> None:
     """Lay the maps that read the same input out in one matrix each, of which their own weights become views.
 
-    For layers that are not trained. The weights' contents are lost: copy them in afterwards.
+    For layers of a copy for decoding. The weights' contents are lost: give them anew afterwards.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    for owner, name, maps in (
-        (attention, "fused_qkv", (attention.q_proj, attention.k_proj, attention.v_proj)),
-        (mlp, "fused_gate_up", (mlp.gate_proj, mlp.up_proj)),
+    for owner, name, parts in (
+        (attention, _QKV, ("q_proj", "k_proj", "v_proj")),
+        (mlp, _GATE_UP, ("gate_proj", "up_proj")),
     ):
-        rows = [linear.weight.shape[0] for linear in maps]
-        fused = maps[0].weight.new_empty(sum(rows), maps[0].weight.shape[1])
-        for linear, weight in zip(maps, fused.split(rows), strict=True):
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+        maps = [cast(GivenLinear, getattr(owner, part)) for part in parts]
+        fused = type(maps[0]).empty(sum(each.out_features for each in maps), maps[0].in_features, like=maps[0].weight)
+        for part, view in zip(parts, fused.split([each.out_features for each in maps]), strict=True):
+            setattr(owner, part, view)
         setattr(owner, name, fused)
 
 
 def _project(
-    attention: LlamaAttention, normed: Float[Tensor, "B S E"], num_queries: int
-) -> tuple[Float[Tensor, "B Q _"], Float[Tensor, "B S _"], Float[Tensor, "B S _"]]:
-    """Queries of the last `num_queries` positions, keys and values of all."""
-    fused = getattr(attention, "fused_qkv", None)
-    if fused is None or num_queries < normed.shape[1]:
+    layer: LlamaDecoderLayer, hidden: Float[Tensor, "B S E"], rotary: Rotary, num_queries: int
+) -> tuple[Float[Tensor, "B H Q D"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
+    """Queries of the last `num_queries` positions, keys and values of all, with their places."""
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    fused: GivenLinear | None = getattr(attention, _QKV, None)
+    if fused is None or num_queries < hidden.shape[1]:
         # Queries last: the order in which gradients are summed is part of published numbers.
         key, value = attention.k_proj(normed), attention.v_proj(normed)
         last = normed if num_queries == normed.shape[1] else normed[:, -num_queries:]
-        return attention.q_proj(last), key, value
-    rows = [linear.weight.shape[0] for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    query, key, value = F.linear(normed, fused).split(rows, -1)
-    return query, key, value
+        query = attention.q_proj(last)
+    else:
+        rows = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        query, key, value = fused(normed).split(rows, -1)
+    query, key, value = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (query, key, value))
+    key = _rotate(key, rotary)
+    if num_queries < hidden.shape[1]:
+        rotary = (rotary[0][:, -num_queries:], rotary[1][:, -num_queries:])
+    return _rotate(query, rotary), key, value
 
 
 def _feed_forward(mlp: LlamaMLP, x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B Q E"]:
-    fused = getattr(mlp, "fused_gate_up", None)
+    fused: GivenLinear | None = getattr(mlp, _GATE_UP, None)
     if fused is None:
         return mlp(x)
-    gate, up = F.linear(x, fused).chunk(2, -1)
+    gate, up = fused(x).chunk(2, -1)
     return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
 def _attend(
     layer: LlamaDecoderLayer,
-    hidden: Float[Tensor, "B S E"],
-    rotary: Rotary,
-    mask: Bool[Tensor, "B 1 Q K"] | None,
-    num_queries: int,
-    cache: KVCache | None = None,
-    start: int = 0,
+    hidden: Float[Tensor, "B Q E"],
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B K S D"],
+    value: Float[Tensor, "B K S D"],
+    mask: Bool[Tensor, "B 1 Q S"] | None,
 ) -> Float[Tensor, "B Q E"]:
-    """One decoder layer for the last `num_queries` positions, keys and values for all `S`.
+    """What the layer makes of its projections: attention and feed-forward, each added to what came in.
 
-    With a cache, the new keys and values go to positions `start .. start + S - 1`. Without a mask the rows have no
-    padding, and `num_queries` is either 1 or `S`.
+    Without a mask the rows have no padding, and there is either one query or one for each key.
     """
     attention = layer.self_attn
-    batch, length, _ = hidden.shape
-    query, key, value = _project(attention, layer.input_layernorm(hidden), num_queries)
-    key = _rotate(key.view(batch, length, -1, attention.head_dim).transpose(1, 2), rotary)
-    value = value.view(batch, length, -1, attention.head_dim).transpose(1, 2)
-    if num_queries < length:
-        hidden = hidden[:, -num_queries:]
-        rotary = (rotary[0][:, -num_queries:], rotary[1][:, -num_queries:])
-    query = _rotate(query.view(batch, num_queries, -1, attention.head_dim).transpose(1, 2), rotary)
-    if cache is not None:
-        all_keys, all_values = cache.keys[attention.layer_idx], cache.values[attention.layer_idx]
-        all_keys[:, :, start : start + length] = key
-        all_values[:, :, start : start + length] = value
-        key, value = all_keys[:, :, : start + length], all_values[:, :, : start + length]
     out = F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        is_causal=mask is None and num_queries > 1,
+        is_causal=mask is None and query.shape[2] > 1,
         scale=attention.scaling,
         enable_gqa=attention.num_key_value_groups > 1,
     )
-    hidden = hidden + attention.o_proj(out.transpose(1, 2).reshape(batch, num_queries, -1))
+    hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
     return hidden + _feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
+
+
+def whole_layer(
+    layer: LlamaDecoderLayer,
+    hidden: Float[Tensor, "B S E"],
+    rotary: Rotary,
+    mask: Bool[Tensor, "B 1 Q S"] | None,
+    num_queries: int,
+) -> tuple[Float[Tensor, "B Q E"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
+    """One decoder layer for the last `num_queries` positions, with the keys and values of all `S`."""
+    query, key, value = _project(layer, hidden, rotary, num_queries)
+    return _attend(layer, hidden[:, -num_queries:], query, key, value, mask), key, value
+
+
+@functools.cache
+def compiled_layer() -> LayerPass:
+    """`whole_layer`, compiled once for each shape: its parameters are inputs, so all layers share the result."""
+    return torch.compile(whole_layer, dynamic=False)
 
 
 def _has_padding(valid: Bool[Tensor, "B S"]) -> bool:
@@ -173,10 +204,9 @@ def last_hidden(
     embeds: Float[Tensor, "B S E"],
     valid: Bool[Tensor, "B S"],
     num_last: int,
-    cache: KVCache | None = None,
     recompute: Contexts | None = None,
 ) -> Float[Tensor, "B Q E"]:
-    """Normed hidden states of the last `num_last` positions.
+    """Normed hidden states of the last `num_last` positions, as they are trained.
 
     The final layer computes only those positions: nothing reads the others.
 
@@ -185,7 +215,6 @@ def last_hidden(
         embeds: token and patch embeddings.
         valid: which positions are real tokens; the last `num_last` must be.
         num_last: how many positions to return.
-        cache: filled with the keys and values of all `S` positions when given.
         recompute: layers are computed again in the backward pass instead of being kept; it makes the contexts of
             the two passes.
 
@@ -194,45 +223,82 @@ def last_hidden(
     """
     length = embeds.shape[1]
     padded = _has_padding(valid)
-    positions = position_ids(valid if padded else valid[:1])
-    rotary: Rotary = model.rotary_emb(embeds, positions)
+    rotary: Rotary = model.rotary_emb(embeds, position_ids(valid if padded else valid[:1]))
     mask = causal_mask(valid, length) if padded else None
     *first_layers, final_layer = decoder_layers(model)
-    for layer in first_layers:
-        # Without a cache the whole module is called: its hooks (sharding) must run.
-        if cache is None and recompute is not None and torch.is_grad_enabled():
+    for layer in first_layers:  # whole modules are called: their hooks (sharding) must run
+        if recompute is not None and torch.is_grad_enabled():
             inputs = {"attention_mask": mask, "position_embeddings": rotary}
             embeds = checkpoint(layer, embeds, use_reentrant=False, context_fn=recompute, **inputs)
-        elif cache is None:
-            embeds = layer(embeds, attention_mask=mask, position_embeddings=rotary)
         else:
-            embeds = _attend(layer, embeds, rotary, mask, length, cache)
+            embeds = layer(embeds, attention_mask=mask, position_embeddings=rotary)
     needs_mask = padded or 1 < num_last < length
     last_mask = causal_mask(valid, num_last) if needs_mask else None
-    return model.norm(_attend(final_layer, embeds, rotary, last_mask, num_last, cache))
+    return model.norm(whole_layer(final_layer, embeds, rotary, last_mask, num_last)[0])
 
 
-class CachedSteps:
-    """Single-token steps behind a prompt whose keys and values are in the cache."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Rows whose keys and values are in the cache, and what the single-token steps behind them need."""
 
-    def __init__(self, model: LlamaModel, embeds: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"], steps: int):
-        self.model = model
-        self.cache = KVCache.allocate(model, embeds.shape[0], embeds.shape[1] + steps, embeds)
-        self.hidden = last_hidden(model, embeds, valid, 1, self.cache)  # the prompt's last position
-        self._length = embeds.shape[1]
-        padded = _has_padding(valid)
-        seen = F.pad(valid, (0, steps), value=True)
-        self._seen = seen[:, None, None, :] if padded else None
-        positions = position_ids(seen if padded else seen[:1])[:, self._length :]
-        self._cos, self._sin = model.rotary_emb(embeds, positions) if steps else (embeds, embeds)
-        self._step = 0
+    cache: KVCache  # with room for the steps
+    length: int  # S, positions of the prompt
+    hidden: Float[Tensor, "B E"]  # normed, of its last position
+    cos: Float[Tensor, "R N D"]  # rotary embedding of the N steps; one row for all if none is padded
+    sin: Float[Tensor, "R N D"]
+    seen: Bool[Tensor, "B 1 1 K"] | None  # what steps may look at; None: everything
 
-    def step(self, embeds: Float[Tensor, "B 1 E"]) -> Float[Tensor, "B 1 E"]:
-        """Feed one more token per row and return its normed hidden state."""
-        now, place = self._step, self._length + self._step
-        rotary = (self._cos[:, now : now + 1], self._sin[:, now : now + 1])
-        mask = None if self._seen is None else self._seen[..., : place + 1]
-        for layer in decoder_layers(self.model):
-            embeds = _attend(layer, embeds, rotary, mask, 1, self.cache, place)
-        self._step += 1
-        return self.model.norm(embeds)
+
+def prefill(
+    model: LlamaModel,
+    embeds: Float[Tensor, "B S E"],
+    valid: Bool[Tensor, "B S"],
+    num_steps: int,
+    *,
+    cache: KVCache | None = None,
+    layer_pass: LayerPass = whole_layer,
+) -> Prompt:
+    """Fill the cache with the keys and values of a prompt.
+
+    Args:
+        model: the language model without its head.
+        embeds: token and patch embeddings.
+        valid: which positions are real tokens; the last one must be.
+        num_steps: single-token steps that are to follow.
+        cache: written to from its first position on; None: a new one.
+        layer_pass: computes a layer.
+    """
+    batch, length, _ = embeds.shape
+    cache = cache or KVCache.allocate(model, batch, length + num_steps, embeds)
+    padded = _has_padding(valid)
+    seen = F.pad(valid, (0, num_steps), value=True)
+    cos, sin = model.rotary_emb(embeds, position_ids(seen if padded else seen[:1]))
+    mask = causal_mask(valid, length) if padded else None
+    layers = decoder_layers(model)
+    for number, layer in enumerate(layers):
+        final = number + 1 == len(layers)  # computed at the last position only: nothing reads the others
+        queries, layer_mask = (1, None if mask is None else mask[:, :, -1:]) if final else (length, mask)
+        embeds, key, value = layer_pass(layer, embeds, (cos[:, :length], sin[:, :length]), layer_mask, queries)
+        cache.keys[number][:, :, :length] = key
+        cache.values[number][:, :, :length] = value
+    return Prompt(
+        cache=cache,
+        length=length,
+        hidden=model.norm(embeds)[:, -1],
+        cos=cos[:, length:],
+        sin=sin[:, length:],
+        seen=seen[:, None, None, :] if padded else None,
+    )
+
+
+def step(model: LlamaModel, prompt: Prompt, number: int, embeds: Float[Tensor, "B 1 E"]) -> Float[Tensor, "B E"]:
+    """Feed token `number` (from 0) behind the prompt, one per row, and return its normed hidden state."""
+    place = prompt.length + number
+    rotary = (prompt.cos[:, number : number + 1], prompt.sin[:, number : number + 1])
+    mask = None if prompt.seen is None else prompt.seen[..., : place + 1]
+    for layer, keys, values in zip(decoder_layers(model), prompt.cache.keys, prompt.cache.values, strict=True):
+        query, key, value = _project(layer, embeds, rotary, 1)
+        keys[:, :, place : place + 1] = key
+        values[:, :, place : place + 1] = value
+        embeds = _attend(layer, embeds, query, keys[:, :, : place + 1], values[:, :, : place + 1], mask)
+    return model.norm(embeds)[:, -1]

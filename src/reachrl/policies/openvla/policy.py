@@ -18,19 +18,21 @@ from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_f
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
-from reachrl.policies.llama import build_llama, decoder_layers, last_hidden
+from reachrl.policies.llama import build_llama, compiled_layer, decoder_layers, last_hidden, whole_layer
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.rollout_copy import RolloutCopy
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
+from reachrl.policies.recordings import CudaGraphs, Recordings
 from reachrl.types import Observation
 
 # Options that change no weight's shape or meaning; everything else in the section is architecture.
 _NOT_ARCHITECTURE = {
     *("checkpoint", "dataset", "dtype", "compute_dtype", "gradient_checkpointing", "prompt_length", "resize"),
-    *("center_crop", "rollout_copy", "vocabulary", "value_gradient_to_trunk", "tokenizer"),
+    *("center_crop", "rollout_copy", "rollout_precision", "decode_graphs", "compile_prefill"),
+    *("vocabulary", "value_gradient_to_trunk", "tokenizer"),
 }
 
 
@@ -63,6 +65,7 @@ class OpenVLAPolicy(Policy):
             self._build()
         self.action_stats = ActionStats.identity(config.num_action_tokens)
         self._rollout: RolloutCopy | None = None
+        self._recordings: Recordings | None = None  # of the copy at work
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.tokenizer = tokenizer
         if tokenizer is None and config.tokenizer == "built_in":
@@ -91,15 +94,20 @@ class OpenVLAPolicy(Policy):
         """The type of the arithmetic behind the log-probs."""
         return getattr(torch, self.config.compute_dtype or self.config.dtype)
 
+    @property
+    def acting_dtype(self) -> torch.dtype:
+        """The type of the copy for decoding."""
+        return torch.float8_e4m3fn if self.config.rollout_precision == "float8" else self.compute_dtype
+
     def _apply(self, fn: Any, recurse: bool = True) -> "OpenVLAPolicy":
         """Whatever moves or converts the weights also ends the copy that was made of them for decoding."""
-        self._rollout = None
+        self._rollout = self._recordings = None
         return super()._apply(fn, recurse)
 
     def add_adapters(self, base: Path) -> None:
         """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
         assert self.config.lora is not None
-        self.base, self._rollout = base, None
+        self.base, self._rollout, self._recordings = base, None, None
         adapters.add_adapters(self, self.config.lora, critic=self.config.critic == "adapter")
 
     # --- from observations -------------------------------------------------------------------------------------
@@ -160,7 +168,12 @@ class OpenVLAPolicy(Policy):
         if not self.config.rollout_copy:
             return self.projector, self.language_model.model
         if self._rollout is None:
-            self._rollout = RolloutCopy(self.projector, self.language_model.model)
+            float8 = self.config.rollout_precision == "float8"
+            self._rollout = RolloutCopy(self.projector, self.language_model.model, float8=float8)
+            # Recordings name the places of weights: only the copy's never move, and autocast's casts come and go.
+            mixed = self.config.compute_dtype not in (None, self.config.dtype)
+            if self.device.type == "cuda" and self.config.decode_graphs and not mixed:
+                self._recordings = Recordings(CudaGraphs(self.device))
         self._rollout.update()
         return self._rollout.projector, self._rollout.model
 
@@ -252,6 +265,8 @@ class OpenVLAPolicy(Policy):
                 num_tokens=self.num_action_tokens,
                 temperature=temperature,
                 gumbel=gumbel,
+                recordings=self._recordings,
+                layer_pass=compiled_layer() if self.config.compile_prefill else whole_layer,
             )
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None

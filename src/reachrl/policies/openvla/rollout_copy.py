@@ -7,7 +7,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from reachrl.policies.llama import decoder_layers, fuse
+from reachrl.policies.given_linear import Float8Linear, GivenLinear
+from reachrl.policies.llama import FUSED, decoder_layers, fuse
 from reachrl.policies.openvla.merging import merged
 
 
@@ -20,12 +21,14 @@ class RolloutCopy:
     Args:
         projector: as it is trained.
         model: as it is trained.
+        float8: whether the maps of the layers are kept and multiplied in 8 bits.
     """
 
-    def __init__(self, projector: nn.Module, model: LlamaModel) -> None:
+    def __init__(self, projector: nn.Module, model: LlamaModel, *, float8: bool = False) -> None:
         self._trained = (projector, model)
-        self.projector = _plain_copy(projector)
-        self.model: LlamaModel = _plain_copy(model)  # pyright: ignore[reportAttributeAccessIssue]
+        self.projector = _given_copy(projector, GivenLinear)
+        kind = Float8Linear if float8 else GivenLinear
+        self.model: LlamaModel = _given_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
         for layer in decoder_layers(self.model):
             fuse(layer)
         self._pairs = [
@@ -46,18 +49,18 @@ class RolloutCopy:
             return
         with torch.no_grad():
             for source, target in self._pairs:
-                weight, bias = _weight(source)
-                target.weight.copy_(weight)  # pyright: ignore[reportCallIssue]
-                if bias is not None:
-                    target.bias.copy_(bias)  # pyright: ignore[reportCallIssue]
+                assert isinstance(target, GivenLinear)
+                target.give(*_weight(source))
         self._seen = now
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
     """Linear maps in order, an adapted one in place of the map inside it."""
     found: list[nn.Module] = []
-    for child in module.children():
-        found += [child] if isinstance(child, (nn.Linear, LoraLayer)) else _linears(child)
+    for name, child in module.named_children():
+        if name in FUSED:
+            continue
+        found += [child] if isinstance(child, (nn.Linear, LoraLayer, GivenLinear)) else _linears(child)
     return found
 
 
@@ -74,21 +77,20 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, base.bias  # pyright: ignore[reportReturnType]
 
 
-def _plain_copy(module: nn.Module) -> nn.Module:
+def _given_copy(module: nn.Module, kind: type[GivenLinear]) -> nn.Module:
     """The same module without adapters: linear maps with storage of their own, everything else shared."""
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     own = copy.deepcopy(module, memo=dict(shared))
-    _strip(own)
+    _strip(own, kind)
     return own
 
 
-def _strip(module: nn.Module) -> None:
+def _strip(module: nn.Module, kind: type[GivenLinear]) -> None:
     for name, child in module.named_children():
         if isinstance(child, (nn.Linear, LoraLayer)):
             base = child.get_base_layer() if isinstance(child, LoraLayer) else child
             assert isinstance(base, nn.Linear)
-            kind = {"bias": base.bias is not None, "device": base.weight.device, "dtype": base.weight.dtype}
-            plain = nn.utils.skip_init(nn.Linear, base.in_features, base.out_features, **kind)
-            setattr(module, name, plain.requires_grad_(False))
+            given = kind.empty(base.out_features, base.in_features, like=base.weight, bias=base.bias is not None)
+            setattr(module, name, given)
         else:
-            _strip(child)
+            _strip(child, kind)

@@ -1,0 +1,143 @@
+"""Work on a prompt's cache, recorded once per batch size and replayed: one launch instead of thousands."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import LlamaModel
+
+from reachrl.policies.llama import KVCache, Prompt
+
+# From a prompt and noise f32[B A V] to one row of each tensor per row of the prompt.
+Work = Callable[[Prompt, Tensor], tuple[Tensor, Tensor]]
+# Runs work and returns what runs it again, on the same memory, with its results in the same place.
+Recorder = Callable[[Callable[[], tuple[Tensor, Tensor]]], Callable[[], tuple[Tensor, Tensor]]]
+
+_WARM_UPS = 2
+
+
+class Recordings:
+    """Recorded work, with the memory it reads from and writes to.
+
+    There is one cache for all recordings, as large as the largest batch so far; a larger one ends the recordings, since
+    they name places in it. The rows of a batch are filled up to the next of few sizes: rows that nobody asked for are
+    computed and thrown away. The weights behind the work must keep their places.
+
+    Args:
+        record: makes recordings, of CUDA graphs as a rule.
+    """
+
+    def __init__(self, record: Recorder) -> None:
+        self._record = record
+        self._cache: KVCache | None = None
+        self._recorded: dict[object, _Recorded] = {}
+
+    def cache(self, model: LlamaModel, batch: int, length: int, like: Tensor) -> KVCache:
+        """The cache, for a prompt of `batch` rows that will be replayed on, `length` positions with its steps."""
+        rows, own = padded_rows(batch), self._cache
+        if own is None or own.rows < rows or own.length < length:
+            self._recorded.clear()
+            self._cache = None  # given back before more is asked for
+            rows, length = (rows, length) if own is None else (max(rows, own.rows), max(length, own.length))
+            del own
+            self._cache = KVCache.allocate(model, rows, length, like)
+            for tensor in (*self._cache.keys, *self._cache.values):
+                tensor.zero_()  # rows that nobody fills are computed, too
+        assert self._cache is not None
+        return self._cache.first(batch)
+
+    def replay(
+        self, work: Work, prompt: Prompt, noise: Float[Tensor, "B A V"], *, name: object
+    ) -> tuple[Tensor, Tensor]:
+        """What `work(prompt, noise)` returns, by recording it the first time.
+
+        Args:
+            work: the same for the same name.
+            prompt: in the cache that `cache` gave.
+            noise: for every token that is chosen.
+            name: what else than shapes tells one work from another.
+        """
+        rows = padded_rows(len(prompt.hidden))
+        key = (rows, prompt.length, name)
+        if key not in self._recorded:
+            assert self._cache is not None
+            self._recorded[key] = _Recorded(self._record, work, prompt, noise, self._cache.first(rows))
+        return self._recorded[key].replay(prompt, noise)
+
+
+class _Recorded:
+    """One recording, and the places it reads its inputs from."""
+
+    def __init__(self, record: Recorder, work: Work, prompt: Prompt, noise: Tensor, cache: KVCache) -> None:
+        rows, steps = cache.rows, prompt.cos.shape[1]
+
+        def room(like: Tensor, *shape: int) -> Tensor:
+            return torch.zeros((rows, *shape), dtype=like.dtype, device=like.device)
+
+        seen = torch.ones((rows, 1, 1, prompt.length + steps), dtype=torch.bool, device=noise.device)
+        self._prompt = Prompt(
+            cache=cache,
+            length=prompt.length,
+            hidden=room(prompt.hidden, *prompt.hidden.shape[1:]),
+            cos=room(prompt.cos, *prompt.cos.shape[1:]),
+            sin=room(prompt.sin, *prompt.sin.shape[1:]),
+            seen=seen,
+        )
+        self._noise = room(noise, *noise.shape[1:])
+        self._fill(prompt, noise)
+        self._run = record(lambda: work(self._prompt, self._noise))
+
+    def _fill(self, prompt: Prompt, noise: Tensor) -> None:
+        own, batch = self._prompt, len(prompt.hidden)
+        assert own.seen is not None
+        own.hidden[:batch].copy_(prompt.hidden)
+        own.cos[:batch].copy_(prompt.cos)  # one row for all goes to all
+        own.sin[:batch].copy_(prompt.sin)
+        own.seen[:batch].copy_(prompt.seen) if prompt.seen is not None else own.seen[:batch].fill_(True)
+        self._noise[:batch].copy_(noise)
+
+    def replay(self, prompt: Prompt, noise: Tensor) -> tuple[Tensor, Tensor]:
+        self._fill(prompt, noise)
+        first, second = self._run()
+        batch = len(prompt.hidden)
+        return first[:batch].clone(), second[:batch].clone()  # the next replay writes over them
+
+
+def padded_rows(batch: int) -> int:
+    """The next size that is recorded: a power of two up to 16, then a multiple of 16."""
+    return -(-batch // 16) * 16 if batch > 16 else 1 << (batch - 1).bit_length()
+
+
+class CudaGraphs:
+    """Records as CUDA graphs, which share what memory they need besides.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None  # a handle that torch has a private type for
+
+    def __call__(self, work: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Run the work a few times, as libraries set themselves up at first, and record it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UPS):
+                    work()
+            here.wait_stream(aside)
+            # Other threads (films, rewards) may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                results = work()
+        self._pool = self._pool or graph.pool()
+
+        def run() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return results
+
+        return run
