@@ -259,6 +259,12 @@ class OpenVLAConfig(Section):
                 'rollout_precision="float8" is of the copy for decoding, and its sums are bfloat16: set '
                 'policy.rollout_copy=true and policy.dtype (or compute_dtype) "bfloat16"'
             )
+        llm = self.language_model
+        if self.rollout_precision == "float8" and (llm.hidden_size % 16 or llm.intermediate_size % 16):
+            raise ValueError(
+                f'rollout_precision="float8" needs widths that are multiples of 16; language_model.hidden_size is '
+                f"{llm.hidden_size}, intermediate_size {llm.intermediate_size}"
+            )
         if self.compile_prefill and not self.rollout_copy:
             raise ValueError("compile_prefill=true compiles the copy for decoding: set policy.rollout_copy=true")
         if self.dtype == "bfloat16" and self.compute_dtype == "float32":

@@ -7,6 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reachrl.errors import ConfigError
+
+_FIRST_CAPABILITY = (8, 9)
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -93,3 +96,19 @@ def _to_float8(x: Float[Tensor, "B I"]) -> tuple[Tensor, Float[Tensor, "B 1"]]:
     """Each row divided by what brings its largest number to the largest there is, and that divisor."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / _LARGEST
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def require_float8(device: torch.device) -> None:
+    """Make sure that the device multiplies 8-bit numbers; a CPU does, slowly.
+
+    Raises:
+        ConfigError: a GPU without such tensor cores.
+    """
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _FIRST_CAPABILITY:
+        raise ConfigError(
+            f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}; set policy.rollout_precision=as_trained"
+        )

@@ -18,6 +18,7 @@ from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_f
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
+from reachrl.policies.given_linear import require_float8
 from reachrl.policies.llama import build_llama, compiled_layer, decoder_layers, last_hidden, whole_layer
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
@@ -169,6 +170,8 @@ class OpenVLAPolicy(Policy):
             return self.projector, self.language_model.model
         if self._rollout is None:
             float8 = self.config.rollout_precision == "float8"
+            if float8:
+                require_float8(self.device)
             self._rollout = RolloutCopy(self.projector, self.language_model.model, float8=float8)
             # Recordings name the places of weights: only the copy's never move, and autocast's casts come and go.
             mixed = self.config.compute_dtype not in (None, self.config.dtype)

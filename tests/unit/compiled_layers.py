@@ -1,0 +1,34 @@
+"""Two policies that decode with compiled layers: how many programs that takes. Run by test_given_linear.py."""
+
+import sys
+
+import test_adapters
+import torch
+
+from reachrl.policies.openvla import policy as policy_module
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+
+def main() -> None:
+    """Fails if they decode otherwise than without."""
+    programs: list[torch.fx.GraphModule] = []
+
+    def count(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        programs.append(module)
+        return module
+
+    layer_pass = torch.compile(policy_module.whole_layer, dynamic=False, backend=count, fullgraph=True)
+    policy_module.compiled_layer = lambda: layer_pass
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        plain = OpenVLAPolicy(test_adapters.small(rollout_copy=True))
+        compiled = OpenVLAPolicy(test_adapters.small(rollout_copy=True, compile_prefill=True))
+        compiled.load_state_dict(plain.state_dict())
+        ours, theirs = (policy.act(test_adapters.inputs(policy)) for policy in (compiled, plain))
+        assert torch.equal(ours.action_ids, theirs.action_ids)
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+    sys.stdout.write(f"{len(programs)} programs\n")
+
+
+if __name__ == "__main__":
+    main()
