@@ -5,7 +5,7 @@ import sys
 import test_adapters
 import torch
 
-from reachrl.policies.openvla import policy as policy_module
+from reachrl.policies.openvla import rollout_copy
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 
@@ -17,8 +17,8 @@ def main() -> None:
         programs.append(module)
         return module
 
-    layer_pass = torch.compile(policy_module.whole_layer, dynamic=False, backend=count, fullgraph=True)
-    policy_module.compiled_layer = lambda: layer_pass
+    layer_pass = torch.compile(rollout_copy.whole_layer, dynamic=False, backend=count, fullgraph=True)
+    rollout_copy.compiled_layer = lambda: layer_pass
     for seed in (1, 2):
         torch.manual_seed(seed)
         plain = OpenVLAPolicy(test_adapters.small(rollout_copy=True))

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from reachrl.policies.base import ActionSample, PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.recordings import CudaGraphs, Recordings, padded_rows
+from reachrl.policies.recordings import Recordings, padded_rows
 
 base = test_adapters.base  # a fixture
 adapted, inputs = test_adapters.adapted, test_adapters.inputs
@@ -41,7 +41,8 @@ def recorded(base: Path, **changes: object) -> tuple[OpenVLAPolicy, Traces]:
     policy = adapted(base, rollout_copy=True, **changes)
     policy.act(rows(policy, 0))  # forms the copy
     traces = Traces()
-    policy._recordings = Recordings(traces)
+    assert policy._rollout is not None
+    policy._rollout.recordings = Recordings(traces)
     return policy, traces
 
 
@@ -101,7 +102,7 @@ def test_moved_weights_end_the_recordings(base: Path) -> None:
     policy, _ = recorded(base)
     policy.act(inputs(policy))
     policy.to(torch.float64)
-    assert policy._recordings is None and policy._rollout is None
+    assert policy._rollout is None
 
 
 def test_sizes() -> None:
@@ -119,5 +120,5 @@ def test_cuda_graphs_decode_as_without_them(base: Path) -> None:
             samples = [each.act(rows(each, *index), gumbel=gumbel) for each in (policy, plain)]
             assert torch.equal(samples[0].action_ids, samples[1].action_ids)
             torch.testing.assert_close(samples[0].logprobs, samples[1].logprobs, atol=1e-4, rtol=0)
-    assert policy._recordings is not None and plain._recordings is None
-    assert isinstance(policy._recordings._record, CudaGraphs)
+    assert policy._rollout is not None and plain._rollout is not None
+    assert policy._rollout.recordings is not None and plain._rollout.recordings is None

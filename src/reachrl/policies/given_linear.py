@@ -32,6 +32,10 @@ class GivenLinear(nn.Module):
         """Room for a map, where and of the type that `like` is."""
         return cls(like.new_empty(out_features, in_features), like.new_empty(out_features) if bias else None)
 
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Any device will do."""
+
     def split(self, rows: Sequence[int]) -> list["GivenLinear"]:
         """Maps to so many outputs each, whose weights are views of this one's."""
         return [type(self)(weight) for weight in self.weight.detach().split(list(rows))]
@@ -70,6 +74,22 @@ class Float8Linear(GivenLinear):
         ones = torch.ones(self.out_features, device=weight.device)
         self.register_buffer("scale", ones if scale is None else scale)
 
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Make sure that the device multiplies 8-bit numbers; a CPU does, slowly.
+
+        Raises:
+            ConfigError: a GPU without such tensor cores.
+        """
+        if device.type != "cuda":
+            return
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < _FIRST_CAPABILITY:
+            raise ConfigError(
+                f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}; set policy.rollout_precision=as_trained"
+            )
+
     def split(self, rows: Sequence[int]) -> list["GivenLinear"]:
         """Maps to so many outputs each, whose weights and scales are views of this one's."""
         pairs = zip(self.weight.detach().split(list(rows)), self.scale.split(list(rows)), strict=True)
@@ -96,19 +116,3 @@ def _to_float8(x: Float[Tensor, "B I"]) -> tuple[Tensor, Float[Tensor, "B 1"]]:
     """Each row divided by what brings its largest number to the largest there is, and that divisor."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / _LARGEST
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
-
-
-def require_float8(device: torch.device) -> None:
-    """Make sure that the device multiplies 8-bit numbers; a CPU does, slowly.
-
-    Raises:
-        ConfigError: a GPU without such tensor cores.
-    """
-    if device.type != "cuda":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _FIRST_CAPABILITY:
-        raise ConfigError(
-            f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), "
-            f"{torch.cuda.get_device_name(device)} has {major}.{minor}; set policy.rollout_precision=as_trained"
-        )

@@ -60,7 +60,7 @@ class Recordings:
             name: what else than shapes tells one work from another.
         """
         rows = padded_rows(len(prompt.hidden))
-        key = (rows, prompt.length, name)
+        key = (rows, prompt.length, noise.shape[1:], name)
         if key not in self._recorded:
             assert self._cache is not None
             self._recorded[key] = _Recorded(self._record, work, prompt, noise, self._cache.first(rows))

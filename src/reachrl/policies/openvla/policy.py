@@ -18,15 +18,13 @@ from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_f
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
-from reachrl.policies.given_linear import require_float8
-from reachrl.policies.llama import build_llama, compiled_layer, decoder_layers, last_hidden, whole_layer
+from reachrl.policies.llama import build_llama, decoder_layers, last_hidden, whole_layer
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.rollout_copy import RolloutCopy
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
-from reachrl.policies.recordings import CudaGraphs, Recordings
 from reachrl.types import Observation
 
 # Options that change no weight's shape or meaning; everything else in the section is architecture.
@@ -66,7 +64,6 @@ class OpenVLAPolicy(Policy):
             self._build()
         self.action_stats = ActionStats.identity(config.num_action_tokens)
         self._rollout: RolloutCopy | None = None
-        self._recordings: Recordings | None = None  # of the copy at work
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.tokenizer = tokenizer
         if tokenizer is None and config.tokenizer == "built_in":
@@ -102,13 +99,13 @@ class OpenVLAPolicy(Policy):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OpenVLAPolicy":
         """Whatever moves or converts the weights also ends the copy that was made of them for decoding."""
-        self._rollout = self._recordings = None
+        self._rollout = None
         return super()._apply(fn, recurse)
 
     def add_adapters(self, base: Path) -> None:
         """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
         assert self.config.lora is not None
-        self.base, self._rollout, self._recordings = base, None, None
+        self.base, self._rollout = base, None
         adapters.add_adapters(self, self.config.lora, critic=self.config.critic == "adapter")
 
     # --- from observations -------------------------------------------------------------------------------------
@@ -164,21 +161,14 @@ class OpenVLAPolicy(Policy):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, wanted))
 
-    def _decoding_trunk(self) -> tuple[nn.Module, LlamaModel]:
-        """The projector and language model that `act` walks: those that are trained, or their up-to-date copy."""
+    def _copy(self) -> RolloutCopy | None:
+        """The copy to decode with, up to date; None: what is trained decodes."""
         if not self.config.rollout_copy:
-            return self.projector, self.language_model.model
+            return None
         if self._rollout is None:
-            float8 = self.config.rollout_precision == "float8"
-            if float8:
-                require_float8(self.device)
-            self._rollout = RolloutCopy(self.projector, self.language_model.model, float8=float8)
-            # Recordings name the places of weights: only the copy's never move, and autocast's casts come and go.
-            mixed = self.config.compute_dtype not in (None, self.config.dtype)
-            if self.device.type == "cuda" and self.config.decode_graphs and not mixed:
-                self._recordings = Recordings(CudaGraphs(self.device))
+            self._rollout = RolloutCopy(self.projector, self.language_model.model, self.config)
         self._rollout.update()
-        return self._rollout.projector, self._rollout.model
+        return self._rollout
 
     def _hidden(
         self, model: LlamaModel, embeds: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"], num_last: int
@@ -256,7 +246,8 @@ class OpenVLAPolicy(Policy):
     ) -> ActionSample:
         """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
         features = self._features(inputs)
-        projector, model = self._decoding_trunk()
+        copy = self._copy()
+        projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
         with self._arithmetic():
             embeds, valid = self._embed(projector, model, features, inputs)
             decoded = decode(
@@ -268,8 +259,8 @@ class OpenVLAPolicy(Policy):
                 num_tokens=self.num_action_tokens,
                 temperature=temperature,
                 gumbel=gumbel,
-                recordings=self._recordings,
-                layer_pass=compiled_layer() if self.config.compile_prefill else whole_layer,
+                recordings=None if copy is None else copy.recordings,
+                layer_pass=whole_layer if copy is None else copy.layer_pass,
             )
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None

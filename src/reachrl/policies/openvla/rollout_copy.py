@@ -7,9 +7,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaModel
 
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.given_linear import Float8Linear, GivenLinear
-from reachrl.policies.llama import FUSED, decoder_layers, fuse
+from reachrl.policies.llama import FUSED, LayerPass, compiled_layer, decoder_layers, fuse, whole_layer
 from reachrl.policies.openvla.merging import merged
+from reachrl.policies.recordings import CudaGraphs, Recordings
 
 
 class RolloutCopy:
@@ -21,14 +23,25 @@ class RolloutCopy:
     Args:
         projector: as it is trained.
         model: as it is trained.
-        float8: whether the maps of the layers are kept and multiplied in 8 bits.
+        config: says in which precision, whether steps are recorded and the prefill is compiled.
+
+    Raises:
+        ConfigError: the device cannot multiply in the precision that is asked for.
     """
 
-    def __init__(self, projector: nn.Module, model: LlamaModel, *, float8: bool = False) -> None:
+    def __init__(self, projector: nn.Module, model: LlamaModel, config: OpenVLAConfig) -> None:
+        device = next(model.parameters()).device
+        kind = Float8Linear if config.rollout_precision == "float8" else GivenLinear
+        kind.check(device)
         self._trained = (projector, model)
         self.projector = _given_copy(projector, GivenLinear)
-        kind = Float8Linear if float8 else GivenLinear
         self.model: LlamaModel = _given_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
+        self.layer_pass: LayerPass = compiled_layer() if config.compile_prefill else whole_layer
+        self.recordings: Recordings | None = None
+        # Recordings name the places of what they read: autocast's copies of weights come and go.
+        mixed = config.compute_dtype not in (None, config.dtype)
+        if device.type == "cuda" and config.decode_graphs and not mixed:
+            self.recordings = Recordings(CudaGraphs(device))
         for layer in decoder_layers(self.model):
             fuse(layer)
         self._pairs = [
