@@ -9,13 +9,14 @@ The weights are random and made on the device: in float32 first, then cast one t
 parameters takes 30 GB for a moment and 15 GB from then on. Prompts and pixels are random too: no tokenizer, no
 simulator, no files. Sections, each of which `--skip` leaves out:
 
-* decode: `act` on pixels against the same towers and projector with `LlamaForCausalLM.generate` over the 256 action
-  tokens, both greedy. In bfloat16 some tokens differ by rounding (`generate` rounds its logits, too), and one that
-  does changes those behind it;
+* decode: `act` on pixels, as trained and with a copy whose steps are recorded, against the same towers and projector
+  with `LlamaForCausalLM.generate` over the 256 action tokens, all greedy. In bfloat16 some tokens differ by rounding
+  (`generate` rounds its logits, too), and one that does changes those behind it;
 * train: forward, backward and AdamW of rank-32 adapters on the language model, from cached vision features;
 * critic: values, and the training step, with the critic's own adapters;
 * rollout: `act` with the actor's adapters as they are, and with the folded copy;
-* ppo: collect, score, advantages and update as one process does them, with random frames and rewards.
+* ppo: collect, score, advantages and update as one process does them, with random frames and rewards;
+* coarse: the folded copy with compiled prefill, in 8 bits, and both: speed, and how far log-probs part.
 
 The floor counts what a perfect program must do: the products of the towers, the projector and the layers (the last
 layer only where it is read, attention only backwards) at `--tflops`, and in each decoding step all weights of the
@@ -51,7 +52,7 @@ from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
 
-SECTIONS = ("decode", "train", "critic", "rollout", "ppo")
+SECTIONS = ("decode", "train", "critic", "rollout", "ppo", "coarse")
 SCORE_ROWS = 256  # rows per no-gradient forward pass, as in the learner
 # batches to decode, micro-batches to train on, environments, steps of each, rows per optimiser step
 SIZES: dict[str, dict[str, list[int] | int]] = {
@@ -176,8 +177,10 @@ class Bench:
         self.release()
 
     def configure(self, **changes: object) -> None:
-        """Change options of the policy that are read at every call."""
+        """Change options of the policy that are read at every call, or when a copy is made for decoding."""
         self.policy.config = self.policy.config.model_copy(update=changes)
+        self.policy._rollout = None
+        self.release()
 
     def adapt(self) -> None:
         """Add the actor's and the critic's adapters, once."""
@@ -331,6 +334,9 @@ def run_decode(bench: Bench) -> None:
     policy.language_model.generation_config.pad_token_id = policy.config.language_model.pad_token_id  # pyright: ignore
     for batch in bench.arguments.batches:
         inputs = make_inputs(policy, batch, cached=False)
+        bench.configure(rollout_copy=False)
+        bench.case("decode", f"act, weights as they are, batch {batch}", lambda i=inputs: decode_ours(bench, i))
+        bench.configure(rollout_copy=True)
         ours = bench.case("decode", f"act, batch {batch}", lambda i=inputs: decode_ours(bench, i))
 
         def library(inputs: PolicyInput = inputs, ours: Result | None = ours) -> Result:
@@ -341,6 +347,7 @@ def run_decode(bench: Bench) -> None:
             return Result(seconds, len(inputs.prompt_ids), f"{faster}{shares}")
 
         bench.case("decode", f"generate, batch {batch}", library)
+    bench.configure(rollout_copy=False)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -435,7 +442,7 @@ def run_rollout(bench: Bench) -> None:
             times.append(bench.once(lambda: policy.act(inputs)))
         return Result(max(statistics.median(times) - plain, 0.0), 0)
 
-    bench.configure(critic="shared")
+    bench.configure(critic="shared", rollout_copy=False)
     bench.case("rollout", f"act, adapters beside the weights, batch {batch}", act)
     bench.configure(rollout_copy=True)
     bench.case("rollout", f"act, adapters folded into a copy, batch {batch}", act)
@@ -589,6 +596,40 @@ def run_ppo(bench: Bench) -> None:
         bench.add("ppo", "whole iteration", Result(total, decisions))
 
 
+# --- compiled and in 8 bits ------------------------------------------------------------------------------------------
+
+
+def run_coarse(bench: Bench) -> None:
+    """The copy with options that cost compile time or exactness, on the same frames and noise as without."""
+    policy = bench.policy
+    bench.configure(rollout_copy=True, critic="shared")
+    for batch in sorted({min(64, max(bench.arguments.batches)), max(bench.arguments.batches)}):
+        inputs = make_inputs(policy, batch, cached=False)
+        first = policy.act(inputs)
+        # noise that outweighs every logit: all variants choose the same tokens
+        noise = torch.zeros((*first.action_ids.shape, NUM_ACTION_BINS), device=policy.device)
+        noise.scatter_(-1, (first.action_ids - policy.first_action_id).unsqueeze(-1), 1e6)
+        exact = policy.act(inputs, gumbel=noise).logprobs.float()
+        variants: dict[str, dict[str, object]] = {
+            "as trained": {},
+            "compiled": {"compile_prefill": True},
+            "float8": {"rollout_precision": "float8"},
+            "float8, compiled": {"compile_prefill": True, "rollout_precision": "float8"},
+        }
+        for name, changes in variants.items():
+            bench.configure(**{"compile_prefill": False, "rollout_precision": "as_trained", **changes})
+
+            def run(inputs: PolicyInput = inputs, exact: Tensor = exact, noise: Tensor = noise) -> Result:
+                begun = bench.once(lambda: policy.act(inputs, gumbel=noise))
+                result = decode_ours(bench, inputs)
+                gap = (exact - policy.act(inputs, gumbel=noise).logprobs.float()).sum(-1)
+                note = f"{result.note}; log-probs of an action {gap.abs().mean():.4f} apart; first call {begun:.0f} s"
+                return Result(result.seconds, result.rows, note)
+
+            bench.case("coarse", f"act, {name}, batch {batch}", run)
+    bench.configure(compile_prefill=False, rollout_precision="as_trained")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="7b")
@@ -615,6 +656,7 @@ def main() -> None:
     print(HEADER, file=sys.stderr)
     bench = Bench(arguments)
     runs = {"decode": run_decode, "train": run_train, "critic": run_critic, "rollout": run_rollout, "ppo": run_ppo}
+    runs["coarse"] = run_coarse
     for section in SECTIONS:
         if section in arguments.skip:
             continue

@@ -190,8 +190,11 @@ def whole_layer(
 
 @functools.cache
 def compiled_layer() -> LayerPass:
-    """`whole_layer`, compiled once for each shape: its parameters are inputs, so all layers share the result."""
-    return torch.compile(whole_layer, dynamic=False)
+    """`whole_layer`, compiled for the first shape it meets, and once more for all others.
+
+    Its parameters are inputs of the compiled program, so that all layers share it.
+    """
+    return torch.compile(whole_layer)
 
 
 def _has_padding(valid: Bool[Tensor, "B S"]) -> bool:
