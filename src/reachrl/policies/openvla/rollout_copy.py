@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.policies.llama import decoder_layers, fuse
+from reachrl.policies.openvla.four_bit import dense_weight, is_four_bit
 from reachrl.policies.openvla.merging import merged
 
 
@@ -64,9 +65,9 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 def _weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """What a linear map with its active adapters multiplies by and adds."""
     if not isinstance(layer, LoraLayer):
-        return layer.weight, layer.bias  # pyright: ignore[reportReturnType]
+        return dense_weight(layer), layer.bias  # pyright: ignore[reportReturnType]
     base = layer.get_base_layer()
-    weight: Tensor = base.weight  # pyright: ignore[reportAssignmentType]
+    weight = dense_weight(base)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -87,7 +88,8 @@ def _strip(module: nn.Module) -> None:
         if isinstance(child, (nn.Linear, LoraLayer)):
             base = child.get_base_layer() if isinstance(child, LoraLayer) else child
             assert isinstance(base, nn.Linear)
-            kind = {"bias": base.bias is not None, "device": base.weight.device, "dtype": base.weight.dtype}
+            dtype = base.compute_dtype if is_four_bit(base) else base.weight.dtype
+            kind = {"bias": base.bias is not None, "device": base.weight.device, "dtype": dtype}
             plain = nn.utils.skip_init(nn.Linear, base.in_features, base.out_features, **kind)
             setattr(module, name, plain.requires_grad_(False))
         else:
