@@ -164,9 +164,7 @@ def check_shapes(
 
 
 @torch.no_grad()
-def copy_weights(
-    module: nn.Module, folder: Path, take: Mapping[str, Callable[[Tensor], None]] | None = None
-) -> None:
+def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[Tensor], None]] | None = None) -> None:
     """Copy every stored tensor the module has, one at a time; names and shapes were checked before.
 
     Args:
