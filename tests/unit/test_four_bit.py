@@ -28,8 +28,10 @@ inputs, scores = test_adapters.inputs, test_adapters.scores
 MAPS = 3 * 7
 # What QLoRA's appendix E lists; each of a block's weights is the nearest of these times the block's largest.
 LEVELS = torch.tensor(
-    [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+    [
+        *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
+        *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+    ]
 )
 
 
@@ -205,6 +207,9 @@ def test_acting_scoring_and_training_are_one_function(
 def test_mixed_precision_computes_as_over_plain_weights(base: Path) -> None:
     ours, theirs = (make(base, compute_dtype="bfloat16") for make in (adapted, twin))
     assert ours.compute_dtype == torch.bfloat16
+    for policy in (ours, theirs):  # what is kept of a layer is kept in 16 bits
+        with policy._arithmetic():
+            assert policy.language_model.model.layers[0].mlp.up_proj(torch.ones(2, 64)).dtype == torch.bfloat16
     assert torch.allclose(scores(ours), scores(theirs), atol=0.05)
     scores(ours).sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in ours.parameter_groups()["trunk"])

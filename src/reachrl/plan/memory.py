@@ -158,10 +158,11 @@ def _rollout(config: TrainConfig) -> list[Part]:
     given = activations.features_row(policy) + activations.pixels_row(policy)
     head = activations.head_copy(policy) + envs * 4 * 4 * choices(policy)  # its copy, logits and what is made of them
     passing = envs * given + max(envs * working, head)
+    spared = four_bit(policy) and policy.rollout_copy and policy.critic == "shared"  # the copy is decoded already
     return [
         Part(f"key-value cache of {envs} rows", envs * activations.cache_row(policy), "rollout"),
         Part(f"prefill of {envs} rows", passing, "rollout"),
-        Part("weights cast or decoded for the pass", _cast_weights(policy, training=False), "rollout"),
+        Part("weights cast or decoded for the pass", 0 if spared else _cast_weights(policy, training=False), "rollout"),
     ]
 
 

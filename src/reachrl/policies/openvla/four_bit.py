@@ -57,6 +57,7 @@ def make_room(policy: nn.Module, device: torch.device, dtype: torch.dtype, compu
         sizes = (old.in_features, old.out_features)
         linear = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=compute, quant_type="nf4", device="meta")
         linear.weight = None
+        linear.train(old.training)
         # On some CPUs it would lay the weights out anew and multiply in bfloat16, but only without gradients: acting
         # and training would be two functions, and what is saved of the weights would no longer be readable.
         linear.support_avx512bf16_for_cpu = False
