@@ -149,11 +149,17 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(prepared, uninterrupt
     assert newest.exists()
 
 
-def test_adapters_are_trained_killed_and_resumed_like_whole_weights(prepared, tmp_path):
+@pytest.mark.parametrize("held", ["plain", "nf4"])
+def test_adapters_are_trained_killed_and_resumed_like_whole_weights(prepared, tmp_path, held):
     """On the warm-started policy as a frozen base, with a critic of its own; the base is in no checkpoint."""
     base = prepared / "sft" / "policy"
     lora = [f"policy.checkpoint={base}", "policy.lora.rank=4", "policy.critic=adapter", "num_iterations=3"]
-    lora += ["policy.gradient_checkpointing=true", "policy.rollout_copy=true", "checkpoint_every=1"]
+    lora += [
+        f"policy.lora.base={held}",
+        "policy.gradient_checkpointing=true",
+        "policy.rollout_copy=true",
+        "checkpoint_every=1",
+    ]
 
     def stage(name: str, run: Path) -> subprocess.CompletedProcess[str]:
         arguments = [*command(name, run), *lora]

@@ -1,10 +1,12 @@
 """Two policies that decode with compiled layers: how many programs that takes. Run by test_given_linear.py."""
 
 import sys
+from functools import partial
 
 import test_adapters
 import torch
 
+from reachrl.policies.llama import PLAIN, LayerPass
 from reachrl.policies.openvla import rollout_copy
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -17,8 +19,9 @@ def main() -> None:
         programs.append(module)
         return module
 
-    layer_pass = torch.compile(rollout_copy.whole_layer, backend=count, fullgraph=True)
-    rollout_copy.compiled_layer = lambda: layer_pass
+    compile_ = partial(torch.compile, backend=count, fullgraph=True)
+    layer_pass = LayerPass(*(compile_(half) for half in PLAIN))
+    rollout_copy.compiled = lambda: layer_pass
     for seed, batches in ((1, [3]), (2, [3]), (1, [4, 5, 8, 3])):
         torch.manual_seed(seed)
         plain = OpenVLAPolicy(test_adapters.small(rollout_copy=True))

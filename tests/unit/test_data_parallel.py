@@ -48,6 +48,7 @@ def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
         (3, (SHARDED, "ppo.minibatch_size=3", "ppo.micro_batch_size=2", "ppo.epochs=1")),
         (2, (SHARDED, "ppo.minibatch_size=16", "ppo.train_vision=true", "policy.gradient_checkpointing=true")),
         (2, (SHARDED, "ppo.minibatch_size=7", "ppo.target_kl=1e-5", "policy.lora.rank=2", "policy.critic=adapter")),
+        (2, ("ppo.minibatch_size=16", "policy.lora.rank=2", "policy.lora.base=nf4", "policy.critic=adapter")),
     ],
 )
 def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, changes):

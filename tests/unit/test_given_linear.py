@@ -109,12 +109,12 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_compiled_layers_share_one_program() -> None:
-    """One for the layers, one for the last, which is computed at one position: not one for each layer or policy.
+    """Of each half one for the layers, one for the last, which is computed at one position: not one for each layer.
 
-    Two more for batches of all other sizes.
+    As many again for batches of all other sizes.
     """
     # In a process of its own: what checks shapes in tests cannot be compiled.
     script = Path(__file__).with_name("compiled_layers.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2", "4"]
+    assert done.stdout.split() == ["4", "4", "8"]

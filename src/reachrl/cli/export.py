@@ -18,6 +18,8 @@ def export(
 
     Whole weights have the layout of the base they were trained on, for example OpenVLA's own. They are compared with
     base and adapters on the same frames; when the two disagree by more than rounding explains, nothing is written.
+    Adapters trained on a 4-bit base are folded into the base as it is stored, which is not exactly the policy that was
+    trained; the difference is printed.
     """
     from reachrl.policies.openvla.export import export_adapter, export_merged
 
@@ -33,3 +35,8 @@ def export(
         f"log-probabilities differ by {result.difference:.2g} nats in the mean (allowed {result.tolerance:.2g}; the "
         f"adapters change them by {result.effect:.2g}); {result.same_tokens:.0%} of the greedy tokens are equal"
     )
+    if result.trained is not None:
+        console.print(
+            f"the adapters were trained on a 4-bit base: from that policy the merged one differs by "
+            f"{result.trained:.2g} nats in the mean, as its weights are those that are stored. Evaluate it anew"
+        )

@@ -79,7 +79,7 @@ def _parameters(config: "TrainConfig") -> Table:
 
     table = _table("Parameters", "part", "count", "bytes each", "trained by")
     for part in weights(*sections(config)):
-        table.add_row(part.name, f"{part.count:,}", str(part.width), part.trained_by or "frozen")
+        table.add_row(part.name, f"{part.count:,}", f"{part.width:.3g}", part.trained_by or "frozen")
     return table
 
 

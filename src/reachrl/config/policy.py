@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from reachrl.config.base import Section
 
 NUM_ACTION_BINS = 256
+NF4_BLOCK = 64  # weights that share a scale in 4 bits
 
 
 class ViTTowerConfig(Section):
@@ -169,6 +170,9 @@ class LoRAConfig(Section):
     )
     """What gets adapters: all linear maps of the decoder layers, of the projector, of the towers' blocks. Never the
     language model's head."""
+    base: Literal["plain", "nf4"] = "plain"
+    """How the frozen weights are held. `plain`: all in `policy.dtype`. `nf4` (QLoRA): the linear maps of the decoder
+    layers in 4.13 bits a weight, decoded at each use; the rest in `policy.dtype`. Needs the extra `quantised`."""
 
     @model_validator(mode="after")
     def _parts_are_distinct(self) -> Self:
@@ -254,6 +258,21 @@ class OpenVLAConfig(Section):
             )
         if self.lora is not None and self.checkpoint is None:
             raise ValueError("policy.lora trains adapters beside frozen weights: policy.checkpoint must say which")
+        widths = (self.language_model.hidden_size, self.language_model.intermediate_size)
+        if self.lora is not None and self.lora.base == "nf4" and any(width % NF4_BLOCK for width in widths):
+            # bitsandbytes 0.50 decodes other widths wrongly on some CPUs, without a word.
+            raise ValueError(
+                f"lora.base=nf4 quantises rows of weights in blocks of {NF4_BLOCK}, but language_model.hidden_size="
+                f"{widths[0]} and intermediate_size={widths[1]}: expected multiples of {NF4_BLOCK}. Set lora.base=plain"
+            )
+        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
+        if not len(self.image_mean) == len(self.image_std) == len(self.towers):
+            raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
+        return self
+
+    @model_validator(mode="after")
+    def _the_copy_can_do_it(self) -> Self:
         if self.rollout_precision == "float8" and not (self.rollout_copy and self._arithmetic == "bfloat16"):
             raise ValueError(
                 'rollout_precision="float8" is of the copy for decoding, and its sums are bfloat16: set '
@@ -267,10 +286,6 @@ class OpenVLAConfig(Section):
             )
         if self.compile_prefill and not self.rollout_copy:
             raise ValueError("compile_prefill=true compiles the copy for decoding: set policy.rollout_copy=true")
-        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
-            raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
-        if not len(self.image_mean) == len(self.image_std) == len(self.towers):
-            raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
         return self
 
     @property

@@ -109,6 +109,17 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _four_bits_stay_whole(self) -> Self:
+        policy = self.policy
+        four_bit = isinstance(policy, OpenVLAConfig) and policy.lora is not None and policy.lora.base == "nf4"
+        if four_bit and self.backend.sharding == "full":
+            raise ValueError(
+                "policy.lora.base=nf4 holds weights in packed bytes, backend.sharding=full would split them between "
+                "the learners: each learner keeps a whole 4-bit base, so set backend.sharding=none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stale_rollouts_are_corrected(self) -> Self:
         if self.collect_ahead and isinstance(self.ppo, PPOConfig) and self.ppo.importance_cap is None:
             raise ValueError(

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from reachrl.config.loading import config_dict, validate
+from reachrl.config.policy import NF4_BLOCK
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import Device
-from reachrl.plan.memory import micro_rows, plan_memory, sections
+from reachrl.plan.memory import micro_rows, plan_memory, sections, usable
+from reachrl.plan.parameters import weights
 
 # Fewer rows than this at once leave most processors idle.
 _LEAST_MICRO_BATCH, _LEAST_ENVS = 4, 4
@@ -80,6 +82,9 @@ def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str,
         yield adapters, "train adapters on frozen weights: gradients and Adam states of a hundredth of them"
     elif policy.critic == "separate":
         yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: no second trunk to keep and train"
+    if _four_bits_would_tell(config, device):
+        reason = "frozen weights in 4 bits, decoded at each use: a quarter of their memory, rounded, some more time"
+        yield {"policy.lora.base": "nf4"}, reason
     if policy.critic == "adapter":
         yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: one pass instead of two"
     if policy.rollout_copy:
@@ -97,6 +102,20 @@ def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str,
     if config.env.num_envs > _LEAST_ENVS:
         envs = _halved(config, device, "env.num_envs", config.env.num_envs, _LEAST_ENVS)
         yield {"env.num_envs": envs}, "fewer rows to decode and to keep, and fewer decisions an iteration"
+
+
+def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
+    """Whether a 4-bit base is possible, and the frozen weights fill most of the device: nothing else makes room then.
+
+    Elsewhere it is not advised, since it changes the function that is trained and the other changes hardly do.
+    """
+    policy, ppo = sections(config)
+    llm = policy.language_model
+    possible = policy.lora is not None and policy.lora.base == "plain" and config.backend.sharding == "none"
+    if not possible or llm.hidden_size % NF4_BLOCK or llm.intermediate_size % NF4_BLOCK:
+        return False
+    frozen = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is None)
+    return frozen > usable(device) / 2
 
 
 def _halved(config: TrainConfig, device: Device, key: str, value: int, least: int) -> int:

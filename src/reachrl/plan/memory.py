@@ -13,7 +13,9 @@ from reachrl.plan.parameters import (
     Weights,
     adapter_parameters,
     choices,
+    four_bit,
     layer,
+    layer_parameters,
     linear_parameters,
     projector_parameters,
     weights,
@@ -126,8 +128,7 @@ def _always(config: TrainConfig, device: Device) -> list[Part]:
     policy, ppo = sections(config)
     rows = config.num_steps * config.env.num_envs
     cached = 0 if ppo.train_vision else rows * activations.features_row(policy)
-    copied = linear_parameters(policy) * activations.numbers(policy)[0] * policy.rollout_copy
-    parts = [Part("copy to decode with", copied), Part("vision features of an iteration", cached)]
+    parts = [Part("copy to decode with", _copied(policy)), Part("vision features of an iteration", cached)]
     if not device.is_cpu:
         return [*parts, Part("CUDA context and workspace (estimate)", _CUDA * GIB)]
     frames = 2 * rows * 3 * config.env.image_size**2  # a list of them, then one array
@@ -139,6 +140,15 @@ def _always(config: TrainConfig, device: Device) -> list[Part]:
     ]
 
 
+def _copied(policy: OpenVLAConfig) -> int:
+    """Bytes of the copy to decode with; of 4-bit maps in the type of their products."""
+    if not policy.rollout_copy:
+        return 0
+    stored, computed = activations.numbers(policy)
+    width = computed if four_bit(policy) else stored
+    return projector_parameters(policy) * stored + layer_parameters(policy) * width
+
+
 def _rollout(config: TrainConfig) -> list[Part]:
     policy, envs = sections(config)[0], config.env.num_envs
     working = max(
@@ -148,10 +158,11 @@ def _rollout(config: TrainConfig) -> list[Part]:
     given = activations.features_row(policy) + activations.pixels_row(policy)
     head = activations.head_copy(policy) + envs * 4 * 4 * choices(policy)  # its copy, logits and what is made of them
     passing = envs * given + max(envs * working, head)
+    spared = four_bit(policy) and policy.rollout_copy and policy.critic == "shared"  # the copy is decoded already
     return [
         Part(f"key-value cache of {envs} rows", envs * activations.cache_row(policy), "rollout"),
         Part(f"prefill of {envs} rows", passing, "rollout"),
-        Part("weights cast for the pass", _cast_weights(policy, training=False), "rollout"),
+        Part("weights cast or decoded for the pass", 0 if spared else _cast_weights(policy, training=False), "rollout"),
     ]
 
 
@@ -194,7 +205,7 @@ def _update(config: TrainConfig, gradients: float) -> list[Part]:
         Part("one layer computed again", again, "update"),
         Part("gradients not there yet" if coming < 0 else "gradients on their way", coming, "update"),
         Part("inputs of the micro-batch", rows * inputs, "update"),
-        Part("weights cast for the pass", _cast_weights(policy, training=True), "update"),
+        Part("weights cast or decoded for the pass", _cast_weights(policy, training=True), "update"),
         Part("the head in float32", activations.head_copy(policy), "update"),
     ]
 
@@ -225,11 +236,14 @@ def _gradients_on_their_way(policy: OpenVLAConfig, gradients: float, kept: float
 
 
 def _cast_weights(policy: OpenVLAConfig, *, training: bool) -> int:
-    """Bytes of the bfloat16 copies that autocast makes of float32 weights.
+    """Bytes of the bfloat16 copies that autocast makes of float32 weights, or of the largest 4-bit map once decoded.
 
-    Copies of trained weights are made once a pass. Those of frozen weights are made at each use; backward keeps them.
+    Copies of trained weights are made once a pass. Those of frozen weights are made at each use; backward keeps them,
+    but for those of 4-bit maps, which it decodes again.
     """
     stored, computed = activations.numbers(policy)
+    if four_bit(policy):
+        return computed * layer(policy.language_model).down.parameters
     if stored == computed:
         return 0
     passes = 1 if policy.critic == "shared" else 2

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from reachrl.config.policy import (
+    NF4_BLOCK,
     NUM_ACTION_BINS,
     ConvTowerConfig,
     LanguageModelConfig,
@@ -13,6 +14,9 @@ from reachrl.config.policy import (
 from reachrl.config.ppo import PPOConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
+# 4 bits, one byte of scale for each block, one float32 for 256 of these: 4.127 bits.
+# Source: Dettmers et al. 2023, QLoRA, section 3, "Double Quantization".
+NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (256 * NF4_BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +162,19 @@ def adapter_parameters(policy: OpenVLAConfig, part: str) -> int:
     return sum((tower.depth - 1) * linear.adapter(rank) for tower in towers for linear in block_linears(tower))
 
 
+def layer_parameters(policy: OpenVLAConfig) -> int:
+    """Parameters of the linear maps of all decoder layers: what may be held in 4 bits."""
+    return policy.language_model.num_layers * sum(map_.parameters for map_ in layer(policy.language_model).linears)
+
+
 def linear_parameters(policy: OpenVLAConfig) -> int:
     """Parameters of the projector and of the decoder layers' linear maps: what a copy for the rollout holds."""
-    layers = policy.language_model.num_layers * sum(map_.parameters for map_ in layer(policy.language_model).linears)
-    return projector_parameters(policy) + layers
+    return projector_parameters(policy) + layer_parameters(policy)
+
+
+def four_bit(policy: OpenVLAConfig) -> bool:
+    """Whether the linear maps of the decoder layers are held in 4 bits."""
+    return policy.lora is not None and policy.lora.base == "nf4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +183,7 @@ class Weights:
 
     name: str
     count: int
-    width: int
+    width: float
     """Bytes of one parameter, of its gradient and of each of its two Adam states."""
     trained_by: str | None
     """`policy` or `value`, the optimiser's two groups; none is frozen."""
@@ -178,7 +191,7 @@ class Weights:
     @property
     def bytes(self) -> int:
         """Memory of the parameters themselves."""
-        return self.count * self.width
+        return round(self.count * self.width)
 
 
 def weights(policy: OpenVLAConfig, ppo: PPOConfig) -> tuple[Weights, ...]:
@@ -190,9 +203,11 @@ def weights(policy: OpenVLAConfig, ppo: PPOConfig) -> tuple[Weights, ...]:
     trunk = projector_parameters(policy) + trunk_parameters(llm)
     separate = trunk if policy.critic == "separate" else 0
     adapters = sum(adapter_parameters(policy, part) for part in ("language_model", "projector"))
+    packed = layer_parameters(policy) * four_bit(policy)
     found = (
         Weights("vision towers", vision_parameters(policy), stored, vision if full else None),
-        Weights("projector and language model", trunk + head_parameters(llm), stored, actor),
+        Weights("projector and language model", trunk + head_parameters(llm) - packed, stored, actor),
+        Weights("decoder layers' maps in 4 bits", packed, NF4_BYTES, None),
         Weights("separate critic", separate, stored, "value"),
         Weights("vision adapters", adapter_parameters(policy, "vision"), 4, vision),
         Weights("adapters", adapters, 4, "policy"),

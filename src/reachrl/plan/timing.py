@@ -9,10 +9,11 @@ from reachrl.plan import activations, compute
 from reachrl.plan.device import Device
 from reachrl.plan.memory import SCORE_ROWS, micro_rows, sections
 from reachrl.plan.parameters import (
+    NF4_BYTES,
     adapter_parameters,
+    four_bit,
     head_parameters,
-    linear_parameters,
-    projector_parameters,
+    layer_parameters,
     weights,
 )
 
@@ -86,11 +87,24 @@ def _layer_calls(policy: OpenVLAConfig) -> int:
     return policy.language_model.num_layers * (1 if policy.critic == "shared" else 2)
 
 
-def _read_weights(config: TrainConfig) -> float:
-    """Bytes of the weights that a whole pass reads."""
+def _read_weights(config: TrainConfig, *, acting: bool = False) -> float:
+    """Bytes of the weights that a whole pass reads, and writes where it decodes them."""
     policy, ppo = sections(config)
     unread = (head_parameters(policy.language_model) * 2) * activations.numbers(policy)[0]  # tables: few rows are read
-    return sum(part.bytes for part in weights(policy, ppo)) - unread
+    held = sum(part.bytes for part in weights(policy, ppo)) - unread
+    return held + four_bit(policy) * (_read_maps(policy, acting=acting) - NF4_BYTES * layer_parameters(policy))
+
+
+def _read_maps(policy: OpenVLAConfig, *, acting: bool) -> float:
+    """Bytes that the linear maps of the decoder layers cost in a pass.
+
+    A 4-bit one is read, written out in the type of its products and read again; kernels for few rows spare that.
+    """
+    stored, computed = activations.numbers(policy)
+    count = layer_parameters(policy)
+    if not four_bit(policy):
+        return count * stored
+    return count * (computed if acting and policy.rollout_copy else NF4_BYTES + 2 * computed)
 
 
 def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
@@ -100,11 +114,11 @@ def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
     flops = float(rows * compute.prefill(policy))
     # Each layer writes and reads what is at work at its widest moment.
     working = 2 * llm.num_layers * activations.working_row(policy, tokens, decoding=True)
-    moved = _read_weights(config) + rows * (working + activations.cache_row(policy))
+    moved = _read_weights(config, acting=True) + rows * (working + activations.cache_row(policy))
     prefill = pass_seconds(policy, device, flops=flops, moved=moved, layers=_layer_calls(policy))
     steps = policy.num_action_tokens - 1
     step_flops = float(rows * compute.decode_steps(policy))
-    trunk = (linear_parameters(policy) - projector_parameters(policy)) * activations.numbers(policy)[0]
+    trunk = _read_maps(policy, acting=True)
     adapters = 0 if policy.rollout_copy else 4 * adapter_parameters(policy, "language_model")
     step_moved = float(steps * (trunk + adapters + rows * activations.cache_row(policy)))
     decoding = pass_seconds(policy, device, flops=step_flops, moved=step_moved, layers=steps * llm.num_layers)

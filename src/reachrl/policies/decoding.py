@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
-from reachrl.policies.llama import LayerPass, Prompt, prefill, step, whole_layer
+from reachrl.policies.llama import PLAIN, LayerPass, Prompt, prefill, step
 from reachrl.policies.recordings import Recordings
 
 
@@ -78,7 +78,7 @@ def decode(
     temperature: float,
     gumbel: Float[Tensor, "B A V"] | None,
     recordings: Recordings | None = None,
-    layer_pass: LayerPass = whole_layer,
+    layer_pass: LayerPass = PLAIN,
 ) -> Decoded:
     """One prefill and `num_tokens - 1` single-token steps.
 
@@ -94,7 +94,7 @@ def decode(
         temperature: divides the logits.
         gumbel: noise, or None for greedy decoding.
         recordings: replays of the steps; None: they are launched one by one.
-        layer_pass: computes a layer of the prefill.
+        layer_pass: computes the layers of the prefill.
 
     Returns:
         Ids, their log-probabilities under the sampling distribution, and the first position's hidden state.

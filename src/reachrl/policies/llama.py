@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,11 +18,6 @@ from reachrl.config.policy import LanguageModelConfig
 from reachrl.policies.given_linear import GivenLinear
 
 Rotary = tuple[Tensor, Tensor]
-# layer, hidden, rotary, mask, number of queries -> hidden, keys, values: see `whole_layer`
-LayerPass = Callable[
-    [LlamaDecoderLayer, Tensor, Rotary, Tensor | None, int],
-    tuple[Tensor, Tensor, Tensor],
-]
 FUSED = _QKV, _GATE_UP = "fused_qkv", "fused_gate_up"
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
@@ -176,25 +171,23 @@ def _attend(
     return hidden + _feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
-def whole_layer(
-    layer: LlamaDecoderLayer,
-    hidden: Float[Tensor, "B S E"],
-    rotary: Rotary,
-    mask: Bool[Tensor, "B 1 Q S"] | None,
-    num_queries: int,
-) -> tuple[Float[Tensor, "B Q E"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
-    """One decoder layer for the last `num_queries` positions, with the keys and values of all `S`."""
-    query, key, value = _project(layer, hidden, rotary, num_queries)
-    return _attend(layer, hidden[:, -num_queries:], query, key, value, mask), key, value
+class LayerPass(NamedTuple):
+    """The two halves of a decoder layer; between them, keys and values may be put into a cache."""
+
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+
+
+PLAIN = LayerPass(_project, _attend)
 
 
 @functools.cache
-def compiled_layer() -> LayerPass:
-    """`whole_layer`, compiled for the first shape it meets, and once more for all others.
+def compiled() -> LayerPass:
+    """The halves compiled for the first shape they meet, and once more for all others.
 
-    Its parameters are inputs of the compiled program, so that all layers share it.
+    A layer's parameters are inputs of the compiled programs, so that all layers share them.
     """
-    return torch.compile(whole_layer)
+    return LayerPass(torch.compile(_project), torch.compile(_attend))
 
 
 def _has_padding(valid: Bool[Tensor, "B S"]) -> bool:
@@ -237,7 +230,8 @@ def last_hidden(
             embeds = layer(embeds, attention_mask=mask, position_embeddings=rotary)
     needs_mask = padded or 1 < num_last < length
     last_mask = causal_mask(valid, num_last) if needs_mask else None
-    return model.norm(whole_layer(final_layer, embeds, rotary, last_mask, num_last)[0])
+    query, key, value = _project(final_layer, embeds, rotary, num_last)
+    return model.norm(_attend(final_layer, embeds[:, -num_last:], query, key, value, last_mask))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +253,7 @@ def prefill(
     num_steps: int,
     *,
     cache: KVCache | None = None,
-    layer_pass: LayerPass = whole_layer,
+    layer_pass: LayerPass = PLAIN,
 ) -> Prompt:
     """Fill the cache with the keys and values of a prompt.
 
@@ -269,7 +263,7 @@ def prefill(
         valid: which positions are real tokens; the last one must be.
         num_steps: single-token steps that are to follow.
         cache: written to from its first position on; None: a new one.
-        layer_pass: computes a layer.
+        layer_pass: computes the layers.
     """
     batch, length, _ = embeds.shape
     cache = cache or KVCache.allocate(model, batch, length + num_steps, embeds)
@@ -278,12 +272,14 @@ def prefill(
     cos, sin = model.rotary_emb(embeds, position_ids(seen if padded else seen[:1]))
     mask = causal_mask(valid, length) if padded else None
     layers = decoder_layers(model)
-    for number, layer in enumerate(layers):
-        final = number + 1 == len(layers)  # computed at the last position only: nothing reads the others
-        queries, layer_mask = (1, None if mask is None else mask[:, :, -1:]) if final else (length, mask)
-        embeds, key, value = layer_pass(layer, embeds, (cos[:, :length], sin[:, :length]), layer_mask, queries)
-        cache.keys[number][:, :, :length] = key
-        cache.values[number][:, :, :length] = value
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        # The final layer is computed at the last position only: nothing reads the others.
+        queries = 1 if layer is layers[-1] else length
+        query, key, value = layer_pass.project(layer, embeds, (cos[:, :length], sin[:, :length]), queries)
+        keys[:, :, :length], values[:, :, :length] = key, value
+        key, value = keys[:, :, :length], values[:, :, :length]  # from here on in the cache alone
+        layer_mask = None if mask is None else mask[:, :, -queries:]
+        embeds = layer_pass.attend(layer, embeds[:, -queries:], query, key, value, layer_mask)
     return Prompt(
         cache=cache,
         length=length,

@@ -48,6 +48,7 @@ def add_adapters(policy: nn.Module, config: LoRAConfig, *, critic: bool) -> None
         if not any(name.endswith(_TARGETS[part]) for name, _ in policy.named_modules()):
             raise ConfigError(f"policy.lora.parts: {part!r} has no linear maps to adapt in this policy; leave it out")
     policy.requires_grad_(False)
+    policy.is_loaded_in_4bit = config.base == "nf4"  # pyright: ignore  (peft asks: its class for 4-bit maps)
     with warnings.catch_warnings():  # peft wonders at a second set
         warnings.simplefilter("ignore")
         for adapter in _sets(critic):

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from reachrl.config.policy import OpenVLAConfig, ViTTowerConfig
 from reachrl.errors import CheckpointError, StorageError
 from reachrl.policies.action_tokens import ActionStats
-from reachrl.policies.openvla import adapters
+from reachrl.policies.openvla import adapters, four_bit
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import is_dead, is_official, official_config, official_stats
@@ -177,6 +177,13 @@ def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
         )  # fmt: skip
     if stored.lora is None or config.lora is None:  # adapters begin as nothing, and can be folded in
         ignored |= {"lora"}
+    wanted = "plain" if config.lora is None else config.lora.base
+    if stored.lora is not None and stored.lora.base != wanted:
+        ignored |= {"lora.base"}  # the same matrices, beside weights that are not quite the same
+        logger.warning(
+            "the adapters in %s were trained with policy.lora.base=%s, and are put on a base held as %s: the policy is "
+            "not exactly the one that was trained", folder, stored.lora.base, wanted,
+        )  # fmt: skip
     if "adapter" in (stored.critic, config.critic):
         ignored |= {"critic"}
     _compare(type(policy).architecture_of(stored), policy.architecture(), folder, ignored)
@@ -192,12 +199,15 @@ def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
         skipped=(lambda key: is_dead(key, config)) if official else (lambda key: False),
         optional=(lambda key: key.startswith((_VALUE, "critic."))) if official else (lambda key: False),
     )
+    take = {}
+    if config.lora is not None and config.lora.base == "nf4":  # before there is storage: the whole never lies in memory
+        take = four_bit.make_room(policy, device, getattr(torch, config.dtype), policy.compute_dtype)
     policy.to_empty(device=device)
     for module in policy.modules():
         if isinstance(module, LlamaRotaryEmbedding):
             module.__init__(module.config)  # its frequencies are computed, not stored
             module.to(device)
-    copy_weights(policy, folder)
+    copy_weights(policy, folder, take)
     if official:
         policy.value_head.reset()
         policy.reset_critic()
@@ -254,8 +264,10 @@ def _compare(stored: dict[str, Any], expected: dict[str, Any], folder: Path, ign
     Raises:
         CheckpointError: naming every field that differs.
     """
-    have = _flatten({key: value for key, value in stored.items() if key not in ignored})
-    want = _flatten({key: value for key, value in expected.items() if key not in ignored})
+    have, want = (
+        {key: value for key, value in _flatten(all_of).items() if not {key, key.partition(".")[0]} & ignored}
+        for all_of in (stored, expected)
+    )
     different = [
         f"{key} (checkpoint {have.get(key)!r}, configured {want.get(key)!r})"
         for key in sorted(have.keys() | want.keys())

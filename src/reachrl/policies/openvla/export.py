@@ -33,12 +33,16 @@ _EXACT, _ROUNDED = 1e-4, 0.03  # mean differences, in nats, that float32 sums an
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A merged checkpoint against its base with adapters, on the same frames and action tokens."""
+    """A merged checkpoint against its base with adapters, on the same frames and action tokens.
+
+    Both bases are as stored: a merge is right or wrong whatever the adapters were trained on.
+    """
 
     difference: float  # between the two, mean over log-probabilities, nats
     effect: float  # of the adapters, in the same measure
     tolerance: float  # of the difference
     same_tokens: float  # share of greedy tokens that are equal
+    trained: float | None  # as `difference`, against the 4-bit policy that was trained; None where the base was plain
 
 
 def export_adapter(folder: Path, out: Path) -> None:
@@ -56,7 +60,8 @@ def export_adapter(folder: Path, out: Path) -> None:
 def export_merged(folder: Path, out: Path) -> Comparison:
     """Write the base of `folder` with its adapters folded in, in the base's own layout, and compare the two.
 
-    One file of weights is in memory at a time while writing, one policy while comparing.
+    One file of weights is in memory at a time while writing, one policy while comparing. Adapters that were trained on
+    a 4-bit base are folded into the base as it is stored: the result is near the policy that was trained, not equal.
 
     Args:
         folder: with adapters, ours or another tool's.
@@ -153,17 +158,23 @@ def compare(folder: Path, other: Path, *, floor: float) -> Comparison:
         other: the merged checkpoint.
         floor: mean difference that rounding explains, nats.
     """
-    config, base = read_config(folder), adapters.base_of(folder)
+    saved, base = read_config(folder), adapters.base_of(folder)
+    four_bit = saved.lora is not None and saved.lora.base == "nf4"
+    config = saved
+    if saved.lora is not None:
+        config = saved.model_copy(update={"lora": saved.lora.model_copy(update={"base": "plain"})})
     whole = {"lora": None, "critic": read_config(base).critic if not is_official(base) else "shared", "dataset": None}
     ours, tokens = _scores(config)
     theirs, others = _scores(config.model_copy(update=whole | {"checkpoint": other}))
     before, _ = _scores(config.model_copy(update=whole | {"checkpoint": base}))
     effect = (ours - before).abs().mean().item()
+    trained = (_scores(saved)[0] - theirs).abs().mean().item() if four_bit else None
     return Comparison(
         difference=(ours - theirs).abs().mean().item(),
         effect=effect,
         tolerance=floor + 0.1 * effect,
         same_tokens=(tokens == others).float().mean().item(),
+        trained=trained,
     )
 
 

@@ -18,7 +18,7 @@ from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_f
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
-from reachrl.policies.llama import build_llama, decoder_layers, last_hidden, whole_layer
+from reachrl.policies.llama import PLAIN, build_llama, decoder_layers, last_hidden
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
@@ -260,7 +260,7 @@ class OpenVLAPolicy(Policy):
                 temperature=temperature,
                 gumbel=gumbel,
                 recordings=None if copy is None else copy.recordings,
-                layer_pass=whole_layer if copy is None else copy.layer_pass,
+                layer_pass=PLAIN if copy is None else copy.layer_pass,
             )
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None

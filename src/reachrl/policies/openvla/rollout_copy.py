@@ -9,7 +9,8 @@ from transformers import LlamaModel
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.given_linear import Float8Linear, GivenLinear
-from reachrl.policies.llama import FUSED, LayerPass, compiled_layer, decoder_layers, fuse, whole_layer
+from reachrl.policies.llama import FUSED, PLAIN, LayerPass, compiled, decoder_layers, fuse
+from reachrl.policies.openvla.four_bit import dense_weight, weight_dtype
 from reachrl.policies.openvla.merging import merged
 from reachrl.policies.recordings import CudaGraphs, Recordings
 
@@ -36,7 +37,7 @@ class RolloutCopy:
         self._trained = (projector, model)
         self.projector = _given_copy(projector, GivenLinear)
         self.model: LlamaModel = _given_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
-        self.layer_pass: LayerPass = compiled_layer() if config.compile_prefill else whole_layer
+        self.layer_pass: LayerPass = compiled() if config.compile_prefill else PLAIN
         self.recordings: Recordings | None = None
         # Recordings name the places of what they read: autocast's copies of weights come and go.
         mixed = config.compute_dtype not in (None, config.dtype)
@@ -80,9 +81,9 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 def _weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """What a linear map with its active adapters multiplies by and adds."""
     if not isinstance(layer, LoraLayer):
-        return layer.weight, layer.bias  # pyright: ignore[reportReturnType]
+        return dense_weight(layer), layer.bias  # pyright: ignore[reportReturnType]
     base = layer.get_base_layer()
-    weight: Tensor = base.weight  # pyright: ignore[reportAssignmentType]
+    weight = dense_weight(base)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -103,7 +104,9 @@ def _strip(module: nn.Module, kind: type[GivenLinear]) -> None:
         if isinstance(child, (nn.Linear, LoraLayer)):
             base = child.get_base_layer() if isinstance(child, LoraLayer) else child
             assert isinstance(base, nn.Linear)
-            given = kind.empty(base.out_features, base.in_features, like=base.weight, bias=base.bias is not None)
-            setattr(module, name, given)
+            like = torch.empty(0, dtype=weight_dtype(base), device=base.weight.device)
+            setattr(
+                module, name, kind.empty(base.out_features, base.in_features, like=like, bias=base.bias is not None)
+            )
         else:
             _strip(child, kind)

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.names import canonical_key
@@ -164,13 +164,23 @@ def check_shapes(
 
 
 @torch.no_grad()
-def copy_weights(module: nn.Module, folder: Path) -> None:
-    """Copy every stored tensor the module has, one at a time; names and shapes were checked before."""
+def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[Tensor], None]] | None = None) -> None:
+    """Copy every stored tensor the module has, one at a time; names and shapes were checked before.
+
+    Args:
+        module: where to.
+        folder: where from.
+        take: by name, what is given a tensor in place of copying it.
+    """
+    takers = take or {}
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
-                target = targets.get(canonical_key(name))
-                if target is not None:
+                known = canonical_key(name)
+                target = targets.get(known)
+                if known in takers:
+                    takers[known](file.get_tensor(name))
+                elif target is not None:
                     target.copy_(file.get_tensor(name))

@@ -1,0 +1,112 @@
+"""Frozen linear maps held in 4 bits: the one file that knows bitsandbytes.
+
+Source: Dettmers et al. 2023, QLoRA, section 3: NF4 in blocks of 64 weights, whose scales are quantised in turn.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reachrl.config.policy import NF4_BLOCK
+from reachrl.errors import MissingExtra
+
+_LAYERS = "language_model.model.layers."
+
+
+def library() -> ModuleType:
+    """The package bitsandbytes.
+
+    Raises:
+        MissingExtra: it is not installed, or does not run here.
+    """
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: a library of its own that does not load
+        raise MissingExtra(
+            f"policy.lora.base=nf4 needs bitsandbytes ({error}); run  pip install 'reachrl[quantised]', or set "
+            "policy.lora.base=plain"
+        ) from error
+    return bitsandbytes
+
+
+def make_room(policy: nn.Module, device: torch.device, dtype: torch.dtype, compute: torch.dtype) -> dict[str, Any]:
+    """Put 4-bit maps that are still empty in place of the linear maps of the decoder layers.
+
+    Args:
+        policy: with the official module names; its maps may be without storage.
+        device: where a map's weight is quantised and kept.
+        dtype: what a weight is rounded to before it is quantised, as it would be held without.
+        compute: type of the products.
+
+    Returns:
+        By the name of each weight, the function that is to be given it: it keeps 4 bits and lets the weight go.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
+    bnb = library()
+    fill: dict[str, Callable[[Tensor], None]] = {}
+    for name, old in list(policy.named_modules()):
+        if not (name.startswith(_LAYERS) and isinstance(old, nn.Linear)):
+            continue
+        assert old.bias is None  # Llama's maps have none
+        sizes = (old.in_features, old.out_features)
+        linear = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=compute, quant_type="nf4", device="meta")
+        linear.weight = None
+        linear.train(old.training)
+        # On some CPUs it would lay the weights out anew and multiply in bfloat16, but only without gradients: acting
+        # and training would be two functions, and what is saved of the weights would no longer be readable.
+        linear.support_avx512bf16_for_cpu = False
+        linear.register_forward_pre_hook(_in_compute_type)
+        parent, _, leaf = name.rpartition(".")
+        setattr(policy.get_submodule(parent), leaf, linear)
+        fill[f"{name}.weight"] = partial(quantise, linear, device=device, dtype=dtype)
+    return fill
+
+
+def _in_compute_type(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Mixed precision does not reach inside bitsandbytes: without this, its maps would return their input's type."""
+    return (inputs[0].to(linear.compute_dtype),)
+
+
+@torch.no_grad()
+def quantise(linear: Any, weight: Tensor, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Give an empty 4-bit map its weight, of which 4 bits a number are kept.
+
+    Args:
+        linear: made by `make_room`.
+        weight: [out, in], anywhere, in any type.
+        device: where to.
+        dtype: what it is rounded to first.
+    """
+    bnb = library()
+    assert linear.weight is None  # quantising what was quantised would lose more
+    whole = weight.to(device, dtype).contiguous()
+    options: dict[str, Any] = {"blocksize": NF4_BLOCK, "compress_statistics": True, "quant_type": "nf4"}
+    packed, state = bnb.functional.quantize_4bit(whole, **options)
+    state.dtype = linear.compute_dtype  # what the backward pass and `dense_weight` decode to
+    linear.weight = bnb.nn.Params4bit(packed, quant_state=state, module=linear, bnb_quantized=True, **options)
+    linear.quant_state = state
+
+
+def is_four_bit(linear: nn.Module) -> bool:
+    """Whether a linear map is held in 4 bits."""
+    return getattr(linear.weight, "quant_state", None) is not None
+
+
+def weight_dtype(linear: nn.Module) -> torch.dtype:
+    """The type of `dense_weight`."""
+    kind: Any = linear
+    return kind.compute_dtype if is_four_bit(linear) else kind.weight.dtype
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """What a linear map multiplies by, [out, in]; of a 4-bit one decoded anew, in the type of its products."""
+    weight: Any = linear.weight
+    if not is_four_bit(linear):
+        return weight
+    return library().functional.dequantize_4bit(weight.data, weight.quant_state)
