@@ -52,7 +52,7 @@ def test_a_4_bit_base_takes_what_is_planned(tmp_path: Path) -> None:
     assert sum(part.bytes for part in held) == pytest.approx(taken, rel=1e-3)
     packed = next(part for part in held if "4 bits" in part.name)
     assert packed.count == layer_parameters(config) == 5 * (4 * 128 * 128 + 3 * 128 * 384)
-    assert packed.trained_by is None and 8 * NF4_BYTES == pytest.approx(4.127, abs=5e-4)
+    assert packed.trained_by is None and pytest.approx(4.127, abs=5e-4) == 8 * NF4_BYTES
     plain = weights(apply_policy(config, base="plain"), PPOConfig())
     assert sum(part.count for part in held) == sum(part.count for part in plain)
 
@@ -67,7 +67,7 @@ def test_a_phase_needs_what_its_live_tensors_take(name: str, tmp_path: Path) -> 
     config = configure(tmp_path, **VARIANTS[name])
     policy = OpenVLAPolicy(config)
     policy.freeze(["vision"])
-    seen, cached, actions = test_plan.rows_of(policy)
+    _, cached, actions = test_plan.rows_of(policy)
     policy.act(cached)  # a copy to decode with is made
     plan = plan_memory(test_plan.run_of(config), test_plan.CPU)
     given = test_plan.plan_inputs(config)
