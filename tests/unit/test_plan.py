@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from reachrl.backends import learner
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
@@ -23,10 +22,11 @@ from reachrl.plan import compute
 from reachrl.plan.activations import cache_row, features_row, head_copy, layer_row, training_row
 from reachrl.plan.advice import advise, apply
 from reachrl.plan.device import DEVICES, GIB, Device, find_device
-from reachrl.plan.memory import SCORE_ROWS, MemoryPlan, Part, plan_memory, usable
+from reachrl.plan.memory import MemoryPlan, Part, plan_memory, usable
 from reachrl.plan.parameters import adapter_parameters, total_parameters, value_head_parameters, weights
 from reachrl.plan.timing import plan_time
 from reachrl.policies.base import PolicyInput
+from reachrl.policies.given_linear import GivenLinear
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 SIZES = {
@@ -106,7 +106,7 @@ def rows_of(policy: OpenVLAPolicy, rows: int = ROWS) -> tuple[PolicyInput, Polic
 
 def run_of(policy: OpenVLAConfig, *, passes: int = 1) -> TrainConfig:
     """One decision in each of `ROWS` environments for every pass of the minibatch that they make."""
-    ppo = PPOConfig(epochs=1, minibatch_size=passes * ROWS, micro_batch_size=ROWS)
+    ppo = PPOConfig(importance_cap=2.0, epochs=1, minibatch_size=passes * ROWS, micro_batch_size=ROWS)
     return TrainConfig(env=MetaworldConfig(num_envs=ROWS), num_steps=passes, policy=policy, ppo=ppo)
 
 
@@ -346,8 +346,32 @@ def test_a_gpu_and_a_cpu_hold_different_things() -> None:
     assert not any("simulators" in name for name in gpu) and any("CUDA" in name for name in gpu)
 
 
-def test_scoring_goes_in_the_rows_of_the_backend() -> None:
-    assert SCORE_ROWS == learner.SCORE_ROWS
+def test_a_copy_in_8_bits_takes_its_weights_and_a_little() -> None:
+    wide = {**SIZES["language_model"], "intermediate_size": 160}
+    config = configure(rollout_copy=True, rollout_precision="float8", dtype="bfloat16", language_model=wide)
+    policy = build(config)
+    policy.act(rows_of(policy)[1])
+    copy = policy._rollout
+    assert copy is not None
+    modules = [module for part in (copy.projector, copy.model) for module in part.modules()]
+    given = [module for module in modules if isinstance(module, GivenLinear)]
+    storages = [m.weight.untyped_storage() for m in given]  # parts of a fused map share theirs
+    held = {storage._cdata: storage.nbytes() for storage in storages}
+    planned = next(part for part in plan_memory(run_of(config), CPU).parts if part.name == "copy to decode with")
+    biases = sum(m.bias.nbytes for m in given if m.bias is not None)
+    assert planned.bytes == sum(held.values()) + biases
+
+
+def test_recorded_steps_keep_their_cache() -> None:
+    def cache(config: TrainConfig, device: str = "h200") -> Part:
+        return next(part for part in plan_memory(config, DEVICES[device]).parts if "cache" in part.name)
+
+    row = cache_row(OpenVLAConfig.openvla_7b())
+    kept = cache(apply(large(rollout_copy=True), {"env.num_envs": 20}))
+    assert (kept.phase, kept.bytes) == ("always", 32 * row)  # the next size that is recorded
+    for changes in ({}, {"rollout_copy": True, "decode_graphs": False}):
+        passing = cache(large(**changes))
+        assert (passing.phase, passing.bytes) == ("rollout", 16 * row)
 
 
 MORE = [

@@ -142,7 +142,7 @@ def test_the_released_size_in_4_bits() -> None:
 
 def test_four_bits_are_advised_where_the_frozen_weights_fill_the_card() -> None:
     config = load_config("libero_spatial")
-    for memory in (23.5, 24.0):
+    for memory in (15.0, 16.0):
         card = replace(DEVICES["4090"], memory=memory)
         assert not plan_memory(config, card).fits(card)
         changes = advise(config, card)

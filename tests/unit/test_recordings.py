@@ -8,9 +8,10 @@ import test_adapters
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from reachrl.config.policy import recorded_rows
 from reachrl.policies.base import ActionSample, PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.recordings import Recordings, padded_rows
+from reachrl.policies.recordings import Recordings
 
 base = test_adapters.base  # a fixture
 adapted, inputs = test_adapters.adapted, test_adapters.inputs
@@ -106,7 +107,7 @@ def test_moved_weights_end_the_recordings(base: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert [padded_rows(batch) for batch in (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128)] == [
+    assert [recorded_rows(batch) for batch in (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128)] == [
         *(1, 2, 4, 8, 8, 16, 16, 32, 32, 48, 64, 80, 128)
     ]
 

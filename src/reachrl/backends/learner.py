@@ -25,8 +25,6 @@ from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Observation, Rewards, Rollout, Scored
 
-SCORE_ROWS = 256  # rows per no-gradient forward pass
-
 
 class LocalLearner:
     """Scores rollouts and updates the policy in place, alone or with a block of each rollout for every process.
@@ -100,8 +98,9 @@ class LocalLearner:
         ids = torch.from_numpy(rollout.action_ids).reshape(steps * envs, -1)
         logprobs, values, cached = [], [], []
         block = self.group.block(len(ids))
-        for first in range(block.start, block.stop, SCORE_ROWS):
-            rows = slice(first, min(first + SCORE_ROWS, block.stop))
+        batch = self.config.score_batch_size
+        for first in range(block.start, block.stop, batch):
+            rows = slice(first, min(first + batch, block.stop))
             inputs = self._encode(flat, rows)
             out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.config.temperature)
             logprobs.append(out.logprobs.float().cpu())
@@ -235,7 +234,7 @@ class LocalLearner:
         """Where weights are split every process must make as many passes: whose block is smaller repeats a row."""
         if self.group.sharded:
             rows = slice(block.start, block.start + 1)
-            for _ in range(self.group.passes(len(ids), SCORE_ROWS) - made):
+            for _ in range(self.group.passes(len(ids), self.config.score_batch_size) - made):
                 inputs = self._encode(flat, rows)
                 self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.config.temperature)
 
@@ -252,10 +251,10 @@ class LocalLearner:
         )
 
     def _values(self, observation: Observation) -> np.ndarray:
-        count = len(observation.images)
+        count, batch = len(observation.images), self.config.score_batch_size
         parts = [
-            self.policy.values(self._encode(observation, slice(first, first + SCORE_ROWS)))
-            for first in range(0, count, SCORE_ROWS)
+            self.policy.values(self._encode(observation, slice(first, first + batch)))
+            for first in range(0, count, batch)
         ]
         return torch.cat(parts).float().cpu().numpy()
 

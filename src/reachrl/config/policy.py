@@ -11,6 +11,11 @@ NUM_ACTION_BINS = 256
 NF4_BLOCK = 64  # weights that share a scale in 4 bits
 
 
+def recorded_rows(batch: int) -> int:
+    """Rows that decoding steps are recorded for: a power of two up to 16, then a multiple of 16."""
+    return -(-batch // 16) * 16 if batch > 16 else 1 << (batch - 1).bit_length()
+
+
 class ViTTowerConfig(Section):
     """A vision transformer with the official parameter names (DINOv2 or SigLIP)."""
 
@@ -291,6 +296,11 @@ class OpenVLAConfig(Section):
     @property
     def _arithmetic(self) -> str:
         return self.compute_dtype or self.dtype
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
+        return self.rollout_copy and self.decode_graphs and self._arithmetic == self.dtype
 
     @property
     def num_patches(self) -> int:

@@ -37,6 +37,8 @@ class PPOConfig(Section):
     """Rows per optimiser step."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 256
     """Rows per forward and backward pass; gradients add up to those of the minibatch exactly."""
+    score_batch_size: Annotated[int, Field(ge=1)] = 256
+    """Rows per pass without gradients, when a rollout's log-probs and values are scored."""
     lr: Positive = 2e-4
     """Learning rate of the policy (language model, projector and, if trained, vision)."""
     value_lr: Positive = 1e-3

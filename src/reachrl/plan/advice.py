@@ -99,6 +99,10 @@ def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str,
     if micro_rows(config) > _LEAST_MICRO_BATCH:
         rows = _halved(config, device, "ppo.micro_batch_size", micro_rows(config), _LEAST_MICRO_BATCH)
         yield {"ppo.micro_batch_size": rows}, "fewer rows in a pass; gradients add up to the same"
+    scored = min(ppo.score_batch_size, config.num_steps * config.env.num_envs)
+    if scored > _LEAST_MICRO_BATCH:
+        rows = _halved(config, device, "ppo.score_batch_size", scored, _LEAST_MICRO_BATCH)
+        yield {"ppo.score_batch_size": rows}, "fewer rows in a pass that scores; the same scores"
     if config.env.num_envs > _LEAST_ENVS:
         envs = _halved(config, device, "env.num_envs", config.env.num_envs, _LEAST_ENVS)
         yield {"env.num_envs": envs}, "fewer rows to decode and to keep, and fewer decisions an iteration"
@@ -119,11 +123,14 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
 
 
 def _halved(config: TrainConfig, device: Device, key: str, value: int, least: int) -> int:
-    """`value` halved until the configuration fits, or down to `least`."""
-    while value > least:
-        value = max(value // 2, least)
-        if plan_memory(apply(config, {key: value}), device).fits(device):
+    """`value` halved until the configuration fits, nothing more is saved, or down to `least`."""
+    plan = plan_memory(config, device)
+    while value > least and not plan.fits(device):
+        smaller = max(value // 2, least)
+        after = plan_memory(apply(config, {key: smaller}), device)
+        if after.peak >= plan.peak:
             break
+        value, plan = smaller, after
     return value
 
 

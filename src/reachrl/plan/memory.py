@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import OpenVLAConfig, recorded_rows
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
@@ -21,7 +21,6 @@ from reachrl.plan.parameters import (
     weights,
 )
 
-SCORE_ROWS = 256  # rows of a pass without gradients; reachrl.backends.local has the same number
 HEADROOM = 0.05  # share of the device that is left free, for pieces the allocator cannot use
 
 # Resident memory in GiB. A learner that has built nothing has 0.4; 5.5 were measured in all processes together with 16
@@ -104,7 +103,7 @@ def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
     policy, ppo = sections(config)
     held = weights(policy, ppo)
     gradients = sum(part.bytes for part in held if part.trained_by is not None)
-    parts = [*_held(held), *_always(config, device), *_rollout(config), *_scoring(config)]
+    parts = [*_held(held), *_always(config, device), *_rollout(config, device), *_scoring(config)]
     parts += [*_update(config, gradients), *_optimiser_step(policy, held, device)]
     return MemoryPlan(tuple(part for part in parts if part.bytes))
 
@@ -141,15 +140,25 @@ def _always(config: TrainConfig, device: Device) -> list[Part]:
 
 
 def _copied(policy: OpenVLAConfig) -> int:
-    """Bytes of the copy to decode with; of 4-bit maps in the type of their products."""
+    """Bytes of the copy to decode with: of 4-bit maps in the type of their products, or all maps in 8 bits."""
     if not policy.rollout_copy:
         return 0
     stored, computed = activations.numbers(policy)
     width = computed if four_bit(policy) else stored
+    if policy.rollout_precision == "float8":
+        width = 1  # its scales are less than a thousandth
     return projector_parameters(policy) * stored + layer_parameters(policy) * width
 
 
-def _rollout(config: TrainConfig) -> list[Part]:
+def _cache(policy: OpenVLAConfig, rows: int, device: Device) -> Part:
+    """The key-value cache, which recorded steps keep, with rows up to the next size that is recorded."""
+    recorded = policy.records_steps and not device.is_cpu
+    rows = recorded_rows(rows) if recorded else rows
+    name = f"key-value cache of {rows} rows"
+    return Part(name, rows * activations.cache_row(policy), "always" if recorded else "rollout")
+
+
+def _rollout(config: TrainConfig, device: Device) -> list[Part]:
     policy, envs = sections(config)[0], config.env.num_envs
     working = max(
         activations.working_row(policy, activations.prompt_tokens(policy), decoding=True),
@@ -160,7 +169,7 @@ def _rollout(config: TrainConfig) -> list[Part]:
     passing = envs * given + max(envs * working, head)
     spared = four_bit(policy) and policy.rollout_copy and policy.critic == "shared"  # the copy is decoded already
     return [
-        Part(f"key-value cache of {envs} rows", envs * activations.cache_row(policy), "rollout"),
+        _cache(policy, envs, device),
         Part(f"prefill of {envs} rows", passing, "rollout"),
         Part("weights cast or decoded for the pass", 0 if spared else _cast_weights(policy, training=False), "rollout"),
     ]
@@ -170,7 +179,7 @@ def _scoring(config: TrainConfig) -> list[Part]:
     """One pass over the rollout; the old features stay until the new ones are joined into one tensor."""
     policy, ppo = sections(config)
     rows = config.num_steps * config.env.num_envs
-    batch = min(SCORE_ROWS, rows)
+    batch = min(ppo.score_batch_size, rows)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = max(
         activations.working_row(policy, tokens, decoding=False),

@@ -7,7 +7,7 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
 from reachrl.plan.device import Device
-from reachrl.plan.memory import SCORE_ROWS, micro_rows, sections
+from reachrl.plan.memory import micro_rows, sections
 from reachrl.plan.parameters import (
     NF4_BYTES,
     adapter_parameters,
@@ -102,6 +102,8 @@ def _read_maps(policy: OpenVLAConfig, *, acting: bool) -> float:
     """
     stored, computed = activations.numbers(policy)
     count = layer_parameters(policy)
+    if acting and policy.rollout_precision == "float8":
+        return count
     if not four_bit(policy):
         return count * stored
     return count * (computed if acting and policy.rollout_copy else NF4_BYTES + 2 * computed)
@@ -121,7 +123,9 @@ def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
     trunk = _read_maps(policy, acting=True)
     adapters = 0 if policy.rollout_copy else 4 * adapter_parameters(policy, "language_model")
     step_moved = float(steps * (trunk + adapters + rows * activations.cache_row(policy)))
-    decoding = pass_seconds(policy, device, flops=step_flops, moved=step_moved, layers=steps * llm.num_layers)
+    recorded = policy.records_steps and not device.is_cpu  # started in one piece
+    started = 0 if recorded else steps * llm.num_layers
+    decoding = pass_seconds(policy, device, flops=step_flops, moved=step_moved, layers=started)
     return [
         Stretch(name="prefill", seconds=calls * prefill, flops=calls * flops, bytes=calls * moved),
         Stretch(name="decode steps", seconds=calls * decoding, flops=calls * step_flops, bytes=calls * step_moved),
@@ -137,7 +141,7 @@ def _scoring(config: TrainConfig, device: Device) -> Stretch:
     flops = rows * row + last * compute.values(policy)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = 2 * policy.language_model.num_layers * activations.working_row(policy, tokens, decoding=False)
-    batches = math.ceil(rows / SCORE_ROWS) + math.ceil(last / SCORE_ROWS)
+    batches = math.ceil(rows / ppo.score_batch_size) + math.ceil(last / ppo.score_batch_size)
     moved = batches * _read_weights(config) + (rows + last) * working
     seconds = pass_seconds(policy, device, flops=flops, moved=moved, layers=batches * _layer_calls(policy))
     return Stretch(name="scoring", seconds=seconds, flops=flops, bytes=moved)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LlamaModel
 
+from reachrl.config.policy import recorded_rows
 from reachrl.policies.llama import KVCache, Prompt
 
 # From a prompt and noise f32[B A V] to one row of each tensor per row of the prompt.
@@ -36,7 +37,7 @@ class Recordings:
 
     def cache(self, model: LlamaModel, batch: int, length: int, like: Tensor) -> KVCache:
         """The cache, for a prompt of `batch` rows that will be replayed on, `length` positions with its steps."""
-        rows, own = padded_rows(batch), self._cache
+        rows, own = recorded_rows(batch), self._cache
         if own is None or own.rows < rows or own.length < length:
             self._recorded.clear()
             self._cache = None  # given back before more is asked for
@@ -59,7 +60,7 @@ class Recordings:
             noise: for every token that is chosen.
             name: what else than shapes tells one work from another.
         """
-        rows = padded_rows(len(prompt.hidden))
+        rows = recorded_rows(len(prompt.hidden))
         key = (rows, prompt.length, noise.shape[1:], name)
         if key not in self._recorded:
             assert self._cache is not None
@@ -103,11 +104,6 @@ class _Recorded:
         first, second = self._run()
         batch = len(prompt.hidden)
         return first[:batch].clone(), second[:batch].clone()  # the next replay writes over them
-
-
-def padded_rows(batch: int) -> int:
-    """The next size that is recorded: a power of two up to 16, then a multiple of 16."""
-    return -(-batch // 16) * 16 if batch > 16 else 1 << (batch - 1).bit_length()
 
 
 class CudaGraphs:

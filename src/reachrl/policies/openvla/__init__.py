@@ -1,1 +1,6 @@
-"""The OpenVLA architecture in any size, its prompt, pixels and checkpoints."""
+"""OpenVLA: the policy, its checkpoints, and what is done with them."""
+
+import logging
+
+# peft brings bitsandbytes along where it is installed, which then misses a kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

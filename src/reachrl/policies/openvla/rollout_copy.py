@@ -39,9 +39,7 @@ class RolloutCopy:
         self.model: LlamaModel = _given_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
         self.layer_pass: LayerPass = compiled() if config.compile_prefill else PLAIN
         self.recordings: Recordings | None = None
-        # Recordings name the places of what they read: autocast's copies of weights come and go.
-        mixed = config.compute_dtype not in (None, config.dtype)
-        if device.type == "cuda" and config.decode_graphs and not mixed:
+        if device.type == "cuda" and config.records_steps:
             self.recordings = Recordings(CudaGraphs(device))
         for layer in decoder_layers(self.model):
             fuse(layer)
