@@ -45,8 +45,9 @@ from transformers import LogitsProcessorList
 from decoder import OnlyActions
 from reachrl.algorithms.base import PPOBatch
 from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, LoRAConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, LoRAConfig, OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.towers import ViTTowerConfig
 from reachrl.functional.gae import gae
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy

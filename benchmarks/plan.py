@@ -27,8 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from reachrl.config.env import MetaworldConfig
-from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.towers import ViTTowerConfig
 from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
 from reachrl.plan.device import Device, find_device

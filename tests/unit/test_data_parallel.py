@@ -25,6 +25,7 @@ def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
     if size > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts says where
     command = [*launch, str(SCRIPT), str(out), *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

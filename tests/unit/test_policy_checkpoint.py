@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from reachrl.config.policy import ConvStage, OpenVLAConfig
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.towers import ConvStage
 from reachrl.errors import CheckpointError, StorageError
 from reachrl.policies.openvla import checkpoint
 from reachrl.policies.openvla.policy import OpenVLAPolicy

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from reachrl.config.policy import TowerConfig
+    from reachrl.config.towers import TowerConfig
     from reachrl.policies.openvla.inspection import AdapterInfo, CheckpointInfo
 
 app = typer.Typer(help="Checkpoint folders.", no_args_is_help=True)

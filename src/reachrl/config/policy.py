@@ -1,11 +1,12 @@
 """Options of the policy: sizes of the OpenVLA architecture, prompt, critic and where weights come from."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
+from reachrl.config.towers import TINY_TOWER, TowerConfig, ViTTowerConfig
 
 NUM_ACTION_BINS = 256
 NF4_BLOCK = 64  # weights that share a scale in 4 bits
@@ -14,100 +15,6 @@ NF4_BLOCK = 64  # weights that share a scale in 4 bits
 def recorded_rows(batch: int) -> int:
     """Rows that decoding steps are recorded for: a power of two up to 16, then a multiple of 16."""
     return -(-batch // 16) * 16 if batch > 16 else 1 << (batch - 1).bit_length()
-
-
-class ViTTowerConfig(Section):
-    """A vision transformer with the official parameter names (DINOv2 or SigLIP)."""
-
-    kind: Literal["vit"] = "vit"
-    """Plain patch embedding followed by transformer blocks."""
-    width: int = Field(gt=0)
-    """Channels of a patch."""
-    depth: int = Field(ge=2)
-    """Blocks of the official tower. The last one is never read, so it is never built."""
-    num_heads: int = Field(gt=0)
-    """Attention heads; must divide `width`."""
-    mlp_width: int = Field(gt=0)
-    """Hidden units of a block's MLP."""
-    patch_size: int = Field(default=14, gt=0)
-    """Side of a patch in pixels; must divide the image size."""
-    num_registers: int = Field(default=0, ge=0)
-    """Register tokens in front of the patches (DINOv2 reg4 has 4)."""
-    class_token: bool = False
-    """Whether a class token comes first (DINOv2)."""
-    layer_scale: bool = False
-    """Whether each residual branch has a learned scale (DINOv2)."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width}")
-        return self
-
-    @property
-    def output_width(self) -> int:
-        """Channels of one patch in the tower's output."""
-        return self.width
-
-    def grid(self, image_size: int) -> int:
-        """Patches along one side of an image of `image_size` pixels."""
-        if image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={image_size}")
-        return image_size // self.patch_size
-
-
-class ConvStage(Section):
-    """One strided convolution of a convolutional tower, followed by GroupNorm and (but for the last) GELU."""
-
-    channels: int = Field(gt=0)
-    """Output channels; a multiple of 8 (the groups of the normalisation)."""
-    kernel: int = Field(default=3, gt=0)
-    """Side of the kernel in pixels of the stage's input."""
-    stride: int = Field(default=2, gt=0)
-    """By how much the stage shrinks the grid."""
-
-    @model_validator(mode="after")
-    def _channels_in_groups(self) -> Self:
-        if self.channels % 8:
-            raise ValueError(f"channels={self.channels} is not a multiple of 8")
-        if self.kernel < self.stride:
-            raise ValueError(f"kernel={self.kernel} is smaller than stride={self.stride}: pixels would be skipped")
-        if self.stride == 1 and self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} with stride 1 would change the grid; use an odd kernel")
-        return self
-
-
-class ConvTowerConfig(Section):
-    """A convolutional tower: learns from scratch on few data much faster than plain patch embedding."""
-
-    kind: Literal["conv"] = "conv"
-    """Strided convolutions down to the patch grid, plus a learned position embedding."""
-    stages: tuple[ConvStage, ...] = Field(min_length=1)
-    """The convolutions, first to last; the product of their strides is the patch size."""
-
-    @property
-    def output_width(self) -> int:
-        """Channels of one patch in the tower's output."""
-        return self.stages[-1].channels
-
-    def grid(self, image_size: int) -> int:
-        """Patches along one side of an image of `image_size` pixels."""
-        for stage in self.stages:
-            if image_size % stage.stride:
-                raise ValueError(f"the strides of the convolutions do not divide image_size (at {image_size} pixels)")
-            image_size //= stage.stride
-        return image_size
-
-
-TowerConfig = Annotated[ViTTowerConfig | ConvTowerConfig, Field(discriminator="kind")]
-
-_TINY_TOWER = ConvTowerConfig(
-    stages=(
-        ConvStage(channels=32, kernel=7, stride=4),
-        ConvStage(channels=64, kernel=3, stride=2),
-        ConvStage(channels=128, kernel=5, stride=3),
-    )
-)
 
 
 class LanguageModelConfig(Section):
@@ -193,7 +100,7 @@ class OpenVLAConfig(Section):
     """Which policy class to build."""
     image_size: int = Field(default=96, gt=0)
     """Side of the square image the towers see, in pixels; other frames are resized (bicubic)."""
-    towers: tuple[TowerConfig, ...] = Field(default=(_TINY_TOWER, _TINY_TOWER), min_length=1, max_length=2)
+    towers: tuple[TowerConfig, ...] = Field(default=(TINY_TOWER, TINY_TOWER), min_length=1, max_length=2)
     """The vision towers; their outputs are concatenated patch by patch."""
     image_mean: tuple[tuple[float, float, float], ...] = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
     """Mean of the RGB channels (0..1) each tower subtracts. The bf16-rounded numbers are those of the release."""

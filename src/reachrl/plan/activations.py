@@ -6,7 +6,8 @@ format. Fused attention is assumed, which keeps its inputs and output but no sco
 
 from dataclasses import dataclass
 
-from reachrl.config.policy import ConvTowerConfig, OpenVLAConfig, TowerConfig, ViTTowerConfig
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.towers import ConvTowerConfig, TowerConfig, ViTTowerConfig
 from reachrl.plan.parameters import BYTES, block_linears, choices, key_width, projector_linears
 
 

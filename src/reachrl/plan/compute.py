@@ -8,7 +8,8 @@ Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, section 2.1
 
 from dataclasses import dataclass
 
-from reachrl.config.policy import ConvTowerConfig, OpenVLAConfig, TowerConfig, ViTTowerConfig
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.towers import ConvTowerConfig, TowerConfig, ViTTowerConfig
 from reachrl.plan.activations import prompt_tokens
 from reachrl.plan.parameters import Layer, Linear, block_linears, choices, layer, projector_linears
 

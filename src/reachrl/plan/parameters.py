@@ -2,16 +2,9 @@
 
 from dataclasses import dataclass
 
-from reachrl.config.policy import (
-    NF4_BLOCK,
-    NUM_ACTION_BINS,
-    ConvTowerConfig,
-    LanguageModelConfig,
-    OpenVLAConfig,
-    TowerConfig,
-    ViTTowerConfig,
-)
+from reachrl.config.policy import NF4_BLOCK, NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.towers import ConvTowerConfig, TowerConfig, ViTTowerConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # 4 bits, one byte of scale for each block, one float32 for 256 of these: 4.127 bits.

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from reachrl.config.policy import OpenVLAConfig, ViTTowerConfig
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError, StorageError
 from reachrl.policies.action_tokens import ActionStats
 from reachrl.policies.openvla import adapters, four_bit

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
+from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import ActionStats
 from reachrl.policies.openvla.weights import read_json, read_shapes

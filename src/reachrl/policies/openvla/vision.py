@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reachrl.config.policy import ConvTowerConfig, OpenVLAConfig, ViTTowerConfig
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.towers import ConvTowerConfig, ViTTowerConfig
 
 _NORM_EPS = 1e-6
 _NUM_GROUPS = 8
