@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
+from reachrl.config.vllm import VllmConfig, refusal
 
 NUM_ACTION_BINS = 256
 
@@ -221,6 +222,11 @@ class OpenVLAConfig(Section):
     rollout_copy: bool = False
     """Decode with a copy of projector and trunk, adapters folded in and projections fused: faster, for the memory of
     a second trunk."""
+    decoder: Literal["own", "vllm"] = "own"
+    """What decodes actions: this package, or a vLLM engine in a process of its own (released vision towers only). vLLM
+    draws other samples of the same distribution."""
+    vllm: VllmConfig = VllmConfig()
+    """The engine of `decoder="vllm"`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How towers, projector and trunk are stored; adapters and the value head are always float32."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -248,6 +254,12 @@ class OpenVLAConfig(Section):
             raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
         if not len(self.image_mean) == len(self.image_std) == len(self.towers):
             raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can_decode_it(self) -> Self:
+        if self.decoder == "vllm" and (why := refusal(self, self.openvla_7b())):
+            raise ValueError(why)
         return self
 
     @property
