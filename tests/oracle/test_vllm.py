@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ PYTHON = os.environ.get("REACHRL_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="REACHRL_VLLM_PYTHON names no interpreter with vLLM")
 figures = logging.getLogger("figures")  # shown by --log-cli-level=INFO
 CLOSE = 1e-4  # nats
-INSTRUCTIONS = ("pick up the red block", "open the drawer", "push the green button into the wall slowly")
+INSTRUCTIONS = ("pick up the red block", "push the green button into the wall slowly")
 
 
 def configuration(**changes: object) -> OpenVLAConfig:
@@ -44,7 +45,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenVLAPolicy]:
     torch.manual_seed(0)
     base = OpenVLAPolicy(configuration())
     with torch.no_grad():
-        base.language_model.lm_head.weight.normal_(std=0.2)
+        for name, p in base.language_model.named_parameters():
+            if p.ndim == 2:
+                p.normal_(std=0.2 if "lm_head" in name else 0.5 if "embed" in name else 0.1)
         base.value_head.fc2.weight.normal_()
         for name, p in base.vision_backbone.named_parameters():
             if name.endswith("scale_factor"):
@@ -71,12 +74,25 @@ def adapt(policy: OpenVLAPolicy, prefix: str, seed: int = 1) -> None:
 @pytest.fixture(scope="module")
 def inputs(policy: OpenVLAPolicy) -> PolicyInput:
     rng = np.random.default_rng(0)
-    rough = rng.integers(0, 256, (3, 7, 7, 3), dtype=np.uint8)
+    rough = rng.integers(0, 256, (2, 7, 7, 3), dtype=np.uint8)
     return policy.encode(Observation(images=rough.repeat(32, 1).repeat(32, 2), instructions=INSTRUCTIONS))
 
 
-def noise(seed: int, rows: int = 3) -> torch.Tensor:
+def noise(seed: int, rows: int = 2) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).gumbel(size=(rows, 7, 256)).astype(np.float32))
+
+
+_SEEN: dict[tuple[int, ...], torch.Tensor] = {}
+
+
+def seen(policy: OpenVLAPolicy, inputs: PolicyInput) -> PolicyInput:
+    """The same rows for our own decoder, whose towers need not look twice."""
+    assert inputs.pixel_values is not None
+    key = (id(inputs.pixel_values), *(p._version for p in policy.vision_backbone.parameters()))
+    if key not in _SEEN:
+        with torch.no_grad():
+            _SEEN[key] = policy.vision_features(inputs.pixel_values)
+    return replace(inputs, pixel_values=None, vision_features=_SEEN[key])
 
 
 @contextmanager
@@ -92,7 +108,7 @@ def check_agreement(policy: OpenVLAPolicy, inputs: PolicyInput, temperature: flo
     """Greedy tokens are equal, and log-probs on both paths those of teacher forcing."""
     theirs = policy.act(inputs, temperature=temperature, with_values=False)
     with own_decoder(policy):
-        ours = policy.act(inputs, temperature=temperature, with_values=False)
+        ours = policy.act(seen(policy, inputs), temperature=temperature, with_values=False)
     gap = (theirs.logprobs - ours.logprobs).abs().max().item()
     figures.info(f"greedy at {temperature}: {gap:.1e} nats, least log-prob {theirs.logprobs.min():.2f}")
     assert theirs.values is None
@@ -103,7 +119,7 @@ def check_agreement(policy: OpenVLAPolicy, inputs: PolicyInput, temperature: flo
 
 def scored(policy: OpenVLAPolicy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> torch.Tensor:
     with torch.no_grad():
-        return policy.evaluate(inputs, sample.action_ids, temperature=temperature).logprobs
+        return policy.evaluate(seen(policy, inputs), sample.action_ids, temperature=temperature).logprobs
 
 
 def sent(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -133,7 +149,7 @@ def test_it_starts_and_takes_all_weights_once(policy, inputs, caplog):
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_greedy_tokens_and_log_probs_are_the_own_decoders(policy, inputs, temperature):
     sample = check_agreement(policy, inputs, temperature)
-    assert len({tuple(row) for row in sample.action_ids.tolist()}) == 3, "frames make a difference"
+    assert len({tuple(row) for row in sample.action_ids.tolist()}) == 2, "frames make a difference"
     assert sample.logprobs.min() > -np.log(256) + 0.5, "the policy prefers some actions"
 
 
@@ -148,12 +164,12 @@ def test_samples_are_scored_as_the_learner_scores_them(policy, inputs, temperatu
 
 
 def test_given_tokens_are_scored_on_the_engines_path(policy, inputs):
-    ids = torch.arange(21).view(3, 7) * 12 + policy.first_action_id
+    ids = torch.arange(14).view(2, 7) * 18 + policy.first_action_id
     theirs = policy.acting_logprobs(inputs, ids, temperature=1.3)
     with torch.no_grad():
-        ours = policy.evaluate(inputs, ids, temperature=1.3).logprobs
+        ours = policy.evaluate(seen(policy, inputs), ids, temperature=1.3).logprobs
     with own_decoder(policy):
-        forced = policy.acting_logprobs(inputs, ids, temperature=1.3)
+        forced = policy.acting_logprobs(seen(policy, inputs), ids, temperature=1.3)
     assert (theirs - ours).abs().max() < CLOSE
     assert (forced - ours).abs().max() < CLOSE
 
@@ -163,7 +179,7 @@ def test_samples_repeat_and_do_not_depend_on_their_batch(policy, inputs):
     first = policy.act(inputs, gumbel=gumbel, with_values=False)
     again = policy.act(inputs, gumbel=gumbel, with_values=False)
     other = policy.act(inputs, gumbel=noise(2), with_values=False)
-    order = torch.tensor([2, 0])
+    order = torch.tensor([1])
     part = policy.act(inputs.rows(order), gumbel=gumbel[order], with_values=False)
     assert torch.equal(first.action_ids, again.action_ids)
     assert torch.equal(first.action_ids[order], part.action_ids)
@@ -172,15 +188,19 @@ def test_samples_repeat_and_do_not_depend_on_their_batch(policy, inputs):
 
 
 def test_samples_follow_the_distribution(policy, inputs):
-    """Of 96 first tokens, how often each group of 16 bins comes: chi-square with 15 degrees of freedom."""
-    rows = torch.zeros(96, dtype=torch.int64)
-    sample = policy.act(inputs.rows(rows), gumbel=noise(3, 96), with_values=False, temperature=1.7)
-    logits, _ = policy.action_logits(inputs.rows(rows[:1]), sample.action_ids[:1], temperature=1.7)
-    expected = logits[0, 0].softmax(-1).detach().view(16, 16).sum(1) * 96
-    counts = torch.bincount((sample.action_ids[:, 0] - policy.first_action_id) // 16, minlength=16)
-    statistic = ((counts - expected) ** 2 / expected).sum().item()
-    figures.info(f"chi-square {statistic:.1f}")
-    assert statistic < 37.7  # p = 0.001
+    """Where the tokens fall in their distributions' quantiles: chi-square of eight bins, seven degrees of freedom."""
+    alike, temperature = torch.zeros(24, dtype=torch.int64), 1.7
+    ids = policy.act(inputs.rows(alike), gumbel=noise(3, 24), with_values=False, temperature=temperature).action_ids
+    with torch.no_grad():
+        logits, _ = policy.action_logits(seen(policy, inputs).rows(alike), ids, temperature=temperature)
+    choices = (ids - policy.first_action_id).unsqueeze(-1)
+    upper = logits.softmax(-1).cumsum(-1).gather(-1, choices)
+    width = logits.softmax(-1).gather(-1, choices)
+    place = upper - width * torch.from_numpy(np.random.default_rng(4).random(upper.shape)).float()
+    counts = torch.bincount((place.flatten() * 8).long().clamp(0, 7), minlength=8)
+    statistic = ((counts - counts.sum() / 8) ** 2 / (counts.sum() / 8)).sum().item()
+    figures.info(f"{counts.sum()} tokens, chi-square {statistic:.1f}")
+    assert statistic < 24.3  # p = 0.001
 
 
 @pytest.mark.parametrize("part", ["vision_backbone", "projector", "language_model"])

@@ -112,11 +112,12 @@ class VllmDecoder:
         frames = frames_of(inputs, self._config)
         allowed = (policy.first_action_id, policy.first_action_id + NUM_ACTION_BINS)
         job |= {"op": "decode", "shape": list(frames.shape), "allowed": allowed}
-        answer = self._ready(policy).ask(job, memoryview(frames).cast("B"))
+        answer = self._ready(policy).ask(job, frames.tobytes())
         ids = np.array(answer["ids"])
         if ids.shape != (len(job["prompts"]), job["num_tokens"]) or not (
             (ids >= allowed[0]).all() and (ids < allowed[1]).all()
         ):
+            self.close()
             raise WorkerError(
                 f"vLLM answered tokens of shape {ids.shape} where {len(job['prompts'])} rows of {job['num_tokens']} "
                 f"from {allowed[0]} to {allowed[1] - 1} were asked for; this version of vLLM cannot be used"

@@ -79,7 +79,7 @@ class EngineProcess:
     def ask(
         self,
         job: dict[str, Any],
-        blob: bytes | memoryview = b"",
+        blob: bytes = b"",
         *,
         deadline_s: float | None = None,
         option: str = "deadline_s",

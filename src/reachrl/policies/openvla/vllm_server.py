@@ -19,12 +19,11 @@ from typing import Any
 _LENGTHS = struct.Struct("<QQ")  # bytes of the message, bytes of what comes with it
 
 
-def send(connection: socket.socket, message: dict[str, Any], blob: bytes | memoryview = b"") -> None:
+def send(connection: socket.socket, message: dict[str, Any], blob: bytes = b"") -> None:
     """Send a message that JSON can hold, and bytes with it."""
     text = json.dumps(message).encode()
     connection.sendall(_LENGTHS.pack(len(text), len(blob)) + text)
-    if len(blob):
-        connection.sendall(blob)
+    connection.sendall(blob)
 
 
 def receive(connection: socket.socket, deadline: float | None = None) -> tuple[dict[str, Any], bytes]:
