@@ -16,13 +16,18 @@ import numpy as np
 import pytest
 import torch
 
+from reachrl.backends.base import SharedWeights
 from reachrl.backends.learner import LocalLearner
+from reachrl.backends.local import LocalActors
 from reachrl.backends.weights import actor_gap
+from reachrl.config.loading import load_config
 from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.envs.vector import VectorEnv
+from reachrl.errors import WorkerError
 from reachrl.policies.base import ActionSample, PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.types import Observation
+from reachrl.types import Observation, Start
 
 PYTHON = os.environ.get("REACHRL_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="REACHRL_VLLM_PYTHON names no interpreter with vLLM")
@@ -241,6 +246,20 @@ def test_the_learners_probe_finds_no_gap(policy, inputs):
     assert gap < CLOSE
 
 
+def test_a_rollout_is_scored_as_it_was_acted(policy, monkeypatch):
+    """The loop's own path: collector and learner around the engine, with the toy environment's frames resized."""
+    env = load_config("toy", ["env.num_envs=2"]).env
+    monkeypatch.setattr(policy, "decode_actions", lambda ids: OpenVLAPolicy.decode_actions(policy, ids)[:, :4])
+    learner = LocalLearner(policy, PPOConfig(temperature=1.4), seed=0)
+    with VectorEnv(env, 2) as envs:
+        actors = LocalActors(policy, [envs], seed=0, temperature=1.4)
+        actors.load_weights(SharedWeights(version=0, policy=policy))
+        rollout = actors.collect(lambda number: Start(env.tasks[0], "train", number), 2).result()
+    gap = np.abs(rollout.behaviour_logprobs - learner.score(rollout).result().old_logprobs).max()
+    figures.info(f"rollout: {gap:.1e} nats")
+    assert gap < CLOSE
+
+
 def test_values_are_the_policys_own(policy, inputs):
     rows = inputs.rows(torch.tensor([1]))
     with torch.no_grad():
@@ -248,8 +267,6 @@ def test_values_are_the_policys_own(policy, inputs):
 
 
 def test_an_engine_that_was_killed_is_told_and_replaced(policy, inputs):
-    from reachrl.errors import WorkerError
-
     rows = inputs.rows(torch.tensor([0]))
     pid = policy._vllm.pid
     os.kill(pid, 9)

@@ -22,12 +22,15 @@ from pydantic import ValidationError
 
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.weights import actor_gap
+from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.vllm import VllmConfig
 from reachrl.errors import ConfigError, MissingExtra, WorkerError
+from reachrl.plan.device import find_device
+from reachrl.plan.memory import plan_memory
 from reachrl.policies.base import PolicyInput
-from reachrl.policies.openvla import vllm_decoder, vllm_server, vllm_weights
+from reachrl.policies.openvla import vllm_decoder, vllm_process, vllm_server, vllm_weights
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
 from reachrl.policies.openvla.vllm_decoder import check, frames_of, prompts, row_seeds
@@ -67,6 +70,13 @@ def test_what_vllm_cannot_decode_is_refused_before_anything_is_built(changes, wo
 def test_small_towers_are_refused():
     with pytest.raises(ValidationError, match="released vision towers at 224 px only"):
         OpenVLAConfig(decoder="vllm", vllm=VllmConfig(python=Path("python")))
+
+
+def test_a_plan_that_knows_nothing_of_the_engine_says_so():
+    changes = ["policy.decoder=vllm", "policy.vllm.python=/opt/vllm/bin/python"]
+    with pytest.raises(ConfigError, match="a plan knows the own decoder only"):
+        plan_memory(load_config("libero_spatial", changes), find_device("h200"))
+    assert plan_memory(load_config("libero_spatial"), find_device("h200")).peak > 2**34
 
 
 # --- inputs -------------------------------------------------------------------------------------------
@@ -255,6 +265,16 @@ def test_the_engine_is_made_as_large_as_the_options_say(fake, base, calls):
     assert not Path(options["model"]).exists()
 
 
+def test_the_engine_sees_the_policys_gpu(fake, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    assert vllm_process._environment(1)["CUDA_VISIBLE_DEVICES"] == "6"
+    assert vllm_process._environment(None)["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert "PYTHONPATH" not in vllm_process._environment(None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert vllm_process._environment(1)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
 def test_the_fixed_batch_asks_the_engine(fake, base):
     """The stand-in knows nothing of the weights, so the probe of what acts must say so."""
     policy = decoded_by(fake, base)
@@ -357,7 +377,7 @@ from reachrl.policies.openvla.vllm_process import EngineProcess
 engine = EngineProcess(VllmConfig(python=Path(sys.argv[1])))
 # another child holds this end of the connection open, so that it does not tell
 subprocess.Popen(["sleep", "12"], pass_fds=[engine._connection.fileno()], stdout=subprocess.DEVNULL)
-print(engine.pid, flush=True)
+print(engine.pid, engine.folder, engine.weights_folder, flush=True)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -367,7 +387,8 @@ if sys.argv[2] == "killed":
 def test_the_engine_does_not_outlive_its_parent(fake, how):
     done = subprocess.run([sys.executable, "-c", ABANDONED, fake, how], stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == (0 if how == "ended" else -signal.SIGKILL)
-    assert gone(int(done.stdout))
+    pid, *folders = done.stdout.split()
+    assert gone(int(pid)) and not any(Path(folder).exists() for folder in folders)
 
 
 def test_a_fork_does_not_end_the_engine(fake):

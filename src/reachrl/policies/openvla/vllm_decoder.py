@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from torch import Tensor
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import ConfigError, WorkerError
 from reachrl.policies.base import PolicyInput
-from reachrl.policies.openvla.vllm_process import EngineProcess
-from reachrl.policies.openvla.vllm_weights import FILE_BYTES, PARTS, versions, write_description, write_weights
+from reachrl.policies.openvla.vllm_process import FILE_BYTES, EngineProcess
+from reachrl.policies.openvla.vllm_weights import PARTS, versions, write_description, write_weights
 
 if TYPE_CHECKING:
     from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -128,7 +127,9 @@ class VllmDecoder:
         """The engine, running and with the policy's current weights."""
         if self.pid is None:
             self.close()
-            self._engine = EngineProcess(self._config.vllm)
+            self._engine = EngineProcess(
+                self._config.vllm, policy.device.index if policy.device.type == "cuda" else None
+            )
             write_description(self._config, self._engine.folder)
             self._engine.start(self._options(policy))
         engine = self._engine
@@ -144,13 +145,13 @@ class VllmDecoder:
             logger.info("vLLM has new weights of %s: %.2f GB, %.1f s", ", ".join(changed), size / 1e9, took)
         return engine
 
-    def _send(self, engine: EngineProcess, policy: "OpenVLAPolicy", parts: tuple[str, ...]) -> int:
-        folder = engine.weights_folder(FILE_BYTES)
+    @staticmethod
+    def _send(engine: EngineProcess, policy: "OpenVLAPolicy", parts: tuple[str, ...]) -> int:
         engine.tell({"op": "weights"})
-        size = write_weights(policy, parts, folder, lambda path: engine.ask({"op": "file", "path": str(path)}))
+        size = write_weights(
+            policy, parts, engine.weights_folder, lambda path: engine.ask({"op": "file", "path": str(path)}), FILE_BYTES
+        )
         engine.ask({"op": "done"})
-        if folder != engine.folder:
-            shutil.rmtree(folder, ignore_errors=True)
         return size
 
     def _options(self, policy: "OpenVLAPolicy") -> dict[str, Any]:

@@ -19,6 +19,8 @@ from reachrl.policies.openvla import vllm_server
 logger = logging.getLogger(__name__)
 
 SERVER = Path(vllm_server.__file__)
+FILE_BYTES = 2**30
+"""Weights travel in files of about so many bytes."""
 _LAST_LINES = 25
 _SHARED_MEMORY = Path("/dev/shm")
 # What would lead another environment's interpreter to this one's packages.
@@ -30,37 +32,48 @@ class EngineProcess:
 
     Args:
         config: which Python, and how long it may take.
+        gpu: which of the GPUs that this process sees is the engine's; none: as vLLM chooses.
 
     Raises:
         ConfigError: the interpreter is not there or cannot be run.
     """
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, config: VllmConfig, gpu: int | None = None) -> None:
         assert config.python is not None
         self._config = config
-        self.folder = Path(tempfile.mkdtemp(prefix="reachrl-vllm-"))  # for this user's eyes only
+        # For this user's eyes only: what describes the policy, what the engine writes, and the weights on their way.
+        self.folder = Path(tempfile.mkdtemp(prefix="reachrl-vllm-"))
+        self.weights_folder = self._with_room()
         self._log = self.folder / "engine.log"
+        folders = list(dict.fromkeys((self.folder, self.weights_folder)))
         self._connection, theirs = socket.socketpair()
         try:
             with theirs, self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [config.python.expanduser(), SERVER, str(theirs.fileno()), str(os.getpid())],
+                    [config.python.expanduser(), SERVER, str(theirs.fileno()), str(os.getpid()), *folders],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C is ours to handle
-                    env={key: value for key, value in os.environ.items() if key not in _OURS},
+                    env=_environment(gpu),
                 )
         except OSError as error:
             self._connection.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
             raise ConfigError(
                 f"policy.vllm.python={config.python} cannot be run on {socket.gethostname()}: {error.strerror}. It "
                 "must be the interpreter of an environment with vLLM"
             ) from error
         self.pid = self._process.pid
-        self.close = weakref.finalize(self, _end, self._process, self._connection, self.folder, os.getpid())
+        self.close = weakref.finalize(self, _end, self._process, self._connection, folders, os.getpid())
+
+    def _with_room(self) -> Path:
+        """Where two files of weights fit: shared memory if there is room, else on disk."""
+        if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * FILE_BYTES:
+            return Path(tempfile.mkdtemp(prefix="reachrl-vllm-", dir=_SHARED_MEMORY))
+        return self.folder
 
     def start(self, options: dict[str, Any]) -> None:
         """Build the engine.
@@ -158,16 +171,17 @@ class EngineProcess:
         self.close()
         return "\nIts last words:\n  " + "\n  ".join(lines) if lines else " It wrote nothing."
 
-    def weights_folder(self, num_bytes: int) -> Path:
-        """Where files of so many bytes pass to the engine: shared memory if there is room, else on disk."""
-        folder = self.folder
-        if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * num_bytes:
-            folder = Path(tempfile.mkdtemp(prefix="reachrl-vllm-", dir=_SHARED_MEMORY))
-            weakref.finalize(self, shutil.rmtree, folder, True)
-        return folder
+
+def _environment(gpu: int | None) -> dict[str, str]:
+    """Of the engine: ours, but for what leads to our packages, with one GPU."""
+    variables = {key: value for key, value in os.environ.items() if key not in _OURS}
+    if gpu is not None:
+        visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        variables["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
+    return variables
 
 
-def _end(process: subprocess.Popen, connection: socket.socket, folder: Path, owner: int) -> None:
+def _end(process: subprocess.Popen, connection: socket.socket, folders: list[Path], owner: int) -> None:
     if os.getpid() != owner:
         return  # a fork of the process whose engine this is
     connection.close()
@@ -176,4 +190,5 @@ def _end(process: subprocess.Popen, connection: socket.socket, folder: Path, own
     except ProcessLookupError:
         pass  # ended already
     process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

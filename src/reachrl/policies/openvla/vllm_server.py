@@ -6,6 +6,7 @@ pickles, so the two environments may hold any versions. The other side imports `
 
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+_FOLDERS: list[str] = []
 _LENGTHS = struct.Struct("<QQ")  # bytes of the message, bytes of what comes with it
 
 
@@ -167,26 +169,34 @@ def serve(connection: socket.socket) -> None:
             return
 
 
-def _exit_with_parent(parent: int) -> None:
-    # The end of the connection does not tell: other children of the parent may hold it open.
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end() -> None:
+    """Leave nothing behind, also where the parent was killed and could not see to it."""
+    for folder in _FOLDERS:
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # this process leads a group of its own: the engine's own children end as well
 
 
+def _end_with_parent(parent: int) -> None:
+    # The end of the connection does not tell: other children of the parent may hold it open.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    _end()
+
+
 def main() -> None:
-    """Entry point: the file descriptor of the connection and the parent's process id."""
+    """Entry point: the file descriptor of the connection, the parent's process id, folders to remove at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    _FOLDERS.extend(sys.argv[3:])
     os.set_inheritable(descriptor, False)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights need not travel once more
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # everything it needs is in the folder it is given
     }
     serve(socket.socket(fileno=descriptor))
-    os._exit(0)
+    _end()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # vLLM fuses maps that read the same input and rebuilds what a reload touches, so what is sent is sent whole.
 PARTS = ("vision_backbone", "projector", "language_model")
-FILE_BYTES = 2**30
 
 
 def write_description(config: OpenVLAConfig, folder: Path) -> None:
@@ -101,7 +100,7 @@ def write_weights(
     parts: tuple[str, ...],
     folder: Path,
     sent: Callable[[Path], object],
-    file_bytes: int = FILE_BYTES,
+    file_bytes: int,
 ) -> int:
     """Write parts of a policy into files of about `file_bytes`, one at a time.
 
