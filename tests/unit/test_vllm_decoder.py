@@ -26,7 +26,7 @@ from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.vllm import VllmConfig
-from reachrl.errors import ConfigError, MissingExtra, WorkerError
+from reachrl.errors import ConfigError, MissingExtra, StorageError, WorkerError
 from reachrl.plan.device import find_device
 from reachrl.plan.memory import plan_memory
 from reachrl.policies.base import PolicyInput
@@ -333,6 +333,20 @@ def test_what_happened_to_the_engine_is_said_and_the_next_batch_gets_a_new_one(f
         misbehaviour.unlink()
         policy.act(inputs, with_values=False)
     policy.close()
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_an_engine_that_waits_for_weights_in_vain_is_ended(fake, base, monkeypatch, error):
+    policy = decoded_by(fake, base)
+
+    def fails(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_weights, "save_file", fails)
+        with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
+            policy.act(rows_of(policy), with_values=False)
+    assert policy._vllm.pid is None
 
 
 def test_a_killed_engine_is_told_from_one_that_gave_up(fake, base):

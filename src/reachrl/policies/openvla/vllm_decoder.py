@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
-from reachrl.errors import ConfigError, WorkerError
+from reachrl.errors import ConfigError, StorageError, WorkerError
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.vllm_process import FILE_BYTES, EngineProcess
 from reachrl.policies.openvla.vllm_weights import PARTS, versions, write_description, write_weights
@@ -148,10 +149,24 @@ class VllmDecoder:
     @staticmethod
     def _send(engine: EngineProcess, policy: "OpenVLAPolicy", parts: tuple[str, ...]) -> int:
         engine.tell({"op": "weights"})
-        size = write_weights(
-            policy, parts, engine.weights_folder, lambda path: engine.ask({"op": "file", "path": str(path)}), FILE_BYTES
-        )
-        engine.ask({"op": "done"})
+        try:
+            size = write_weights(
+                policy,
+                parts,
+                engine.weights_folder,
+                lambda path: engine.ask({"op": "file", "path": str(path)}),
+                FILE_BYTES,
+            )
+            engine.ask({"op": "done"})
+        except (OSError, SafetensorError) as error:
+            engine.close()
+            raise StorageError(
+                f"weights for vLLM could not be written to {engine.weights_folder}: {error}; make room for "
+                f"{FILE_BYTES / 2**30:g} GiB there"
+            ) from error
+        except BaseException:  # it waits for files that do not come
+            engine.close()
+            raise
         return size
 
     def _options(self, policy: "OpenVLAPolicy") -> dict[str, Any]:

@@ -150,7 +150,7 @@ class EngineProcess:
                 f"policy.vllm.python={self._config.python} lacks a package that decoding with vLLM needs: {last}. "
                 "Install vLLM and timm there"
             )
-        return WorkerError(f"vLLM failed at {job['op']!r}: {last}\n{answer['error'].rstrip()}{self._last_words()}")
+        return WorkerError(f"vLLM failed at {job['op']!r}: {last}\n{answer['error'].rstrip()}{self._last_words('')}")
 
     def _how_it_ended(self) -> str:
         try:
@@ -162,14 +162,14 @@ class EngineProcess:
         hint = "; a lack of memory is the usual reason" if -code == signal.SIGKILL else ""
         return f"by signal {signal.Signals(-code).name}{hint}"
 
-    def _last_words(self) -> str:
+    def _last_words(self, otherwise: str = " It wrote nothing.") -> str:
         """The end of what it wrote; before the folder goes."""
         try:
             lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         except OSError:
             lines = []
         self.close()
-        return "\nIts last words:\n  " + "\n  ".join(lines) if lines else " It wrote nothing."
+        return "\nIts last words:\n  " + "\n  ".join(lines) if lines else otherwise
 
 
 def _environment(gpu: int | None) -> dict[str, str]:
