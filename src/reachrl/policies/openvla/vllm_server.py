@@ -80,7 +80,7 @@ class Engine:
         `load_weights` would not do: on a CPU, layers multiply by a packed copy that it leaves as it is.
         """
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        # The worker drops its encoded images in the reload, the scheduler would go on counting on them.
+        # The worker drops its encoded images in the reload; a scheduler that keeps images would go on counting on them.
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_mm_cache()
 
