@@ -211,6 +211,7 @@ class LocalBackend(Backend):
             yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
         finally:
             actors.close()
+            actors.policy.close()
         learner.close()
 
     def follow(self, config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reachrl.errors import WorkerError
-from reachrl.policies.base import ActionSample, Policy
+from reachrl.policies.base import Policy
 from reachrl.streams import Stream, generator
 from reachrl.types import Observation
 
@@ -153,17 +153,8 @@ def actor_gap(policy: Policy, weights: PackedWeights, *, seed: int, image_size: 
     """
     observation, _ = probe_batch(seed, image_size, policy.num_action_tokens)
     inputs, ids = policy.encode(observation), torch.from_numpy(weights.probe_ids).to(policy.device)
-
-    def act(choices: Tensor) -> ActionSample:
-        # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
-        noise = torch.zeros((*ids.shape, policy.num_choices), device=policy.device)
-        noise.scatter_(-1, choices.unsqueeze(-1), 1e6)
-        return policy.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
-
-    first_id = act(torch.zeros_like(ids)).action_ids[0, 0]
-    sample = act(ids - first_id)
-    assert sample.action_ids.equal(ids)
-    gap = float(np.abs(sample.logprobs.float().cpu().numpy() - weights.probe_logprobs).mean())
+    logprobs = policy.acting_logprobs(inputs, ids, temperature=temperature)
+    gap = float(np.abs(logprobs.float().cpu().numpy() - weights.probe_logprobs).mean())
     if not gap <= PROBE_TOLERANCE[policy.acting_dtype]:
         raise WorkerError(
             f"after weights version {weights.version} were sent, log-probs of a fixed batch differ by {gap:.4f} a "

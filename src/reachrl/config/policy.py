@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
 from reachrl.config.towers import TINY_TOWER, TowerConfig, ViTTowerConfig
+from reachrl.config.vllm import VllmConfig, refusal
 
 NUM_ACTION_BINS = 256
 NF4_BLOCK = 64  # weights that share a scale in 4 bits
@@ -146,7 +147,12 @@ class OpenVLAConfig(Section):
     them in one launch."""
     compile_prefill: bool = False
     """Compile the copy's decoder layers for prompts (`torch.compile`): elementwise work is merged into fewer kernels.
-    Takes a minute for each new shape; on a CPU it hardly pays."""
+    Takes up to a minute when it begins and when another shape comes; on a CPU it hardly pays."""
+    decoder: Literal["own", "vllm"] = "own"
+    """What decodes actions: this package, or a vLLM engine in a process of its own (released vision towers only). vLLM
+    draws other samples of the same distribution."""
+    vllm: VllmConfig = VllmConfig()
+    """The engine of `decoder="vllm"`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How towers, projector and trunk are stored; adapters and the value head are always float32."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -208,6 +214,12 @@ class OpenVLAConfig(Section):
     def records_steps(self) -> bool:
         """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
         return self.rollout_copy and self.decode_graphs and self._arithmetic == self.dtype
+
+    @model_validator(mode="after")
+    def _vllm_can_decode_it(self) -> Self:
+        if self.decoder == "vllm" and (why := refusal(self, self.openvla_7b())):
+            raise ValueError(why)
+        return self
 
     @property
     def num_patches(self) -> int:

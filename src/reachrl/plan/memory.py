@@ -75,11 +75,16 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
     """The policy's and the algorithm's section.
 
     Raises:
-        ConfigError: the policy is a plug-in, whose sizes are not known.
+        ConfigError: the policy is a plug-in, whose sizes are not known, or decoded by vLLM.
     """
     if not isinstance(config.policy, OpenVLAConfig):
         kind = getattr(config.policy, "kind", "?")
         raise ConfigError(f"policy.kind={kind!r}: a plan needs the sizes of an `openvla` policy, and knows no others.")
+    if config.policy.decoder != "own":
+        raise ConfigError(
+            f'policy.decoder="{config.policy.decoder}": a plan knows the own decoder only, not what an engine needs. '
+            'Plan with policy.decoder="own" and keep room for a second copy of the weights'
+        )
     assert isinstance(config.ppo, PPOConfig)
     return config.policy, config.ppo
 

@@ -111,6 +111,26 @@ class Policy(nn.Module, ABC):
         values: a critic with a trunk of its own need not run, and rollouts are scored by the learner anyway.
         """
 
+    @torch.no_grad()
+    def acting_logprobs(
+        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+    ) -> Float[Tensor, "B A"]:
+        """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token."""
+
+        # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
+        def act(choices: Tensor) -> ActionSample:
+            noise = torch.zeros((*choices.shape, self.num_choices), device=self.device)
+            noise.scatter_(-1, choices.unsqueeze(-1), 1e6)
+            return self.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
+
+        first_id = act(torch.zeros_like(action_ids)).action_ids[0, 0]
+        sample = act(action_ids - first_id)
+        assert sample.action_ids.equal(action_ids)
+        return sample.logprobs
+
+    def close(self) -> None:
+        """Let go of what acting holds beside the weights, as processes; acting again brings it back."""
+
     @abstractmethod
     def evaluate(
         self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0

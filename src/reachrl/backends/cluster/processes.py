@@ -157,6 +157,7 @@ class ActorProcess:
         """Stop the environments."""
         if self._actors is not None:
             self._actors.close()
+            self._actors.policy.close()
 
 
 class EvaluatorProcess:

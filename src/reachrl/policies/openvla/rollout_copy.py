@@ -62,7 +62,7 @@ class RolloutCopy:
         with torch.no_grad():
             for source, target in self._pairs:
                 assert isinstance(target, GivenLinear)
-                target.give(*_weight(source))
+                target.give(*acting_weight(source))
         self._seen = now
 
 
@@ -76,7 +76,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def acting_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """What a linear map with its active adapters multiplies by and adds."""
     if not isinstance(layer, LoraLayer):
         return dense_weight(layer), layer.bias  # pyright: ignore[reportReturnType]
