@@ -36,108 +36,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from decoder import OnlyActions
-from reachrl.algorithms.base import PPOBatch
-from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, LoRAConfig, OpenVLAConfig
-from reachrl.config.ppo import PPOConfig
-from reachrl.config.towers import ViTTowerConfig
-from reachrl.functional.gae import gae
+from gpu_floors import decode_floor, training_flops
+from gpu_iteration import SCORE_ROWS, Iteration, make_inputs
+from reachrl.config.policy import NUM_ACTION_BINS, LoRAConfig, OpenVLAConfig
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.preprocess import normalise_pixels
 
 SECTIONS = ("decode", "train", "critic", "rollout", "ppo", "coarse")
-SCORE_ROWS = 256  # rows per no-gradient forward pass, as in the learner
 # batches to decode, micro-batches to train on, environments, steps of each, rows per optimiser step
 SIZES: dict[str, dict[str, list[int] | int]] = {
     "7b": {"batches": [1, 16, 64, 128], "micro": [8, 32], "envs": 64, "steps": 8, "minibatch": 128},
     "tiny": {"batches": [1, 8], "micro": [4, 8], "envs": 4, "steps": 8, "minibatch": 16},
 }
 HEADER = "| Section | Case | Time (ms) | Rows/s | Peak (GiB) | Notes |\n|---|---|---|---|---|---|"
-
-
-# --- floors ----------------------------------------------------------------------------------------------------------
-
-
-def layer_weights(llm: LanguageModelConfig) -> tuple[int, int]:
-    """Numbers in one layer's key and value maps, and in its other linear maps."""
-    width = llm.hidden_size
-    keys = width * (llm.num_kv_heads or llm.num_heads) // llm.num_heads
-    return 2 * width * keys, 2 * width * width + 3 * width * llm.intermediate_size
-
-
-def trunk_flops(llm: LanguageModelConfig, tokens: int, queries: int) -> float:
-    """FLOPs of a forward pass of one row, whose last layer is read at `queries` positions only."""
-    keys_values, others = layer_weights(llm)
-    attention = 4 * llm.hidden_size * tokens * (tokens + 1) / 2
-    full_layer = 2 * tokens * (keys_values + others) + attention
-    last_layer = 2 * tokens * keys_values + 2 * queries * others + 4 * llm.hidden_size * tokens * queries
-    return (llm.num_layers - 1) * full_layer + last_layer + 2 * queries * NUM_ACTION_BINS * llm.hidden_size
-
-
-def vision_flops(config: OpenVLAConfig) -> float:
-    """FLOPs of the towers for one frame."""
-    total = 0.0
-    for tower in config.towers:
-        side, channels = config.image_size, 3
-        if isinstance(tower, ViTTowerConfig):
-            tokens = config.num_patches + tower.num_registers + tower.class_token
-            weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_width
-            total += (tower.depth - 1) * (2 * tokens * weights + 4 * tower.width * tokens**2)
-            total += 2 * config.num_patches * 3 * tower.patch_size**2 * tower.width
-            continue
-        for stage in tower.stages:
-            side //= stage.stride
-            total += 2 * side**2 * stage.kernel**2 * channels * stage.channels
-            channels = stage.channels
-    return total
-
-
-def projector_flops(policy: OpenVLAPolicy) -> float:
-    """FLOPs of the projector for one frame."""
-    weights = sum(parameter.numel() for parameter in policy.projector.parameters() if parameter.ndim == 2)
-    return 2 * policy.config.num_patches * weights
-
-
-def prompt_tokens(config: OpenVLAConfig) -> int:
-    """Positions before the first action token."""
-    return config.num_patches + config.prompt_length
-
-
-def decode_floor(policy: OpenVLAPolicy, batch: int, flops: float, bandwidth: float) -> tuple[float, float]:
-    """Least seconds of towers and prefill, and of the single-token steps behind it."""
-    config = policy.config
-    llm, width = config.language_model, policy.language_model.lm_head.weight.element_size()
-    keys_values, others = layer_weights(llm)
-    weights = llm.num_layers * (keys_values + others)
-    prefill = vision_flops(config) + projector_flops(policy) + trunk_flops(llm, prompt_tokens(config), 1)
-    steps = 0.0
-    for step in range(1, config.num_action_tokens):
-        length = prompt_tokens(config) + step
-        cache = llm.num_layers * length * keys_values // llm.hidden_size
-        attention = 4 * llm.num_layers * llm.hidden_size * length
-        reads = width * (weights + batch * cache) / bandwidth
-        steps += max(reads, batch * (2 * weights + attention) / flops)
-    return max(batch * prefill / flops, width * weights / bandwidth), steps
-
-
-def training_flops(policy: OpenVLAPolicy) -> float:
-    """Useful FLOPs of one row's training step: forward, and the gradients of the inputs; the projector is frozen."""
-    config, prompt = policy.config, prompt_tokens(policy.config)
-    actions = config.num_action_tokens
-    passes = trunk_flops(config.language_model, prompt + actions - 1, actions)
-    projections = 1
-    if config.critic == "adapter":
-        passes += trunk_flops(config.language_model, prompt, 1)
-        projections = 2
-    return 2 * passes + projections * projector_flops(policy)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -263,25 +180,6 @@ class Bench:
         print(f"peak memory {self.highest:.1f} GiB; {time.perf_counter() - self.began:.0f} s in all.\n")
         print(HEADER)
         print("\n".join(self.rows))
-
-
-def make_inputs(policy: OpenVLAPolicy, batch: int, *, cached: bool) -> PolicyInput:
-    """Prompts without padding and random pixels, or random vision features in their place."""
-    config, device = policy.config, policy.device
-    prompt_ids = torch.randint(3, policy.first_action_id, (batch, config.prompt_length), device=device)
-    prompt_ids[:, 0] = config.language_model.bos_token_id
-    size = (batch, 3 * len(config.towers), config.image_size, config.image_size)
-    patches = (batch, config.num_patches, config.vision_width)
-    return PolicyInput(
-        prompt_ids=prompt_ids,
-        prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
-        pixel_values=None if cached else torch.randn(size, device=device),
-        vision_features=torch.randn(patches, device=device, dtype=_dtype(policy)) if cached else None,
-    )
-
-
-def _dtype(policy: OpenVLAPolicy) -> torch.dtype:
-    return policy.language_model.lm_head.weight.dtype
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -455,121 +353,11 @@ def run_rollout(bench: Bench) -> None:
     bench.case("rollout", f"act, copy, critic's adapters too, batch {batch}", act)
 
 
-class Iteration:
-    """One PPO iteration by stages: random frames and rewards, everything else as in training."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.policy, self.arguments = bench.policy, bench.arguments
-        self.steps, self.envs = bench.arguments.steps, bench.arguments.envs
-        self.config = PPOConfig(
-            epochs=bench.arguments.epochs,
-            minibatch_size=bench.arguments.minibatch,
-            micro_batch_size=bench.arguments.micro_batches[0],
-        )
-        # Adapters are float32 on a trunk that may be rounded to bfloat16: the ratio is measured below instead.
-        FIRST_RATIO_TOLERANCE[torch.float32] = FIRST_RATIO_TOLERANCE[_dtype(self.policy)]
-        self.algorithm = PPO(self.config, self.policy, seed=0)
-        self.rng = np.random.default_rng(0)
-        self.prompt = make_inputs(self.policy, 1, cached=True)
-        size = self.policy.config.image_size
-        self.images = np.zeros((self.steps + 1, self.envs, size, size, 3), np.uint8)
-        shape = (self.steps, self.envs, self.policy.num_action_tokens)
-        self.ids, self.behaviour = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-
-    def pixels(self, images: np.ndarray) -> PolicyInput:
-        """Frames and the one prompt as the policy's own `encode` makes them."""
-        config, rows = self.policy.config, len(images)
-        return PolicyInput(
-            prompt_ids=self.prompt.prompt_ids.expand(rows, -1),
-            prompt_mask=self.prompt.prompt_mask.expand(rows, -1),
-            pixel_values=normalise_pixels(images, config.image_mean, config.image_std, self.policy.device),
-        )
-
-    def collect(self) -> None:
-        """Frames, noise, actions."""
-        for t in range(self.steps):
-            self.images[t] = self.rng.integers(0, 256, self.images[t].shape, np.uint8)
-            noise = self.rng.gumbel(size=(*self.ids.shape[1:], NUM_ACTION_BINS)).astype(np.float32)
-            gumbel = torch.from_numpy(noise).to(self.policy.device)
-            sample = self.policy.act(self.pixels(self.images[t]), gumbel=gumbel)
-            self.policy.decode_actions(sample.action_ids)
-            self.ids[t], self.behaviour[t] = sample.action_ids.cpu(), sample.logprobs.float().cpu()
-        self.images[-1] = self.rng.integers(0, 256, self.images[-1].shape, np.uint8)
-
-    @torch.no_grad()
-    def score(self) -> None:
-        """Old log-probs and values; vision features are kept."""
-        count = self.steps * self.envs
-        images, ids = self.images.reshape(-1, *self.images.shape[2:]), self.ids.reshape(count, -1)
-        logprobs, values, features = [], [], []
-        for first in range(0, count, SCORE_ROWS):
-            rows = slice(first, min(first + SCORE_ROWS, count))
-            inputs = self.cached(self.pixels(images[rows]))
-            out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device))
-            logprobs.append(out.logprobs.float().cpu())
-            values.append(out.values.float().cpu())
-            features.append(inputs.vision_features)
-        values.append(self.policy.values(self.cached(self.pixels(self.images[-1]))).float().cpu())
-        self.old_logprobs, self.values = torch.cat(logprobs), torch.cat(values).reshape(self.steps + 1, self.envs)
-        self.features = torch.cat(features)
-
-    def cached(self, inputs: PolicyInput) -> PolicyInput:
-        """Vision features in place of pixels."""
-        assert inputs.pixel_values is not None
-        features = self.policy.vision_features(inputs.pixel_values)
-        return PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
-
-    def rows(self, rows: Tensor) -> PolicyInput:
-        """Model-ready rows of the batch."""
-        expand = (len(rows), -1)
-        return PolicyInput(
-            prompt_ids=self.prompt.prompt_ids.expand(expand),
-            prompt_mask=self.prompt.prompt_mask.expand(expand),
-            vision_features=self.features[rows],
-        )
-
-    @torch.no_grad()
-    def first_ratio(self) -> float:
-        """Largest probability ratio of a micro-batch before anything was trained; rounding alone parts it from 1."""
-        rows = torch.arange(min(self.config.micro_batch_size, self.steps * self.envs))
-        ids = self.ids.reshape(-1, self.ids.shape[-1])[rows].to(self.policy.device)
-        logprobs = self.policy.evaluate(self.rows(rows), ids).logprobs.float().cpu()
-        return (logprobs - self.old_logprobs[rows]).sum(-1).exp().max().item()
-
-    def advantages(self) -> None:
-        """Advantages and returns of random rewards, and the batch."""
-        shape = (self.steps, self.envs)
-        advantages, returns = gae(
-            self.rng.random(shape, np.float32),
-            self.values.numpy(),
-            np.zeros(shape, np.float32),
-            self.rng.random(shape) < 0.05,
-            np.zeros(shape, bool),
-            np.ones(shape, bool),
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-        )
-        self.batch = PPOBatch(
-            inputs=self.rows,
-            action_ids=self.ids.flatten(0, 1),
-            behaviour_logprobs=self.behaviour.flatten(0, 1),
-            old_logprobs=self.old_logprobs,
-            old_values=self.values[:-1].flatten(),
-            advantages=torch.from_numpy(advantages.reshape(-1)),
-            returns=torch.from_numpy(returns.reshape(-1)),
-        )
-
-    def update(self) -> str:
-        """Train the actor and the critic; how it went."""
-        stats = self.algorithm.update(self.batch, iteration=0, train_policy=True)
-        return f"{stats.policy_steps} steps, KL {stats.approx_kl:.1e}, sampler's KL {stats.engine_kl:.1e}"
-
-
 def run_ppo(bench: Bench) -> None:
     """One iteration, stage by stage; the copy for decoding is brought up to date within `collect`."""
     bench.adapt()
     bench.configure(rollout_copy=True)
-    iteration = Iteration(bench)
+    iteration = Iteration(bench.policy, bench.arguments)
     decisions = iteration.steps * iteration.envs
     bench.policy.act(iteration.pixels(iteration.images[0]))  # warm up
     with torch.no_grad():

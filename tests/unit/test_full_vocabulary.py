@@ -5,6 +5,7 @@ import test_adapters
 import torch
 
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.sequence import embed
 from reachrl.testing.conformance_policy import check_policy
 from reachrl.types import Observation
 
@@ -19,7 +20,7 @@ def test_it_is_the_softmax_over_every_token_and_keeps_the_contract(base) -> None
     rows = inputs(policy)
     sample = policy.act(rows)
     # The first token again, by transformers' own forward pass with the whole head.
-    embeds, valid = policy._embed(policy.projector, policy.language_model.model, policy._features(rows), rows)
+    embeds, valid = embed(policy.projector, policy.language_model.model, policy._features(rows), rows)
     logits = policy.language_model(inputs_embeds=embeds, attention_mask=valid.long(), position_ids=(
         valid.long().cumsum(1) - 1).clamp_min(0)).logits[:, -1]  # fmt: skip
     assert torch.equal(sample.action_ids[:, 0], logits.argmax(-1))

@@ -23,6 +23,7 @@ from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.rollout_copy import RolloutCopy
+from reachrl.policies.openvla.sequence import embed, pad
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
 from reachrl.policies.openvla.vllm_decoder import VllmDecoder
@@ -142,13 +143,8 @@ class OpenVLAPolicy(Policy):
                 "Put the model's tokenizer.json beside its weights, or pass prompt ids yourself"
             )
         rows = [self.tokenizer.prompt_ids(instruction) for instruction in instructions]
-        length = max(self.config.prompt_length, *map(len, rows)) if rows else self.config.prompt_length
-        ids = np.full((len(rows), length), self.config.language_model.pad_token_id, np.int64)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = tokens
-        lengths = np.array([len(tokens) for tokens in rows])
-        mask = np.arange(length)[None] < lengths[:, None]
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+        ids, mask = pad(rows, self.config.prompt_length, self.config.language_model.pad_token_id)
+        return ids.to(self.device), mask.to(self.device)
 
     def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
         """The vision towers' output: what may be cached while the towers are frozen."""
@@ -190,32 +186,6 @@ class OpenVLAPolicy(Policy):
             raise ValueError("PolicyInput needs pixel_values or vision_features")
         return self._see(inputs.pixel_values)
 
-    def _embed(
-        self,
-        projector: nn.Module,
-        model: LlamaModel,
-        features: Float[Tensor, "B P F"],
-        inputs: PolicyInput,
-        action_ids: Int64[Tensor, "B K"] | None = None,
-    ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
-        """Embed `[BOS][patches][padding][text][actions]` and say which positions are real."""
-        ids, mask = inputs.prompt_ids, inputs.prompt_mask
-        first = mask & (mask.long().cumsum(1) == 1)
-        # BOS, then padding, then text; stable, so that tokens keep their order
-        order = (mask.long() * 2 - first.long() * 3 + 1).argsort(dim=1, stable=True)
-        ids, mask = ids.gather(1, order), mask.gather(1, order)
-        if mask.device.type == "cpu":  # padding that all rows share costs time; elsewhere fixed shapes are worth more
-            used = mask.any(0)
-            ids, mask = ids[:, used], mask[:, used]
-        patches = projector(features)
-        if action_ids is not None:
-            ids = torch.cat([ids, action_ids], 1)
-            mask = torch.cat([mask, torch.ones_like(action_ids, dtype=torch.bool)], 1)
-        text = model.embed_tokens(ids)
-        seen = torch.ones(patches.shape[:2], dtype=torch.bool, device=mask.device)
-        embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
-        return embeds, torch.cat([mask[:, :1], seen, mask[:, 1:]], 1)
-
     def _head(self) -> Float[Tensor, "V E"]:
         """The rows of the head that may be chosen."""
         return self.language_model.lm_head.weight[self._first_choice : self._first_choice + self.num_choices]
@@ -230,10 +200,10 @@ class OpenVLAPolicy(Policy):
                 model, projector = self.critic.model, self.critic.projector
             with adapters.active(self, adapters.CRITIC):
                 # detached: the towers belong to the actor
-                embeds, valid = self._embed(projector, model, features.detach(), inputs)
+                embeds, valid = embed(projector, model, features.detach(), inputs)
                 return self.value_head(self._hidden(model, embeds, valid, 1)[:, 0])
         if first_hidden is None:
-            embeds, valid = self._embed(projector, model, features, inputs)
+            embeds, valid = embed(projector, model, features, inputs)
             first_hidden = self._hidden(model, embeds, valid, 1)[:, 0]
         return self.value_head(first_hidden if self.config.value_gradient_to_trunk else first_hidden.detach())
 
@@ -260,7 +230,7 @@ class OpenVLAPolicy(Policy):
         copy = self._copy()
         projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
         with self._arithmetic():
-            embeds, valid = self._embed(projector, model, features, inputs)
+            embeds, valid = embed(projector, model, features, inputs)
             decoded = decode(
                 model,
                 self._head(),
@@ -297,7 +267,7 @@ class OpenVLAPolicy(Policy):
         features = self._features(inputs)
         model = self.language_model.model
         with self._arithmetic():
-            embeds, valid = self._embed(self.projector, model, features, inputs, action_ids[:, :-1])
+            embeds, valid = embed(self.projector, model, features, inputs, action_ids[:, :-1])
             hidden = self._hidden(model, embeds, valid, action_ids.shape[1])
             logits = action_logits(hidden, self._head(), temperature)
             return logits, self._value(features, inputs, hidden[:, 0])
