@@ -1,9 +1,11 @@
 """What the 7B policy costs on an accelerator: decoding, training adapters, the critic, one whole PPO iteration.
 
     python benchmarks/gpu_openvla.py --size 7b > docs/benchmarks/gpu_openvla.md
+    python benchmarks/gpu_openvla.py --size 7b --skip decode train critic rollout ppo --out coarse.md
     python benchmarks/gpu_openvla.py --size tiny --device cpu
 
-Each row goes to stderr as soon as it is measured, the whole table to stdout at the end.
+Each row goes to stderr as soon as it is measured, the whole table to stdout at the end and to `--out` after each row.
+`coarse` compiles, so it is best measured in a call of its own.
 
 The weights are random and made on the device: in float32 first, then cast one tensor at a time, so building 7.5 G
 parameters takes 30 GB for a moment and 15 GB from then on. Prompts and pixels are random too: no tokenizer, no
@@ -11,7 +13,8 @@ simulator, no files. Sections, each of which `--skip` leaves out:
 
 * decode: `act` on pixels, as trained and with a copy whose steps are recorded, against the same towers and projector
   with `LlamaForCausalLM.generate` over the 256 action tokens, all greedy. In bfloat16 some tokens differ by rounding
-  (`generate` rounds its logits, too), and one that does changes those behind it;
+  (`generate` rounds its logits, too), and one that does changes those behind it. `generate` is as the library has it:
+  not compiled, a cache that grows, logits of the full vocabulary;
 * train: forward, backward and AdamW of rank-32 adapters on the language model, from cached vision features;
 * critic: values, and the training step, with the critic's own adapters;
 * rollout: `act` with the actor's adapters as they are, and with the folded copy;
@@ -142,6 +145,8 @@ class Bench:
             row = f"| {section} | {case} | {1e3 * result.seconds:.1f} | {rate} | {memory} | {result.note} |"
         self.rows.append(row)
         print(row, file=sys.stderr, flush=True)
+        if self.arguments.out:  # what is measured stays, whatever ends this program
+            self.arguments.out.write_text(self.table() + "\n")
 
     def case(self, section: str, name: str, run: Callable[[], Result]) -> Result | None:
         """Measure one case; one that fails or comes too late leaves a line that says so."""
@@ -170,16 +175,20 @@ class Bench:
             note += f": {rate / nominal / 1e12:.1%} of {nominal:g}, {rate / self.flops:.1%} of {self.flops / 1e12:g}"
         return note
 
-    def print_all(self) -> None:
-        """The whole table once more, and what it was measured on."""
+    def table(self) -> str:
+        """All rows so far, and what they were measured on."""
         name = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
-        print("# OpenVLA on an accelerator\n")
-        print(f"`python benchmarks/gpu_openvla.py {' '.join(sys.argv[1:])}`: {name}, ", end="")
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
-        print(f"{datetime.date.today()}; median of {self.arguments.rounds} rounds; ", end="")
-        print(f"peak memory {self.highest:.1f} GiB; {time.perf_counter() - self.began:.0f} s in all.\n")
-        print(HEADER)
-        print("\n".join(self.rows))
+        return "\n".join(
+            [
+                "# OpenVLA on an accelerator\n",
+                f"`python benchmarks/gpu_openvla.py {' '.join(sys.argv[1:])}`: {name}, torch {torch.__version__}, "
+                f"transformers {transformers.__version__}, {datetime.date.today()}; median of "
+                f"{self.arguments.rounds} rounds; peak memory {self.highest:.1f} GiB; "
+                f"{time.perf_counter() - self.began:.0f} s in all.\n",
+                HEADER,
+                *self.rows,
+            ]
+        )
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -395,6 +404,7 @@ def run_coarse(bench: Bench) -> None:
     """The copy with options that cost compile time or exactness, on the same frames and noise as without."""
     policy = bench.policy
     bench.configure(rollout_copy=True, critic="shared")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # what is called compiled is compiled
     for batch in sorted({min(64, max(bench.arguments.batches)), max(bench.arguments.batches)}):
         inputs = make_inputs(policy, batch, cached=False)
         first = policy.act(inputs)
@@ -410,6 +420,7 @@ def run_coarse(bench: Bench) -> None:
         }
         for name, changes in variants.items():
             bench.configure(**{"compile_prefill": False, "rollout_precision": "as_trained", **changes})
+            torch.compiler.reset()  # each variant begins with no program
 
             def run(inputs: PolicyInput = inputs, exact: Tensor = exact, noise: Tensor = noise) -> Result:
                 begun = bench.once(lambda: policy.act(inputs, gumbel=noise))
@@ -427,6 +438,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip", nargs="+", choices=SECTIONS, default=[])
+    parser.add_argument("--out", type=Path, help="file for the table, written after each row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later than this")
     parser.add_argument("--batches", type=int, nargs="+", help="rows to decode at once")
@@ -457,7 +469,7 @@ def main() -> None:
         except Exception as error:  # outside the cases: preparing them
             traceback.print_exc()
             bench.add(section, "preparation", f"failed: {type(error).__name__}")
-    bench.print_all()
+    print(bench.table())
 
 
 if __name__ == "__main__":

@@ -281,9 +281,19 @@ def test_bytes_kept_are_those_that_autograd_keeps(name: str, train_vision: bool)
     assert predicted == pytest.approx(sum(kept.values()), rel=0.03)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "copy"])
+COPIES = {
+    "copy": {**LORA, "rollout_copy": True},
+    "copy in 8 bits": {
+        **LORA,
+        **{"rollout_copy": True, "rollout_precision": "float8", "dtype": "bfloat16"},
+        "language_model": {**SIZES["language_model"], "intermediate_size": 352},
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *COPIES])
 def test_a_phase_needs_what_its_live_tensors_take(name: str) -> None:
-    config = configure(**({**LORA, "rollout_copy": True} if name == "copy" else VARIANTS[name]))
+    config = configure(**(VARIANTS | COPIES)[name])
     policy = build(config)
     policy.freeze(["vision"])
     seen, cached, actions = rows_of(policy)
@@ -292,7 +302,8 @@ def test_a_phase_needs_what_its_live_tensors_take(name: str) -> None:
     given = plan_inputs(config)
     copied: list[torch.Tensor] = []
     if policy._rollout is not None:
-        copied += [p for module in (policy._rollout.projector, policy._rollout.model) for p in module.parameters()]
+        for module in (policy._rollout.projector, policy._rollout.model):
+            copied += [*module.parameters(), *module.buffers()]
     with Live([*tensors(policy, cached, actions), *copied]) as acting:
         policy.act(cached)
     assert plan.of("rollout") - given == pytest.approx(acting.peak, rel=0.05)

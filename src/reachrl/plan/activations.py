@@ -188,7 +188,9 @@ def working_row(policy: OpenVLAConfig, tokens: int, *, decoding: bool) -> int:
     stream = 3 * how.stored * width + computed * width + 3 * decoding * computed * width
     copied = decoding and policy.rollout_copy  # no adapters; gate and up come out of one product and stay together
     if copied or not how.rank:
-        return tokens * (stream + (3 + copied) * computed * hidden)
+        # Rounding to 8 bits passes through float32, unless compiled code does it in one go.
+        rounding = 4 * (copied and policy.rollout_precision == "float8" and not policy.compile_prefill)
+        return tokens * (stream + max((3 + copied) * computed, 3 * computed + rounding) * hidden)
     adapter = computed if how.mixed else 4  # float32 adapters compute in their own format
     cast = adapter * width if adapter != computed else 0
     return tokens * (stream + cast + 2 * computed * hidden + 2 * adapter * hidden)

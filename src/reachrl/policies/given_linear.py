@@ -104,10 +104,11 @@ class Float8Linear(GivenLinear):
         self.scale.copy_(scale[:, 0])
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """`x W^T`, both rounded to 8 bits, in the type of `x`."""
+        """`x W^T`, both rounded to 8 bits; on a GPU in bfloat16, on a CPU in the type of `x`."""
         rounded, scale = _to_float8(x.flatten(0, -2))
+        kind = torch.bfloat16 if x.is_cuda else x.dtype  # most GPUs give no other with scales by row
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            rounded, self.weight.t(), scale_a=scale, scale_b=self.scale[None], out_dtype=x.dtype, use_fast_accum=True
+            rounded, self.weight.t(), scale_a=scale, scale_b=self.scale[None], out_dtype=kind, use_fast_accum=True
         )
         return out.unflatten(0, x.shape[:-1])
 
@@ -115,4 +116,4 @@ class Float8Linear(GivenLinear):
 def _to_float8(x: Float[Tensor, "B I"]) -> tuple[Tensor, Float[Tensor, "B 1"]]:
     """Each row divided by what brings its largest number to the largest there is, and that divisor."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / _LARGEST
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+    return x.to(torch.float32, copy=True).div_(scale).to(torch.float8_e4m3fn), scale

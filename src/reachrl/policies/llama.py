@@ -271,11 +271,12 @@ def prefill(
     seen = F.pad(valid, (0, num_steps), value=True)
     cos, sin = model.rotary_emb(embeds, position_ids(seen if padded else seen[:1]))
     mask = causal_mask(valid, length) if padded else None
+    rotary = (cos[:, :length].contiguous(), sin[:, :length].contiguous())  # compiled code depends on strides
     layers = decoder_layers(model)
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
         # The final layer is computed at the last position only: nothing reads the others.
         queries = 1 if layer is layers[-1] else length
-        query, key, value = layer_pass.project(layer, embeds, (cos[:, :length], sin[:, :length]), queries)
+        query, key, value = layer_pass.project(layer, embeds, rotary, queries)
         keys[:, :, :length], values[:, :, :length] = key, value
         key, value = keys[:, :, :length], values[:, :, :length]  # from here on in the cache alone
         layer_mask = None if mask is None else mask[:, :, -queries:]

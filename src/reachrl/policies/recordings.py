@@ -1,7 +1,6 @@
 """Work on a prompt's cache, recorded once per batch size and replayed: one launch instead of thousands."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -107,7 +106,10 @@ class _Recorded:
 
 
 class CudaGraphs:
-    """Records as CUDA graphs, which share what memory they need besides.
+    """Records as CUDA graphs.
+
+    Each graph has its own pool of memory (for the steps of the 7B model some tens of MB), so that ending one never
+    touches another, and all are recorded on a stream of this object's own: libraries keep workspaces by stream.
 
     Args:
         device: where the work is done.
@@ -115,22 +117,24 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None  # a handle that torch has a private type for
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, work: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
         """Run the work a few times, as libraries set themselves up at first, and record it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UPS):
                     work()
-            here.wait_stream(aside)
-            # Other threads (films, rewards) may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                results = work()
-        self._pool = self._pool or graph.pool()
+            here.wait_stream(self._stream)
+            try:
+                # Other threads (films, rewards) may use the GPU meanwhile.
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                    results = work()
+            finally:
+                torch.cuda.set_stream(here)  # a recording that fails to begin would leave us on its stream
 
         def run() -> tuple[Tensor, Tensor]:
             graph.replay()
