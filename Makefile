@@ -42,8 +42,10 @@ gl:  # Software rendering needs these libraries; macOS brings its own.
 quickstart: venv  ## The whole story into RUN=runs/quickstart; ARGS="key=value ..." override the preset
 	$(BIN)/reachrl quickstart metaworld_quickstart --run $(RUN) $(ARGS)
 
+# Memory that simulators' scenes took and gave back would stay reserved in the heap, tens of GB of addresses, and Ray
+# could no longer fork: larger pieces are returned at once.
 test: venv  ## Run the test suite; PYTEST_ARGS="-k decoder" to select
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	MALLOC_MMAP_THRESHOLD_=1048576 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: venv  ## Style, formatting, types and import rules
 	$(BIN)/ruff check .
