@@ -285,7 +285,9 @@ COPIES = {
     "copy": {**LORA, "rollout_copy": True},
     "copy in 8 bits": {
         **LORA,
-        **{"rollout_copy": True, "rollout_precision": "float8", "dtype": "bfloat16"},
+        "rollout_copy": True,
+        "rollout_precision": "float8",
+        "dtype": "bfloat16",
         "language_model": {**SIZES["language_model"], "intermediate_size": 352},
     },
 }
