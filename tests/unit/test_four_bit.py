@@ -169,16 +169,7 @@ def test_gradients_reach_the_adapters_alone_and_are_those_of_the_rounded_weights
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_actor_and_critic_do_not_touch_each_other(base: Path, checkpointing: bool) -> None:
-    policy = adapted(base, critic="adapter", gradient_checkpointing=checkpointing)
-    ids = torch.arange(12).view(3, 4) + policy.first_action_id
-    groups = policy.parameter_groups()
-    policy.evaluate(inputs(policy), ids).values.sum().backward()
-    assert all(p.grad is None for p in groups["trunk"])
-    assert all(p.grad is not None for p in groups["value"])
-    policy.zero_grad()
-    policy.evaluate(inputs(policy), ids).logprobs.sum().backward()
-    assert all(p.grad is None for p in groups["value"])
-    assert all(p.grad is not None for p in groups["trunk"])
+    test_adapters.assert_apart(adapted(base, critic="adapter", gradient_checkpointing=checkpointing))
 
 
 @pytest.mark.parametrize("copy", [False, True])

@@ -60,6 +60,10 @@ class LanguageModelConfig(Section):
             raise ValueError("vocab_size - pad_to_multiple_of leaves no room for the 256 action tokens")
         return self
 
+    def has_widths_of(self, block: int) -> bool:
+        """Whether rows of the layers' weights fall into whole blocks of so many numbers."""
+        return self.hidden_size % block == self.intermediate_size % block == 0
+
     @property
     def vocab_end(self) -> int:
         """One past the last action token (32000 for OpenVLA)."""
@@ -176,12 +180,13 @@ class OpenVLAConfig(Section):
             )
         if self.lora is not None and self.checkpoint is None:
             raise ValueError("policy.lora trains adapters beside frozen weights: policy.checkpoint must say which")
-        widths = (self.language_model.hidden_size, self.language_model.intermediate_size)
-        if self.lora is not None and self.lora.base == "nf4" and any(width % NF4_BLOCK for width in widths):
+        llm = self.language_model
+        if self.four_bit and not llm.has_widths_of(NF4_BLOCK):
             # bitsandbytes 0.50 decodes other widths wrongly on some CPUs, without a word.
             raise ValueError(
                 f"lora.base=nf4 quantises rows of weights in blocks of {NF4_BLOCK}, but language_model.hidden_size="
-                f"{widths[0]} and intermediate_size={widths[1]}: expected multiples of {NF4_BLOCK}. Set lora.base=plain"
+                f"{llm.hidden_size} and intermediate_size={llm.intermediate_size}: expected multiples of {NF4_BLOCK}. "
+                "Set lora.base=plain"
             )
         if self.dtype == "bfloat16" and self.compute_dtype == "float32":
             raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
@@ -191,13 +196,13 @@ class OpenVLAConfig(Section):
 
     @model_validator(mode="after")
     def _the_copy_can_do_it(self) -> Self:
-        if self.rollout_precision == "float8" and not (self.rollout_copy and self._arithmetic == "bfloat16"):
+        if self.rollout_precision == "float8" and not (self.rollout_copy and self.arithmetic == "bfloat16"):
             raise ValueError(
                 'rollout_precision="float8" is of the copy for decoding, and its sums are bfloat16: set '
                 'policy.rollout_copy=true and policy.dtype (or compute_dtype) "bfloat16"'
             )
         llm = self.language_model
-        if self.rollout_precision == "float8" and (llm.hidden_size % 16 or llm.intermediate_size % 16):
+        if self.rollout_precision == "float8" and not llm.has_widths_of(16):
             raise ValueError(
                 f'rollout_precision="float8" needs widths that are multiples of 16; language_model.hidden_size is '
                 f"{llm.hidden_size}, intermediate_size {llm.intermediate_size}"
@@ -207,13 +212,19 @@ class OpenVLAConfig(Section):
         return self
 
     @property
-    def _arithmetic(self) -> str:
+    def arithmetic(self) -> Literal["float32", "bfloat16"]:
+        """Of towers, projector and trunk."""
         return self.compute_dtype or self.dtype
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the linear maps of the decoder layers are held in 4 bits."""
+        return self.lora is not None and self.lora.base == "nf4"
 
     @property
     def records_steps(self) -> bool:
         """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
-        return self.rollout_copy and self.decode_graphs and self._arithmetic == self.dtype
+        return self.rollout_copy and self.decode_graphs and self.arithmetic == self.dtype
 
     @model_validator(mode="after")
     def _vllm_can_decode_it(self) -> Self:

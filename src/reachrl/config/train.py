@@ -110,9 +110,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _four_bits_stay_whole(self) -> Self:
-        policy = self.policy
-        four_bit = isinstance(policy, OpenVLAConfig) and policy.lora is not None and policy.lora.base == "nf4"
-        if four_bit and self.backend.sharding == "full":
+        if isinstance(self.policy, OpenVLAConfig) and self.policy.four_bit and self.backend.sharding == "full":
             raise ValueError(
                 "policy.lora.base=nf4 holds weights in packed bytes, backend.sharding=full would split them between "
                 "the learners: each learner keeps a whole 4-bit base, so set backend.sharding=none"

@@ -46,7 +46,7 @@ class Kept:
 
 def numbers(policy: OpenVLAConfig) -> tuple[int, int]:
     """Bytes of a stored and of a computed number."""
-    return BYTES[policy.dtype], BYTES[policy.compute_dtype or policy.dtype]
+    return BYTES[policy.dtype], BYTES[policy.arithmetic]
 
 
 def kept(policy: OpenVLAConfig, part: str) -> Kept:

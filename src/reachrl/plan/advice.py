@@ -114,9 +114,8 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
     Elsewhere it is not advised, since it changes the function that is trained and the other changes hardly do.
     """
     policy, ppo = sections(config)
-    llm = policy.language_model
-    possible = policy.lora is not None and policy.lora.base == "plain" and config.backend.sharding == "none"
-    if not possible or llm.hidden_size % NF4_BLOCK or llm.intermediate_size % NF4_BLOCK:
+    possible = policy.lora is not None and not policy.four_bit and config.backend.sharding == "none"
+    if not possible or not policy.language_model.has_widths_of(NF4_BLOCK):
         return False
     frozen = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is None)
     return frozen > usable(device) / 2

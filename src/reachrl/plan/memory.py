@@ -13,7 +13,6 @@ from reachrl.plan.parameters import (
     Weights,
     adapter_parameters,
     choices,
-    four_bit,
     layer,
     layer_parameters,
     linear_parameters,
@@ -149,7 +148,7 @@ def _copied(policy: OpenVLAConfig) -> int:
     if not policy.rollout_copy:
         return 0
     stored, computed = activations.numbers(policy)
-    width = computed if four_bit(policy) else stored
+    width = computed if policy.four_bit else stored
     if policy.rollout_precision == "float8":
         width = 1  # its scales are less than a thousandth
     return projector_parameters(policy) * stored + layer_parameters(policy) * width
@@ -172,7 +171,7 @@ def _rollout(config: TrainConfig, device: Device) -> list[Part]:
     given = activations.features_row(policy) + activations.pixels_row(policy)
     head = activations.head_copy(policy) + envs * 4 * 4 * choices(policy)  # its copy, logits and what is made of them
     passing = envs * given + max(envs * working, head)
-    spared = four_bit(policy) and policy.rollout_copy and policy.critic == "shared"  # the copy is decoded already
+    spared = policy.four_bit and policy.rollout_copy and policy.critic == "shared"  # the copy is decoded already
     return [
         _cache(policy, envs, device),
         Part(f"prefill of {envs} rows", passing, "rollout"),
@@ -256,7 +255,7 @@ def _cast_weights(policy: OpenVLAConfig, *, training: bool) -> int:
     but for those of 4-bit maps, which it decodes again.
     """
     stored, computed = activations.numbers(policy)
-    if four_bit(policy):
+    if policy.four_bit:
         return computed * layer(policy.language_model).down.parameters
     if stored == computed:
         return 0

@@ -165,11 +165,6 @@ def linear_parameters(policy: OpenVLAConfig) -> int:
     return projector_parameters(policy) + layer_parameters(policy)
 
 
-def four_bit(policy: OpenVLAConfig) -> bool:
-    """Whether the linear maps of the decoder layers are held in 4 bits."""
-    return policy.lora is not None and policy.lora.base == "nf4"
-
-
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Parameters of one kind: how many, in how many bytes each, and who trains them."""
@@ -196,7 +191,7 @@ def weights(policy: OpenVLAConfig, ppo: PPOConfig) -> tuple[Weights, ...]:
     trunk = projector_parameters(policy) + trunk_parameters(llm)
     separate = trunk if policy.critic == "separate" else 0
     adapters = sum(adapter_parameters(policy, part) for part in ("language_model", "projector"))
-    packed = layer_parameters(policy) * four_bit(policy)
+    packed = layer_parameters(policy) * policy.four_bit
     found = (
         Weights("vision towers", vision_parameters(policy), stored, vision if full else None),
         Weights("projector and language model", trunk + head_parameters(llm) - packed, stored, actor),

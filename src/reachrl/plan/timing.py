@@ -11,7 +11,6 @@ from reachrl.plan.memory import micro_rows, sections
 from reachrl.plan.parameters import (
     NF4_BYTES,
     adapter_parameters,
-    four_bit,
     head_parameters,
     layer_parameters,
     weights,
@@ -92,7 +91,7 @@ def _read_weights(config: TrainConfig, *, acting: bool = False) -> float:
     policy, ppo = sections(config)
     unread = (head_parameters(policy.language_model) * 2) * activations.numbers(policy)[0]  # tables: few rows are read
     held = sum(part.bytes for part in weights(policy, ppo)) - unread
-    return held + four_bit(policy) * (_read_maps(policy, acting=acting) - NF4_BYTES * layer_parameters(policy))
+    return held + policy.four_bit * (_read_maps(policy, acting=acting) - NF4_BYTES * layer_parameters(policy))
 
 
 def _read_maps(policy: OpenVLAConfig, *, acting: bool) -> float:
@@ -104,7 +103,7 @@ def _read_maps(policy: OpenVLAConfig, *, acting: bool) -> float:
     count = layer_parameters(policy)
     if acting and policy.rollout_precision == "float8":
         return count
-    if not four_bit(policy):
+    if not policy.four_bit:
         return count * stored
     return count * (computed if acting and policy.rollout_copy else NF4_BYTES + 2 * computed)
 

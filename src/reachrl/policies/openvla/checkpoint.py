@@ -201,7 +201,7 @@ def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
         optional=(lambda key: key.startswith((_VALUE, "critic."))) if official else (lambda key: False),
     )
     take = {}
-    if config.lora is not None and config.lora.base == "nf4":  # before there is storage: the whole never lies in memory
+    if config.four_bit:  # before there is storage: the whole never lies in memory
         take = four_bit.make_room(policy, device, getattr(torch, config.dtype), policy.compute_dtype)
     policy.to_empty(device=device)
     for module in policy.modules():

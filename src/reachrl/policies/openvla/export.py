@@ -159,7 +159,6 @@ def compare(folder: Path, other: Path, *, floor: float) -> Comparison:
         floor: mean difference that rounding explains, nats.
     """
     saved, base = read_config(folder), adapters.base_of(folder)
-    four_bit = saved.lora is not None and saved.lora.base == "nf4"
     config = saved
     if saved.lora is not None:
         config = saved.model_copy(update={"lora": saved.lora.model_copy(update={"base": "plain"})})
@@ -168,7 +167,7 @@ def compare(folder: Path, other: Path, *, floor: float) -> Comparison:
     theirs, others = _scores(config.model_copy(update=whole | {"checkpoint": other}))
     before, _ = _scores(config.model_copy(update=whole | {"checkpoint": base}))
     effect = (ours - before).abs().mean().item()
-    trained = (_scores(saved)[0] - theirs).abs().mean().item() if four_bit else None
+    trained = (_scores(saved)[0] - theirs).abs().mean().item() if saved.four_bit else None
     return Comparison(
         difference=(ours - theirs).abs().mean().item(),
         effect=effect,

@@ -93,7 +93,7 @@ class OpenVLAPolicy(Policy):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type of the arithmetic behind the log-probs."""
-        return getattr(torch, self.config.compute_dtype or self.config.dtype)
+        return getattr(torch, self.config.arithmetic)
 
     @property
     def acting_dtype(self) -> torch.dtype:
@@ -156,10 +156,9 @@ class OpenVLAPolicy(Policy):
 
     def _arithmetic(self) -> AbstractContextManager:
         """Mixed precision where `compute_dtype` asks for another type than the weights have."""
-        wanted = self.config.compute_dtype
-        if wanted in (None, self.config.dtype):
+        if self.config.arithmetic == self.config.dtype:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, wanted))
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def _copy(self) -> RolloutCopy | None:
         """The copy to decode with, up to date; None: what is trained decodes."""
