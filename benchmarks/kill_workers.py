@@ -110,7 +110,8 @@ def differences(alone: list[dict], disturbed: list[dict]) -> tuple[int, float]:
     worst = 0.0
     for one, other in zip(alone, disturbed, strict=False):
         for name in ("success_k", "success_n", "env_steps", "loss/value", "loss/policy", "grad_norm", "reward/process"):
-            worst = max(worst, abs(one[name] - other[name]) / (abs(one[name]) + 1e-6))
+            a, b = one[name] or 0, other[name] or 0  # null where the policy took no step
+            worst = max(worst, abs(a - b) / (abs(a) + 1e-6))
     return abs(len(alone) - len(disturbed)), worst
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from reachrl.config.policy import OpenVLAConfig
@@ -295,3 +296,23 @@ def test_frames_of_another_size_are_resized() -> None:
     ]
     for channel, value in enumerate([*expected, *[(128 / 255 - 0.5) / 0.5] * 3]):
         torch.testing.assert_close(pixels[0, channel], torch.full((16, 16), value), rtol=0, atol=1e-6)
+
+
+def test_a_policy_turns_off_the_attention_whose_gradients_are_not_numbers() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    build()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [64, 320])
+def test_gradients_under_a_mask_are_numbers(length: int) -> None:
+    """The case of pytorch/pytorch#196678: every logit near -120, a length of 64 modulo 128."""
+    build()
+    query, key, value = torch.randn(3, 1, 1, length, 64, device="cuda", dtype=torch.bfloat16).mul(0.1).unbind()
+    query[..., 0], key[..., 0] = 1.0, -960.0
+    query.requires_grad_()
+    mask = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()[None, None]
+    F.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+    assert query.grad is not None and query.grad.isfinite().all()

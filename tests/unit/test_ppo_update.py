@@ -84,6 +84,8 @@ def test_warm_up_moves_the_critic_alone():
     assert torch.equal(before["logits"], after["logits"]) and torch.equal(before["features"], after["features"])
     assert not torch.equal(before["value"], after["value"])
     assert stats.policy_steps == 0 and stats.value_steps == 6
+    unseen = (stats.policy_loss, stats.entropy, stats.approx_kl, stats.clip_frac, stats.grad_norm)
+    assert np.isnan(unseen).all() and np.isfinite([stats.value_loss, stats.value_grad_norm, stats.engine_kl]).all()
 
 
 def test_zero_advantage_leaves_the_policy_still():

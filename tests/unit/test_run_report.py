@@ -276,6 +276,13 @@ def test_the_learning_curve_draws_points_where_the_numbers_are() -> None:
     assert float(circle.get("cx", 0)) == pytest.approx(plot.x(10 - 0.04), abs=0.01)
 
 
+@pytest.mark.parametrize("iterations", [1, 7, 44, 49, 100, 120])
+def test_a_heat_map_has_a_cell_for_every_iteration(iterations: int) -> None:
+    points = [(float(i), i / iterations) for i in range(iterations)]
+    svg = plots.heat_map({"a": points}, top=1.0, form="plain")
+    assert [int(number) for number in re.findall(r"a, iteration (\d+):", svg)] == list(range(iterations))
+
+
 def test_ticks_and_spans() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(-0.0101, 0.0099, 4) == pytest.approx([-0.01, -0.005, 0, 0.005])

@@ -52,7 +52,8 @@ class UpdateStats:
     """How one update went; means over the optimiser steps taken.
 
     `approx_kl` is per action; `engine_kl` is the gap between the sampler's and the learner's log-probs of
-    the same actions before the update; `explained_variance` is that of the old values.
+    the same actions before the update; `explained_variance` is that of the old values. Without a step of the policy
+    (critic warm-up) its figures are NaN.
     """
 
     policy_loss: float

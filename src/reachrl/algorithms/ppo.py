@@ -1,5 +1,6 @@
 """PPO: epochs over minibatches, exact gradient accumulation, KL stop, critic-only warm-up."""
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -232,16 +233,18 @@ class PPO:
     def _summary(
         self, batch: PPOBatch, sums: dict[str, float], policy_steps: int, value_steps: int, lr: float
     ) -> UpdateStats:
-        steps, critic_steps = max(policy_steps, 1), max(value_steps, 1)
+        def of_policy(name: str) -> float:
+            return sums[name] / policy_steps if policy_steps else math.nan  # not looked at is not 0
+
         gap = (batch.old_logprobs - batch.behaviour_logprobs).sum(-1).double()
         return UpdateStats(
-            policy_loss=sums["policy_loss"] / steps,
-            value_loss=sums["value_loss"] / critic_steps,
-            entropy=sums["entropy"] / steps,
-            approx_kl=sums["approx_kl_last"],
-            clip_frac=sums["clip_frac"] / steps,
-            grad_norm=sums["grad_norm"] / steps,
-            value_grad_norm=sums["value_grad_norm"] / critic_steps,
+            policy_loss=of_policy("policy_loss"),
+            value_loss=sums["value_loss"] / max(value_steps, 1),
+            entropy=of_policy("entropy"),
+            approx_kl=sums.get("approx_kl_last", math.nan),
+            clip_frac=of_policy("clip_frac"),
+            grad_norm=of_policy("grad_norm"),
+            value_grad_norm=sums["value_grad_norm"] / max(value_steps, 1),
             explained_variance=explained_variance(batch.old_values.numpy(), batch.returns.numpy()),
             engine_kl=float((gap.exp() - 1 - gap).mean()),
             policy_steps=policy_steps,

@@ -143,7 +143,7 @@ class _TrainDisplay:
         self._progress.advance(
             1,
             success=f"{record['success_k']}/{record['success_n']}",
-            kl=record["approx_kl"],
+            kl=record["approx_kl"],  # none while only the critic trains
             ev=record["explained_variance"],
         )
 

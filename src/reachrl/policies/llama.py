@@ -23,7 +23,12 @@ Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
 def build_llama(config: LanguageModelConfig) -> LlamaForCausalLM:
-    """A randomly initialised `LlamaForCausalLM` of the given sizes."""
+    """A randomly initialised `LlamaForCausalLM` of the given sizes.
+
+    Turns off cuDNN's attention for the process: its gradients under a mask are NaN where the sequence's length modulo
+    128 is 64 (pytorch/pytorch#196678), and torch prefers it on new GPUs from 2.11 on.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,

@@ -162,10 +162,10 @@ class Run:
             record: Numbers plus `kind` and `iteration` or `step`.
 
         Returns:
-            The record as written.
+            The record as written: null for what is not finite.
         """
         spans = {f"seconds/{name}": round(seconds, 4) for name, seconds in self._seconds.items()}
-        full = {**record, **spans}
+        full = jsonable({**record, **spans})
         self.metrics.log(full)
         self._seconds.clear()
         return full

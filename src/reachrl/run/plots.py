@@ -180,7 +180,8 @@ def heat_map(
         cells: dict[int, list[tuple[float, float]]] = {}
         for x, number in points:
             if number is not None:
-                cells.setdefault(int((x - low) / (high - low) * columns), []).append((x, number))
+                # multiplied before it is divided: 15 / 44 * 44 is less than 15
+                cells.setdefault(int((x - low) * columns / (high - low)), []).append((x, number))
         for column, inside in cells.items():
             mean = sum(number for _, number in inside) / len(inside)
             note = f"{task}, iteration {plain(inside[0][0])}: {write(mean)}"

@@ -88,6 +88,8 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
         MissingExtra: the model needs a package that is not installed.
         CheckpointError: a file is missing or damaged, or weights are not there.
     """
+    # For the process: its gradients under a mask are NaN at some lengths (pytorch/pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model, found = read_part(
         cls.from_pretrained,
         folder,
