@@ -216,6 +216,41 @@ def test_unknown_towers_and_missing_tokenizer_are_named(folder: Path, policy: Op
         policy.encode_prompts(("push the puck",))
 
 
+def _entry(**changes: object) -> dict[str, object]:
+    return {"tiny": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, **changes}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, r"lacks `means` or `stds`"),
+        ("preprocessor_config.json", {"means": 3, "stds": [[0.5] * 3] * 2}, r"image_mean"),
+        ("dataset_statistics.json", _entry(q01=[float("nan")] * 7), r"'tiny'.*not finite"),
+        ("dataset_statistics.json", _entry(q01=[-1.0] * 6), r"'tiny'.*one length"),
+        ("dataset_statistics.json", {"tiny": {"proprio": {}}}, r"'tiny'.*KeyError\('action'\)"),
+        ("dataset_statistics.json", {"tiny": None}, r"'tiny'"),
+    ],
+)
+def test_damaged_files_beside_the_weights_are_named(
+    folder: Path, tmp_path: Path, name: str, content: object, says: str
+) -> None:
+    whole = shutil.copytree(folder, tmp_path / "copy")
+    (whole / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        OpenVLAPolicy.load_official(whole, dataset="tiny", tower_heads=HEADS)
+    assert str(whole) in str(caught.value)
+
+
+def test_a_checkpoint_may_hold_no_statistics(folder: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(folder, tmp_path / "copy")
+    raw = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(raw | {"norm_stats": None}))
+    policy = OpenVLAPolicy.load_official(whole, tower_heads=HEADS)
+    assert policy.num_action_tokens == 7
+    with pytest.raises(CheckpointError, match="no action statistics named 'bridge_orig'"):
+        OpenVLAPolicy.load_official(whole, dataset="bridge_orig", tower_heads=HEADS)
+
+
 def test_sharded_weights_load_alike(folder: Path, policy: OpenVLAPolicy, tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     shutil.copy(DATA / "config.json", tmp_path)

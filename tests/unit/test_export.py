@@ -8,11 +8,12 @@ import pytest
 import test_adapters
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from reachrl.cli.app import app
-from reachrl.errors import CheckpointError, ConfigError
+from reachrl.errors import CheckpointError, ConfigError, StorageError
 from reachrl.policies.openvla import export
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -47,6 +48,16 @@ def test_a_merge_that_disagrees_is_refused_and_leaves_nothing(
     wrong = lambda folder: {name: (a, b, 3 * scale) for name, (a, b, scale) in right(folder).items()}  # noqa: E731
     monkeypatch.setattr(export, "deltas", wrong)
     with pytest.raises(CheckpointError, match="more than rounding explains"):
+        export.export_merged(trained, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"trained"}
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
         export.export_merged(trained, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"trained"}
 

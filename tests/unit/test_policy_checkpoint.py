@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reachrl.config.policy import OpenVLAConfig
@@ -82,16 +83,42 @@ def test_saving_again_replaces_and_leaves_nothing_behind(policy: OpenVLAPolicy, 
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["plain", "wrapped"],
+)
 def test_a_full_disk_keeps_what_was_there(
-    policy: OpenVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: OpenVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     policy.save_pretrained(tmp_path / "policy")
 
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(StorageError, match="No space left"):
+        policy.save_pretrained(tmp_path / "policy")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+
+
+def test_a_refused_rename_keeps_what_was_there(
+    policy: OpenVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.save_pretrained(tmp_path / "policy")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if (self / "config.json").is_file() and target == tmp_path / "policy" and "tmp" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(StorageError, match="Input/output error"):
         policy.save_pretrained(tmp_path / "policy")
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     OpenVLAPolicy.from_pretrained(tmp_path / "policy")

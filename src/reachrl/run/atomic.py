@@ -8,9 +8,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from reachrl.errors import StorageError
+
+T = TypeVar("T")
 
 # What a full, read-only or broken disk answers. Anything else (a bug in the caller) keeps its traceback.
 STORAGE_ERRNOS = frozenset(
@@ -166,12 +168,15 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
-def replace_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
+def replace_folder_atomic(path: Path, fill: Callable[[Path], T]) -> T:
     """Build a folder aside and rename it into place, replacing the one that was there.
 
     Args:
         path: The folder as it will be named.
         fill: Called with an empty folder; writes everything into it. If it raises, nothing changes.
+
+    Returns:
+        What `fill` returned.
 
     Raises:
         StorageError: The disk refused a write; what was at `path` before is still there.
@@ -184,7 +189,7 @@ def replace_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
         recover(path)
         try:
             aside.mkdir()
-            fill(aside)
+            result = fill(aside)
             _fsync_tree(aside)
             if path.exists():
                 path.rename(old)
@@ -194,6 +199,7 @@ def replace_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
             raise
         fsync_folder(path.parent)
         _discard(old)
+    return result
 
 
 def jsonable(obj: Any) -> Any:

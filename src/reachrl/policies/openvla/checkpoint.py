@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
-from reachrl.errors import CheckpointError, StorageError
+from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import ActionStats
 from reachrl.policies.openvla import adapters, four_bit
 from reachrl.policies.openvla.hub import locate
@@ -24,6 +22,7 @@ from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import is_dead, is_official, official_config, official_stats
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
+from reachrl.run.atomic import replace_folder_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +45,7 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; what was there before is intact.
     """
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write(policy, aside)
-        if folder.exists():
-            folder.rename(replaced)
-        aside.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(f"the policy could not be written to {folder}: {error}; free space and try again") from error
+    replace_folder_atomic(Path(folder), lambda aside: _write(policy, aside))
 
 
 def _write(policy: "OpenVLAPolicy", folder: Path) -> None:

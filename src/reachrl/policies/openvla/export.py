@@ -1,12 +1,11 @@
 """Adapters as others use them: peft's two files alone, or folded into a checkpoint that stands on its own."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.errors import CheckpointError, ConfigError, StorageError
+from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.openvla import adapters
 from reachrl.policies.openvla.checkpoint import CONFIG_FILE, STATS_FILE, TOKENIZER_FILE, VALUE_FILE, read_config
 from reachrl.policies.openvla.merging import deltas, merged
@@ -24,8 +23,10 @@ from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.weights import read_json, weight_files
+from reachrl.run.atomic import replace_folder_atomic
 from reachrl.types import Observation
 
+T = TypeVar("T")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ROWS = 4  # frames the merged policy is compared on
 _EXACT, _ROUNDED = 1e-4, 0.03  # mean differences, in nats, that float32 sums and 16-bit weights explain
@@ -52,9 +53,12 @@ def export_adapter(folder: Path, out: Path) -> None:
         ConfigError: `folder` holds no adapters, or `out` exists.
         StorageError: `out` cannot be written.
     """
-    with _written_whole(folder, out) as aside:
+
+    def fill(aside: Path) -> None:
         for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
             shutil.copyfile(folder / name, aside / name)
+
+    _write_whole(folder, out, fill)
 
 
 def export_merged(folder: Path, out: Path) -> Comparison:
@@ -75,38 +79,31 @@ def export_merged(folder: Path, out: Path) -> Comparison:
         CheckpointError: files are missing or damaged, or the two disagree; then nothing is written.
         StorageError: `out` cannot be written.
     """
-    with _written_whole(folder, out) as aside:
-        base = adapters.base_of(folder)
-        adapters.check_base(folder, base)
-        _copy_surroundings(folder, base, aside)
-        rounded = _merge_files(folder, base, aside)
-        comparison = compare(folder, aside, floor=_ROUNDED if rounded else _EXACT)
-        if not comparison.difference <= comparison.tolerance:
-            raise CheckpointError(
-                f"merging {folder} changes log-probabilities by {comparison.difference:.3g} in the mean, more than "
-                f"rounding explains ({comparison.tolerance:.3g}; the adapters' own effect is {comparison.effect:.3g}). "
-                "Nothing was written"
-            )
+    return _write_whole(folder, out, lambda aside: _merge(folder, aside))
+
+
+def _merge(folder: Path, out: Path) -> Comparison:
+    base = adapters.base_of(folder)
+    adapters.check_base(folder, base)
+    _copy_surroundings(folder, base, out)
+    rounded = _merge_files(folder, base, out)
+    comparison = compare(folder, out, floor=_ROUNDED if rounded else _EXACT)
+    if not comparison.difference <= comparison.tolerance:
+        raise CheckpointError(
+            f"merging {folder} changes log-probabilities by {comparison.difference:.3g} in the mean, more than "
+            f"rounding explains ({comparison.tolerance:.3g}; the adapters' own effect is {comparison.effect:.3g}). "
+            "Nothing was written"
+        )
     return comparison
 
 
-@contextmanager
-def _written_whole(folder: Path, out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or vanishes."""
+def _write_whole(folder: Path, out: Path, fill: Callable[[Path], T]) -> T:
+    """Let `fill` write a folder beside `out` that takes its name at the end, or vanishes."""
     if not adapters.is_adapter(folder):
         raise ConfigError(f"{folder} holds no adapters ({adapters.CONFIG_FILE} is missing): nothing to export")
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
-    aside = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(out)
-    except OSError as error:
-        raise StorageError(f"{out} could not be written: {error}; free space or name another folder") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return replace_folder_atomic(out, fill)
 
 
 def _copy_surroundings(folder: Path, base: Path, out: Path) -> None:

@@ -108,10 +108,6 @@ def official_config(folder: Path, tower_heads: Sequence[int] | None = None) -> O
         if unknown:
             raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(KNOWN_HEADS)}")
         tower_heads = [KNOWN_HEADS[name] for name in ids]
-    preprocessor = folder / "preprocessor_config.json"
-    statistics = read_json(preprocessor) if preprocessor.is_file() else {}
-    if statistics:
-        statistics = {"image_mean": statistics["means"], "image_std": statistics["stds"]}
     try:
         towers = [_tower(name, shapes, heads) for name, heads in zip(TOWERS, tower_heads, strict=False)]
         language_model = _language_model(raw, shapes)
@@ -126,15 +122,29 @@ def official_config(folder: Path, tower_heads: Sequence[int] | None = None) -> O
                 "prompt_length": 32,
                 "num_action_tokens": _num_action_tokens(raw),
                 "value_hidden_size": max(language_model.hidden_size // 4, 1),
-                **statistics,
+                **_pixel_statistics(folder),
             }
         )
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{folder} is no OpenVLA checkpoint we can build: {error!r}") from error
 
 
+def _pixel_statistics(folder: Path) -> dict[str, Any]:
+    """What the checkpoint says its frames were normalised by; nothing where it leaves that to the towers."""
+    preprocessor = folder / "preprocessor_config.json"
+    saved = read_json(preprocessor) if preprocessor.is_file() else {}
+    if not saved:
+        return {}
+    if not {"means", "stds"} <= saved.keys():
+        raise CheckpointError(
+            f"{preprocessor} lacks `means` or `stds`, one entry for each tower, as the official checkpoints have them; "
+            "without the right ones the policy would see wrong colours"
+        )
+    return {"image_mean": saved["means"], "image_std": saved["stds"]}
+
+
 def _num_action_tokens(raw: dict[str, Any]) -> int:
-    sizes = {len(entry["action"]["q01"]) for entry in raw.get("norm_stats", {}).values()}
+    sizes = {len(entry["action"]["q01"]) for entry in (raw.get("norm_stats") or {}).values()}
     return sizes.pop() if len(sizes) == 1 else 7
 
 
@@ -144,7 +154,7 @@ def norm_stats(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    stats = dict(read_json(folder / "config.json").get("norm_stats", {}))
+    stats = dict(read_json(folder / "config.json").get("norm_stats") or {})
     extra = folder / "dataset_statistics.json"  # fine-tuned checkpoints carry their own beside the configuration
     if extra.is_file():
         stats.update(read_json(extra))
@@ -155,7 +165,7 @@ def official_stats(folder: Path, dataset: str | None) -> ActionStats | None:
     """The action statistics of one dataset, or None when there are several and none was named.
 
     Raises:
-        CheckpointError: `dataset` is not among them.
+        CheckpointError: `dataset` is not among them, or its entry is damaged.
     """
     stats = norm_stats(folder)
     if dataset is None and len(stats) != 1:
@@ -163,5 +173,11 @@ def official_stats(folder: Path, dataset: str | None) -> ActionStats | None:
     name = dataset if dataset is not None else next(iter(stats))
     if name not in stats:
         raise CheckpointError(f"{folder} has no action statistics named {name!r}; it has {sorted(stats)}")
-    action = stats[name]["action"]
-    return ActionStats.create(action["q01"], action["q99"], action.get("mask", [True] * len(action["q01"])))
+    try:
+        action = stats[name]["action"]
+        return ActionStats.create(action["q01"], action["q99"], action.get("mask", [True] * len(action["q01"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the action statistics {name!r} of {folder} are damaged ({error!r}); expected `action` with `q01` and "
+            "`q99`, finite numbers, one for each dimension"
+        ) from error
