@@ -62,7 +62,7 @@ def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, chan
     for one, many in zip(alone, shared, strict=True):
         assert one.keys() == many.keys()
         for name in one:
-            assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+            assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6, nan_ok=True), name
     assert alone[1]["grad_norm"] > 0.01  # something was learned from
     for others in all_weights:
         expected = saved if others.keys() == saved.keys() else weights
