@@ -23,7 +23,8 @@ from reachrl.demos.sft import train_sft
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import CheckpointError, DivergedError, StorageError
-from reachrl.pipeline.warm_start import run_sft
+from reachrl.pipeline import warm_start
+from reachrl.pipeline.warm_start import run_demos, run_sft
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.run.directory import Run
 from reachrl.types import Observation, Start, Trajectory
@@ -434,3 +435,23 @@ def test_no_epochs_keep_the_policy_as_it_is(tmp_path):
         kept, fresh = saved_policy(config, run.sft / "policy").state_dict(), new_policy(config).state_dict()
     assert kept.keys() == fresh.keys()
     assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "collects"),
+    [
+        (["sft.epochs=0", "reward.kind=task"], False),
+        (["sft.epochs=0", "reward.weight=0"], False),
+        (["sft.epochs=0", "reward.checkpoint=somewhere"], False),
+        (["sft.epochs=0"], True),  # the reward model is fitted to demonstrations
+        (["reward.kind=task"], True),
+        (["sft.epochs=0", "sft.steps=3", "reward.kind=task"], True),
+    ],
+)
+def test_demonstrations_that_nobody_would_read_are_not_collected(tmp_path, monkeypatch, overrides, collects):
+    asked = []
+    monkeypatch.setattr(warm_start, "collect_demos", lambda *args, **kwargs: asked.append(args) or [])
+    config = load_config("toy", overrides)
+    with Run.open(tmp_path / "run", config_dict(config), config_hash="x", tensorboard=False) as run:
+        assert run_demos(config, run, Display(quiet=True)) == {"trajectories": 0}
+    assert bool(asked) == collects
