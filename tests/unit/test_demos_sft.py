@@ -258,7 +258,7 @@ def test_an_early_best_survives_a_bad_end(store_folder: Path, tmp_path: Path, mo
 
 def test_a_best_that_is_not_found_again_after_a_kill_is_forgotten(store_folder: Path, tmp_path: Path, monkeypatch):
     """On a GPU a resumed training repeats its losses only nearly: an abandoned attempt's weights must not be kept."""
-    losses = iter([3.0, 1.0] + [3.5, 3.2, 3.1])  # killed at step 22, resumed from step 15
+    losses = iter([3.0, 1.0, 3.5, 3.2, 3.1])  # killed at step 22, resumed from step 15
     seen: list[list[torch.Tensor]] = []
 
     def score(self, rows):
