@@ -13,6 +13,7 @@ from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
+from reachrl.errors import CheckpointError
 from reachrl.evaluate import HeldoutCurve
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
@@ -238,6 +239,26 @@ def restore(run: Run, keepers: Keepers) -> TrainState:
     keepers.load_state_dict(saved)
     _forget_after(run, state.iteration - 1)
     return state
+
+
+def saved_reward_state(run: Run) -> dict[str, Any]:
+    """What the reward keeps in the run's last checkpoint, for `Reward.load_state_dict`.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    folder = latest_checkpoint(run.checkpoints)
+    if folder is None:
+        raise CheckpointError(
+            f"{run.checkpoints}: no checkpoint lies here; expected the last one of training, which holds the reward's "
+            "state. Put it back, or train again with another --run."
+        )
+    try:
+        return json.loads((folder / "state.json").read_text())["reward"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / 'state.json'}: missing or damaged ({error}). Put it back, or train again with another --run."
+        ) from error
 
 
 def _forget_after(run: Run, iteration: int) -> None:

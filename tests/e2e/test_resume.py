@@ -186,3 +186,41 @@ def test_adapters_are_trained_killed_and_resumed_like_whole_weights(prepared, tm
         ))  # fmt: skip
         assert ours == theirs != before, name
     assert not list(run.rglob("model.safetensors")) or all("reward" in str(p) for p in run.rglob("model.safetensors"))
+
+
+NO_EXPERT = """
+from typing import Literal
+from reachrl.testing.envs import ReachConfig, ReachEnv
+
+class NoExpertConfig(ReachConfig):
+    kind: Literal["no_expert:NoExpert"] = "no_expert:NoExpert"
+
+class NoExpert(ReachEnv):
+    Config = NoExpertConfig
+
+    def expert_action(self):
+        raise NotImplementedError
+"""
+
+
+def test_a_simulator_without_an_expert_is_trained_from_a_checkpoint(prepared, tmp_path):
+    (tmp_path / "no_expert.py").write_text(NO_EXPERT)
+    ours = ["env.kind=no_expert:NoExpert", *(each for each in OVERRIDES if not each.startswith("reward"))]
+    spared = ["sft.epochs=0", f"policy.checkpoint={prepared / 'sft' / 'policy'}", "reward.kind=task"]
+
+    def stage(name: str, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-m", "reachrl", name, "toy", *ours, *changes, "--run", str(run)]
+        environment = ENV | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        return subprocess.run(
+            arguments, env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path
+        )
+
+    done = stage("demos", tmp_path / "asked")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no scripted expert" in done.stderr and "policy.checkpoint" in done.stderr
+    run = tmp_path / "run"
+    done = stage("quickstart", run, *spared, "num_iterations=2")
+    assert done.returncode == 0, done.stderr
+    assert "nothing to collect" in done.stderr + done.stdout and not (run / "demos").exists()
+    assert len(train_lines(run)) == 2 and (run / "report.html").exists()
+    assert json.loads((run / "summary.json").read_text())["reward_model"] is None

@@ -38,12 +38,13 @@ class PointConfig(EnvSection):
 class PointEnv(Env):
     """A point that must be brought to the origin; the expert overshoots its action space on purpose.
 
-    Task `never` cannot succeed, `crash` kills its process on start 2, `raise` raises there, `hang` sleeps.
+    Task `never` cannot succeed, `crash` kills its process on start 2, `raise` raises there, `hang` sleeps; nobody can
+    demonstrate `dance`.
     Starts whose index is a multiple of 3 fail always, so the kept starts are known: 1, 2, 4, 5, 7, ...
     """
 
     Config: ClassVar[type[Section]] = PointConfig
-    tasks = ("near", "far", "never", "crash", "raise", "hang")
+    tasks = ("near", "far", "never", "crash", "raise", "hang", "dance")
 
     def __init__(self, config: PointConfig) -> None:
         self.config = config
@@ -71,6 +72,8 @@ class PointEnv(Env):
         return self._observe(), {}
 
     def expert_action(self) -> np.ndarray:
+        if self.start.task == "dance":
+            raise NotImplementedError
         return -3.0 * self.position
 
     def step(self, action: np.ndarray):
@@ -215,6 +218,11 @@ def test_dead_worker_names_task_and_start(tmp_path) -> None:
 def test_raising_worker_is_quoted(tmp_path) -> None:
     with pytest.raises(WorkerError, match=r"(?s)the gripper fell off.*task 'raise', train start 2"):
         collect_demos(PointConfig(tasks=("raise",)), DEMOS, tmp_path, seed=7)
+
+
+def test_a_simulator_without_an_expert_is_told_with_a_way_out(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"PointEnv has no scripted expert for task 'dance'.*policy\.checkpoint"):
+        collect_demos(PointConfig(tasks=("dance",)), DEMOS, tmp_path, seed=7)
 
 
 def test_silent_worker_meets_its_deadline(tmp_path) -> None:

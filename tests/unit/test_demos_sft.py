@@ -23,7 +23,8 @@ from reachrl.demos.sft import train_sft
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import CheckpointError, DivergedError, StorageError
-from reachrl.pipeline.warm_start import run_sft
+from reachrl.pipeline import warm_start
+from reachrl.pipeline.warm_start import run_demos, run_sft
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.run.directory import Run
 from reachrl.types import Observation, Start, Trajectory
@@ -255,6 +256,35 @@ def test_an_early_best_survives_a_bad_end(store_folder: Path, tmp_path: Path, mo
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), kept[1.0], strict=True))
 
 
+def test_a_best_that_is_not_found_again_after_a_kill_is_forgotten(store_folder: Path, tmp_path: Path, monkeypatch):
+    """On a GPU a resumed training repeats its losses only nearly: an abandoned attempt's weights must not be kept."""
+    losses = iter([3.0, 1.0, 3.5, 3.2, 3.1])  # killed at step 22, resumed from step 15
+    seen: list[list[torch.Tensor]] = []
+
+    def score(self, rows):
+        seen.append([p.detach().clone() for p in self.policy.parameters()])
+        return sft.HeldoutScore(loss=next(losses), token_accuracy=0.0, action_error=0.0)
+
+    monkeypatch.setattr(sft._Training, "score", score)
+    config = CONFIG.model_copy(update={"steps": 40})
+    fit(store_folder, tmp_path, config, stop_after=22)
+    policy, result, _ = fit(store_folder, tmp_path, config)
+    assert result is not None and (result.best_step, result.best_heldout_loss) == (10, 3.0)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), seen[0], strict=True))
+
+
+def test_never_more_than_two_bests_lie_on_disk(store_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    counts, losses = [], iter(range(90, 0, -1))
+
+    def score(self, rows):  # every evaluation finds a new best
+        counts.append(len(list(tmp_path.glob("best_*"))))
+        return sft.HeldoutScore(loss=next(losses), token_accuracy=0.0, action_error=0.0)
+
+    monkeypatch.setattr(sft._Training, "score", score)
+    fit(store_folder, tmp_path, CONFIG.model_copy(update={"eval_every": 4, "checkpoint_every": 20}))
+    assert counts == [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 1, 2, 2, 2, 2]
+
+
 def test_finished_training_is_only_loaded(whole, store_folder: Path) -> None:
     folder, policy, result, _ = whole
     again, loaded, records = fit(store_folder, folder)
@@ -345,7 +375,7 @@ def test_full_disk_keeps_the_last_checkpoint(whole, store_folder: Path, tmp_path
         patch.setattr("reachrl.run.optimizer_state.save_file", full)
         with pytest.raises(StorageError, match="No space left"):
             fit(store_folder, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint", "best"}
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint", "best_000010", "best_000030"}
     _, again, second = fit(store_folder, tmp_path)
     assert second == whole[3][15:]
     assert again == whole[2]
@@ -405,3 +435,23 @@ def test_no_epochs_keep_the_policy_as_it_is(tmp_path):
         kept, fresh = saved_policy(config, run.sft / "policy").state_dict(), new_policy(config).state_dict()
     assert kept.keys() == fresh.keys()
     assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "collects"),
+    [
+        (["sft.epochs=0", "reward.kind=task"], False),
+        (["sft.epochs=0", "reward.weight=0"], False),
+        (["sft.epochs=0", "reward.checkpoint=somewhere"], False),
+        (["sft.epochs=0"], True),  # the reward model is fitted to demonstrations
+        (["reward.kind=task"], True),
+        (["sft.epochs=0", "sft.steps=3", "reward.kind=task"], True),
+    ],
+)
+def test_demonstrations_that_nobody_would_read_are_not_collected(tmp_path, monkeypatch, overrides, collects):
+    asked = []
+    monkeypatch.setattr(warm_start, "collect_demos", lambda *args, **kwargs: asked.append(args) or [])
+    config = load_config("toy", overrides)
+    with Run.open(tmp_path / "run", config_dict(config), config_hash="x", tensorboard=False) as run:
+        assert run_demos(config, run, Display(quiet=True)) == {"trajectories": 0}
+    assert bool(asked) == collects

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.demos.shard import write_shard
 from reachrl.rewards.process.base import load_reward_model
+from reachrl.rewards.process.fit import fit_reward_model, split_starts
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.run.inspect_page import FRAME, FRAMES, InspectedEpisode, choose, draw_strip
 from reachrl.run.video import write_video
@@ -121,6 +123,35 @@ def test_videos_are_scored_without_an_outcome_unless_it_is_told(model, tmp_path,
         "0",
         "1",
     ]
+
+
+def calibration_error(page):
+    return re.search(r"([\d.]+)</\w+>\s*<[^>]*>calibration error", page.read_text()).group(1)
+
+
+def test_a_model_is_judged_by_the_labels_it_was_fitted_to(tmp_path, command_line):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    data = store(tmp_path / "all.parquet", frames=12)
+    config = SmallRewardModelConfig(
+        label="keyframe", keyframe_window=2, steps=3, image_size=32, channels=(8, 8, 8, 8), hidden=8
+    )
+    quality = fit_reward_model(data, config, seed=0, folder=run / "reward_model").quality["heldout"]
+    heldout = split_starts(data, config.heldout_fraction, 0)
+    write_shard(run / "reward_model" / "audit.parquet", [each for each in data if each.start in heldout])
+
+    assert command_line("reward", "inspect", run, "--out", page)[0] == 0
+    assert "labels: keyframe" in page.read_text() and "is not known" not in page.read_text()
+    assert calibration_error(page) == f"{quality['calibration_error']:.3f}"
+    assert command_line("reward", "inspect", run, "--set", "label=progress", "--out", page)[0] == 0
+    assert "labels: progress" in page.read_text()
+    assert calibration_error(page) != f"{quality['calibration_error']:.3f}"
+
+    (run / "reward_model" / "quality.json").unlink()
+    assert command_line("reward", "inspect", run, "--out", page)[0] == 0
+    assert "labels: progress" in page.read_text() and "What the model was fitted to is not known" in page.read_text()
+    (run / "reward_model" / "quality.json").write_text("{")
+    code, _, err = command_line("reward", "inspect", run, "--out", page, columns=400)
+    assert code == 8 and "quality.json: damaged" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,33 @@
 """Refits between iterations: which episodes they see, when they happen, and that a killed run repeats them."""
 
 import copy
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from reachrl.cli.display import Display
 from reachrl.config.loading import load_config
 from reachrl.demos.shard import iter_shard, write_shard
 from reachrl.demos.store import finish_store
 from reachrl.errors import CheckpointError, ConfigError
+from reachrl.pipeline import assess
+from reachrl.pipeline.assess import episode_rewards
 from reachrl.pipeline.refit import (
     Refitter,
     audit_figures,
     episode_trajectories,
     first_data,
-    latest_version,
     read_version,
 )
+from reachrl.pipeline.reinforce import build_reward, trained_reward
 from reachrl.rewards.process.fit import fit_reward_model
+from reachrl.rewards.running_scale import RunningScale
+from reachrl.rollout.episodes import PlayedEpisode, Turn
+from reachrl.run.atomic import write_json_atomic
+from reachrl.run.checkpoint import save_checkpoint
 from reachrl.run.directory import Run
 from reachrl.testing.rewards import make_rollout
 from reachrl.types import Episode, Start, Trajectory
@@ -109,7 +118,7 @@ def test_refits_come_when_due_as_new_versions_and_leave_the_model_in_use_alone(r
     refitted, figures = found
     assert all((before[key] == value).all() for key, value in model.state_dict().items())
     assert any((before[key] != value).any() for key, value in refitted.state_dict().items())
-    assert figures["reward_model/version"] == 1 and latest_version(run) == 1
+    assert figures["reward_model/version"] == 1
     assert figures["reward_model/auc"] == audit_figures(config, run, refitted)["auc"]
     frames = stored(0).images
     texts = ["reach the goal"] * 5
@@ -145,6 +154,81 @@ def test_a_run_resumed_at_its_checkpoint_refits_to_the_same_weights(run):
     kept = sorted(int(path.stem.rpartition("_")[2]) for path in (run.reward_model / "fresh").iterdir())
     assert kept == [2, 3, 4, 5]  # the window and what a checkpoint may lie back
     assert len(list(iter_shard(run.reward_model / "fresh" / "iteration_000005.parquet"))) == 4
+
+
+def film(seed):
+    """A recorded episode of six decisions."""
+    rng = np.random.default_rng(seed)
+    turns = [
+        Turn(
+            image=rng.integers(0, 255, (32, 32, 3), dtype=np.uint8),
+            ee_state=rng.random(4).astype(np.float32),
+            progress=np.full(2, np.nan, np.float32),
+            action_ids=np.zeros(4, np.int64),
+            action=np.zeros(4, np.float32),
+            logprob=0.0,
+            value=0.0,
+        )
+        for _ in range(6)
+    ]
+    return PlayedEpisode(
+        start=Start("reach", "eval", seed),
+        instruction="reach the goal",
+        success=True,
+        num_steps=6,
+        turns=tuple(turns),
+        final_image=turns[0].image,
+    )
+
+
+def test_films_show_the_reward_that_training_ended_with(run, monkeypatch):
+    """That is the model's last version and the running scale, which watching does not change."""
+    plain, scaled = (load_config("toy", [*OPTIONS, *more]) for more in ([], ["reward.normalise=true"]))
+    reward = build_reward(scaled, run)
+    for iteration in range(2):
+        reward(rollout_of(iteration))
+        reward.adapt(rollout_of(iteration), iteration=iteration)
+    state = reward.state_dict()
+    assert state["version"] == 1 and state["scale"]["count"] == 48
+    save_checkpoint(run.checkpoints, 2, lambda folder: write_json_atomic(folder / "state.json", {"reward": state}))
+
+    after = trained_reward(scaled, run)
+    shown = [episode_rewards(scaled, after, film(seed)).parts["process"] for seed in (0, 1, 0)]
+    np.testing.assert_array_equal(shown[0], shown[2])
+    assert after.state_dict() == state
+    unscaled = episode_rewards(plain, trained_reward(plain, run), film(0)).parts["process"]
+    scale = RunningScale()
+    scale.load_state_dict(state["scale"])
+    scale.update(unscaled[:, 0] / scaled.reward.weight)  # as in training, a batch counts before it is paid
+    np.testing.assert_allclose(shown[0] * scale.deviation, unscaled, rtol=1e-4)
+    first = episode_rewards(plain, build_reward(plain, run), film(0)).parts["process"]
+    assert not np.allclose(first, unscaled)  # another version of the model
+
+    played = SimpleNamespace(episodes=[film(1), film(0), film(0)], record=lambda: {"episodes": []})
+    monkeypatch.setattr(assess, "evaluate", lambda *args, **kwargs: played)
+    told = {"before": build_reward(scaled, run), "after": after}
+    for when, paid in told.items():
+        films = []
+        monkeypatch.setattr(assess, "draw_overlay", lambda *_, process, films=films, **__: films.append(process))
+        monkeypatch.setattr(assess, "write_video", lambda *args, **kwargs: None)
+        assess._evaluate_one(scaled, run, Display(quiet=True), SimpleNamespace(prompt=str), None, [], when)
+        expected = [episode_rewards(scaled, paid, film(seed)).parts["process"][:, 0].tolist() for seed in (1, 0, 0)]
+        assert films == expected * len(scaled.eval.modes)
+    turns = json.loads(run.conversation.read_text())["turns"]
+    assert [turn["rewards"]["process"] for turn in turns] == expected[0]
+
+
+def test_a_missing_or_damaged_checkpoint_is_told_before_anything_is_shown(run):
+    config = load_config("toy", OPTIONS)
+    with pytest.raises(CheckpointError, match="no checkpoint lies here"):
+        trained_reward(config, run)
+    trained_reward(load_config("toy", [*OPTIONS, "num_iterations=0"]), run)  # nothing was trained, nothing saved
+    folder = save_checkpoint(run.checkpoints, 2, lambda folder: write_json_atomic(folder / "state.json", {}))
+    with pytest.raises(CheckpointError, match=r"state\.json: missing or damaged"):
+        trained_reward(config, run)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state\.json: missing or damaged"):
+        trained_reward(config, run)
 
 
 @pytest.mark.parametrize(

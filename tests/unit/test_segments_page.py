@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import subprocess
 import sys
@@ -185,6 +186,28 @@ def test_thresholds_are_changed_by_set(store, tmp_path, command_line):
     assert "<span>gripper_change <b>0.8</b></span><span>min_segment <b>2</b></span>" in out.read_text()
     code, _, err = command_line("reward", "segments", store, "--out", out, "--set", "label=keyframe")
     assert (code, err) == (0, "")
+
+
+def test_a_runs_own_thresholds_are_where_set_begins(store, tmp_path, command_line):
+    out, file = tmp_path / "page.html", tmp_path / "config.json"  # the store is its demos/
+    own = {"kind": "my_lab.absent:Model", "label": "keyframe", "keyframe_window": 2, "gripper_change": 0.8, "steps": 9}
+    file.write_text(json.dumps({"reward_model": own}))
+    code, said, _ = command_line("reward", "segments", tmp_path, "--out", out)
+    assert code == 0 and "3 without a gripper change" in " ".join(said.split())
+    shown = re.findall(r"<span>(\w+) <b>([^<]*)</b></span>", out.read_text())
+    assert shown == [
+        ("gripper_change", "0.8"),
+        ("min_segment", "3"),
+        ("keyframe_speed", "0.15"),
+        ("label", "keyframe"),
+        ("keyframe_window", "2"),
+    ]
+    code, said, _ = command_line("reward", "segments", tmp_path, "--set", "gripper_change=0.2", "--out", out)
+    assert code == 0 and "1 without a gripper change" in " ".join(said.split())
+    assert "<span>label <b>keyframe</b></span>" in out.read_text()
+    file.write_text("{")
+    code, _, err = command_line("reward", "segments", tmp_path, "--out", out, columns=400)
+    assert code == 8 and "config.json: damaged" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

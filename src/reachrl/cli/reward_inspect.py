@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reachrl.cli.reward_segments import CameraOption, InstructionOption, SetOption, labelling
+from reachrl.cli.reward_segments import CameraOption, InstructionOption, SetOption, labelling, stored_section
 
 if TYPE_CHECKING:
     from reachrl.config.reward_model import RewardModelSection
@@ -42,7 +42,6 @@ def inspect(
     changes: SetOption = None,
 ) -> None:
     """Score trajectories or videos: curves over the frames, separation, ordering, calibration, false alarms."""
-    config = labelling(changes or [])
     from reachrl.demos.readers import read_trajectories
     from reachrl.errors import ConfigError
     from reachrl.rewards.process.base import load_reward_model
@@ -50,9 +49,16 @@ def inspect(
     from reachrl.run.inspect_page import write_inspect_page
 
     folder, sources = find_model(model), paths or [find_audit_set(model)]
+    fitted = stored_section(folder.parent / "quality.json", "config")
+    config = labelling(changes or [], fitted)
     loaded = load_reward_model(folder)
     known = {"success": True, "failure": False}.get(outcome or "")
     notes: list[str] = []
+    if not fitted:
+        notes.append(
+            "What the model was fitted to is not known, no quality.json lies beside it: labels are made by the "
+            "defaults and --set."
+        )
     episodes, scored = [], []
     for source in sources:
         for trajectory in read_trajectories(source, instruction=instruction, camera=camera):
@@ -70,7 +76,8 @@ def inspect(
     quality = measure(scored)
     tasks = sorted({each.task for each in scored})
     per_task = {task: measure([each for each in scored if each.task == task]) for task in tasks}
-    what = f"{loaded.kind()} model in {folder}; {len(episodes)} episodes from {', '.join(map(str, sources))}"
+    what = f"{loaded.kind()} model in {folder}; {len(episodes)} episodes from {', '.join(map(str, sources))}; "
+    what += f"labels: {config.label}"
     write_inspect_page(out, episodes, quality=quality, per_task=per_task, model=what, notes=notes, most=most)
     _print(quality, per_task)
     typer.echo(f"{out}")

@@ -1,10 +1,11 @@
 """`reachrl reward segments`: a page that shows where trajectories are cut and where their keyframes lie."""
 
 import itertools
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,6 +44,11 @@ GripperRangeOption = Annotated[
     typer.Option("--gripper-range", metavar="A,B", help="LeRobot: gripper readings that mean closed and open."),
 ]
 _THRESHOLDS = ("gripper_change", "min_segment", "keyframe_speed", "label")
+# Of the section `reward_model`: what labels depend on, whatever the kind of model.
+_LABEL_OPTIONS = (
+    *_THRESHOLDS,
+    *("progress_by", "keyframe_window", "event_delay", "event_window", "event_last", "event_stride"),
+)
 
 
 def segments(
@@ -57,7 +63,7 @@ def segments(
     gripper_range: GripperRangeOption = None,
 ) -> None:
     """Draw cuts and keyframes of stored trajectories over speed and gripper, with the frames at each; one HTML page."""
-    config = labelling(changes or [])
+    config = labelling(changes or [], stored_section(path / "config.json", "reward_model"))
     from reachrl.demos.readers import read_trajectories
     from reachrl.errors import ConfigError
     from reachrl.run.segments_page import page_facts, write_segments_page
@@ -82,7 +88,7 @@ def segments(
         (f"{means['uncut']}", "without a gripper change"),
         (f"{watch.seconds:.2g} s", f"to label {watch.decisions:,} decisions"),
     ]
-    shown = [*_THRESHOLDS, *sorted(config.model_fields_set - {*_THRESHOLDS, "kind"})]
+    shown = [*_THRESHOLDS, *sorted(config.model_dump(exclude_defaults=True).keys() - {*_THRESHOLDS, "kind"})]
     options = [(name, f"{getattr(config, name)}") for name in shown]
     write_segments_page(out, rows, source=str(path), facts=facts, options=options, notes=notes)
     typer.echo(
@@ -93,11 +99,36 @@ def segments(
     typer.echo(f"{out}")
 
 
-def labelling(changes: Iterable[str]) -> "RewardModelSection":
-    """The options of the labels: the defaults and `key=value` changes.
+def stored_section(file: Path, key: str) -> dict[str, Any]:
+    """The section that a run keeps in a JSON file; empty where there is none.
+
+    Args:
+        file: the run's `config.json` or a reward model's `quality.json`; it need not be there, or be a run's.
+        key: of the section in it.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    from reachrl.errors import StorageError
+
+    if not file.is_file():
+        return {}
+    try:
+        section = json.loads(file.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(
+            f"{file}: damaged ({error}); expected JSON that says how trajectories are labelled under {key!r}. Put the "
+            "file back, or delete it to label by the defaults and --set."
+        ) from error
+    return section if isinstance(section, dict) else {}
+
+
+def labelling(changes: Iterable[str], stored: Mapping[str, Any] | None = None) -> "RewardModelSection":
+    """The options of the labels: the defaults, what a run was given, and `key=value` changes.
 
     Args:
         changes: keys of the section `reward_model`, with or without that word before them.
+        stored: that section as a run keeps it; only what labels depend on is taken from it.
 
     Raises:
         ConfigError: an unknown key or a wrong value; the message names it.
@@ -105,7 +136,7 @@ def labelling(changes: Iterable[str]) -> "RewardModelSection":
     from reachrl.config.loading import validate
     from reachrl.errors import ConfigError
 
-    section: dict[str, str] = {}
+    section: dict[str, Any] = {key: value for key, value in (stored or {}).items() if key in _LABEL_OPTIONS}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from reachrl.config.demos import DemosSection
 from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env
-from reachrl.errors import ReachRLError
+from reachrl.errors import ConfigError, ReachRLError
 from reachrl.registry import build, section_class
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
@@ -80,13 +80,16 @@ def run_attempt(
 
     Returns:
         The episode, `actions` being the clean actions clipped to the action space.
+
+    Raises:
+        ConfigError: the simulator has no expert.
     """
     low, high = env.action_space.low, env.action_space.high  # pyright: ignore[reportAttributeAccessIssue]
     observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
     images, ee_states, actions = [observation["image"].copy()], [observation["ee_state"].copy()], []
     success = done = False
     while not done:
-        clean = np.clip(np.asarray(env.expert_action(), np.float32), low, high)
+        clean = np.clip(np.asarray(_expert_action(env, start), np.float32), low, high)
         noise, use = rng.standard_normal(clean.shape), rng.random() < config.noise_probability
         executed = clean + use * config.action_noise * 0.5 * (high - low) * noise
         observation, _, terminated, truncated, info = env.step(np.clip(executed, low, high).astype(np.float32))
@@ -105,6 +108,18 @@ def run_attempt(
         success=success,
         source="expert",
     )
+
+
+def _expert_action(env: Env, start: Start) -> np.ndarray:
+    try:
+        return env.expert_action()
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"demos: {type(env).__name__} has no scripted expert for task {start.task!r} (`expert_action` raises "
+            "NotImplementedError), so there is nobody to demonstrate it. Train without demonstrations: set "
+            "policy.checkpoint and sft.epochs=0, and a reward for which no model is fitted (reward.kind=task, or "
+            "reward.checkpoint)."
+        ) from error
 
 
 def serve(pipe: Connection) -> None:

@@ -119,6 +119,7 @@ class _Training:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.resumable_best: dict[str, Any] | None = None  # the checkpoint's, which a resumed training begins with
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,8 @@ class _Training:
             raise DivergedError(f"sft step {self.step}: held-out loss {score.loss} is not finite. Lower sft.lr.")
         if self.best is None or score.loss < self.best["loss"]:
             self.best = {"step": self.step, **asdict(score)}
-            replace_folder_atomic(self.folder / "best", self.policy.save_pretrained)
+            self._drop_outdated_bests()
+            replace_folder_atomic(self._best_folder(self.best), self.policy.save_pretrained)
         return {"heldout_loss": score.loss, "token_accuracy": score.token_accuracy, "action_error": score.action_error}
 
     @torch.no_grad()
@@ -211,6 +213,18 @@ class _Training:
             write_json_atomic(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
 
         replace_folder_atomic(self.folder / "checkpoint", write)
+        self.resumable_best = self.best
+        self._drop_outdated_bests()
+
+    def _best_folder(self, best: dict[str, Any]) -> Path:
+        """Where the best weights of a step lie: one folder a step, as a resumed training may not find them again."""
+        return self.folder / f"best_{best['step']:06d}"
+
+    def _drop_outdated_bests(self) -> None:
+        """Delete all best weights but the newest and those of the checkpoint, so that never more than two lie there."""
+        needed = [self._best_folder(best) for best in (self.best, self.resumable_best) if best is not None]
+        for folder in set(self.folder.glob("best_*")).difference(needed):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self) -> None:
         """Continue from `checkpoint/` if there is one."""
@@ -223,6 +237,7 @@ class _Training:
         self.policy.restore(checkpoint / "policy")
         load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")
         self.step, self.best = state["step"], state["best"]
+        self.resumable_best = self.best
         logger.info("sft: resumed at step %d of %d", self.step, self.steps)
 
     def finished(self) -> SFTResult | None:
@@ -238,7 +253,7 @@ class _Training:
     def finish(self) -> SFTResult:
         """Put the best weights into the policy, save it, and drop the checkpoints."""
         if self.best is not None:
-            self.policy.restore(self.folder / "best")
+            self.policy.restore(self._best_folder(self.best))
             best = self.best
         else:
             score = self.score(self.train_rows[: self.config.heldout_rows])
@@ -254,8 +269,8 @@ class _Training:
             heldout_rows=len(self.heldout_rows),
         )
         write_json_atomic(self.folder / "sft.json", {"identity": self.identity, "result": asdict(result)})
-        for name in ("checkpoint", "best"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for folder in (self.folder / "checkpoint", *self.folder.glob("best_*")):
+            shutil.rmtree(folder, ignore_errors=True)
         return result
 
     def _read_state(self, path: Path) -> dict[str, Any]:

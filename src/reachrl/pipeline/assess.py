@@ -1,6 +1,7 @@
 """Stages `eval` and `report`: held-out success before and after, videos, one conversation, the summary."""
 
 import base64
+import copy
 import io
 import json
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
-from reachrl.pipeline.refit import audit_figures, latest_version
-from reachrl.pipeline.reinforce import build_reward, needs_reward_model
+from reachrl.pipeline.refit import audit_figures
+from reachrl.pipeline.reinforce import build_reward, needs_reward_model, trained_reward
 from reachrl.policies.base import Policy
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.reward import ProcessReward
@@ -54,6 +55,7 @@ def _evaluate_one(
     starts: Sequence[Start],
     when: str,
 ) -> None:
+    reward = trained_reward(config, run) if when == "after" else build_reward(config, run)
     modes = config.eval.modes
     filmed = {Start(task, "eval", 0) for task in config.env.tasks[: config.eval.num_videos]}
     record: dict[str, Any] = {}
@@ -71,7 +73,6 @@ def _evaluate_one(
             )
             record[mode] = result.record()
             episodes += [episode for episode in result.episodes if episode.turns]
-    reward = build_reward(config, run, version=latest_version(run) if when == "after" else 0)
     for episode in episodes:
         _film(config, run, reward, episode, when)
     if when == "after" and episodes:
@@ -92,7 +93,7 @@ def _evaluate_one(
 
 
 def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode) -> Rewards:
-    """The training reward of a recorded episode, step by step: f32[T 1] parts."""
+    """The training reward of a recorded episode, step by step: f32[T 1] parts; `reward` stays as it is."""
     steps = len(episode.turns)
     assert episode.final_image is not None
     ended = np.zeros((steps, 1), dtype=bool)
@@ -115,7 +116,10 @@ def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode)
         episodes=(),
         policy_version=0,
     )
-    return reward(rollout)
+    state = copy.deepcopy(reward.state_dict())
+    rewards = reward(rollout)
+    reward.load_state_dict(state)  # a running scale, say, learns from training alone
+    return rewards
 
 
 def conversation(config: TrainConfig, policy: Policy, reward: Reward, episode: PlayedEpisode) -> dict[str, Any]:

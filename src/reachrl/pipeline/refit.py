@@ -90,12 +90,6 @@ def read_version(run: Run, version: int) -> RewardModel:
     return load_reward_model(version_folder(run, version) / "model")
 
 
-def latest_version(run: Run) -> int:
-    """The newest complete version."""
-    found = [path.parent.name for path in run.reward_model.glob("version_*/quality.json")]
-    return max((int(name.removeprefix("version_")) for name in found), default=0)
-
-
 def first_data(config: TrainConfig, run: Run) -> list[Trajectory]:
     """What the first fit saw: demonstrations, the warm-started policy's episodes, and what the configuration adds."""
     rollouts = run.reward_model / "rollouts" / "policy.parquet"

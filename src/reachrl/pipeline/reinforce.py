@@ -26,7 +26,7 @@ from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
 from reachrl.run.directory import Run
-from reachrl.train import TrainState, Watcher, train
+from reachrl.train import TrainState, Watcher, saved_reward_state, train
 from reachrl.types import Start, Trajectory
 
 log = logging.getLogger(__name__)
@@ -92,13 +92,12 @@ def needs_reward_model(config: TrainConfig) -> bool:
     return isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
 
 
-def build_reward(config: TrainConfig, run: Run, *, version: int = 0, scoring: FrameScoring | None = None) -> Reward:
-    """The configured reward; the process reward with a version of this run's model unless it names another.
+def build_reward(config: TrainConfig, run: Run, *, scoring: FrameScoring | None = None) -> Reward:
+    """The configured reward as training begins with it; the process reward with this run's model unless it names one.
 
     Args:
         config: the run's.
         run: where its reward models are.
-        version: of the model.
         scoring: who runs the model; None: this process.
 
     Raises:
@@ -120,7 +119,7 @@ def build_reward(config: TrainConfig, run: Run, *, version: int = 0, scoring: Fr
     # Where others run the model, ours is what they get copies of.
     device = device_of(config) if scoring is None else torch.device("cpu")
     brought = config.reward.checkpoint
-    model = read_version(run, version) if brought is None else load_reward_model(brought)
+    model = read_version(run, 0) if brought is None else load_reward_model(brought)
     return build(
         "rewards",
         config.reward,
@@ -130,6 +129,18 @@ def build_reward(config: TrainConfig, run: Run, *, version: int = 0, scoring: Fr
         scoring=scoring,
         read_version=lambda number: read_version(run, number).to(device),
     )
+
+
+def trained_reward(config: TrainConfig, run: Run) -> Reward:
+    """The configured reward as training left it: the reward model's last version, the running scale.
+
+    Raises:
+        CheckpointError: the last checkpoint, which knows that, is missing or damaged.
+    """
+    reward = build_reward(config, run)
+    if config.num_iterations > 0:
+        reward.load_state_dict(saved_reward_state(run))
+    return reward
 
 
 class _TrainDisplay:

@@ -7,11 +7,15 @@ from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
 from reachrl.pipeline.base import Display
+from reachrl.pipeline.reinforce import needs_reward_model
 from reachrl.run.directory import Run
 
 
 def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
-    """Collect demonstrations on training starts into `demos/`."""
+    """Collect demonstrations on training starts into `demos/`, if a later stage reads them."""
+    if not (fine_tunes(config) or needs_reward_model(config)):
+        display.log("demos: nothing to collect, the policy is kept as it is and no reward model is fitted")
+        return {"trajectories": 0}
     total = len(config.env.tasks) * config.demos.episodes_per_task
     done = 0
     with display.stage("demos", total, "scripted experts") as progress:
@@ -25,10 +29,15 @@ def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
     return {"trajectories": len(store)}
 
 
+def fine_tunes(config: TrainConfig) -> bool:
+    """Whether the warm start trains the policy; otherwise it keeps it as it is."""
+    return config.sft.steps is not None or config.sft.epochs > 0
+
+
 def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Warm-start the policy on the demonstrations; the best weights land in `sft/policy/`."""
     policy = new_policy(config)
-    if config.sft.steps is None and config.sft.epochs == 0:
+    if not fine_tunes(config):
         policy.save_pretrained(run.sft / "policy")
         return {"steps": 0}
     last = 0
