@@ -47,6 +47,7 @@ def test_overrides_reach_their_fields_and_change_the_hash():
         ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: libero, metaworld, reach_toy"),
         ("env.tasks=drawer-opn", "no task 'drawer-opn'"),
         ("seed.x=1", "'seed' is a value, not a section"),
+        ("ppo.lr=inf", "ppo.lr = inf: Input should be a finite number"),
     ],
 )
 def test_mistakes_name_the_key_and_what_was_expected(override, message):
@@ -85,6 +86,34 @@ def test_presets_in_a_circle_are_refused_and_a_base_lies_beside_its_preset(tmp_p
     (tmp_path / "below.toml").write_text('base = "above.toml"\n')
     with pytest.raises(ConfigError, match="circle"):
         load_config(str(tmp_path / "above.toml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("mine.toml", b"base = 3\n", "mine.toml: base = 3: expected the name or the file of a preset"),
+        ("mine.toml", b"reasons = 3\n", "mine.toml: reasons is a table of keys and sentences"),
+        ("mine.toml", b"[reasons]\nseed = 3\n", "mine.toml: reasons is a table of keys and sentences"),
+        ("mine.toml", b'description = "\xe9"\n', "mine.toml: not valid TOML: 'utf-8' codec"),
+        ("mine.json", b"[1]", "mine.json: expected an object such as a run's config.json, found list"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_config, explain])
+def test_a_file_that_is_no_preset_is_told(tmp_path, read, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(str(tmp_path / name))
+    assert words in str(error.value)
+
+
+def test_a_preset_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.toml").touch()
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ConfigError, match=r"mine\.toml cannot be read: Permission denied"):
+        load_config(str(tmp_path / "mine.toml"))
 
 
 @pytest.mark.parametrize(
