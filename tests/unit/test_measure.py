@@ -16,6 +16,7 @@ from reachrl.errors import ConfigError
 from reachrl.evaluate import evaluate, heldout_starts
 from reachrl.pipeline import measure as measuring
 from reachrl.pipeline.measure import Measurement, measure, played
+from reachrl.run import result_page
 
 QUIET = Display(quiet=True)
 CHANGES = ("eval.num_starts=3", "env.max_steps=6", "eval.num_videos=1")
@@ -61,6 +62,16 @@ def test_the_merged_counts_are_those_of_the_plain_evaluation(policy, whole):
             found = whole["modes"][mode]
             assert (found["k"], found["n"]) == (plain["k"], plain["n"])
             assert {task: found["per_task"][task] for task in plain["per_task"]} == plain["per_task"]
+
+
+def test_films_that_do_not_fit_on_the_page_are_named(whole, tmp_path, monkeypatch):
+    out = tmp_path / "whole"
+    film = out / "videos" / "red-square.mp4"
+    (out / "videos" / "a-first.mp4").write_bytes(bytes(film.stat().st_size + 1))
+    monkeypatch.setattr(result_page, "MAX_VIDEO_BYTES", film.stat().st_size)
+    html = result_page.write_result_page(out, whole).read_text()
+    assert html.count("<video") == 1 and "<figcaption>red-square</figcaption>" in html
+    assert "see the folder videos/: a-first." in html
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(policy, whole, tmp_path, monkeypatch):
