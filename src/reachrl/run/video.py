@@ -255,9 +255,7 @@ def clip(path: Path) -> dict[str, str]:
     return {"video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)}
 
 
-def clips_that_fit(
-    films: Mapping[str, Sequence[Path]], room: int
-) -> tuple[dict[str, list[dict[str, str]]], list[str]]:
+def clips_that_fit(films: Mapping[str, Sequence[Path]], room: int) -> tuple[dict[str, list[dict[str, str]]], list[str]]:
     """What a page of limited size embeds of films, the first ones first.
 
     Args:

@@ -144,9 +144,7 @@ def rest_frames(
     return np.array(keyframes, dtype=np.int64)
 
 
-def arm_speed(
-    xyz: Float[np.ndarray, "T+1 3"], *, keyframe_speed: float
-) -> tuple[Float[np.ndarray, "T"], float]:
+def arm_speed(xyz: Float[np.ndarray, "T+1 3"], *, keyframe_speed: float) -> tuple[Float[np.ndarray, "T"], float]:
     """The speed that led to each frame but the first, and the one below which the arm is at rest.
 
     Speed is measured against the trajectory's own fast motion (its 95th percentile), so the unit of length
