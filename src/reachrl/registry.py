@@ -7,7 +7,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
-from reachrl.errors import ConfigError, ExtensionError, MissingExtra
+from reachrl.errors import ConfigError, ExtensionError, MissingExtra, ReachRLError
 
 # group -> kind -> (class, its configuration section)
 BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
@@ -72,8 +72,13 @@ def _import(target: str, *, group: str, kind: str) -> Any:
         package = (error.name or "").partition(".")[0]
         how = f"pip install 'reachrl[{_EXTRAS[package]}]'" if package in _EXTRAS else "install it"
         raise MissingExtra(f"{group}: kind {kind!r} needs the package {error.name!r}: {how}.") from error
-    except (ImportError, AttributeError) as error:
-        raise ExtensionError(f"{group}: kind {kind!r} ({target!r}) could not be imported: {error}") from error
+    except ReachRLError:  # says itself what to do
+        raise
+    except Exception as error:  # a plug-in's module runs any code of its author's
+        raise ExtensionError(
+            f"{group}: kind {kind!r} ({target!r}) could not be imported: {type(error).__name__}: {error}. "
+            f"`python -c 'from {module_name} import {attribute}'` shows where; repair it, or choose another kind."
+        ) from error
 
 
 def resolve(group: str, kind: str) -> Any:
@@ -81,7 +86,7 @@ def resolve(group: str, kind: str) -> Any:
 
     Raises:
         ConfigError: no such kind.
-        ExtensionError: the plug-in cannot be imported.
+        ExtensionError: the plug-in cannot be imported, whatever its module raised.
         MissingExtra: a package that the kind needs is absent.
     """
     known = kinds(group)

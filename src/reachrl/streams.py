@@ -1,7 +1,8 @@
 """Random numbers addressed by what they are for, so that there is no generator state to save.
 
-Every draw in the project comes from `(seed, stream, key)` alone: a resumed run needs no history, and an
-episode does not depend on which worker ran it.
+A draw comes from `(seed, stream, key)` alone: a resumed run needs no history, and an episode does not depend on
+which worker ran it. Two things are drawn elsewhere: initial weights, by torch's generator and the run's seed, and
+Meta-World's start states, which no seed changes, by a generator for each task, split and number.
 """
 
 import zlib

@@ -86,6 +86,25 @@ def test_each_error_has_its_exit_code_and_its_words_arrive_unchanged(reachrl, mo
     assert reachrl("train", "toy") == (code, "", f"error: {words}\n")
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("Sim = missing", "NameError: name 'missing'"), ("class Sim(", "SyntaxError"), ("x = 1", "AttributeError")],
+)
+def test_a_plug_in_that_cannot_be_imported_is_an_error_and_no_traceback(reachrl, monkeypatch, tmp_path, code, words):
+    (tmp_path / "broken_sim.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_sim", raising=False)
+    status, _, err = reachrl("config", "toy", "env.kind=broken_sim:Sim")
+    assert status == errors.ExtensionError.exit_code and "Traceback" not in err
+    assert words in err and "python -c 'from broken_sim import Sim'" in err
+
+
+def test_a_plug_in_may_say_itself_what_is_missing(reachrl, monkeypatch, tmp_path):
+    (tmp_path / "poor_sim.py").write_text("from reachrl.errors import MissingExtra\nraise MissingExtra('get it')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert reachrl("config", "toy", "env.kind=poor_sim:Sim") == (3, "", "error: get it\n")
+
+
 def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("our bug")

@@ -47,6 +47,8 @@ def test_overrides_reach_their_fields_and_change_the_hash():
         ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: libero, metaworld, reach_toy"),
         ("env.tasks=drawer-opn", "no task 'drawer-opn'"),
         ("seed.x=1", "'seed' is a value, not a section"),
+        ("num_iterations=0", "num_iterations = 0: Input should be greater than or equal to 1"),
+        ("ppo.lr=inf", "ppo.lr = inf: Input should be a finite number"),
     ],
 )
 def test_mistakes_name_the_key_and_what_was_expected(override, message):
@@ -88,13 +90,57 @@ def test_presets_in_a_circle_are_refused_and_a_base_lies_beside_its_preset(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("mine.toml", b"base = 3\n", "mine.toml: base = 3: expected the name or the file of a preset"),
+        ("mine.toml", b"reasons = 3\n", "mine.toml: reasons is a table of keys and sentences"),
+        ("mine.toml", b"[reasons]\nseed = 3\n", "mine.toml: reasons is a table of keys and sentences"),
+        ("mine.toml", b'description = "\xe9"\n', "mine.toml: not valid TOML: 'utf-8' codec"),
+        ("mine.json", b"[1]", "mine.json: expected an object such as a run's config.json, found list"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_config, explain])
+def test_a_file_that_is_no_preset_is_told(tmp_path, read, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(str(tmp_path / name))
+    assert words in str(error.value)
+
+
+def test_a_preset_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.toml").touch()
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ConfigError, match=r"mine\.toml cannot be read: Permission denied"):
+        load_config(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize(
     ("overrides", "line"),
     [
         (["reward_model.shuffled_negatives=0.2"], "reward_model: shuffled_negatives needs num_frames"),
         (["reward_model.refit_every=1", "num_steps=3"], "options: reward_model.refit_every=1 needs episodes"),
+        (["ppo.gamma=0", "reward.pay=segments"], "options: reward.pay=segments divides the potential by ppo.gamma=0"),
+        (["reward_model.rollouts_per_task=9", "env.num_train_starts=8"], "rollouts_per_task=9 exceeds env.num_train"),
     ],
 )
 def test_a_check_across_options_gives_its_reason_and_not_the_whole_section(overrides, line):
     with pytest.raises(ConfigError) as error:
         load_config("toy", overrides)
     assert line in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ppo.gamma=0"],  # paid at steps
+        ["ppo.gamma=0", "reward.pay=segments", "reward.mode=sum"],  # scores, which nothing discounts
+        ["ppo.gamma=0", "reward.pay=segments", "env.max_steps=1"],
+        ["env.num_train_starts=1", "reward.kind=task"],  # no reward model is fitted
+        ["env.num_train_starts=1", "reward.checkpoint=mine"],
+    ],
+)
+def test_what_an_option_forbids_elsewhere_is_allowed_where_nothing_uses_it(overrides):
+    load_config("toy", overrides)

@@ -1,5 +1,6 @@
 """The documentation is run: code of the how-to pages, commands of every page, links between pages."""
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from reachrl.algorithms.base import UpdateStats
 from reachrl.cli.app import app
 from reachrl.config.loading import list_presets, load_config
+from reachrl.config.train import KIND_SECTIONS
+from reachrl.policies.base import Policy
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,6 +109,24 @@ def test_the_reference_names_every_command():
 def test_every_preset_is_explained():
     page = (ROOT / "docs" / "concepts" / "configuration.md").read_text()
     assert [preset for preset in list_presets() if f"`{preset}`" not in page] == []
+
+
+def test_every_group_of_kinds_is_explained():
+    page = (ROOT / "docs" / "concepts" / "configuration.md").read_text()
+    named = [f"`{section}`" for section in KIND_SECTIONS] + [f"`reachrl.{group}`" for group in KIND_SECTIONS.values()]
+    assert [words for words in named if words not in page] == []
+
+
+def test_the_how_to_names_every_member_of_a_policy():
+    page = (ROOT / "docs" / "how-to" / "policy.md").read_text()
+    members = {name for name in {**vars(Policy), **Policy.__annotations__} if not name.startswith("_")}
+    assert sorted(name for name in members if not re.search(rf"`{name}\b", page)) == []
+
+
+def test_the_reference_names_every_figure_of_an_update():
+    page = (ROOT / "docs" / "reference" / "run-folder.md").read_text()
+    figures = UpdateStats(**{field.name: 0 for field in dataclasses.fields(UpdateStats)}).metrics()
+    assert [name for name in figures if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -39,6 +39,11 @@ def test_a_wrong_task_is_told_with_the_one_that_was_meant():
         load_config("paper", ["env.kind=libero", "env.tasks=put_the_bowl_on_the_stove"])
 
 
+def test_a_suite_that_is_no_name_is_told():
+    with pytest.raises(ConfigError, match=r"env\.suite = \[1\]: Input should be 'libero_spatial'"):
+        load_config("paper", ["env.kind=libero", "env.suite=[1]"])
+
+
 def test_training_on_stored_starts_has_fifty_of_them():
     assert LiberoConfig(split="paper").num_train_starts == 50
     with pytest.raises(ConfigError, match="50 stored start states; ask for at most that many"):

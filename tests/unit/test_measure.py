@@ -16,6 +16,7 @@ from reachrl.errors import ConfigError
 from reachrl.evaluate import evaluate, heldout_starts
 from reachrl.pipeline import measure as measuring
 from reachrl.pipeline.measure import Measurement, measure, played
+from reachrl.run import result_page
 
 QUIET = Display(quiet=True)
 CHANGES = ("eval.num_starts=3", "env.max_steps=6", "eval.num_videos=1")
@@ -61,6 +62,16 @@ def test_the_merged_counts_are_those_of_the_plain_evaluation(policy, whole):
             found = whole["modes"][mode]
             assert (found["k"], found["n"]) == (plain["k"], plain["n"])
             assert {task: found["per_task"][task] for task in plain["per_task"]} == plain["per_task"]
+
+
+def test_films_that_do_not_fit_on_the_page_are_named(whole, tmp_path, monkeypatch):
+    out = tmp_path / "whole"
+    film = out / "videos" / "red-square.mp4"
+    (out / "videos" / "a-first.mp4").write_bytes(bytes(film.stat().st_size + 1))
+    monkeypatch.setattr(result_page, "MAX_VIDEO_BYTES", film.stat().st_size)
+    html = result_page.write_result_page(out, whole).read_text()
+    assert html.count("<video") == 1 and "<figcaption>red-square</figcaption>" in html
+    assert "see the folder videos/: a-first." in html
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(policy, whole, tmp_path, monkeypatch):
@@ -133,10 +144,11 @@ def test_the_official_protocol_is_liberos():
 def test_the_official_protocol_takes_its_suite_from_the_configuration(tmp_path):
     (tmp_path / "mine.toml").write_text(
         'base = "robust"\n[env]\nkind = "libero"\nsuite = "libero_10"\nmax_steps = 99\nnum_eval_starts = 7\n'
-        'simulation = "fast"\n[eval]\nnum_starts = 5\n'
+        'simulation = "fast"\n[eval]\nnum_starts = 5\ntemperature = 1.5\n'
     )
     config = official(str(tmp_path / "mine.toml"), [], suite=None)
     assert (config.env.max_steps, config.eval.num_starts, config.env.simulation) == (520, 50, "faithful")
+    assert config.eval.temperature == 1.0
 
 
 @pytest.mark.parametrize(
@@ -144,12 +156,15 @@ def test_the_official_protocol_takes_its_suite_from_the_configuration(tmp_path):
     [
         (["env.max_steps=100"], "env.max_steps: the official protocol has 280"),
         (["eval.num_starts=10"], "eval.num_starts: the official protocol has 50"),
+        (['eval.modes=["sampled"]', "eval.temperature=2.0"], "eval.temperature: the official protocol has 1.0"),
         (['env.tasks=["pick_up_the_milk_and_place_it_in_the_basket"]'], "all 10 of libero_object"),
     ],
 )
 def test_what_departs_from_the_official_protocol_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         official("toy", changes, suite="libero_object")
+    sampled = official("toy", ['eval.modes=["sampled"]', "env.image_size=224"], suite="libero_object")
+    assert sampled.eval.modes == ("sampled",) and sampled.env.image_size == 224  # the policy's own affair
     # What only costs fidelity is allowed when it is asked for; the result says so.
     assert official("toy", ["env.simulation=fast"], suite="libero_object").env.simulation == "fast"
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from reachrl.config.loading import load_config
 from reachrl.config.reward import ProcessRewardConfig
+from reachrl.errors import ConfigError
 from reachrl.rewards.episodes import episode_parts, frame_numbers
 from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rewards.process.scorer import FrameScorer, clip_numbers
@@ -114,6 +116,19 @@ def test_paying_a_potential_at_segment_ends_keeps_every_segments_return(terminal
         assert discount @ paid[start:] == pytest.approx(discount @ each[start:], abs=1e-6)
     as_sum = pay_at_ends(scores, ends, potential=False, gamma=GAMMA, terminal=terminal)
     assert as_sum.tolist() == [0, 0, scores[3], scores[4], 0, 0, 0, 0, scores[9]]
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.04, 0.0])
+def test_a_discount_is_refused_where_segments_would_pay_infinities(gamma):
+    scores, end = np.ones(31, np.float32), np.array([29])
+    with np.errstate(over="ignore", divide="ignore"):
+        paid = pay_at_ends(scores, end, potential=True, gamma=gamma, terminal=True)
+    changes = ["reward.pay=segments", "env.max_steps=30", f"ppo.gamma={gamma}"]
+    if np.isfinite(paid).all():
+        assert load_config("toy", changes).ppo.gamma == gamma == 0.05
+    else:
+        with pytest.raises(ConfigError, match="no longer a finite number over env.max_steps=30"):
+            load_config("toy", changes)
 
 
 def test_segments_end_where_the_gripper_changes_and_where_the_episode_does():

@@ -68,7 +68,7 @@ def test_lock_refuses_a_living_owner_and_is_taken_over_from_a_dead_one(tmp_path:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline().strip() == "held"
-        with pytest.raises(ConfigError, match=rf"process {holder.pid} "):
+        with pytest.raises(ConfigError, match=rf"process {holder.pid} .*another folder \(--run or --out\)"):
             Run.open(path, {}, config_hash="h", tensorboard=False)
         holder.send_signal(signal.SIGKILL)
         holder.wait()

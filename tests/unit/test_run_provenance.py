@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from reachrl.errors import StorageError
 from reachrl.run import provenance
 
 
@@ -25,6 +26,15 @@ def test_facts_agree_with_their_sources(tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(2):
         other = provenance.write_provenance(path, seed=3)
         assert other["command"] == ["reachrl", "train", "x"] and other["earlier"] == [first]
+
+
+@pytest.mark.parametrize("damaged", [b'{"started": ', b"\xff"])
+def test_a_damaged_record_is_named_and_left_alone(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "provenance.json"
+    path.write_bytes(damaged)
+    with pytest.raises(StorageError, match=r"provenance\.json is not JSON .* delete it to go on"):
+        provenance.write_provenance(path, seed=3)
+    assert path.read_bytes() == damaged
 
 
 def test_commit_and_local_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

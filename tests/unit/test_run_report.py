@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from reachrl.errors import StorageError
-from reachrl.run import plots
+from reachrl.run import plots, report
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.report import write_report
 from reachrl.run.svg import Chart, span, ticks
@@ -224,6 +224,17 @@ def test_an_empty_run_and_one_with_only_an_evaluation(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "eval" / "before.json", {"greedy": {"k": 1, "n": 4, "per_task": {}}})
     text = Page(write_report(tmp_path).read_text()).text
     assert "1/4 = 25.0 %" in text and "Only the evaluation before" in text
+
+
+def test_films_of_alarms_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "iteration": 3, "audit/alarm": 1}\n')
+    noise = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "videos" / "alarm_iteration0003_1.mp4", noise)
+    size = write_video(tmp_path / "videos" / "alarm_iteration0003_2.mp4", noise[:1, :16, :16]).stat().st_size
+    monkeypatch.setattr(report, "MAX_VIDEO_BYTES", 4 * size)
+    html = write_report(tmp_path).read_text()
+    assert html.count("<video") == 1 and "<figcaption>alarm_iteration0003_2.mp4</figcaption>" in html
+    assert "see the folder videos/: alarm_iteration0003_1.mp4." in Page(html).text
 
 
 def test_the_headline_follows_the_mode_the_summary_names(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from reachrl.errors import StorageError
 from reachrl.run import video
-from reachrl.run.video import draw_overlay, poster, read_video, write_video
+from reachrl.run.video import clip, clips_that_fit, draw_overlay, poster, read_video, write_video
 
 CURVE_ROWS = slice(44, 94)  # of a drawn frame with a caption of one line
 
@@ -36,6 +36,19 @@ def test_round_trip_and_browser_format(tmp_path: Path) -> None:
     assert content.index(b"moov") < content.index(b"mdat")  # plays before it is wholly there
     assert [p.name for p in path.parent.iterdir()] == ["x.mp4"]
     assert poster(path).startswith("data:image/jpeg;base64,/9j/")
+
+
+def test_films_that_do_not_fit_are_named_and_smaller_ones_after_them_shown(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
+    small = [write_video(tmp_path / f"small{i}.mp4", np.zeros((1, 16, 16, 3), np.uint8)) for i in range(3)]
+    large = write_video(tmp_path / "large.mp4", noise)
+    size = small[0].stat().st_size
+    assert large.stat().st_size > 3 * size
+    films = {"first": small[:1], "pair": [small[1], large], "last": small[2:]}
+    clips, left_out = clips_that_fit(films, 2 * size)
+    assert left_out == ["pair"]  # both of it, though the one alone would have had room
+    assert clips == {"first": [clip(small[0])], "last": [clip(small[2])]}
+    assert clips_that_fit(films, 0) == ({}, ["first", "pair", "last"])
 
 
 def test_odd_sizes_are_refused_and_a_full_disk_keeps_the_old_video(

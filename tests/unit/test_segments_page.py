@@ -107,6 +107,20 @@ def test_lines_and_dots_stand_where_their_frames_are(page):
     assert len(heights) == LAST + 1 and (np.diff(heights) < 0).all()  # progress rises
 
 
+def test_the_speed_is_drawn_as_keyframes_are_found_with_missed_poses_bridged(tmp_path, command_line):
+    missed = trajectory(success=False)
+    missed.ee_state[:, 0] = np.arange(LAST + 1) // 2 * 0.1  # a pose arrives at every second frame only
+    write_shard(tmp_path / "missed.parquet", [missed])
+    code, said, _ = command_line("reward", "segments", tmp_path / "missed.parquet", "--out", tmp_path / "page.html")
+    assert code == 0 and "0.00 keyframes" in " ".join(said.split())
+    speed = re.search(r"<svg .*?</svg>", rows((tmp_path / "page.html").read_text())[0], flags=re.DOTALL)[0]
+    curve, rest = (
+        [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.search(rf'class="{css}" d="([^"]+)"', speed)[1])]
+        for css in ("line curve c-value", "line thin dashed c-before")
+    )
+    assert max(curve[1:]) < rest[0]  # heights count downwards: the arm never rests once it moves
+
+
 def test_thumbnails_show_the_frames_they_name(page):
     html = page[0]
     found = re.findall(r'data-frame="(\d+)" data-kinds.*?src="data:image/jpeg;base64,([^"]+)"', html)

@@ -206,9 +206,8 @@ def _counted(trajectories: int) -> str:
 
 def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _Watch) -> "SegmentedTrajectory":
     """One trajectory with its milestones and labels, as the page draws it."""
-    import numpy as np
-
     from reachrl.rewards.process.label import label_trajectory, segment_trajectory
+    from reachrl.rewards.process.segment import arm_speed
     from reachrl.run import segments_page
 
     began = time.perf_counter()
@@ -216,8 +215,7 @@ def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _W
     watch.seconds += time.perf_counter() - began
     watch.decisions += len(trajectory.actions)
     milestones = segment_trajectory(trajectory, config)
-    speed = np.linalg.norm(np.diff(trajectory.ee_state[:, :3], axis=0), axis=1)
-    fast = float(np.percentile(speed, 95)) if len(speed) else 0.0
+    speed, rest = arm_speed(trajectory.ee_state[:, :3], keyframe_speed=config.keyframe_speed)
     return segments_page.SegmentedTrajectory(
         name=trajectory.start.task,
         about=f"{trajectory.start.split} start {trajectory.start.index}, {trajectory.source}",
@@ -226,7 +224,7 @@ def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _W
         images=trajectory.images,
         opening=trajectory.ee_state[:, 3],
         speed=speed,
-        rest=config.keyframe_speed * fast,
+        rest=rest,
         labels=labels,
         bounds=milestones.bounds,
         keyframes=milestones.keyframes,

@@ -8,7 +8,13 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Section(BaseModel):
     """Frozen, typed options. Unknown keys are errors; the docstring under a field is its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,  # JSON has no word for them
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -64,7 +64,7 @@ class LiberoConfig(EnvSection):
             return data
         values = dict(cast("dict[str, Any]", data))
         suite = values.get("suite", "libero_object")
-        if suite in SUITES:
+        if isinstance(suite, str) and suite in SUITES:  # anything else is refused where fields are checked
             values.setdefault("tasks", SUITES[suite])
             values.setdefault("max_steps", STEP_LIMITS[suite])
         if values.get("split") == "paper":

@@ -123,34 +123,54 @@ def _reason(reasons: dict[str, str], key: str) -> str:
 
 
 def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The preset's merged dict (its `base` first) and the reasons given for its keys."""
+    """The preset's merged dict (its `base` first) and the reasons given for its keys.
+
+    Raises:
+        ConfigError: a preset that `_read` refuses, presets in a circle, or a wrong `base` or `reasons`.
+    """
     if preset in above:
         raise ConfigError(f"presets build on each other in a circle: {' -> '.join([*above, preset])}.")
-    path = Path(preset)
-    if preset.endswith((".toml", ".json")):
-        if not path.is_file():
-            raise ConfigError(f"preset file {preset} does not exist.")
-        text = path.read_text()
-    else:
-        item = PRESETS / f"{preset}.toml"
-        if not item.is_file():
-            names = [entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")]
-            raise ConfigError(
-                f"unknown preset {preset!r}{_close(preset, names)}. Built-in presets: {', '.join(sorted(names))}; "
-                "or give the path of a .toml file, or of a run's config.json."
-            )
-        text = item.read_text()
-    try:
-        data = json.loads(text) if preset.endswith(".json") else tomllib.loads(text)
-    except ValueError as error:  # what both raise
-        raise ConfigError(f"{preset}: not valid {path.suffix[1:].upper()}: {error}") from error
-    base, reasons = data.pop("base", None), data.pop("reasons", {})
+    data = _read(preset)
+    base, reasons = data.pop("base", None), _as_section(data.pop("reasons", {}))
+    if reasons is None or not all(isinstance(reason, str) for reason in reasons.values()):
+        raise ConfigError(f'{preset}: reasons is a table of keys and sentences, such as "ppo.lr" = "why it differs".')
     if base is None:
         return data, reasons
+    if not isinstance(base, str):
+        raise ConfigError(f"{preset}: base = {base!r}: expected the name or the file of a preset, in quotes.")
     if base.endswith(".toml") and preset.endswith(".toml"):
-        base = str(path.parent / base)  # beside the file that names it
+        base = str(Path(preset).parent / base)  # beside the file that names it
     below, below_reasons = _layers(base, (*above, preset))
     return _merge(below, data), below_reasons | reasons
+
+
+def _read(preset: str) -> dict[str, Any]:
+    """What the file of one preset holds.
+
+    Raises:
+        ConfigError: no such preset, or its file cannot be read or holds something else.
+    """
+    own = preset.endswith((".toml", ".json"))
+    file = Path(preset) if own else PRESETS / f"{preset}.toml"
+    if own and not file.is_file():
+        raise ConfigError(f"preset file {preset} does not exist.")
+    if not file.is_file():
+        names = [entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")]
+        raise ConfigError(
+            f"unknown preset {preset!r}{_close(preset, names)}. Built-in presets: {', '.join(sorted(names))}; "
+            "or give the path of a .toml file, or of a run's config.json."
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if preset.endswith(".json") else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"preset file {preset} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # of both languages, and of bytes that are no UTF-8
+        raise ConfigError(f"{preset}: not valid {file.name.rpartition('.')[2].upper()}: {error}") from error
+    section = _as_section(data)
+    if section is None:
+        raise ConfigError(f"{preset}: expected an object such as a run's config.json, found {type(data).__name__}.")
+    return section
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

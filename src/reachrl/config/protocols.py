@@ -12,6 +12,7 @@ from reachrl.errors import ConfigError
 
 Protocol = Literal["heldout", "official"]
 PROTOCOLS: tuple[Protocol, ...] = ("heldout", "official")
+_OFFICIAL_TEMPERATURE = 1.0  # actions that are sampled at all are the policy's own
 
 
 def evaluation_config(
@@ -20,7 +21,8 @@ def evaluation_config(
     """The configuration of one evaluation.
 
     `official` is LIBERO's: all tasks of a suite, its 50 stored start states each, its step limit, its own simulation
-    and frames, greedy actions. How frames reach the policy, and how many processes work, stay open.
+    and frames, greedy actions. What belongs to the policy stays open (the size of its frames, the meaning of its
+    gripper, sampled actions at temperature 1 instead of greedy ones), and so does how many processes work.
 
     Args:
         preset: a preset's name, a TOML file or a run's `config.json`.
@@ -44,6 +46,7 @@ def evaluation_config(
     if protocol == "official":
         said += [f"env.num_eval_starts={NUM_STORED_STARTS}", f"eval.num_starts={NUM_STORED_STARTS}"]
         said += ["env.simulation=faithful", 'eval.modes=["greedy"]', f"env.num_envs={cores}"]
+        said += [f"eval.temperature={_OFFICIAL_TEMPERATURE}"]
     config = load_config(preset, [*said, *overrides])
     if protocol == "official":
         _check_official(config)
@@ -66,6 +69,7 @@ def _check_official(config: TrainConfig) -> None:
         "env.tasks": (env.tasks, SUITES[env.suite]),
         "env.max_steps": (env.max_steps, STEP_LIMITS[env.suite]),
         "eval.num_starts": (config.eval.num_starts, NUM_STORED_STARTS),
+        "eval.temperature": (config.eval.temperature, _OFFICIAL_TEMPERATURE),
     }
     for key, (found, official) in needed.items():
         if found != official:

@@ -26,6 +26,8 @@ KIND_SECTIONS = {
     "backend": "backends",
 }
 
+SMALLEST_DISCOUNT = 1e-38  # a reward divided by less has no finite float32
+
 
 class EvalSection(Section):
     """Evaluation on start states that nothing was ever trained on."""
@@ -58,7 +60,7 @@ class TrainConfig(Section):
     """Threads of the learner process; none takes PyTorch's default."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """Where the policy computes: `cpu`, `cuda`, `cuda:1`; `auto` takes the first GPU if there is one."""
-    num_iterations: Annotated[int, Field(ge=0)] = 30
+    num_iterations: Annotated[int, Field(ge=1)] = 30
     """PPO iterations."""
     num_steps: Annotated[int, Field(ge=1)] = 120
     """Decisions per environment and iteration."""
@@ -91,6 +93,12 @@ class TrainConfig(Section):
     """Held-out evaluation."""
     backend: SerializeAsAny[BackendSection] = LocalBackendConfig()
     """Where training computes."""
+
+    @property
+    def fits_reward_model(self) -> bool:
+        """Whether the reward scores frames with a model that this run fits."""
+        reward = self.reward
+        return isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
 
     @model_validator(mode="after")
     def _the_backend_can_do_it(self) -> Self:
@@ -138,9 +146,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _refits_are_possible(self) -> Self:
-        every, reward = self.reward_model.refit_every, self.reward
-        own = isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
-        if every and not own:
+        every = self.reward_model.refit_every
+        if every and not self.fits_reward_model:
             raise ValueError(
                 f"reward_model.refit_every={every} refits the model that this run fits and scores with: set "
                 "reward.kind=process with a weight above 0 and no reward.checkpoint, or refit_every=0"
@@ -149,6 +156,30 @@ class TrainConfig(Section):
             raise ValueError(
                 f"reward_model.refit_every={every} needs episodes that fit into one rollout, but env.max_steps="
                 f"{self.env.max_steps} exceeds num_steps={self.num_steps}: raise num_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _segments_can_be_paid(self) -> Self:
+        reward, ppo = self.reward, self.ppo
+        by_segments = isinstance(reward, ProcessRewardConfig) and (reward.mode, reward.pay) == ("potential", "segments")
+        if not (by_segments and isinstance(ppo, PPOConfig)):
+            return self
+        if ppo.gamma ** (self.env.max_steps - 1) < SMALLEST_DISCOUNT:
+            raise ValueError(
+                f"reward.pay=segments divides the potential by ppo.gamma={ppo.gamma:g} once for each further decision "
+                f"of a segment, which is no longer a finite number over env.max_steps={self.env.max_steps}: raise "
+                "ppo.gamma, or set reward.pay=steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_training_starts(self) -> Self:
+        wanted, there = self.reward_model.rollouts_per_task, self.env.num_train_starts
+        if self.fits_reward_model and wanted > there:
+            raise ValueError(
+                f"reward_model.rollouts_per_task={wanted} exceeds env.num_train_starts={there}: each of these episodes "
+                "has a start of its own, so lower the one or raise the other"
             )
         return self
 

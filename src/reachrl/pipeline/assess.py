@@ -18,7 +18,7 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures
-from reachrl.pipeline.reinforce import build_reward, needs_reward_model, trained_reward
+from reachrl.pipeline.reinforce import build_reward, trained_reward
 from reachrl.policies.base import Policy
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.reward import ProcessReward
@@ -201,7 +201,7 @@ def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode,
 
 def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
     """Held-out quality of the reward model this run fitted, or none."""
-    if not needs_reward_model(config):
+    if not config.fits_reward_model:
         return None
     quality = json.loads((run.reward_model / "quality.json").read_text())["heldout"]
     return quality | {

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Fit the process reward model on demonstrations and on the warm-started policy's own episodes."""
-    if not needs_reward_model(config):
+    if not config.fits_reward_model:
         display.log("reward: nothing to fit, the reward is the task's own or brings its checkpoint")
         return {"fitted": False}
     resolve("reward_models", config.reward_model.kind).check(config.reward_model)
@@ -76,20 +76,13 @@ def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None
     if count == 0:
         return
     policy = saved_policy(config, run.sft / "policy").eval()
-    first = max(config.env.num_train_starts - count, 0)
-    numbers = range(first, config.env.num_train_starts)
+    numbers = range(config.env.num_train_starts - count, config.env.num_train_starts)
     starts = [Start(task, "train", index) for index in numbers for task in config.env.tasks]
     with VectorEnv(config.env, config.env.num_envs) as envs:
         player = EpisodePlayer(policy, envs, mode="sampled", temperature=1.0, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
     write_shard(run.reward_model / "rollouts" / "policy.parquet", [_trajectory(episode) for episode in episodes])
-
-
-def needs_reward_model(config: TrainConfig) -> bool:
-    """Whether the configured reward scores frames with a model that this run fits."""
-    reward = config.reward
-    return isinstance(reward, ProcessRewardConfig) and reward.weight > 0 and reward.checkpoint is None
 
 
 def build_reward(config: TrainConfig, run: Run, *, scoring: FrameScoring | None = None) -> Reward:
@@ -138,8 +131,7 @@ def trained_reward(config: TrainConfig, run: Run) -> Reward:
         CheckpointError: the last checkpoint, which knows that, is missing or damaged.
     """
     reward = build_reward(config, run)
-    if config.num_iterations > 0:
-        reward.load_state_dict(saved_reward_state(run))
+    reward.load_state_dict(saved_reward_state(run))
     return reward
 
 

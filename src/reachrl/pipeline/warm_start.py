@@ -7,13 +7,12 @@ from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
 from reachrl.pipeline.base import Display
-from reachrl.pipeline.reinforce import needs_reward_model
 from reachrl.run.directory import Run
 
 
 def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Collect demonstrations on training starts into `demos/`, if a later stage reads them."""
-    if not (fine_tunes(config) or needs_reward_model(config)):
+    if not (fine_tunes(config) or config.fits_reward_model):
         display.log("demos: nothing to collect, the policy is kept as it is and no reward model is fitted")
         return {"trajectories": 0}
     total = len(config.env.tasks) * config.demos.episodes_per_task

@@ -55,8 +55,8 @@ class RunLock:
             owner = _parse(file.read())
             if owner and not self._stale(owner):
                 raise ConfigError(
-                    f"run {self.path.parent} is being written by process {owner['pid']} on {owner['host']}. "
-                    f"Wait for it, stop it, or choose another --run; if it is surely gone, delete {self.path}"
+                    f"{self.path.parent} is being written by process {owner['pid']} on {owner['host']}. Wait for it, "
+                    f"stop it, or choose another folder (--run or --out); if it is surely gone, delete {self.path}"
                 )
             record = {
                 "pid": os.getpid(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from reachrl.errors import StorageError
 from reachrl.run.atomic import write_json_atomic
 
 PACKAGES = (
@@ -113,14 +114,27 @@ def write_provenance(path: Path, **facts: Any) -> dict[str, Any]:
     Returns:
         The record as written; `earlier` lists started, command, commit and dirty of every other command, in
         order. The same command of the same source, as when a killed run is resumed, is listed once.
+
+    Raises:
+        StorageError: The file that is there is damaged, or the new one cannot be written.
     """
     record = collect_provenance(**facts)
     record["earlier"] = []
     if Path(path).exists():
-        before = json.loads(Path(path).read_text())
+        before = _earlier(Path(path))
         again = all(before.get(key) == record[key] for key in ("command", "commit", "dirty"))
         here = {key: before.get(key) for key in ("started", "command", "commit", "dirty")}
         record["earlier"] = before.get("earlier", []) + ([] if again else [here])
         record["started"] = before["started"] if again else record["started"]
     write_json_atomic(path, record)
     return record
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise StorageError(
+            f"{path} is not JSON ({error}); it lists the run's earlier commands: repair it, or delete it to go on "
+            "without them"
+        ) from error

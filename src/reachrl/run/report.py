@@ -14,7 +14,7 @@ from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page
 from reachrl.run.timeline import timeline_section
-from reachrl.run.video import clip
+from reachrl.run.video import clips_that_fit
 
 MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
 MAX_TURNS = 60
@@ -178,15 +178,9 @@ def _videos(run_path: Path, evals: dict) -> dict[str, Any] | None:
     if not found:
         return None
     order = [t for record in evals["after"].values() for t in record.get("per_task", {}) if t in found]
-    room, rows, left_out = MAX_VIDEO_BYTES, [], []
-    for task in dict.fromkeys([*order, *sorted(found)]):
-        size = sum(path.stat().st_size for path in found[task].values())
-        if size > room:
-            left_out.append(task)
-            continue
-        room -= size
-        clips = {when: clip(path) for when, path in found[task].items()}
-        rows.append({"task": task, "clips": clips})
+    films = {task: list(found[task].values()) for task in dict.fromkeys([*order, *sorted(found)])}
+    clips, left_out = clips_that_fit(films, MAX_VIDEO_BYTES)
+    rows = [{"task": task, "clips": dict(zip(found[task], shown, strict=True))} for task, shown in clips.items()]
     return {"rows": rows, "left_out": left_out}
 
 
@@ -265,13 +259,15 @@ def _alarm(run_path: Path, train: Sequence[dict]) -> dict[str, Any] | None:
     iterations = [record["iteration"] for record in train if record.get("audit/alarm")]
     if not iterations:
         return None
-    clips, room = [], MAX_VIDEO_BYTES // 4
-    for path in sorted((run_path / "videos").glob("alarm_*.mp4")):
-        room -= path.stat().st_size
-        if room < 0:
-            break
-        clips.append({"name": path.name} | clip(path))
-    return {"first": iterations[0], "count": len(iterations), "of": len(train), "clips": clips}
+    films = {path.name: [path] for path in sorted((run_path / "videos").glob("alarm_*.mp4"))}
+    clips, left_out = clips_that_fit(films, MAX_VIDEO_BYTES // 4)
+    return {
+        "first": iterations[0],
+        "count": len(iterations),
+        "of": len(train),
+        "clips": [{"name": name} | shown for name, (shown,) in clips.items()],
+        "left_out": left_out,
+    }
 
 
 def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:

@@ -7,7 +7,7 @@ from reachrl.run import plots
 from reachrl.run.formats import task_labels
 from reachrl.run.pages import drawn, write_page
 from reachrl.run.report import MAX_VIDEO_BYTES
-from reachrl.run.video import clip
+from reachrl.run.video import clips_that_fit
 
 _LABEL_WIDTH = 210  # pixels
 _LABEL_LENGTH = 32  # characters that fit into it
@@ -45,12 +45,13 @@ def _mode(name: str, record: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "record": record, "tasks": tasks, "chart": chart}
 
 
-def _videos(folder: Path) -> list[dict[str, str]]:
-    paths = sorted(folder.glob("*.mp4"))
-    labels, room, clips = task_labels([path.stem for path in paths], _LABEL_LENGTH), MAX_VIDEO_BYTES, []
-    for path in paths:
-        room -= path.stat().st_size
-        if room < 0:
-            break
-        clips.append({"label": labels[path.stem]} | clip(path))
-    return clips
+def _videos(folder: Path) -> dict[str, Any] | None:
+    films = {path.stem: [path] for path in sorted(folder.glob("*.mp4"))}
+    if not films:
+        return None
+    labels = task_labels(list(films), _LABEL_LENGTH)
+    clips, left_out = clips_that_fit(films, MAX_VIDEO_BYTES)
+    return {
+        "clips": [{"label": labels[task]} | shown for task, (shown,) in clips.items()],
+        "left_out": left_out,
+    }

@@ -29,7 +29,7 @@ class SegmentedTrajectory:
     success: bool
     images: UInt8[np.ndarray, "T+1 H W 3"]
     opening: Float[np.ndarray, "T+1"]  # of the gripper, 0 closed to 1 open
-    speed: Float[np.ndarray, "T"]  # metres of the motion that led to frame t + 1
+    speed: Float[np.ndarray, "T"]  # metres of the motion that led to frame t + 1, missed poses bridged
     rest: float  # speed below which the arm is at rest
     labels: Float[np.ndarray, "T+1"]  # 0..1; NaN: the frame has none
     bounds: Int64[np.ndarray, "S+1"]  # first frame of each segment, then the last frame

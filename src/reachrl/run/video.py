@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -253,6 +253,27 @@ def read_video(path: Path) -> UInt8[np.ndarray, "F H W 3"]:
 def clip(path: Path) -> dict[str, str]:
     """What a page embeds of a video file: `video` and `poster`, data URIs."""
     return {"video": data_uri(path.read_bytes(), "video/mp4"), "poster": poster(path)}
+
+
+def clips_that_fit(films: Mapping[str, Sequence[Path]], room: int) -> tuple[dict[str, list[dict[str, str]]], list[str]]:
+    """What a page of limited size embeds of films, the first ones first.
+
+    Args:
+        films: Video files by a name; those of one name are shown together or not at all.
+        room: Bytes of video files that the page may hold.
+
+    Returns:
+        The clips by name, and the names for which there was no room.
+    """
+    clips, left_out = {}, []
+    for name, paths in films.items():
+        size = sum(path.stat().st_size for path in paths)
+        if size > room:
+            left_out.append(name)
+            continue
+        room -= size
+        clips[name] = [clip(path) for path in paths]
+    return clips, left_out
 
 
 def poster(path: Path) -> str:

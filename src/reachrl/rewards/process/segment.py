@@ -126,33 +126,49 @@ def rest_frames(
 ) -> Int64[np.ndarray, "K"]:
     """Frames at which the end effector, having moved, comes to rest inside a segment.
 
-    Speed is measured against the trajectory's own fast motion (its 95th percentile), so the unit of length
-    and the time between decisions cancel. Each slow stretch gives one frame, that of lowest speed; a
-    stretch that opens a segment gives none, because no motion of that segment led to it. Velocities are not
-    needed: speed is the way between two poses, and a pose that did not arrive in mid-motion is bridged.
+    Each stretch slower than `arm_speed` calls rest gives one frame, that of lowest speed; a stretch that opens a
+    segment gives none, because no motion of that segment led to it.
 
     Args:
         xyz: end-effector position of every frame.
         bounds: first frame of each segment, then the last frame.
         keyframe_speed: fraction of the fast speed that counts as rest.
     """
+    speed, rest = arm_speed(xyz, keyframe_speed=keyframe_speed)
+    keyframes: list[int] = []
+    for first, last in itertools.pairwise(bounds.tolist()):
+        inside = speed[first:last]
+        slow = np.concatenate([[False], inside < rest, [False]])
+        edges = np.flatnonzero(slow[1:] != slow[:-1]).reshape(-1, 2)
+        keyframes += [first + a + int(np.argmin(inside[a:b])) + 1 for a, b in edges.tolist() if a > 0]
+    return np.array(keyframes, dtype=np.int64)
+
+
+def arm_speed(xyz: Float[np.ndarray, "T+1 3"], *, keyframe_speed: float) -> tuple[Float[np.ndarray, "T"], float]:
+    """The speed that led to each frame but the first, and the one below which the arm is at rest.
+
+    Speed is measured against the trajectory's own fast motion (its 95th percentile), so the unit of length
+    and the time between decisions cancel. Velocities are not needed: speed is the way between two poses, and a
+    pose that did not arrive in mid-motion is bridged.
+
+    Args:
+        xyz: end-effector position of every frame.
+        keyframe_speed: fraction of the fast speed that counts as rest.
+
+    Returns:
+        The speed of each decision, and that of rest; 0 for an arm that never moves, so that nothing is below it.
+    """
     speed = _speed(xyz)
     fast = _fast(speed)
     if fast < _STILL:
-        return np.empty(0, dtype=np.int64)
+        return speed, 0.0
     missed = _missed_poses(speed, slow=keyframe_speed * fast)
     if len(missed):
         xyz = xyz.copy()
         xyz[missed] = 0.5 * (xyz[missed - 1] + xyz[missed + 1])
         speed = _speed(xyz)
         fast = _fast(speed)
-    keyframes: list[int] = []
-    for first, last in itertools.pairwise(bounds.tolist()):
-        inside = speed[first:last]
-        slow = np.concatenate([[False], inside < keyframe_speed * fast, [False]])
-        edges = np.flatnonzero(slow[1:] != slow[:-1]).reshape(-1, 2)
-        keyframes += [first + a + int(np.argmin(inside[a:b])) + 1 for a, b in edges.tolist() if a > 0]
-    return np.array(keyframes, dtype=np.int64)
+    return speed, keyframe_speed * fast
 
 
 def _speed(xyz: Float[np.ndarray, "T+1 3"]) -> Float[np.ndarray, "T"]:
