@@ -35,12 +35,19 @@ def new_policy(config: TrainConfig) -> Policy:
         return build("policies", config.policy)
 
 
-def saved_policy(config: TrainConfig, folder: Path) -> Policy:
-    """The policy saved in `folder`, of the configured class.
+def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
+    """The policy saved in `folder`, of the configured class; on `device` instead of the configured one if given.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another architecture.
     """
     kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
-    with torch.device(device_of(config)):
+    with torch.device(device_of(config) if device is None else device):
         return resolve("policies", kind).from_pretrained(folder)
+
+
+def warm_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
+    """The policy saved in `folder` as training begins from it; see `saved_policy`."""
+    policy = saved_policy(config, folder, device).eval()
+    policy.reset_critic()  # one of its own has seen none of the warm start
+    return policy

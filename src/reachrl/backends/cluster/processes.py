@@ -16,7 +16,7 @@ import torch
 from ray.exceptions import ObjectLostError
 
 from reachrl.algorithms.base import UpdateStats
-from reachrl.backends.building import device_of, saved_policy
+from reachrl.backends.building import device_of, saved_policy, warm_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
@@ -231,13 +231,10 @@ class LearnerProcess:
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._size)}
         os.environ |= {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
         group = Group.from_environment(sharded=config.backend.sharding == "full")
-        policy = saved_policy(config, self._warm).eval()
-        policy.reset_critic()
+        policy = warm_policy(config, self._warm)
         whole = None
         if group.sharded and self._rank == 0:  # what is saved: in main memory, where there is room
-            with torch.device("cpu"):
-                whole = type(policy).from_pretrained(self._warm).eval()
-            whole.reset_critic()
+            whole = warm_policy(config, self._warm, torch.device("cpu"))
         return LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole), group
 
     def pack_weights(self) -> PackedWeights:
