@@ -1,10 +1,10 @@
 """The configured policy on the configured device, in whichever process asks."""
 
-import os
 from pathlib import Path
 
 import torch
 
+from reachrl import torchrun
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
@@ -21,8 +21,8 @@ def device_of(config: TrainConfig) -> torch.device:
     if config.device == "auto" and not present:
         return torch.device("cpu")
     device = torch.device("cuda" if config.device == "auto" else config.device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one of torchrun's processes on each
+    if device.type == "cuda" and device.index is None and (number := torchrun.local_rank()) is not None:
+        device = torch.device("cuda", number)  # one of torchrun's processes on each
     if device.type == "cuda" and (device.index or 0) >= present:
         raise ConfigError(f"device={config.device}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
     return device
