@@ -28,6 +28,12 @@ def device_of(config: TrainConfig) -> torch.device:
     return device
 
 
+def limit_threads(config: TrainConfig) -> None:
+    """Let PyTorch compute in as many threads as `config.num_threads` says, if it says anything."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
 def new_policy(config: TrainConfig) -> Policy:
     """The configured policy with the seed's initial weights, or its checkpoint's."""
     torch.manual_seed(config.seed)

@@ -10,8 +10,8 @@ import ray
 from ray.exceptions import RayError
 
 from reachrl.backends.base import Pending, Weights
+from reachrl.backends.cluster.actor_process import Collected
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
-from reachrl.backends.cluster.processes import Collected
 from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
 from reachrl.rollout.collector import Assign
