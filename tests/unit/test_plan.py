@@ -488,8 +488,10 @@ def test_the_released_model_fits_as_adapters_and_not_as_a_whole() -> None:
         large(lora={"rank": 32}, critic="adapter", rollout_copy=True),
         large().model_copy(update={"ppo": PPOConfig(train_vision=True)}),
         load_config("robust", ["policy.critic=separate"]),
+        large(rollout_copy=True, compile_prefill=True),
+        apply(large(rollout_copy=True), {"policy.rollout_precision": "float8", "ppo.importance_cap": 2.0}),
     ],
-    ids=["separate", "float32", "adapters", "vision", "robust"],
+    ids=["separate", "float32", "adapters", "vision", "robust", "compiled copy", "copy in 8 bits"],
 )
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.01])
 def test_advised_changes_save_what_they_say_and_stop_when_it_fits(config: TrainConfig, share: float) -> None:

@@ -1,10 +1,10 @@
 """The configured policy on the configured device, in whichever process asks."""
 
-import os
 from pathlib import Path
 
 import torch
 
+from reachrl import torchrun
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
@@ -21,11 +21,17 @@ def device_of(config: TrainConfig) -> torch.device:
     if config.device == "auto" and not present:
         return torch.device("cpu")
     device = torch.device("cuda" if config.device == "auto" else config.device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one of torchrun's processes on each
+    if device.type == "cuda" and device.index is None and (number := torchrun.local_rank()) is not None:
+        device = torch.device("cuda", number)  # one of torchrun's processes on each
     if device.type == "cuda" and (device.index or 0) >= present:
         raise ConfigError(f"device={config.device}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
     return device
+
+
+def limit_threads(config: TrainConfig) -> None:
+    """Let PyTorch compute in as many threads as `config.num_threads` says, if it says anything."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
 
 
 def new_policy(config: TrainConfig) -> Policy:
@@ -35,12 +41,19 @@ def new_policy(config: TrainConfig) -> Policy:
         return build("policies", config.policy)
 
 
-def saved_policy(config: TrainConfig, folder: Path) -> Policy:
-    """The policy saved in `folder`, of the configured class.
+def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
+    """The policy saved in `folder`, of the configured class; on `device` instead of the configured one if given.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another architecture.
     """
     kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
-    with torch.device(device_of(config)):
+    with torch.device(device_of(config) if device is None else device):
         return resolve("policies", kind).from_pretrained(folder)
+
+
+def warm_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
+    """The policy saved in `folder` as training begins from it; see `saved_policy`."""
+    policy = saved_policy(config, folder, device).eval()
+    policy.reset_critic()  # one of its own has seen none of the warm start
+    return policy

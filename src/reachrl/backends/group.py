@@ -1,13 +1,14 @@
 """Processes that share one learner's work, as `torchrun` starts them."""
 
 import math
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from reachrl import torchrun
 
 # A follower waits for its next piece of work through whole rollouts of its leader.
 _TIMEOUT = timedelta(hours=2)
@@ -28,14 +29,13 @@ class Group:
     @classmethod
     def from_environment(cls, *, sharded: bool = False) -> "Group":
         """Join the processes that `torchrun` started with this one."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size > 1 and not distributed.is_initialized():
-            if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where collectives and split weights live
+        if torchrun.size() > 1 and not distributed.is_initialized():
+            if torch.cuda.is_available() and (number := torchrun.local_rank()) is not None:
+                torch.cuda.set_device(number)  # where collectives and split weights live
             # Objects and CPU tensors travel by gloo, gradients on GPUs by NCCL.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backend, timeout=_TIMEOUT)
-        return cls(int(os.environ.get("RANK", "0")), size, sharded=sharded)
+        return cls(torchrun.rank(), torchrun.size(), sharded=sharded)
 
     @property
     def alone(self) -> bool:

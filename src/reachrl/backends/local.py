@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reachrl.backends.base import Backend, Done, Pending, SharedWeights, Weights, Workers
-from reachrl.backends.building import new_policy, saved_policy
+from reachrl.backends.building import new_policy, warm_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
@@ -192,12 +192,9 @@ class LocalBackend(Backend):
         """Make policy, learner and environments in this process."""
         assert isinstance(config.ppo, PPOConfig)
         group = Group.from_environment(sharded=self.config.sharding == "full")
-        policy = saved_policy(config, warm).eval()
-        policy.reset_critic()  # a separate critic has seen none of the warm start
-        whole = None
-        if group.sharded:  # the learner keeps a part of the policy; acting and saving need all of it
-            whole = saved_policy(config, warm).eval()
-            whole.reset_critic()
+        policy = warm_policy(config, warm)
+        # Of a split policy the learner keeps a part; acting and saving need all of it.
+        whole = warm_policy(config, warm) if group.sharded else None
         own = LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole)
         learner = own if group.alone else LeadingLearner(own, group, image_size=config.env.image_size)
         actors = LocalActors(

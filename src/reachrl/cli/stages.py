@@ -1,6 +1,5 @@
 """What every stage command does: read the configuration, show progress, say how to resume."""
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reachrl import torchrun
 from reachrl.cli.display import Display
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run_command(stage: str | None, preset: str, overrides: list[str] | None, run
 
     config = load_config(preset, overrides or [])
     run_dir = run or Path("runs") / Path(preset).stem
-    follower = os.environ.get("RANK", "0") != "0"  # of torchrun: the leader speaks for all
+    follower = torchrun.rank() > 0  # the leader speaks for all
     with interruptible(quiet or follower, run_dir) as display:
         _run(stage, config, run_dir, display)
     return run_dir

@@ -1,15 +1,7 @@
-"""The parent's handle on one expert worker: start it, hear why it died, end it."""
+"""The parent's handle on one expert worker: talk to it, hear why it died, end it."""
 
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from multiprocessing import Pipe
-
+from reachrl.child import Child
 from reachrl.demos.expert import Attempt, WorkerSetup
-
-_ONE_THREAD = ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class ExpertProcess:
@@ -27,19 +19,8 @@ class ExpertProcess:
         self.ready = False
         self.attempt: Attempt | None = None
         self.step = 0
-        self.pipe, theirs = Pipe()
-        self._stderr = tempfile.TemporaryFile()  # lives as long as the process
-        search_path = [os.path.abspath(folder) for folder in sys.path]
-        ours = dict.fromkeys(_ONE_THREAD, "1") | {"PYTHONPATH": os.pathsep.join(search_path)}
-        environment = os.environ | variables | ours
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "reachrl.demos.expert", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stderr=self._stderr,
-            env=environment,
-        )
-        theirs.close()
+        self._child = Child("reachrl.demos.expert", variables)
+        self.pipe = self._child.pipe
         self.send(setup)
 
     def send(self, message: WorkerSetup | Attempt | None) -> None:
@@ -51,22 +32,10 @@ class ExpertProcess:
 
     def epitaph(self) -> str:
         """How the process ended and what it last wrote to stderr."""
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe"
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        self._stderr.seek(0)
-        words = self._stderr.read()[-2000:].decode(errors="replace").strip()
+        how, words = self._child.epitaph()
         return f"{how} (its last words: {words})" if words else how
 
     def stop(self) -> None:
         """End the process: at once when it is busy, else after it has closed its simulator."""
         self.send(None)
-        try:
-            self._process.wait(timeout=5.0 if self.ready and self.attempt is None else 0.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self.pipe.close()
-        self._stderr.close()
+        self._child.end(patience_s=5.0 if self.ready and self.attempt is None else 0.0)

@@ -1,24 +1,18 @@
 """One environment in one process: `python -m reachrl.envs.worker`, started by `VectorEnv`.
 
-A plain child process rather than `multiprocessing`: spawning there imports the parent's main script, and
-with it torch, into every worker.
-
 Frames and end-effector states go through a memory map shared with the parent; everything else is one JSON
 message each way per command.
 """
 
 import json
 import os
-import signal
-import sys
-import threading
-import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
+from reachrl.child import pipe_to_parent
 from reachrl.envs.base import Env
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.errors import ReachRLError
@@ -87,12 +81,6 @@ class Worker:
         return {"flags": [success, bool(terminated), bool(truncated)]}
 
 
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(2.0)
-    os._exit(1)
-
-
 def serve(connection: Connection) -> None:
     """Answer commands until the parent closes the connection or goes away."""
     setup = json.loads(connection.recv_bytes())
@@ -120,12 +108,9 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    """Entry point of the worker process: file descriptor of the pipe and the parent's process id."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Entry point of the worker process."""
     os.nice(_NICENESS)
-    pipe, parent = int(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    serve(Connection(pipe))
+    serve(pipe_to_parent())
     os._exit(0)  # GL libraries complain when Python tears them down
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from reachrl import torchrun
 from reachrl.config.loading import config_dict, config_hash
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
@@ -44,7 +45,7 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
     from reachrl.run.provenance import write_provenance
 
     _limit_threads(config)
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = torchrun.rank(), torchrun.size()
     if size > 1 and name != "train":
         raise ConfigError(f"torchrun is for `reachrl train`; run the stage {name!r} in one process, without it")
     if size > 1 and config.backend.kind != "local":

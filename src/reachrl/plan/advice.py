@@ -8,12 +8,12 @@ from reachrl.config.loading import config_dict, validate
 from reachrl.config.policy import NF4_BLOCK
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import Device
-from reachrl.plan.memory import micro_rows, plan_memory, sections, usable
+from reachrl.plan.memory import MemoryPlan, micro_rows, plan_memory, sections, usable
 from reachrl.plan.parameters import weights
 
-# Fewer rows than this at once leave most processors idle.
-_LEAST_MICRO_BATCH, _LEAST_ENVS = 4, 4
+_LEAST_ROWS = 4  # fewer at once leave most processors idle
 _NO_LORA_RANK = 32  # what OpenVLA's recipe uses
+_OFF_WITHOUT_COPY = {"compile_prefill": False, "rollout_precision": "as_trained"}  # of a policy that decodes itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +40,12 @@ def advise(config: TrainConfig, device: Device) -> list[Change]:
     changes: list[Change] = []
     plan = plan_memory(config, device)
     while not plan.fits(device):
-        options = []
-        for overrides, reason in _candidates(config, device):
-            changed = apply(config, overrides)
-            after = plan_memory(changed, device)
-            options.append((after.peak, overrides, reason, changed, after))
-        if not options:
+        best = min(_candidates(config, device, plan), key=lambda candidate: candidate[-1].peak, default=None)
+        if best is None or best[-1].peak >= plan.peak:
             break
-        peak, overrides, reason, changed, after = min(options, key=lambda option: option[0])
-        if peak >= plan.peak:
-            break
-        changes.append(Change(overrides, reason, saves=plan.peak - peak, leaves=peak))
-        config, plan = changed, after
+        overrides, reason, after = best
+        changes.append(Change(overrides, reason, saves=plan.peak - after.peak, leaves=after.peak))
+        config, plan = apply(config, overrides), after
     return changes
 
 
@@ -72,8 +66,20 @@ def apply(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
     return validate(data, where="plan")
 
 
-def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every change that is open to `config`, valid by itself."""
+def _candidates(
+    config: TrainConfig, device: Device, plan: MemoryPlan
+) -> Iterator[tuple[dict[str, Any], str, MemoryPlan]]:
+    """Every change that is open to `config`, valid by itself: overrides, reason, and the plan with it."""
+    for overrides, reason in _switches(config, device):
+        yield overrides, reason, plan_memory(apply(config, overrides), device)
+    for key, rows, reason in _row_counts(config):
+        if rows > _LEAST_ROWS:
+            fewer, after = _halved(config, device, plan, key, rows)
+            yield {key: fewer}, reason, after
+
+
+def _switches(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes of what is computed, and how."""
     policy, ppo = sections(config)
     if policy.lora is None and policy.checkpoint is not None:
         adapters: dict[str, Any] = {"policy.lora.rank": _NO_LORA_RANK}
@@ -88,7 +94,9 @@ def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str,
     if policy.critic == "adapter":
         yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: one pass instead of two"
     if policy.rollout_copy:
-        yield {"policy.rollout_copy": False}, "decode with the trained weights: no second trunk, a slower rollout"
+        off = {f"policy.{key}": value for key, value in _OFF_WITHOUT_COPY.items() if getattr(policy, key) != value}
+        reason = "decode with the trained weights: no second trunk, a slower rollout"
+        yield {"policy.rollout_copy": False, **off}, reason
     if not policy.gradient_checkpointing:
         yield {"policy.gradient_checkpointing": True}, "layers are computed again instead of kept: a third more time"
     if policy.dtype == "float32":
@@ -96,16 +104,15 @@ def _candidates(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str,
         yield overrides, "half the bytes; small steps of trained weights are rounded away, adapters stay float32"
     if ppo.train_vision:
         yield {"ppo.train_vision": False}, "freeze the towers and keep their features instead of training them"
-    if micro_rows(config) > _LEAST_MICRO_BATCH:
-        rows = _halved(config, device, "ppo.micro_batch_size", micro_rows(config), _LEAST_MICRO_BATCH)
-        yield {"ppo.micro_batch_size": rows}, "fewer rows in a pass; gradients add up to the same"
+
+
+def _row_counts(config: TrainConfig) -> Iterator[tuple[str, int, str]]:
+    """What may be halved: its key, rows at once as it is, and what fewer do."""
+    _, ppo = sections(config)
     scored = min(ppo.score_batch_size, config.num_steps * config.env.num_envs)
-    if scored > _LEAST_MICRO_BATCH:
-        rows = _halved(config, device, "ppo.score_batch_size", scored, _LEAST_MICRO_BATCH)
-        yield {"ppo.score_batch_size": rows}, "fewer rows in a pass that scores; the same scores"
-    if config.env.num_envs > _LEAST_ENVS:
-        envs = _halved(config, device, "env.num_envs", config.env.num_envs, _LEAST_ENVS)
-        yield {"env.num_envs": envs}, "fewer rows to decode and to keep, and fewer decisions an iteration"
+    yield "ppo.micro_batch_size", micro_rows(config), "fewer rows in a pass; gradients add up to the same"
+    yield "ppo.score_batch_size", scored, "fewer rows in a pass that scores; the same scores"
+    yield "env.num_envs", config.env.num_envs, "fewer rows to decode and to keep, and fewer decisions an iteration"
 
 
 def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
@@ -121,16 +128,15 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
     return frozen > usable(device) / 2
 
 
-def _halved(config: TrainConfig, device: Device, key: str, value: int, least: int) -> int:
-    """`value` halved until the configuration fits, nothing more is saved, or down to `least`."""
-    plan = plan_memory(config, device)
-    while value > least and not plan.fits(device):
-        smaller = max(value // 2, least)
-        after = plan_memory(apply(config, {key: smaller}), device)
+def _halved(config: TrainConfig, device: Device, plan: MemoryPlan, key: str, rows: int) -> tuple[int, MemoryPlan]:
+    """`rows` halved until the configuration fits, nothing more is saved, or the least is reached; the plan with it."""
+    while rows > _LEAST_ROWS and not plan.fits(device):
+        fewer = max(rows // 2, _LEAST_ROWS)
+        after = plan_memory(apply(config, {key: fewer}), device)
         if after.peak >= plan.peak:
             break
-        value, plan = smaller, after
-    return value
+        rows, plan = fewer, after
+    return rows, plan
 
 
 def _typed(value: Any) -> str:

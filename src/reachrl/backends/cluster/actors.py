@@ -10,8 +10,8 @@ import ray
 from ray.exceptions import RayError
 
 from reachrl.backends.base import Pending, Weights
+from reachrl.backends.cluster.actor_process import Collected
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
-from reachrl.backends.cluster.processes import Collected
 from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
 from reachrl.rollout.collector import Assign
@@ -92,16 +92,15 @@ class ClusterActors:
         if not self._started:
             self._give_rows([actor.count for actor in self._actors], [])
         self._balance_shares()
-        self._each("load_weights", lambda _: (weights,))
+        self._ask_all("load_weights", lambda _: (weights,)).result()
         return weights.version
 
     def collect(self, assign: Assign, num_steps: int) -> Pending[Rollout]:
         """Begin a rollout in every actor."""
         # Stored as it is now: a part that is collected again must not see what the curriculum learns meanwhile.
         stored = ray.put(assign)
-        begin = [partial(actor.begin, "collect", stored, num_steps) for actor in self._actors]
-        calls = [each() for each in begin]
-        return Later(partial(self._finish, calls, begin, num_steps))
+        parts = self._ask_all("collect", lambda _: (stored, num_steps))
+        return Later(lambda: self._finish(parts.result(), num_steps))
 
     def metrics(self) -> dict[str, float]:
         """Losses, repetitions, moves, and how far the actors' log-probs are from the learner's."""
@@ -150,9 +149,8 @@ class ClusterActors:
 
     # ---- rollouts ----
 
-    def _finish(self, calls: Sequence[Call], again: Sequence[Callable[[], Call]], num_steps: int) -> Rollout:
-        """Wait for all parts; those of lost actors are collected again."""
-        parts = [self._insist(number, call, again[number]) for number, call in enumerate(calls)]
+    def _finish(self, parts: Sequence[Collected], num_steps: int) -> Rollout:
+        """Join the parts, and note what the actors say of themselves."""
         for actor, part in zip(self._actors, parts, strict=True):
             self._note(actor, part, num_steps)
         self._gap = max(part.gap for part in parts)
@@ -188,7 +186,7 @@ class ClusterActors:
             actor.first, actor.count, actor.rows = first, count, list(rows[first : first + count])
             actor.lost_episodes, actor.measured, actor.seconds_per_env = 0, 0, None
         self._started = True
-        hosts = self._each("take_rows", self._share)
+        hosts = self._ask_all("take_rows", self._share).result()
         for actor, host in zip(self._actors, hosts, strict=True):
             actor.host = host
 
@@ -198,14 +196,14 @@ class ClusterActors:
 
     # ---- losses ----
 
-    def _each(self, method: str, arguments: Callable[[int], tuple]) -> list[Any]:
-        """Call every actor at once; what was lost is done again by its successor."""
+    def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> Later:
+        """Call every actor now; whoever waits for the answers has what was lost done again by a successor."""
 
         def begin(number: int) -> Call:
-            return self._actors[number].remote.begin(method, *arguments(number))
+            return self._actors[number].begin(method, *arguments(number))
 
         calls = [begin(number) for number in range(len(self._actors))]
-        return [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)]
+        return Later(lambda: [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)])
 
     def _insist(self, number: int, call: Call, begin: Callable[[], Call]) -> Any:
         """The call's answer, from a successor if need be."""

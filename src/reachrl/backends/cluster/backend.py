@@ -16,11 +16,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from reachrl.backends.base import Backend, Workers
+from reachrl.backends.cluster.actor_process import ActorProcess
 from reachrl.backends.cluster.actors import ClusterActors
 from reachrl.backends.cluster.calls import Lost, Remote
 from reachrl.backends.cluster.evaluator import ClusterEvaluator
+from reachrl.backends.cluster.evaluator_process import EvaluatorProcess
 from reachrl.backends.cluster.learner import ClusterLearner
-from reachrl.backends.cluster.processes import ActorProcess, EvaluatorProcess, LearnerProcess, RewardProcess
+from reachrl.backends.cluster.learner_process import LearnerProcess
+from reachrl.backends.cluster.reward_process import RewardProcess
 from reachrl.backends.cluster.rewards import ClusterScoring
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig

@@ -1,0 +1,165 @@
+"""One of the learners, as it runs inside a Ray actor."""
+
+import os
+import socket
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ray
+import torch
+
+from reachrl.algorithms.base import UpdateStats
+from reachrl.backends.building import limit_threads, warm_policy
+from reachrl.backends.data_parallel import LeadingLearner, follow
+from reachrl.backends.group import Group
+from reachrl.backends.learner import LocalLearner
+from reachrl.backends.weights import PackedWeights
+from reachrl.config.backend import RayBackendConfig
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.errors import LearnerLostError
+from reachrl.run.spans import Span
+from reachrl.types import Rewards, Rollout, Scored
+
+_OFFER_TIMEOUT_S = 60.0  # offers are made before anyone is told to fetch them
+
+
+class _Offers:
+    """Rollouts that the training process has offered to this learner, until it takes them."""
+
+    def __init__(self) -> None:
+        self._changed, self._rollouts = threading.Condition(), dict[int, Rollout]()
+
+    def put(self, number: int, rollout: Rollout) -> None:
+        with self._changed:
+            self._rollouts = {number: rollout}  # one that nobody took belongs to a call that failed
+            self._changed.notify_all()
+
+    def take(self, number: int) -> Rollout:
+        with self._changed:
+            if not self._changed.wait_for(lambda: number in self._rollouts, timeout=_OFFER_TIMEOUT_S):
+                raise LearnerLostError(f"rollout {number} did not reach a learner within {_OFFER_TIMEOUT_S:g} s")
+            return self._rollouts.pop(number)
+
+
+_OFFERS = _Offers()  # one learner in each process
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """Stands for a rollout that every learner was offered: what the leader tells its followers to fetch."""
+
+    number: int
+
+    def fetch(self) -> Rollout:
+        """The rollout itself, in this process."""
+        return _OFFERS.take(self.number)
+
+
+class LearnerProcess:
+    """One of the processes that train; the first leads.
+
+    Args:
+        config: the run's.
+        warm: folder of the policy that the run began from.
+        rank: of this process; 0 leads.
+    """
+
+    def __init__(self, config: TrainConfig, warm: Path, rank: int) -> None:
+        assert isinstance(config.backend, RayBackendConfig)
+        self._config, self._warm, self._rank, self._size = config, warm, rank, config.backend.learners
+        self._hands_over = config.backend.placement == "colocated"
+        self._learner: LocalLearner | LeadingLearner | None = None
+        self._rollout: Rollout | None = None  # that was scored last
+
+    def sees(self, path: Path) -> bool:
+        """Whether a file is there, as this process sees it."""
+        return path.exists()
+
+    def address(self) -> tuple[str, int]:
+        """Where the processes can meet: this machine, at a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def lead(self, address: tuple[str, int]) -> None:
+        """Meet the others and give them this process's weights."""
+        limit_threads(self._config)
+        learner, group = self._join(address)
+        self._learner = learner
+        if not group.alone:
+            self._learner = LeadingLearner(learner, group, image_size=self._config.env.image_size)
+
+    def follow(self, address: tuple[str, int]) -> None:
+        """Meet the others and do as the leader does, until it ends."""
+        limit_threads(self._config)
+        learner, group = self._join(address)
+        follow(learner, group)
+
+    def _join(self, address: tuple[str, int]) -> tuple[LocalLearner, Group]:
+        config = self._config
+        assert isinstance(config.ppo, PPOConfig)
+        os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._size)}
+        os.environ |= {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
+        group = Group.from_environment(sharded=config.backend.sharding == "full")
+        policy = warm_policy(config, self._warm)
+        whole = None
+        if group.sharded and self._rank == 0:  # what is saved: in main memory, where there is room
+            whole = warm_policy(config, self._warm, torch.device("cpu"))
+        return LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole), group
+
+    def pack_weights(self) -> PackedWeights:
+        """The weights with their buckets in the object store."""
+        learner = self._learner
+        assert learner is not None
+        size = self._config.env.image_size
+        packed = (
+            learner.pack_weights() if isinstance(learner, LeadingLearner) else learner.pack_weights(image_size=size)
+        )
+        stored = tuple(ray.put(bucket) for bucket in packed.buckets)
+        if self._hands_over:
+            learner.hand_over()
+        return replace(packed, buckets=stored)
+
+    @ray.method(concurrency_group="offers")
+    def offer(self, number: int, rollout: Rollout) -> None:
+        """Lay a rollout ready; runs beside `follow`."""
+        _OFFERS.put(number, rollout)
+
+    def score(self, number: int) -> Scored:
+        """Log-probs and values of an offered rollout."""
+        assert self._learner is not None
+        self._rollout = _OFFERS.take(number)
+        if isinstance(self._learner, LeadingLearner):
+            return self._learner.score(self._rollout, told=Offered(number)).result()
+        return self._learner.score(self._rollout).result()
+
+    def update(
+        self, rewards: Rewards, scored: Scored, iteration: int, train_policy: bool
+    ) -> tuple[UpdateStats, list[Span]]:
+        """One iteration of the algorithm on the rollout that was scored last."""
+        assert self._learner is not None and self._rollout is not None
+        stats = self._learner.update(self._rollout, rewards, scored, iteration=iteration, train_policy=train_policy)
+        self._rollout = None
+        return stats, self._learner.take_spans()
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser state."""
+        assert self._learner is not None
+        self._learner.save(folder)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy alone."""
+        assert self._learner is not None
+        self._learner.save_policy(folder)
+
+    def load(self, folder: Path, version: int) -> None:
+        """Read weights and optimiser state."""
+        assert self._learner is not None
+        self._learner.load(folder, version=version)
+
+    def close(self) -> None:
+        """Let the followers end."""
+        if self._learner is not None:
+            self._learner.close()

@@ -1,0 +1,24 @@
+"""Weights on their way through Ray's object store."""
+
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from reachrl.backends.weights import PackedWeights
+from reachrl.errors import LearnerLostError
+
+
+def fetched(weights: PackedWeights) -> PackedWeights:
+    """Weights whose buckets are here.
+
+    Raises:
+        LearnerLostError: they went with the learner that put them into the object store.
+    """
+    references: list[Any] = list(weights.buckets)
+    try:
+        return replace(weights, buckets=tuple(ray.get(references)))
+    except ObjectLostError as error:
+        lost = f"weights version {weights.version} were lost with the learner that sent them"
+        raise LearnerLostError(lost) from error

@@ -1,0 +1,94 @@
+"""Child processes that step simulators: how the parent starts and ends one, and what one does to end with its parent.
+
+Plain processes rather than `multiprocessing`: spawning there imports the parent's main script, and with it whatever
+that imports, into every child.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+# One thread each, as the children themselves fill the cores. Large blocks go back to the system when freed; the
+# heap's end does not, as drawing takes and frees it several times a frame (a twentieth of a decision in page faults).
+_SETTINGS = {
+    "LP_NUM_THREADS": "0",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "16777216",
+}
+_LOOK_EVERY_S = 2.0
+
+
+class Child:
+    """A process that runs a module, which finds the pipe to this one by `pipe_to_parent`.
+
+    Args:
+        module: what it runs, dotted.
+        variables: environment variables it gets besides ours.
+        files: file descriptors it inherits, by the same numbers.
+    """
+
+    def __init__(self, module: str, variables: dict[str, str], files: Sequence[int] = ()) -> None:
+        self.pipe, theirs = Pipe()
+        self._stderr = tempfile.TemporaryFile()  # lives as long as the process
+        search_path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=(theirs.fileno(), *files),
+            stdin=subprocess.DEVNULL,
+            stderr=self._stderr,
+            env=os.environ | _SETTINGS | variables | {"PYTHONPATH": search_path},
+        )
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def epitaph(self) -> tuple[str, str]:
+        """How the process ended, such as `was ended by SIGKILL`, and what it last wrote to stderr."""
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe", ""
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        self._stderr.seek(0)
+        return how, self._stderr.read()[-2000:].decode(errors="replace").strip()
+
+    def end(self, patience_s: float = 0.0) -> None:
+        """End the process: now, or once it has had so long to end by itself."""
+        try:
+            self._process.wait(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.pipe.close()
+        self._stderr.close()
+
+
+def pipe_to_parent() -> Connection:
+    """The pipe to the parent, in a process that a `Child` has started; from now on this process ends with its parent.
+
+    Ctrl-C, which reaches all of them, is left to the parent.
+    """
+    pipe, parent = int(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_without, args=(parent,), daemon=True).start()
+    return Connection(pipe)
+
+
+def _exit_without(parent: int) -> None:
+    """End this process when its parent has gone, even in the middle of a simulator step."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
