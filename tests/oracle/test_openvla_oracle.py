@@ -17,7 +17,7 @@ from reachrl.policies.decoding import action_logits
 from reachrl.policies.llama import last_hidden
 from reachrl.policies.openvla.official import official_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.preprocess import normalise_pixels, resize_naive
+from reachrl.policies.openvla.preprocess import as_in_rlds, center_crop, fit_frames, normalise_pixels, resize_naive
 from reachrl.policies.openvla.sequence import embed
 
 DATA = Path(__file__).parent / "data" / "openvla"
@@ -157,6 +157,24 @@ def test_pixels_are_equal_to_the_last_bit(index: int) -> None:
     resized = resize_naive(data[f"image{index}"][None], 224)
     pixels = normalise_pixels(resized, (IMAGENET_MEAN, HALF), (IMAGENET_STD, HALF))
     assert torch.equal(pixels[0], torch.from_numpy(data[f"pixel{index}"]))
+
+
+@pytest.mark.parametrize("name", ["wide", "square", "noise", "up"])
+def test_frames_go_the_way_of_the_training_data(name: str) -> None:
+    recorded = load("rlds_frames")
+    frame, stored, cropped = (recorded[f"{name}_{stage}"] for stage in ("frame", "stored", "cropped"))
+    size = len(stored)
+    ours = as_in_rlds(frame[None], size)[0]
+    away = np.abs(ours.astype(int) - stored)
+    assert away.max() <= 1 and (away > 0).mean() < 1e-3  # ties of float32
+    # Stage by stage, so that a tie is not carried on; then both, as a policy is configured.
+    assert np.array_equal(center_crop(stored[None])[0], cropped)
+    sizes = {
+        "image_size": size,
+        "towers": ({"kind": "conv", "stages": [{"channels": 8, "kernel": 2, "stride": 2}]},) * 2,
+    }
+    config = OpenVLAConfig.model_validate({**sizes, "rlds_frames": True, "center_crop": True})
+    assert np.array_equal(fit_frames(frame[None], config)[0], center_crop(ours[None])[0])
 
 
 def test_default_statistics_are_the_released_ones() -> None:

@@ -134,7 +134,7 @@ def test_the_configuration_chooses() -> None:
     assert not np.array_equal(cropped, letterbox(images, 16, colour))
 
 
-@pytest.mark.parametrize("changes", [{"resize": "letterbox"}, {"center_crop": True}])
+@pytest.mark.parametrize("changes", [{"resize": "letterbox"}, {"center_crop": True}, {"rlds_frames": True}])
 def test_the_policy_sees_the_frames_so(changes: dict[str, object]) -> None:
     images = frames(12, 20)
     policy, plain = OpenVLAPolicy(config(**changes)), OpenVLAPolicy(config())

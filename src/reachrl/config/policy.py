@@ -113,8 +113,10 @@ class OpenVLAConfig(Section):
     """Standard deviation of the RGB channels (0..1) each tower divides by."""
     resize: Literal["resize-naive", "letterbox"] = "resize-naive"
     """How a frame that is not square becomes square: stretched, or padded with borders of the mean colour."""
+    rlds_frames: bool = False
+    """First give frames what OpenVLA's training data went through: JPEG, and a Lanczos resize to `image_size`."""
     center_crop: bool = False
-    """Cut out the middle 90 % of a frame's area first: for checkpoints that were fine-tuned with random crops."""
+    """Then cut out the middle 90 % of the area: for checkpoints that were fine-tuned with random crops."""
     projector_expansion: int = Field(default=2, gt=0)
     """Hidden units of the two-tower projector per input channel (4 in the release)."""
     language_model: LanguageModelConfig = LanguageModelConfig()

@@ -32,7 +32,7 @@ from reachrl.types import Observation
 # Options that change no weight's shape or meaning; everything else in the section is architecture.
 _NOT_ARCHITECTURE = {
     *("checkpoint", "dataset", "dtype", "compute_dtype", "gradient_checkpointing", "prompt_length", "resize"),
-    *("center_crop", "rollout_copy", "rollout_precision", "decode_graphs", "compile_prefill"),
+    *("rlds_frames", "center_crop", "rollout_copy", "rollout_precision", "decode_graphs", "compile_prefill"),
     *("vocabulary", "value_gradient_to_trunk", "tokenizer", "decoder", "vllm"),
 }
 

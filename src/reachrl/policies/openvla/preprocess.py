@@ -1,5 +1,6 @@
 """Frames to pixels: crop and resize as the released code does, then normalise once for each tower."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from reachrl.config.policy import OpenVLAConfig
 
 def fit_frames(images: UInt8[np.ndarray, "N H W 3"], config: OpenVLAConfig) -> UInt8[np.ndarray, "N S S 3"]:
     """Crop and resize frames to the square the towers see, as `config` says."""
+    if config.rlds_frames:
+        images = as_in_rlds(images, config.image_size)
     if config.center_crop:
         images = center_crop(images)
     if config.resize == "letterbox":
@@ -64,6 +67,42 @@ def letterbox(images: UInt8[np.ndarray, "N H W 3"], size: int, fill: Sequence[in
     resized = _bicubic(padded, int(size * height / short), int(size * width / short))
     top, left = (round((length - size) / 2) for length in resized.shape[1:3])
     return resized[:, top : top + size, left : left + size]
+
+
+def as_in_rlds(images: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndarray, "N S S 3"]:
+    """Give frames what those of OpenVLA's training data went through: JPEG, and a Lanczos resize to a square.
+
+    Equal to TensorFlow's `encode_jpeg`, `decode_image` and `resize` (lanczos3, antialias), but for float32 rounding
+    where a resized number lies half-way between two.
+
+    Args:
+        images: RGB frames, 0..255.
+        size: side of the result in pixels.
+
+    Source: Kim et al. 2024, OpenVLA, its released LIBERO evaluation.
+    """
+    resized = [_lanczos(_jpeg_round_trip(image), size) for image in images]
+    return np.stack(resized) if resized else np.empty((0, size, size, 3), np.uint8)
+
+
+def _jpeg_round_trip(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    import simplejpeg  # only policies that ask for it need it, as below
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95, subsampling="4:2:0")
+    # TensorFlow decodes with the fast transform, which Pillow does not offer: up to 8 levels apart.
+    return simplejpeg.decode_jpeg(file.getvalue(), fastdct=True)
+
+
+def _lanczos(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+    from PIL import Image
+
+    channels = [  # in float32: bytes would be rounded between the two directions
+        Image.fromarray(channel).resize((size, size), Image.Resampling.LANCZOS)
+        for channel in np.moveaxis(image, 2, 0).astype(np.float32)
+    ]
+    return np.rint(np.stack([np.asarray(channel) for channel in channels], axis=-1)).clip(0, 255).astype(np.uint8)
 
 
 def center_crop(images: UInt8[np.ndarray, "N H W 3"], area: float = 0.9) -> UInt8[np.ndarray, "N H W 3"]:
