@@ -3,8 +3,8 @@
 import sys
 from functools import partial
 
-import test_adapters
 import torch
+from small_policy import inputs, small
 
 from reachrl.policies.llama import PLAIN, LayerPass
 from reachrl.policies.openvla import rollout_copy
@@ -24,12 +24,12 @@ def main() -> None:
     rollout_copy.compiled = lambda: layer_pass
     for seed, batches in ((1, [3]), (2, [3]), (1, [4, 5, 8, 3])):
         torch.manual_seed(seed)
-        plain = OpenVLAPolicy(test_adapters.small(rollout_copy=True))
-        compiled = OpenVLAPolicy(test_adapters.small(rollout_copy=True, compile_prefill=True))
+        plain = OpenVLAPolicy(small(rollout_copy=True))
+        compiled = OpenVLAPolicy(small(rollout_copy=True, compile_prefill=True))
         compiled.load_state_dict(plain.state_dict())
         for batch in batches:
             rows = torch.arange(batch) % 3
-            ours, theirs = (policy.act(test_adapters.inputs(policy).rows(rows)) for policy in (compiled, plain))
+            ours, theirs = (policy.act(inputs(policy).rows(rows)) for policy in (compiled, plain))
             assert torch.equal(ours.action_ids, theirs.action_ids)
             torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
         sys.stdout.write(f"{len(programs)}\n")

@@ -1,10 +1,21 @@
 """What several unit tests use."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from reachrl.cli import app as cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a saved small policy."""
+    from small_policy import save_base
+
+    folder = tmp_path_factory.mktemp("base") / "policy"
+    save_base(folder)
+    return folder
 
 
 @pytest.fixture

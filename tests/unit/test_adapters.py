@@ -9,63 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from small_policy import adapted, assert_apart, inputs, scores, small
 
-from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
 from reachrl.policies.openvla.merging import merged
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.types import Observation
 
-VIT = {"kind": "vit", "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24, "patch_size": 8}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def small(**changes: object) -> OpenVLAConfig:
-    sizes: dict[str, object] = {
-        "image_size": 16,
-        "towers": (VIT,),
-        "image_mean": ((0.5, 0.5, 0.5),),
-        "image_std": ((0.5, 0.5, 0.5),),
-        "language_model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 2},
-        "value_hidden_size": 8,
-    }
-    return OpenVLAConfig.model_validate({**sizes, **changes})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    policy = OpenVLAPolicy(small())
-    with torch.no_grad():
-        policy.value_head.fc2.weight.normal_()
-    policy.set_action_stats(np.full(4, -0.5), np.full(4, 0.5), np.ones(4, bool))
-    folder = tmp_path_factory.mktemp("base") / "policy"
-    policy.save_pretrained(folder)
-    return folder
-
-
-def adapted(base: Path, seed: int | None = 1, **changes: object) -> OpenVLAPolicy:
-    """Adapters on `base`; with a seed, ones that change something."""
-    lora = {"rank": 3, "alpha": 6.0, **changes.pop("lora", {})}  # pyright: ignore[reportGeneralTypeIssues]
-    torch.manual_seed(seed or 0)
-    policy = OpenVLAPolicy(small(checkpoint=base, lora=lora, **changes))
-    if seed is not None:
-        for name, parameter in policy.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return policy
-
-
-def inputs(policy: OpenVLAPolicy) -> PolicyInput:
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    return policy.encode(Observation(images=images, instructions=("push the puck", "close it", "open the window")))
-
-
-def scores(policy: OpenVLAPolicy) -> torch.Tensor:
-    ids = torch.arange(12).view(3, 4) + policy.first_action_id
-    return policy.evaluate(inputs(policy), ids).logprobs
 
 
 def test_fresh_adapters_change_nothing_and_only_they_are_trained(base: Path) -> None:
@@ -113,20 +64,6 @@ def test_rollout_and_training_agree(base: Path) -> None:
 def test_actor_and_critic_do_not_touch_each_other(base: Path, checkpointing: bool) -> None:
     """Also when layers are computed again in the backward pass, long after the critic's adapters were active."""
     assert_apart(adapted(base, critic="adapter", gradient_checkpointing=checkpointing))
-
-
-def assert_apart(policy: OpenVLAPolicy) -> None:
-    """Values train the critic's adapters alone, log-probs the actor's."""
-    ids = torch.arange(12).view(3, 4) + policy.first_action_id
-    groups = policy.parameter_groups()
-    policy.evaluate(inputs(policy), ids).values.sum().backward()
-    assert all(p.grad is None for p in groups["trunk"])
-    assert all(p.grad is not None for p in groups["value"])
-    assert all(p.grad.abs().sum() > 0 for p in groups["value"] if p.ndim == 2)
-    policy.zero_grad()
-    policy.evaluate(inputs(policy), ids).logprobs.sum().backward()
-    assert all(p.grad is None for p in groups["value"])
-    assert all(p.grad is not None for p in groups["trunk"])
 
 
 def test_computing_layers_again_gives_the_same_gradients(base: Path) -> None:

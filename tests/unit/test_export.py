@@ -5,20 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_adapters
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small_policy import adapted, scores
 from typer.testing import CliRunner
 
 from reachrl.cli.app import app
 from reachrl.errors import CheckpointError, ConfigError, StorageError
 from reachrl.policies.openvla import export
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-
-adapted, scores = test_adapters.adapted, test_adapters.scores
-base = test_adapters.base  # a fixture
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_adapters
-import test_plan
-import test_weights
+import small_policy
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft.tuners.lora.bnb import Linear4bit
+from plan_policies import Live
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -24,7 +23,7 @@ from reachrl.policies.openvla import export, four_bit
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 LLM = {"language_model": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 3, "num_heads": 2}}
-inputs, scores = test_adapters.inputs, test_adapters.scores
+inputs, scores = small_policy.inputs, small_policy.scores
 MAPS = 3 * 7
 # What QLoRA's appendix E lists; each of a block's weights is the nearest of these times the block's largest.
 LEVELS = torch.tensor(
@@ -36,7 +35,7 @@ LEVELS = torch.tensor(
 
 
 def small(**changes: object) -> OpenVLAConfig:
-    return test_adapters.small(**{**LLM, **changes})
+    return small_policy.small(**{**LLM, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Path, held: str = "nf4", seed: int | None = 1, **changes: object) -> OpenVLAPolicy:
     """Adapters that change something, on a base held as `held`."""
     lora = {"base": held, **changes.pop("lora", {})}  # pyright: ignore[reportGeneralTypeIssues]
-    return test_adapters.adapted(base, seed, **LLM, lora=lora, **changes)
+    return small_policy.adapted(base, seed, **LLM, lora=lora, **changes)
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -111,7 +110,7 @@ def test_adapters_begin_as_on_a_plain_base(base: Path) -> None:
     assert all(torch.equal(p, plain[n]) and p.dtype == torch.float32 for n, p in matrices.items())
 
 
-class OnTheMachine(test_plan.Live):
+class OnTheMachine(Live):
     """Without what has no storage: the policy is built that way before its weights are read."""
 
     def _track(self, tensor: torch.Tensor) -> None:
@@ -169,7 +168,7 @@ def test_gradients_reach_the_adapters_alone_and_are_those_of_the_rounded_weights
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_actor_and_critic_do_not_touch_each_other(base: Path, checkpointing: bool) -> None:
-    test_adapters.assert_apart(adapted(base, critic="adapter", gradient_checkpointing=checkpointing))
+    small_policy.assert_apart(adapted(base, critic="adapter", gradient_checkpointing=checkpointing))
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -284,10 +283,10 @@ def test_a_base_held_differently_is_warned_of_on_loading_and_refused_on_resuming
 @pytest.mark.parametrize("copy", [False, True])
 def test_weights_reach_an_actor_with_a_base_of_its_own(base: Path, copy: bool) -> None:
     learner, actor = adapted(base, critic="adapter"), adapted(base, seed=2, critic="adapter", rollout_copy=copy)
-    weights = test_weights.packed(learner)
+    weights = small_policy.packed(learner)
     assert all(".lora_" in info.name for bucket in weights.buckets for info in bucket.tensors)
     load_packed(actor, weights, train_vision=False)
-    assert actor_gap(actor, weights, **test_weights.PROBE) < 1e-4
+    assert actor_gap(actor, weights, **small_policy.PROBE) < 1e-4
     assert torch.allclose(actor.act(inputs(actor)).logprobs, learner.act(inputs(learner)).logprobs, atol=1e-5)
 
 

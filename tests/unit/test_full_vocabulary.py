@@ -1,16 +1,13 @@
 """Choosing among all tokens: for comparison with the released `generate`."""
 
 import numpy as np
-import test_adapters
 import torch
+from small_policy import inputs, small
 
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.sequence import embed
 from reachrl.testing.conformance_policy import check_policy
 from reachrl.types import Observation
-
-base = test_adapters.base  # a fixture
-inputs, small = test_adapters.inputs, test_adapters.small
 
 
 def test_it_is_the_softmax_over_every_token_and_keeps_the_contract(base) -> None:

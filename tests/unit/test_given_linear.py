@@ -5,16 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_adapters
 import torch
 from pydantic import ValidationError
+from small_policy import adapted, inputs, small
 
 from reachrl.policies.given_linear import Float8Linear, GivenLinear
 from reachrl.policies.llama import decoder_layers
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
-base = test_adapters.base  # a fixture
-adapted, inputs, small = test_adapters.adapted, test_adapters.inputs, test_adapters.small
 FLOAT8 = {"rollout_copy": True, "rollout_precision": "float8", "dtype": "bfloat16"}
 
 

@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_plan
 import torch
+from plan_policies import CPU, ROWS, Live, large, plan_inputs, rows_of, run_of, tensors, train
+from plan_policies import configure as sized
 
 from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
-from reachrl.plan.activations import head_copy, training_row
+from reachrl.plan.activations import features_row, head_copy, training_row
 from reachrl.plan.advice import advise, apply
 from reachrl.plan.device import DEVICES, GIB
 from reachrl.plan.memory import plan_memory, usable
@@ -33,9 +34,9 @@ VARIANTS = {
 def configure(folder: Path, **changes: object) -> OpenVLAConfig:
     """Adapters on a 4-bit base of random weights, which is written into `folder`."""
     torch.manual_seed(0)
-    OpenVLAPolicy(test_plan.configure(**LLM)).save_pretrained(folder / "base")
+    OpenVLAPolicy(sized(**LLM)).save_pretrained(folder / "base")
     lora = {"checkpoint": folder / "base", "lora": {"rank": 8, "base": "nf4"}}
-    return test_plan.configure(**{**LLM, **lora, **changes})
+    return sized(**{**LLM, **lora, **changes})
 
 
 def scales(policy: OpenVLAPolicy) -> list[torch.Tensor]:
@@ -67,10 +68,10 @@ def test_a_phase_needs_what_its_live_tensors_take(name: str, tmp_path: Path) -> 
     config = configure(tmp_path, **VARIANTS[name])
     policy = OpenVLAPolicy(config)
     policy.freeze(["vision"])
-    _, cached, actions = test_plan.rows_of(policy)
+    _, cached, actions = rows_of(policy)
     policy.act(cached)  # a copy to decode with is made
-    plan = plan_memory(test_plan.run_of(config), test_plan.CPU)
-    given = test_plan.plan_inputs(config)
+    plan = plan_memory(run_of(config), CPU)
+    given = plan_inputs(config)
     extra = scales(policy)
     if policy._rollout is not None:
         own = [p for module in (policy._rollout.projector, policy._rollout.model) for p in module.parameters()]
@@ -79,13 +80,13 @@ def test_a_phase_needs_what_its_live_tensors_take(name: str, tmp_path: Path) -> 
         copied = next(part for part in plan.parts if part.name == "copy to decode with")
         assert copied.bytes == pytest.approx(sum(made.values()), rel=0.01)
         extra += own
-    with test_plan.Live([*test_plan.tensors(policy, cached, actions), *extra]) as acting:
+    with Live([*tensors(policy, cached, actions), *extra]) as acting:
         policy.act(cached)
     assert between(acting.peak, plan.of("rollout") - given, config)
-    with test_plan.Live([*test_plan.tensors(policy, cached, actions), *extra]) as updating:
-        test_plan.train(policy, cached, actions)
+    with Live([*tensors(policy, cached, actions), *extra]) as updating:
+        train(policy, cached, actions)
     made = sum(part.bytes for part in plan.parts if part.name == "gradients")
-    rows = test_plan.ROWS * test_plan.features_row(config)
+    rows = ROWS * features_row(config)
     assert between(updating.peak, plan.of("update") + made - rows, config)
 
 
@@ -104,7 +105,7 @@ def test_bytes_kept_are_those_that_autograd_keeps(name: str, tmp_path: Path) -> 
     config = configure(tmp_path, **VARIANTS[name])
     policy = OpenVLAPolicy(config)
     policy.freeze(["vision"])
-    _, cached, actions = test_plan.rows_of(policy)
+    _, cached, actions = rows_of(policy)
     own = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
     shapes = {parameter.shape for parameter in policy.parameters()}
     kept, alive = {}, []
@@ -119,13 +120,13 @@ def test_bytes_kept_are_those_that_autograd_keeps(name: str, tmp_path: Path) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         policy.evaluate(cached, actions)
-    predicted = test_plan.ROWS * sum(training_row(config, train_vision=False).values()) + head_copy(config)
+    predicted = ROWS * sum(training_row(config, train_vision=False).values()) + head_copy(config)
     assert predicted == pytest.approx(sum(kept.values()), rel=0.03)
 
 
 def test_the_released_size_in_4_bits() -> None:
     device = replace(DEVICES["h200"], layer_call_s=0.0)
-    plain, packed = (test_plan.large(lora={"rank": 32, "base": base}, critic="adapter") for base in ("plain", "nf4"))
+    plain, packed = (large(lora={"rank": 32, "base": base}, critic="adapter") for base in ("plain", "nf4"))
     spared = plan_memory(plain, device).of("always") - plan_memory(packed, device).of("always")
     assert spared == pytest.approx(6_476_005_376 * (2 - 4.127 / 8), rel=1e-3)  # 9.6 GB
     assert plan_memory(packed, device).of("rollout") > plan_memory(plain, device).of("rollout")  # a map decoded
@@ -155,12 +156,12 @@ def test_four_bits_are_not_advised_where_other_changes_suffice_or_they_cannot_be
     def advised(config, device) -> bool:
         return any("policy.lora.base" in change.overrides for change in advise(config, device))
 
-    plain = test_plan.large(lora={"rank": 32}, critic="adapter")
+    plain = large(lora={"rank": 32}, critic="adapter")
     roomy = replace(DEVICES["h100"], memory=0.9 * plan_memory(plain, DEVICES["h100"]).peak / GIB)
     assert not plan_memory(plain, roomy).fits(roomy) and not advised(plain, roomy)
     card = DEVICES["4090"]
     assert advised(plain, card)
-    changes = [list(change.overrides) for change in advise(test_plan.large(critic="separate"), card)]
+    changes = [list(change.overrides) for change in advise(large(critic="separate"), card)]
     assert changes.index(["policy.lora.rank", "policy.critic"]) < changes.index(["policy.lora.base"])
     odd = apply(plain, {"policy.language_model.intermediate_size": 11000})
     sharded = apply(plain, {"backend.kind": "ray", "backend.sharding": "full"})

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_adapters
 import torch
+from small_policy import adapted, inputs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from reachrl.config.policy import recorded_rows
@@ -13,8 +13,6 @@ from reachrl.policies.base import ActionSample, PolicyInput
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.recordings import Recordings
 
-base = test_adapters.base  # a fixture
-adapted, inputs = test_adapters.adapted, test_adapters.inputs
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 

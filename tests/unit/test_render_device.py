@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from toy_policy import toy_config
 
-from reachrl.envs import process, render_device
+from reachrl import child
+from reachrl.envs import render_device
 from reachrl.envs.egl_query import query
 from reachrl.envs.render_device import EglDevice, choose_device, render_variables
 from reachrl.envs.vector import VectorEnv
@@ -91,13 +92,13 @@ def test_this_machines_devices_are_listed_whatever_cuda_may_see(monkeypatch):
 def test_each_worker_process_is_told_its_device(machine, monkeypatch):
     machine(THREE_GPUS)
     started = []
-    popen = process.subprocess.Popen
+    popen = child.subprocess.Popen
 
     def spy(*arguments, env, **options):
         started.append(env.get("MUJOCO_EGL_DEVICE_ID"))
         return popen(*arguments, env=env, **options)
 
-    monkeypatch.setattr(process, "subprocess", SimpleNamespace(**vars(process.subprocess) | {"Popen": spy}))
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(**vars(child.subprocess) | {"Popen": spy}))
     config = toy_config("env.render_device=cuda")
     with VectorEnv(config.env, 3) as envs:
         starts = [Start(envs.tasks[0], "train", n) for n in range(3)]

@@ -3,14 +3,11 @@
 from pathlib import Path
 
 import pytest
-import test_adapters
 import torch
+from small_policy import adapted, inputs, small
 
 from reachrl.policies.llama import decoder_layers
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-
-base = test_adapters.base  # a fixture
-adapted, inputs, small = test_adapters.adapted, test_adapters.inputs, test_adapters.small
 
 
 def greedy(policy: OpenVLAPolicy) -> tuple[torch.Tensor, torch.Tensor]:

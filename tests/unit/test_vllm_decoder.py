@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_adapters
+import small_policy
 import torch
 from pydantic import ValidationError
 
@@ -37,7 +37,6 @@ from reachrl.policies.openvla.vllm_decoder import check, frames_of, prompts, row
 from reachrl.policies.openvla.vllm_process import EngineProcess
 from reachrl.types import Observation
 
-base = test_adapters.base  # a fixture
 FAKE = Path(__file__).parent / "fake_vllm"
 Calls = Callable[[str], list[dict[str, Any]]]
 
@@ -151,7 +150,7 @@ def calls(fake: Path) -> Calls:
 
 def decoded_by(python: Path, base: Path, **changes: Any) -> OpenVLAPolicy:
     """Adapters on a small policy whose decoder is vLLM."""
-    plain = test_adapters.small(checkpoint=base, critic="adapter", lora={"rank": 3, "alpha": 6.0})
+    plain = small_policy.small(checkpoint=base, critic="adapter", lora={"rank": 3, "alpha": 6.0})
     options = VllmConfig(python=python, **{"deadline_s": 60.0, **changes})
     policy = OpenVLAPolicy(plain.model_copy(update={"decoder": "vllm", "vllm": options}))
     torch.manual_seed(1)
@@ -208,7 +207,7 @@ def test_weights_go_whole_and_merged_and_only_when_they_changed(fake, base, call
     inputs = rows_of(policy, 1)
     before = policy.act(inputs, with_values=False)
     sent = calls("weights")[0]["shapes"]
-    plain = OpenVLAPolicy(test_adapters.small(checkpoint=base))
+    plain = OpenVLAPolicy(small_policy.small(checkpoint=base))
     names = {n: list(p.shape) for n, p in plain.named_parameters() if not n.startswith(("value_head.", "critic."))}
     assert sent == names
     policy.act(inputs, gumbel=noise(0, 1), with_values=False)
@@ -229,14 +228,14 @@ def test_weights_go_whole_and_merged_and_only_when_they_changed(fake, base, call
     policy.close()
     policy.config = policy.config.model_copy(update={"decoder": "own"})
     policy.save_pretrained(tmp_path / "adapted")
-    merged = dict(OpenVLAPolicy(test_adapters.small(checkpoint=tmp_path / "adapted")).named_parameters())
+    merged = dict(OpenVLAPolicy(small_policy.small(checkpoint=tmp_path / "adapted")).named_parameters())
     for part in vllm_weights.PARTS:
         for name, tensor in vllm_weights.tensors(getattr(policy, part), f"{part}."):
             assert torch.equal(tensor, merged[name]), name
 
 
 def test_weights_travel_in_files_of_limited_size_that_do_not_pile_up(base, tmp_path):
-    policy, files = OpenVLAPolicy(test_adapters.small(checkpoint=base)), []
+    policy, files = OpenVLAPolicy(small_policy.small(checkpoint=base)), []
 
     def sent(path: Path) -> None:
         assert [path] == list(tmp_path.iterdir())
@@ -418,7 +417,7 @@ def test_a_fork_does_not_end_the_engine(fake):
 
 
 def test_the_own_decoder_is_not_touched(base):
-    policy = OpenVLAPolicy(test_adapters.small(checkpoint=base))
+    policy = OpenVLAPolicy(small_policy.small(checkpoint=base))
     assert policy._vllm is None
     inputs = rows_of(policy)
     sample = policy.act(inputs, temperature=1.2)

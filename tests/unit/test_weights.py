@@ -6,21 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_adapters import adapted, base, inputs  # noqa: F401  (base is a fixture)
+from small_policy import PROBE, adapted, inputs, packed
 from toy_policy import toy_config, toy_policy
 
 from reachrl.backends.learner import LocalLearner
-from reachrl.backends.weights import PackedWeights, acting_parameters, actor_gap, load_packed, pack
+from reachrl.backends.weights import acting_parameters, actor_gap, load_packed, pack
 from reachrl.config.ppo import PPOConfig
 from reachrl.errors import WorkerError
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-
-PROBE = {"seed": 3, "image_size": 16, "temperature": 1.2}
-
-
-def packed(policy: OpenVLAPolicy, **changes: object) -> PackedWeights:
-    learner = LocalLearner(policy, PPOConfig(temperature=1.2, **changes), seed=3)  # pyright: ignore[reportArgumentType]
-    return learner.pack_weights(image_size=16)
 
 
 def acted(policy: OpenVLAPolicy) -> torch.Tensor:
@@ -30,7 +23,7 @@ def acted(policy: OpenVLAPolicy) -> torch.Tensor:
 
 @pytest.mark.parametrize("parts", [("language_model", "projector"), ("language_model", "projector", "vision")])
 @pytest.mark.parametrize("copy", [False, True])
-def test_every_adapter_tensor_changes_how_the_actor_acts(base: Path, copy: bool, parts: tuple[str, ...]) -> None:  # noqa: F811
+def test_every_adapter_tensor_changes_how_the_actor_acts(base: Path, copy: bool, parts: tuple[str, ...]) -> None:
     """Each is changed in the learner alone; after the transfer the actor acts as the learner, not as before."""
     options = {"lora": {"parts": parts}, "rollout_copy": copy, "critic": "adapter"}
     learner, actor = adapted(base, **options), adapted(base, seed=2, **options)
@@ -55,7 +48,7 @@ def test_every_adapter_tensor_changes_how_the_actor_acts(base: Path, copy: bool,
             tensor.copy_(unchanged)
 
 
-def test_the_critic_and_the_frozen_base_stay_at_home(base: Path) -> None:  # noqa: F811
+def test_the_critic_and_the_frozen_base_stay_at_home(base: Path) -> None:
     learner = adapted(base, critic="adapter")
     sent = {info.name for bucket in packed(learner).buckets for info in bucket.tensors}
     assert sent and all(".lora_" in name and ".default." in name for name in sent)
@@ -103,7 +96,7 @@ def test_what_is_not_the_learners_weights_is_refused() -> None:
         actor_gap(actor, weights, **PROBE | {"image_size": 24})
 
 
-def test_a_copy_for_decoding_that_is_not_formed_anew_is_noticed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_copy_for_decoding_that_is_not_formed_anew_is_noticed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bug of the first implementations: adapters arrive, but what decodes was merged before."""
     learner, actor = adapted(base, rollout_copy=True), adapted(base, seed=2, rollout_copy=True)
     acted(actor)
