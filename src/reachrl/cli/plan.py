@@ -1,5 +1,6 @@
 """`reachrl plan`: what a configuration needs on a device, before anything is built or downloaded."""
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,8 +44,8 @@ def plan(
     from reachrl.plan.timing import DECISIONS_PER_SECOND, plan_time
 
     rate = DECISIONS_PER_SECOND if decisions_per_second is None else decisions_per_second
-    if rate <= 0:
-        raise ConfigError(f"--decisions-per-second {rate:g}: expected more than 0.")
+    if not 0 < rate < math.inf:  # nor is it NaN
+        raise ConfigError(f"--decisions-per-second {rate:g}: expected a finite number above 0.")
     config = load_config(preset, overrides or [])
     machine = find_device(device, memory)
     needed = plan_memory(config, machine)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from reachrl.config.policy import OpenVLAConfig, recorded_rows
+from reachrl.config.policy import FLOAT8_CAPABILITY, OpenVLAConfig, recorded_rows
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
@@ -102,14 +102,26 @@ def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
         device: its kind decides what shares memory with the learner; its size does not matter here.
 
     Raises:
-        ConfigError: the policy is a plug-in.
+        ConfigError: the policy is a plug-in, or the device cannot multiply as it asks.
     """
     policy, ppo = sections(config)
+    _check_arithmetic(policy, device)
     held = weights(policy, ppo)
     gradients = sum(part.bytes for part in held if part.trained_by is not None)
     parts = [*_held(held), *_always(config, device), *_rollout(config, device), *_scoring(config)]
     parts += [*_update(config, gradients), *_optimiser_step(policy, held, device)]
     return MemoryPlan(tuple(part for part in parts if part.bytes))
+
+
+def _check_arithmetic(policy: OpenVLAConfig, device: Device) -> None:
+    """Refuse what the copy to decode with refuses on the device itself."""
+    if policy.rollout_precision != "float8" or device.capability is None or device.capability >= FLOAT8_CAPABILITY:
+        return
+    major, minor = device.capability
+    raise ConfigError(
+        f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), {device.name} "
+        f"has {major}.{minor}; set policy.rollout_precision=as_trained"
+    )
 
 
 def _held(held: tuple[Weights, ...]) -> list[Part]:
