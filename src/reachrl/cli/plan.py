@@ -48,9 +48,16 @@ def plan(
         raise ConfigError(f"--decisions-per-second {rate:g}: expected a finite number above 0.")
     config = load_config(preset, overrides or [])
     machine = find_device(device, memory)
-    needed = plan_memory(config, machine)
-    changes = advise(config, machine)
-    time = plan_time(config, machine, rate)
+    try:
+        needed = plan_memory(config, machine)
+        changes = advise(config, machine)
+        time = plan_time(config, machine, rate)
+        verdict = _verdict(needed, changes, time, machine)
+    except OverflowError as error:
+        raise ConfigError(
+            "a number of the configuration or of an option is too large or too small to compute a plan with: "
+            "check those that you changed"
+        ) from error
     console = Console(width=min(Console().width, WIDTH))
     console.print(_parameters(config))
     for title, part in _devices(needed, config, machine):
@@ -63,7 +70,7 @@ def plan(
     )
     if changes:
         console.print(_advice(changes))
-    console.print(_verdict(needed, changes, time, machine), style="bold")
+    console.print(verdict, style="bold")
     if not needed.fits(machine):
         raise typer.Exit(1)
 

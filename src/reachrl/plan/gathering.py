@@ -1,7 +1,7 @@
 """Bytes that a learner with a piece of the weights needs whole for a while (`backend.sharding=full`, FSDP2).
 
-A policy falls into units (`Policy.sharding_units`): decoder layers, projectors, towers, value head. A unit's weights are
-gathered before it computes and let go afterwards; what is in no unit is gathered for the whole pass.
+A policy falls into units (`Policy.sharding_units`): decoder layers, projectors, towers, value head. A unit's weights
+are gathered before it computes and let go afterwards; what is in no unit is gathered for the whole pass.
 """
 
 from dataclasses import dataclass
@@ -76,11 +76,13 @@ def gathered_weights(policy: OpenVLAConfig, ppo: PPOConfig, *, scoring: bool) ->
     """Bytes gathered at the widest moment of a pass: what is in no unit, and beside it the largest unit twice.
 
     Pieces arrive in a buffer, from which the weights are copied; in the backward pass the next unit's buffer is filled
-    while a unit computes.
+    while a unit computes. In the forward pass, the widest of scoring, a layer's buffer is kept until the next layer's
+    weights are copied.
     """
     always = rest(policy).weights
     used = [*units(policy), *([towers(policy, ppo)] if scoring or ppo.train_vision else [])]
-    return always + max(always, 2 * max(unit.weights for unit in used))
+    layers = 3 * _mapped(policy, "language_model").weights * scoring
+    return always + max(always, 2 * max(unit.weights for unit in used), layers)
 
 
 def gathered_gradients(policy: OpenVLAConfig, ppo: PPOConfig, kept: float) -> float:

@@ -84,7 +84,7 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
     """The policy's and the algorithm's section.
 
     Raises:
-        ConfigError: the policy is a plug-in, whose sizes are not known, or decoded by vLLM.
+        ConfigError: policy or algorithm is a plug-in, whose sizes are not known, or the policy is decoded by vLLM.
     """
     if not isinstance(config.policy, OpenVLAConfig):
         kind = getattr(config.policy, "kind", "?")
@@ -94,7 +94,9 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
             f'policy.decoder="{config.policy.decoder}": a plan knows the own decoder only, not what an engine needs. '
             'Plan with policy.decoder="own" and keep room for a second copy of the weights'
         )
-    assert isinstance(config.ppo, PPOConfig)
+    if not isinstance(config.ppo, PPOConfig):
+        kind = getattr(config.ppo, "kind", "?")
+        raise ConfigError(f"ppo.kind={kind!r}: a plan knows what `ppo` computes, and no other algorithm.")
     return config.policy, config.ppo
 
 
@@ -124,7 +126,8 @@ def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
         device: its kind decides what shares memory with the learner; its size does not matter here.
 
     Raises:
-        ConfigError: the policy is a plug-in, the device cannot multiply as it asks, or processes have no environment.
+        ConfigError: policy or algorithm is a plug-in, the device cannot multiply as the policy asks, or there are too
+            few environments for all processes.
     """
     policy, ppo = sections(config)
     _check_arithmetic(policy, device)

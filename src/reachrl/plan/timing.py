@@ -56,7 +56,7 @@ def plan_time(config: TrainConfig, device: Device, decisions_per_second: float =
         decisions_per_second: of all simulators together, without a policy.
 
     Raises:
-        ConfigError: the policy is a plug-in.
+        ConfigError: policy or algorithm is a plug-in.
     """
     decisions = config.num_steps * config.env.num_envs
     simulators = Stretch(name="environment steps", seconds=decisions / decisions_per_second)
