@@ -39,8 +39,8 @@ class Device:
         return 1e12 * (self.bf16 if width == 2 else self.fp32)
 
 
-# Arithmetic, bandwidth and capability are those of NVIDIA's data sheets, without sparsity; memory is what PyTorch reports
-# as total capacity in its out-of-memory messages. fp32 is plain, as PyTorch multiplies unless told to use TF32.
+# Arithmetic, bandwidth and capability are those of NVIDIA's data sheets, without sparsity; memory is what PyTorch says
+# is the total capacity in its out-of-memory messages. fp32 is plain, as PyTorch multiplies unless told to use TF32.
 #
 # The shares (fields above) go back to an H200: large bf16 products reach 790 of 989 TFLOP/s and copies 4.3 of 4.8 TB/s
 # there; of that, 65 % in a forward pass, 45 % in training and 80 % of the bandwidth are good. 0.65 * 790 / 989 = 0.52,
