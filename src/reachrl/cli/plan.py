@@ -1,5 +1,6 @@
 """`reachrl plan`: what a configuration needs on a device, before anything is built or downloaded."""
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,25 +44,33 @@ def plan(
     from reachrl.plan.timing import DECISIONS_PER_SECOND, plan_time
 
     rate = DECISIONS_PER_SECOND if decisions_per_second is None else decisions_per_second
-    if rate <= 0:
-        raise ConfigError(f"--decisions-per-second {rate:g}: expected more than 0.")
+    if not 0 < rate < math.inf:  # nor is it NaN
+        raise ConfigError(f"--decisions-per-second {rate:g}: expected a finite number above 0.")
     config = load_config(preset, overrides or [])
     machine = find_device(device, memory)
-    needed = plan_memory(config, machine)
-    changes = advise(config, machine)
-    time = plan_time(config, machine, rate)
+    try:
+        needed = plan_memory(config, machine)
+        changes = advise(config, machine)
+        time = plan_time(config, machine, rate)
+        verdict = _verdict(needed, changes, time, machine)
+    except OverflowError as error:
+        raise ConfigError(
+            "a number of the configuration or of an option is too large or too small to compute a plan with: "
+            "check those that you changed"
+        ) from error
     console = Console(width=min(Console().width, WIDTH))
     console.print(_parameters(config))
-    console.print(_memory(needed))
+    for title, part in _devices(needed, config, machine):
+        console.print(_memory(title, part))
     console.print(_time(time, config))
     console.print(
         f"Assumed: {_reached(machine)}; {rate:g} decisions/s of the simulators; arithmetic and memory of the learner, "
-        "not of the process reward.",
+        f"not of the process reward.{_not_counted(config)}",
         style="dim",
     )
     if changes:
         console.print(_advice(changes))
-    console.print(_verdict(needed, changes, time, machine), style="bold")
+    console.print(verdict, style="bold")
     if not needed.fits(machine):
         raise typer.Exit(1)
 
@@ -83,17 +92,47 @@ def _parameters(config: "TrainConfig") -> Table:
     return table
 
 
-def _memory(plan: "MemoryPlan") -> Table:
+def _devices(plan: "MemoryPlan", config: "TrainConfig", device: "Device") -> "list[tuple[str, MemoryPlan]]":
+    """The plan of each kind of device with its title."""
+    from reachrl.plan.crew import crew_of
+
+    crew = crew_of(config)
+    if crew.alone or device.is_cpu:
+        return [("Memory", plan)]
+    if plan.actor is None:
+        return [(f"Memory of each of {crew.learners} GPUs with a learner and an actor", plan)]
+    actors = f"Memory of each of {crew.actors} GPUs with an actor"
+    return [(f"Memory of each of {crew.learners} GPUs with a learner", plan), (actors, plan.actor)]
+
+
+def _not_counted(config: "TrainConfig") -> str:
+    """What a plan of several processes leaves out."""
+    from reachrl.plan.crew import crew_of
+
+    if not crew_of(config).alone:
+        return (
+            " Time is that of one learner's and one actor's share: communication, waiting for the slowest process and "
+            "work done meanwhile are not modelled."
+        )
+    if config.backend.sharding == "full":
+        return (
+            " backend.sharding=full has no effect on this plan: how many learners torchrun starts is not in the "
+            "configuration (backend.kind=ray says it)."
+        )
+    return ""
+
+
+def _memory(title: str, plan: "MemoryPlan") -> Table:
     from reachrl.plan.memory import PHASES
 
-    table = _table("Memory", "part", "when", "size")
+    table = _table(title, "part", "when", "size")
     for phase in ("always", *PHASES):
         counts = phase in ("always", plan.worst)
         for part in plan.parts:
             if part.phase == phase:
                 table.add_row(part.name, phase, _size(part.bytes), style="" if counts else "dim")
     table.add_section()
-    table.add_row("peak", f"always + {plan.worst}", _size(plan.peak), style="bold")
+    table.add_row("peak", f"always + {plan.worst}", _size(plan.own_peak), style="bold")
     return table
 
 

@@ -11,6 +11,7 @@ from reachrl.config.vllm import VllmConfig, refusal
 
 NUM_ACTION_BINS = 256
 NF4_BLOCK = 64  # weights that share a scale in 4 bits
+FLOAT8_CAPABILITY = (8, 9)  # CUDA's compute capability of the first GPUs that multiply 8-bit numbers
 
 
 def recorded_rows(batch: int) -> int:

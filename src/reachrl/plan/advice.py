@@ -7,8 +7,9 @@ from typing import Any
 from reachrl.config.loading import config_dict, validate
 from reachrl.config.policy import NF4_BLOCK
 from reachrl.config.train import TrainConfig
+from reachrl.plan.crew import crew_of, least_environments
 from reachrl.plan.device import Device
-from reachrl.plan.memory import MemoryPlan, micro_rows, plan_memory, sections, usable
+from reachrl.plan.memory import MemoryPlan, micro_rows, plan_memory, score_rows, sections, usable
 from reachrl.plan.parameters import weights
 
 _LEAST_ROWS = 4  # fewer at once leave most processors idle
@@ -72,9 +73,9 @@ def _candidates(
     """Every change that is open to `config`, valid by itself: overrides, reason, and the plan with it."""
     for overrides, reason in _switches(config, device):
         yield overrides, reason, plan_memory(apply(config, overrides), device)
-    for key, rows, reason in _row_counts(config):
-        if rows > _LEAST_ROWS:
-            fewer, after = _halved(config, device, plan, key, rows)
+    for key, rows, least, reason in _row_counts(config):
+        if rows > least:
+            fewer, after = _halved(config, device, plan, key, rows, least)
             yield {key: fewer}, reason, after
 
 
@@ -102,17 +103,20 @@ def _switches(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, A
     if policy.dtype == "float32":
         overrides = {"policy.dtype": "bfloat16", "policy.compute_dtype": None}
         yield overrides, "half the bytes; small steps of trained weights are rounded away, adapters stay float32"
+    crew = crew_of(config)
+    if crew.learners > 1 and not crew.sharded and not policy.four_bit:
+        yield {"backend.sharding": "full"}, "split weights, gradients and Adam states over the learners; more to send"
     if ppo.train_vision:
         yield {"ppo.train_vision": False}, "freeze the towers and keep their features instead of training them"
 
 
-def _row_counts(config: TrainConfig) -> Iterator[tuple[str, int, str]]:
-    """What may be halved: its key, rows at once as it is, and what fewer do."""
-    _, ppo = sections(config)
-    scored = min(ppo.score_batch_size, config.num_steps * config.env.num_envs)
-    yield "ppo.micro_batch_size", micro_rows(config), "fewer rows in a pass; gradients add up to the same"
-    yield "ppo.score_batch_size", scored, "fewer rows in a pass that scores; the same scores"
-    yield "env.num_envs", config.env.num_envs, "fewer rows to decode and to keep, and fewer decisions an iteration"
+def _row_counts(config: TrainConfig) -> Iterator[tuple[str, int, int, str]]:
+    """What may be halved: its key, rows at once as it is, the least of them, and what fewer do."""
+    least = max(_LEAST_ROWS, least_environments(config))
+    scored, envs = score_rows(config), config.env.num_envs
+    yield "ppo.micro_batch_size", micro_rows(config), _LEAST_ROWS, "fewer rows in a pass; gradients add up to the same"
+    yield "ppo.score_batch_size", scored, _LEAST_ROWS, "fewer rows in a pass that scores; the same scores"
+    yield "env.num_envs", envs, least, "fewer rows to decode and to keep, and fewer decisions an iteration"
 
 
 def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
@@ -128,10 +132,12 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
     return frozen > usable(device) / 2
 
 
-def _halved(config: TrainConfig, device: Device, plan: MemoryPlan, key: str, rows: int) -> tuple[int, MemoryPlan]:
+def _halved(
+    config: TrainConfig, device: Device, plan: MemoryPlan, key: str, rows: int, least: int
+) -> tuple[int, MemoryPlan]:
     """`rows` halved until the configuration fits, nothing more is saved, or the least is reached; the plan with it."""
-    while rows > _LEAST_ROWS and not plan.fits(device):
-        fewer = max(rows // 2, _LEAST_ROWS)
+    while rows > least and not plan.fits(device):
+        fewer = max(rows // 2, least)
         after = plan_memory(apply(config, {key: fewer}), device)
         if after.peak >= plan.peak:
             break

@@ -1,5 +1,6 @@
 """The machines a plan is made for: memory, peak arithmetic and bandwidth, and the share of it that is reached."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Device:
     bf16: float  # dense TFLOP/s
     fp32: float  # TFLOP/s
     bandwidth: float  # GB/s
+    capability: tuple[int, int] | None = None  # CUDA's compute capability; a CPU has none
     forward_share: float = 0.52
     training_share: float = 0.36
     bandwidth_share: float = 0.72
@@ -37,8 +39,8 @@ class Device:
         return 1e12 * (self.bf16 if width == 2 else self.fp32)
 
 
-# Arithmetic and bandwidth are those of NVIDIA's data sheets, without sparsity; memory is what PyTorch reports as total
-# capacity in its out-of-memory messages. fp32 is plain, as PyTorch multiplies unless told to use TF32.
+# Arithmetic, bandwidth and capability are those of NVIDIA's data sheets, without sparsity; memory is what PyTorch says
+# is the total capacity in its out-of-memory messages. fp32 is plain, as PyTorch multiplies unless told to use TF32.
 #
 # The shares (fields above) go back to an H200: large bf16 products reach 790 of 989 TFLOP/s and copies 4.3 of 4.8 TB/s
 # there; of that, 65 % in a forward pass, 45 % in training and 80 % of the bandwidth are good. 0.65 * 790 / 989 = 0.52,
@@ -46,12 +48,12 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device(name="h200", memory=139, bf16=989, fp32=67, bandwidth=4800),
-        Device(name="h100", memory=79, bf16=989, fp32=67, bandwidth=3350),  # SXM, 80 GB
-        Device(name="a100-80", memory=79, bf16=312, fp32=19.5, bandwidth=2039),
-        Device(name="a100-40", memory=39, bf16=312, fp32=19.5, bandwidth=1555),
-        Device(name="l40s", memory=44, bf16=362, fp32=91.6, bandwidth=864),
-        Device(name="4090", memory=23.5, bf16=165, fp32=82.6, bandwidth=1008),
+        Device(name="h200", memory=139, bf16=989, fp32=67, bandwidth=4800, capability=(9, 0)),
+        Device(name="h100", memory=79, bf16=989, fp32=67, bandwidth=3350, capability=(9, 0)),  # SXM, 80 GB
+        Device(name="a100-80", memory=79, bf16=312, fp32=19.5, bandwidth=2039, capability=(8, 0)),
+        Device(name="a100-40", memory=39, bf16=312, fp32=19.5, bandwidth=1555, capability=(8, 0)),
+        Device(name="l40s", memory=44, bf16=362, fp32=91.6, bandwidth=864, capability=(8, 9)),
+        Device(name="4090", memory=23.5, bf16=165, fp32=82.6, bandwidth=1008, capability=(8, 9)),
     )
 }
 
@@ -64,7 +66,7 @@ def find_device(name: str, memory: float | None = None) -> Device:
         memory: GiB to plan for in place of the device's own.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: no such device, or no such amount of memory.
     """
     known = ["cpu", *DEVICES]
     if name not in known:
@@ -74,8 +76,8 @@ def find_device(name: str, memory: float | None = None) -> Device:
     device = measure_cpu() if name == "cpu" else DEVICES[name]
     if memory is None:
         return device
-    if memory <= 0:
-        raise ConfigError(f"--memory {memory:g}: expected the memory to plan for in GiB, more than 0.")
+    if not 0 < memory < math.inf:  # nor is it NaN
+        raise ConfigError(f"--memory {memory:g}: expected the memory to plan for in GiB, a finite number above 0.")
     return replace_memory(device, memory)
 
 

@@ -1,14 +1,16 @@
-"""The learner's peak memory, by part: what stays all along, and the phase of an iteration that needs most beside it."""
+"""Peak memory of a device, by part: what stays all along, and the phase of an iteration that needs most beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from reachrl.config.policy import OpenVLAConfig, recorded_rows
+from reachrl.config.policy import FLOAT8_CAPABILITY, OpenVLAConfig, recorded_rows
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.plan import activations
+from reachrl.plan.crew import Crew, crew_of
 from reachrl.plan.device import GIB, Device
+from reachrl.plan.gathering import gathered_gradients, gathered_weights
 from reachrl.plan.parameters import (
     Weights,
     adapter_parameters,
@@ -26,9 +28,10 @@ HEADROOM = 0.05  # share of the device that is left free, for pieces the allocat
 # Meta-World workers (docs/benchmarks/quickstart.md), which leaves 0.28 for each. CUDA's context and cuBLAS's workspace
 # are an estimate.
 _LEARNER, _WORKER, _CUDA = 0.4, 0.28, 1.0
+_CUDA_NAME = "CUDA context and workspace (estimate)"
 
-Phase = Literal["always", "rollout", "scoring", "update", "optimiser step"]
-PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update", "optimiser step")
+Phase = Literal["always", "start", "rollout", "scoring", "update", "gradient sum", "optimiser step"]
+PHASES: tuple[Phase, ...] = ("start", "rollout", "scoring", "update", "gradient sum", "optimiser step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class MemoryPlan:
     """Everything that takes memory; phases follow one another, so only the largest counts."""
 
     parts: tuple[Part, ...]
+    actor: "MemoryPlan | None" = None
+    """Of an actor's device, where learners and actors have devices of their own; the parts are then a learner's."""
 
     def of(self, phase: Phase) -> float:
         """Bytes of one phase alone."""
@@ -56,9 +61,14 @@ class MemoryPlan:
         return max(PHASES, key=self.of)
 
     @property
-    def peak(self) -> float:
-        """Bytes at the worst moment."""
+    def own_peak(self) -> float:
+        """Bytes of these parts at the worst moment."""
         return self.of("always") + self.of(self.worst)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment, on the device that needs most."""
+        return self.own_peak if self.actor is None else max(self.own_peak, self.actor.peak)
 
     def fits(self, device: Device) -> bool:
         """Whether the peak leaves the device its headroom."""
@@ -74,7 +84,7 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
     """The policy's and the algorithm's section.
 
     Raises:
-        ConfigError: the policy is a plug-in, whose sizes are not known, or decoded by vLLM.
+        ConfigError: policy or algorithm is a plug-in, whose sizes are not known, or the policy is decoded by vLLM.
     """
     if not isinstance(config.policy, OpenVLAConfig):
         kind = getattr(config.policy, "kind", "?")
@@ -84,62 +94,136 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
             f'policy.decoder="{config.policy.decoder}": a plan knows the own decoder only, not what an engine needs. '
             'Plan with policy.decoder="own" and keep room for a second copy of the weights'
         )
-    assert isinstance(config.ppo, PPOConfig)
+    if not isinstance(config.ppo, PPOConfig):
+        kind = getattr(config.ppo, "kind", "?")
+        raise ConfigError(f"ppo.kind={kind!r}: a plan knows what `ppo` computes, and no other algorithm.")
     return config.policy, config.ppo
 
 
 def micro_rows(config: TrainConfig) -> int:
-    """Rows that go through a training pass together."""
+    """Rows that go through a training pass together.
+
+    Minibatches are drawn at random: now and then most of one falls into a single learner's block.
+    """
     _, ppo = sections(config)
-    return min(ppo.micro_batch_size, ppo.minibatch_size, config.num_steps * config.env.num_envs)
+    return min(ppo.micro_batch_size, ppo.minibatch_size, crew_of(config).block)
+
+
+def score_rows(config: TrainConfig) -> int:
+    """Rows that are scored together: of a learner's block, or of the last frames, which every learner scores."""
+    _, ppo = sections(config)
+    crew = crew_of(config)
+    return min(ppo.score_batch_size, max(crew.block, crew.environments))
 
 
 def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
     """Predict the peak of one steady iteration (after the critic's warm-up).
+
+    All processes share a CPU; each GPU has a learner, an actor, or where they are colocated one of each.
 
     Args:
         config: the run.
         device: its kind decides what shares memory with the learner; its size does not matter here.
 
     Raises:
-        ConfigError: the policy is a plug-in.
+        ConfigError: policy or algorithm is a plug-in, the device cannot multiply as the policy asks, or there are too
+            few environments for all processes.
     """
     policy, ppo = sections(config)
+    _check_arithmetic(policy, device)
+    crew = crew_of(config)
+    learner, actor = _learner(config, device, crew), _actor(config, device, crew)
+    if device.is_cpu:
+        processes = 1 if crew.alone else crew.learners + crew.actors
+        parts = [*_times(crew.learners, learner), *_times(crew.actors, actor), *_main_memory(config, crew, processes)]
+    elif crew.alone:
+        parts = [*learner, *actor, Part(_CUDA_NAME, _CUDA * GIB)]
+    elif crew.colocated:
+        handed = Part("handed over to the actor", -_handed_over(policy, ppo, crew), "rollout")
+        passing = [replace(part, phase="rollout") for part in actor]  # in main memory at other times
+        parts = [*learner, *passing, handed, Part(f"twice {_CUDA_NAME}", 2 * _CUDA * GIB)]
+    else:
+        context = Part(_CUDA_NAME, _CUDA * GIB)
+        return MemoryPlan(_some([*learner, context]), MemoryPlan(_some([*actor, context])))
+    return MemoryPlan(_some(parts))
+
+
+def _some(parts: list[Part]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if part.bytes)
+
+
+def _times(count: int, parts: list[Part]) -> list[Part]:
+    """The parts of so many processes in the same memory."""
+    name = f"{count} x " if count > 1 else ""
+    return [replace(part, name=name + part.name, bytes=count * part.bytes) for part in parts]
+
+
+def _learner(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
+    policy, ppo = sections(config)
     held = weights(policy, ppo)
-    gradients = sum(part.bytes for part in held if part.trained_by is not None)
-    parts = [*_held(held), *_always(config, device), *_rollout(config, device), *_scoring(config)]
-    parts += [*_update(config, gradients), *_optimiser_step(policy, held, device)]
-    return MemoryPlan(tuple(part for part in parts if part.bytes))
+    trained = [part for part in held if part.trained_by is not None]
+    features = 0 if ppo.train_vision else crew.block * activations.features_row(policy)
+    always = [*_held(held, crew), Part("vision features of an iteration", features)]
+    parts = [*always, *_scoring(config, crew), *_update(config, crew, sum(part.bytes for part in trained))]
+    parts += _optimiser_step(policy, held, device, crew)
+    if crew.sharded:
+        whole = sum(part.bytes for part in held) - sum(part.bytes for part in always)
+        return [*parts, Part("the policy until it is split, before all else", max(whole, 0), "start")]
+    # Types are mixed, as the value head is float32: so is the one tensor.
+    together = 4 * sum(part.count for part in trained) * (crew.learners > 1)
+    return [*parts, Part("all gradients in one tensor", together, "gradient sum")]
 
 
-def _held(held: tuple[Weights, ...]) -> list[Part]:
-    """Weights, gradients and Adam's states.
+def _actor(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
+    """What acting needs; beside a learner in the same process its weights are there already."""
+    policy, ppo = sections(config)
+    own = 0 if crew.alone else sum(part.bytes for part in weights(policy, ppo))
+    copied = Part("copy to decode with", _copied(policy))
+    return [Part("weights to act with", own), copied, *_rollout(policy, crew.decoded_rows, device)]
+
+
+def _handed_over(policy: OpenVLAConfig, ppo: PPOConfig, crew: Crew) -> float:
+    """Bytes of a learner that are not on its device during the rollout; an optimiser in pieces stays there."""
+    held = {part.name: part.bytes for part in _held(weights(policy, ppo), crew)}
+    features = 0 if ppo.train_vision else crew.block * activations.features_row(policy)
+    return held["gradients"] + features + (0 if crew.sharded else held["Adam states"])
+
+
+def _check_arithmetic(policy: OpenVLAConfig, device: Device) -> None:
+    """Refuse what the copy to decode with refuses on the device itself."""
+    if policy.rollout_precision != "float8" or device.capability is None or device.capability >= FLOAT8_CAPABILITY:
+        return
+    major, minor = device.capability
+    raise ConfigError(
+        f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), {device.name} "
+        f"has {major}.{minor}; set policy.rollout_precision=as_trained"
+    )
+
+
+def _held(held: tuple[Weights, ...], crew: Crew) -> list[Part]:
+    """A learner's weights, gradients and Adam's states.
 
     Gradients of the last minibatch stay until the next one begins, so they are there during the rollout too.
     """
     trained = [part for part in held if part.trained_by is not None]
-    size = sum(part.bytes for part in trained)
+    size = sum(part.bytes for part in trained) / crew.pieces
     return [
-        Part("frozen weights", sum(part.bytes for part in held if part.trained_by is None)),
+        Part("frozen weights", sum(part.bytes for part in held if part.trained_by is None) / crew.pieces),
         Part("trainable weights", size),
         Part("gradients", size),
         Part("Adam states", 2 * size),
     ]
 
 
-def _always(config: TrainConfig, device: Device) -> list[Part]:
-    policy, ppo = sections(config)
-    rows = config.num_steps * config.env.num_envs
-    cached = 0 if ppo.train_vision else rows * activations.features_row(policy)
-    parts = [Part("copy to decode with", _copied(policy)), Part("vision features of an iteration", cached)]
-    if not device.is_cpu:
-        return [*parts, Part("CUDA context and workspace (estimate)", _CUDA * GIB)]
-    frames = 2 * rows * 3 * config.env.image_size**2  # a list of them, then one array
-    processes = (_LEARNER + _WORKER * config.env.num_envs) * GIB
+def _main_memory(config: TrainConfig, crew: Crew, processes: int) -> list[Part]:
+    """What lies in main memory wherever the policy does: frames, which each learner has, simulators and libraries."""
+    frames = 2 * crew.decisions * 3 * config.env.image_size**2  # a list of them, then one array
+    resident = (_LEARNER * processes + _WORKER * crew.environments) * GIB
+    whole = sum(part.bytes for part in weights(*sections(config)))
     return [
-        *parts,
-        Part("frames of an iteration", frames),
-        Part(f"{config.env.num_envs} simulators, PyTorch", processes),
+        *_times(crew.learners, [Part("frames of an iteration", frames)]),
+        Part(f"{crew.environments} simulators, PyTorch", resident),
+        Part("the first learner's whole policy, for checkpoints", crew.sharded * whole),
     ]
 
 
@@ -162,8 +246,7 @@ def _cache(policy: OpenVLAConfig, rows: int, device: Device) -> Part:
     return Part(name, rows * activations.cache_row(policy), "always" if recorded else "rollout")
 
 
-def _rollout(config: TrainConfig, device: Device) -> list[Part]:
-    policy, envs = sections(config)[0], config.env.num_envs
+def _rollout(policy: OpenVLAConfig, envs: int, device: Device) -> list[Part]:
     working = max(
         activations.working_row(policy, activations.prompt_tokens(policy), decoding=True),
         activations.vision_working_row(policy),
@@ -179,25 +262,25 @@ def _rollout(config: TrainConfig, device: Device) -> list[Part]:
     ]
 
 
-def _scoring(config: TrainConfig) -> list[Part]:
+def _scoring(config: TrainConfig, crew: Crew) -> list[Part]:
     """One pass over the rollout; the old features stay until the new ones are joined into one tensor."""
     policy, ppo = sections(config)
-    rows = config.num_steps * config.env.num_envs
-    batch = min(ppo.score_batch_size, rows)
+    batch = score_rows(config)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = max(
         activations.working_row(policy, tokens, decoding=False),
         activations.vision_working_row(policy) + activations.pixels_row(policy),
     )
     passing = max(batch * working, activations.head_copy(policy)) + _cast_weights(policy, training=False)
-    features = 0 if ppo.train_vision else rows * activations.features_row(policy)
+    features = 0 if ppo.train_vision else crew.block * activations.features_row(policy)
     return [
         Part("new vision features", features, "scoring"),
         Part(f"a pass of {batch} rows, or joining the features", max(passing, features), "scoring"),
+        Part("weights gathered", crew.sharded * gathered_weights(policy, ppo, scoring=True), "scoring"),
     ]
 
 
-def _update(config: TrainConfig, gradients: float) -> list[Part]:
+def _update(config: TrainConfig, crew: Crew, gradients: float) -> list[Part]:
     policy, ppo = sections(config)
     rows = micro_rows(config)
     row = activations.training_row(policy, train_vision=ppo.train_vision)
@@ -211,8 +294,11 @@ def _update(config: TrainConfig, gradients: float) -> list[Part]:
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     again = rows * activations.layer_row(policy, tokens) if policy.gradient_checkpointing else 0
     kept = rows * sum(row.values())
-    several = rows < min(ppo.minibatch_size, config.num_steps * config.env.num_envs)
-    coming = _gradients_on_their_way(policy, gradients, kept, again, several)
+    several = rows < min(ppo.minibatch_size, crew.block)
+    if crew.sharded:
+        coming = gathered_gradients(policy, ppo, kept)
+    else:
+        coming = _gradients_on_their_way(policy, gradients, kept, again, several)
     return [
         *(Part(f"activations of {names[name]}, {rows} rows", rows * size, "update") for name, size in row.items()),
         Part("one layer computed again", again, "update"),
@@ -220,6 +306,7 @@ def _update(config: TrainConfig, gradients: float) -> list[Part]:
         Part("inputs of the micro-batch", rows * inputs, "update"),
         Part("weights cast or decoded for the pass", _cast_weights(policy, training=True), "update"),
         Part("the head in float32", activations.head_copy(policy), "update"),
+        Part("weights gathered", crew.sharded * gathered_weights(policy, ppo, scoring=False), "update"),
     ]
 
 
@@ -267,7 +354,7 @@ def _cast_weights(policy: OpenVLAConfig, *, training: bool) -> int:
     return computed * layer(policy.language_model).down.parameters
 
 
-def _optimiser_step(policy: OpenVLAConfig, held: tuple[Weights, ...], device: Device) -> list[Part]:
+def _optimiser_step(policy: OpenVLAConfig, held: tuple[Weights, ...], device: Device, crew: Crew) -> list[Part]:
     """AdamW's temporaries: square roots of all of a group's second moments on a GPU; two of one tensor on a CPU."""
     if device.is_cpu:
         llm, stored = policy.language_model, activations.numbers(policy)[0]
@@ -278,4 +365,4 @@ def _optimiser_step(policy: OpenVLAConfig, held: tuple[Weights, ...], device: De
         size = 2 * max(head, matrix)
     else:
         size = max(sum(part.bytes for part in held if part.trained_by == group) for group in ("policy", "value"))
-    return [Part("AdamW's temporaries", size, "optimiser step")]
+    return [Part("AdamW's temporaries", size / crew.pieces, "optimiser step")]

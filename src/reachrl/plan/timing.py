@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
+from reachrl.plan.crew import crew_of
 from reachrl.plan.device import Device
 from reachrl.plan.memory import micro_rows, sections
 from reachrl.plan.parameters import (
@@ -46,15 +47,16 @@ class TimePlan:
 def plan_time(config: TrainConfig, device: Device, decisions_per_second: float = DECISIONS_PER_SECOND) -> TimePlan:
     """Predict one steady iteration: every epoch is finished, and the policy is trained along with its critic.
 
-    Encoding frames, the process reward, advantages and checkpoints are left out: they are small.
+    Encoding frames, the process reward, advantages and checkpoints are left out: they are small. Of several processes,
+    communication, waiting for the slowest and what is done meanwhile are left out too: they are not modelled.
 
     Args:
-        config: the run.
-        device: the learner's.
+        config: the run; where processes share the work, one learner's and one actor's share is counted.
+        device: that each of them has.
         decisions_per_second: of all simulators together, without a policy.
 
     Raises:
-        ConfigError: the policy is a plug-in.
+        ConfigError: policy or algorithm is a plug-in.
     """
     decisions = config.num_steps * config.env.num_envs
     simulators = Stretch(name="environment steps", seconds=decisions / decisions_per_second)
@@ -109,7 +111,8 @@ def _read_maps(policy: OpenVLAConfig, *, acting: bool) -> float:
 
 
 def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
-    policy, rows, calls = sections(config)[0], config.env.num_envs, config.num_steps
+    policy, crew = sections(config)[0], crew_of(config)
+    rows, calls = crew.decoded_rows, config.num_steps * crew.groups
     llm = policy.language_model
     tokens = activations.prompt_tokens(policy)
     flops = float(rows * compute.prefill(policy))
@@ -132,11 +135,12 @@ def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
 
 
 def _scoring(config: TrainConfig, device: Device) -> Stretch:
-    """Old log-probabilities and values of every decision, values of the frames that follow the last ones."""
+    """Old log-probabilities and values of a learner's decisions, values of all frames that follow the last ones."""
     policy, ppo = sections(config)
-    rows = config.num_steps * config.env.num_envs
+    crew = crew_of(config)
+    rows = crew.block
     row = compute.vision(policy).forward + compute.evaluation(policy, train_vision=ppo.train_vision).forward
-    last = config.env.num_envs + rows / config.env.max_steps  # bootstraps, and episodes that end at their limit
+    last = crew.environments + crew.decisions / config.env.max_steps  # bootstraps, and episodes that end at their limit
     flops = rows * row + last * compute.values(policy)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = 2 * policy.language_model.num_layers * activations.working_row(policy, tokens, decoding=False)
@@ -148,12 +152,13 @@ def _scoring(config: TrainConfig, device: Device) -> Stretch:
 
 def _update(config: TrainConfig, device: Device) -> Stretch:
     policy, ppo = sections(config)
-    rows = config.num_steps * config.env.num_envs
+    crew = crew_of(config)
+    rows = crew.decisions / crew.learners
     row = compute.evaluation(policy, train_vision=ppo.train_vision).total
     row += compute.vision(policy).total * ppo.train_vision
     flops = float(ppo.epochs * rows * row)
-    passes = ppo.epochs * math.ceil(rows / micro_rows(config))
-    steps = ppo.epochs * math.ceil(rows / ppo.minibatch_size)
+    steps = ppo.epochs * math.ceil(crew.decisions / ppo.minibatch_size)
+    passes = steps * math.ceil(min(ppo.minibatch_size, crew.decisions) / crew.learners / micro_rows(config))
     trained = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)
     saved = sum(activations.training_row(policy, train_vision=ppo.train_vision).values())
     again = policy.language_model.num_layers * activations.layer_row(
@@ -162,7 +167,7 @@ def _update(config: TrainConfig, device: Device) -> Stretch:
     # Kept tensors are written, read by the next operation, read again, and as much goes through as gradients.
     tensors = ppo.epochs * rows * 4 * (saved + again * policy.gradient_checkpointing)
     # Forward and backward read the weights; a gradient is written; AdamW reads 4 and writes 3 numbers a parameter.
-    moved = tensors + passes * (2 * _read_weights(config) + trained) + steps * 7 * trained
+    moved = tensors + passes * (2 * _read_weights(config) + trained) + steps * 7 * trained / crew.pieces
     layers = passes * _layer_calls(policy) * (3 + policy.gradient_checkpointing)
     seconds = pass_seconds(policy, device, flops=flops, moved=moved, layers=layers, training=True)
     return Stretch(name=f"PPO, {ppo.epochs} epochs", seconds=seconds, flops=flops, bytes=moved)

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reachrl.config.policy import FLOAT8_CAPABILITY
 from reachrl.errors import ConfigError
 
-_FIRST_CAPABILITY = (8, 9)
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -84,7 +84,7 @@ class Float8Linear(GivenLinear):
         if device.type != "cuda":
             return
         major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < _FIRST_CAPABILITY:
+        if (major, minor) < FLOAT8_CAPABILITY:
             raise ConfigError(
                 f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), "
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}; set policy.rollout_precision=as_trained"
