@@ -14,11 +14,13 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
+from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.merging import merged
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation
 
 VIT = {"kind": "vit", "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24, "patch_size": 8}
+UP = "base_model.model.language_model.model.layers.1.mlp.up_proj"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -269,11 +271,70 @@ def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "trained biases"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, expected"),
+        ({"rank_pattern": {"up_proj": 4}}, "rank_pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 8}, r"up_proj\.weight \(\[2, 32\] and \[48, 2\]\).* are not of rank 8"),
+        ({"r": 0}, "r = 0 and"),
+        ({"r": None}, "r = None and"),
+        ({"lora_alpha": None}, "lora_alpha = None"),
     ],
 )
 def test_adapters_we_cannot_fold_in_are_refused(base: Path, tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         OpenVLAPolicy.from_pretrained(foreign(base, tmp_path / "foreign", **change))
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "message"),
+    [
+        (f"{UP}.lora_A.weight", f"{UP}.lora_A.default.weight", "lora_A.default.weight; one matrix alone for .*up_proj"),
+        (f"{UP}.lora_A.weight", None, "one matrix alone for .*up_proj"),
+        (f"{UP}.lora_B.weight", None, "one matrix alone for .*up_proj"),
+        (None, f"{UP}.lora_B.bias", "lora_B.bias"),
+        (None, "base_model.model.language_model.model.embed_tokens.lora_embedding_A", "lora_embedding_A"),
+        (None, f"{UP}.lora_A.weight".removeprefix("base_model.model."), "a second time"),
+        ("", None, "no LoRA matrices"),
+    ],
+)
+def test_every_tensor_of_an_adapter_is_accounted_for(
+    base: Path, tmp_path: Path, key: str | None, other: str | None, message: str
+) -> None:
+    """A tensor that is dropped would leave the base's outputs, or part of them, without a word."""
+    path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
+    stored = load_file(path) if key != "" else {}
+    moved = stored.pop(key) if key else torch.zeros(2, 32)
+    save_file(stored | ({other: moved} if other else {}), path)
+    with pytest.raises(CheckpointError, match=message):
+        OpenVLAPolicy.from_pretrained(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        (f"{UP}.lora_A.weight", (2, 33)),
+        (f"{UP}.lora_B.weight", (32, 2)),
+        ("base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight", (2, 3, 4, 16)),
+    ],
+)
+def test_adapters_that_do_not_fit_their_weight_are_refused(
+    base: Path, tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
+    save_file(load_file(path) | {key: torch.zeros(shape)}, path)
+    with pytest.raises(CheckpointError, match="does not fit the weight of its base"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="does not fit the weight of its base"):
+        export_merged(tmp_path / "foreign", tmp_path / "merged")
+
+
+def test_adapters_on_adapters_are_refused(base: Path, tmp_path: Path) -> None:
+    folder = foreign(base, tmp_path / "foreign")
+    itself = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(itself))
+    with pytest.raises(CheckpointError, match="which holds adapters itself"):
+        OpenVLAPolicy.from_pretrained(folder)
 
 
 def test_truncated_adapters_are_named(base: Path, tmp_path: Path) -> None:

@@ -146,6 +146,11 @@ def base_name(folder: Path) -> Path:
     base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path is empty; name the base there")
+    if not isinstance(base, str):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r}, expected the base's folder or owner/name; "
+            "name the base there"
+        )
     return Path(base)
 
 
@@ -153,15 +158,22 @@ def base_of(folder: Path) -> Path:
     """The folder of the weights that the adapters in `folder` belong on.
 
     Raises:
-        CheckpointError: they do not say, or the base is not there.
+        CheckpointError: they do not say, or the base is not there or holds adapters itself.
     """
     try:
-        return locate(base_name(folder))
+        base = locate(base_name(folder))
     except CheckpointError as error:
         raise CheckpointError(
             f"the base of the adapters in {folder}: {error}. If it has moved, write its place into "
             f"base_model_name_or_path of {folder / CONFIG_FILE}"
         ) from error
+    if is_adapter(base):
+        raise CheckpointError(
+            f"the base of the adapters in {folder} is {base}, which holds adapters itself; write the folder of whole "
+            f"weights into base_model_name_or_path of {folder / CONFIG_FILE}. Adapters become whole weights by  "
+            f"reachrl export {base} --merge --out MERGED"
+        )
+    return base
 
 
 def _place(folder: Path, adapter: str) -> Path:

@@ -18,7 +18,7 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.openvla import adapters
 from reachrl.policies.openvla.checkpoint import CONFIG_FILE, STATS_FILE, TOKENIZER_FILE, VALUE_FILE, read_config
-from reachrl.policies.openvla.merging import deltas, merged
+from reachrl.policies.openvla.merging import deltas, folded
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -133,7 +133,7 @@ def _merge_files(folder: Path, base: Path, out: Path) -> bool:
                 weight = file.get_tensor(name)
                 if (known := canonical_key(name)) in left:
                     rounded |= weight.element_size() < 4
-                    weight = merged(weight, *left.pop(known))
+                    weight = folded(folder, known, weight, left.pop(known))
                 state[name] = values.get(name, weight)
             metadata = file.metadata()
         save_file(state, out / path.name, metadata)
