@@ -3,12 +3,13 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.llama import Contexts
 from reachrl.policies.openvla.hub import locate
+from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
 
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
@@ -261,3 +263,50 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing; adapters are read from safetensors files only") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+# --- merging, as peft does it: what our own is compared with ------------------------------------------------------
+
+
+def attach(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -> None:
+    """Let peft put the adapters in `folder`, ours or another tool's, beside the weights of their base.
+
+    Args:
+        policy: holds the base's weights.
+        folder: with plain LoRA.
+        skipped: which weights the policy knowingly does not have.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or an adapter belongs to no weight of the policy.
+    """
+    raw, stored = read_json(folder / CONFIG_FILE), read_adapter(folder)
+    state = {canonical_key(key.removeprefix(PREFIX)): tensor for key, tensor in stored.items()}
+    state = {key: tensor for key, tensor in state.items() if not skipped(key)}
+    # What was adapted is read off the file: patterns of names mean other modules in another tool's model.
+    targets = sorted({key.partition(".lora_")[0] for key in state})
+    missing = [name for name in targets if name not in dict(policy.named_modules())]
+    if missing:
+        raise CheckpointError(f"{folder} adapts modules that its base does not have: {', '.join(missing[:6])}")
+    rooted = bool(raw.get("use_rslora"))
+    config = LoraConfig(r=raw["r"], lora_alpha=raw["lora_alpha"], use_rslora=rooted, target_modules=targets)
+    inject_adapter_in_model(config, policy, ACTOR)
+    set_peft_model_state_dict(policy, state, ACTOR)
+    head = policy.get_submodule("language_model.lm_head")
+    if isinstance(head, LoraLayer):  # the policy reads rows of its weight and never calls it
+        head.merge()
+
+
+@torch.no_grad()
+def fold(policy: nn.Module, kinds: Mapping[str, torch.dtype]) -> None:
+    """Let peft fold attached adapters into the weights; then round each once.
+
+    Args:
+        policy: with adapters.
+        kinds: the types that the weights are rounded to, by name.
+    """
+    for name, layer in policy.named_modules():
+        if isinstance(layer, LoraLayer) and f"{name}.weight" in kinds:
+            if not layer.merged:
+                layer.merge()  # pyright: ignore[reportCallIssue]  (of the linear or convolutional kind)
+            weight: Any = layer.get_base_layer().weight
+            weight.copy_(weight.to(kinds[f"{name}.weight"]))

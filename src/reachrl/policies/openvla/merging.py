@@ -62,7 +62,8 @@ def _pairs(path: Path, stored: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     if problems:
         raise CheckpointError(
             f"{path} holds {'; '.join(problems)}. Expected are only pairs {PREFIX}NAME.lora_A.weight and "
-            ".lora_B.weight, as peft's save_pretrained writes them; save the adapters anew, or merge them with the tool that made them"
+            ".lora_B.weight, as peft's save_pretrained writes them; save the adapters anew, or merge "
+            "them with the tool that made them"
         )
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
@@ -81,7 +82,7 @@ def _rank_and_scale(path: Path) -> tuple[int, float]:
             + "; merge it with the tool that made it"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(
             f"{path}: r = {rank!r} and lora_alpha = {alpha!r}; expected a whole number above 0 and a number. Copy them "
             "from the run that trained the adapters"
