@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import official_folder
 import pytest
 import test_adapters
 import torch
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from reachrl.cli.app import app
+from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError, StorageError
 from reachrl.policies.openvla import export
+from reachrl.policies.openvla import official as official_module
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 adapted, scores = test_adapters.adapted, test_adapters.scores
@@ -53,7 +56,8 @@ def test_a_merged_policy_stands_alone(base: Path, trained: Path, tmp_path: Path)
 
 
 def without_one(right: Deltas) -> Deltas:
-    right.pop("language_model.model.layers.1.mlp.up_proj.weight")
+    """Of ours, one that does little beside the others."""
+    right.pop("language_model.model.layers.2.self_attn.q_proj.weight", None) or right.popitem()
     return right
 
 
@@ -127,3 +131,59 @@ def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=r"does not have: language_model\.other"):
         export.export_merged(trained, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# --- statistics on an official base -----------------------------------------------------------------
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = official_folder.write_official(tmp_path / "official")
+    ids = json.loads((folder / "config.json").read_text())["timm_model_ids"]
+    monkeypatch.setattr(official_module, "KNOWN_HEADS", dict(zip(ids, official_folder.HEADS, strict=True)))
+    return folder
+
+
+def own_stats(value: float, size: int = 7) -> dict:
+    return {"action": {"q01": [-value] * size, "q99": [value] * size, "mask": [True] * size}}
+
+
+@pytest.mark.parametrize("dataset", ["tiny_a", None])
+def test_a_merged_official_checkpoint_keeps_the_names_of_its_statistics(
+    official: Path, tmp_path: Path, dataset: str | None
+) -> None:
+    config = official_module.official_config(official).model_copy(update={"checkpoint": official, "dataset": dataset})
+    policy = OpenVLAPolicy(config.model_copy(update={"lora": LoRAConfig(rank=2)}))
+    policy.set_action_stats(np.full(7, -0.25), np.full(7, 0.75), np.ones(7, bool))
+    policy.save_pretrained(tmp_path / "trained")
+    assert OpenVLAPolicy.from_pretrained(tmp_path / "trained").action_stats.q99[0] == 0.75
+    export.export_merged(tmp_path / "trained", tmp_path / "merged")
+    there = json.loads((tmp_path / "merged" / "config.json").read_text())["norm_stats"]
+    assert there.keys() == {"tiny_a", "tiny_b", dataset or "reachrl"}
+    assert there["tiny_b"] == json.loads((official / "config.json").read_text())["norm_stats"]["tiny_b"]
+    for name in (dataset, None):
+        merged = config.model_copy(update={"checkpoint": tmp_path / "merged", "dataset": name})
+        assert OpenVLAPolicy(merged).action_stats.q99[0] == 0.75
+
+
+def test_statistics_beside_adapters_of_another_tool_win(official: Path, tmp_path: Path) -> None:
+    folder = test_adapters.foreign(official, tmp_path / "foreign")
+    assert OpenVLAPolicy.load_official(folder, dataset="tiny_b").action_stats.q99[0] != 0.5
+    (folder / "dataset_statistics.json").write_text(json.dumps({"lib": own_stats(0.5), "tiny_a": own_stats(0.25)}))
+    export.export_merged(folder, tmp_path / "merged")
+    for place in (folder, tmp_path / "merged"):
+        assert OpenVLAPolicy.load_official(place, dataset="lib").action_stats.q99[0] == 0.5
+        assert OpenVLAPolicy.load_official(place, dataset="tiny_a").action_stats.q99[0] == 0.25
+        assert OpenVLAPolicy.load_official(place, dataset="tiny_b").action_stats.q99[0] not in (0.25, 0.5)
+        with pytest.raises(CheckpointError, match=r"no action statistics named 'other'; it has \['lib', 'tiny_a'"):
+            OpenVLAPolicy.load_official(place, dataset="other")
+
+
+def test_the_only_statistics_beside_adapters_need_no_name(base: Path, official: Path, tmp_path: Path) -> None:
+    for whole in (base, official):
+        folder = test_adapters.foreign(whole, tmp_path / f"on_{whole.name}")
+        stats = {"lib": own_stats(0.25, 7 if whole is official else 4)}
+        (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+        export.export_merged(folder, tmp_path / f"merged_{whole.name}")
+        for place in (folder, tmp_path / f"merged_{whole.name}"):
+            assert OpenVLAPolicy.from_pretrained(place).action_stats.q99[0] == 0.25

@@ -18,10 +18,17 @@ from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla import adapters
-from reachrl.policies.openvla.checkpoint import CONFIG_FILE, STATS_FILE, TOKENIZER_FILE, VALUE_FILE, read_config
+from reachrl.policies.openvla.checkpoint import (
+    CONFIG_FILE,
+    OUR_STATS,
+    STATS_FILE,
+    TOKENIZER_FILE,
+    VALUE_FILE,
+    read_config,
+)
 from reachrl.policies.openvla.merging import deltas, folded
 from reachrl.policies.openvla.names import canonical_key
-from reachrl.policies.openvla.official import is_dead, is_official
+from reachrl.policies.openvla.official import is_dead, is_official, norm_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
 from reachrl.policies.openvla.weights import read_json, weight_files
@@ -116,14 +123,20 @@ def _copy_surroundings(folder: Path, base: Path, out: Path) -> None:
     for path in base.iterdir():
         if path.is_file() and path.name not in weights and path.suffix not in _PICKLES:
             shutil.copyfile(path, out / path.name)
-    if not (folder / VALUE_FILE).is_file():
-        return
     if (folder / TOKENIZER_FILE).is_file():
         shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
-    shutil.copyfile(folder / STATS_FILE, out / STATS_FILE)
+    if not (folder / STATS_FILE).is_file():
+        return
+    stats = read_json(folder / STATS_FILE)
+    if not is_official(base):  # our layout knows one set, by one name
+        stats = {OUR_STATS: stats.get(OUR_STATS, next(iter(stats.values()), None))}
+    elif (folder / VALUE_FILE).is_file():
+        stats = {read_config(folder).dataset or OUR_STATS: stats.get(OUR_STATS)}
+    files = {STATS_FILE: stats}
     if is_official(base):
-        config = read_json(base / CONFIG_FILE) | {"norm_stats": read_json(folder / STATS_FILE)}
-        (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files[CONFIG_FILE] = read_json(base / CONFIG_FILE) | {"norm_stats": norm_stats(base) | stats}
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _merge_files(folder: Path, base: Path, out: Path) -> dict[str, torch.dtype]:
