@@ -117,6 +117,15 @@ def test_without_merge_peft_reads_what_is_written(base: Path, trained: Path, tmp
     assert torch.allclose(scores(wrapped.base_model.model), scores(OpenVLAPolicy.from_pretrained(trained)), atol=1e-6)
 
 
+def test_adapters_without_their_matrices_are_named(trained: Path, tmp_path: Path) -> None:
+    (trained / "adapter_model.safetensors").unlink()
+    for options in ([], ["--merge"]):
+        result = CliRunner().invoke(app, ["export", str(trained), *options, "--out", str(tmp_path / "out")])
+        assert isinstance(result.exception, CheckpointError), result.exception
+        assert "adapter_model.safetensors is missing" in str(result.exception)
+        assert {path.name for path in tmp_path.iterdir()} == {"trained"}
+
+
 def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no adapters"):
         export.export_merged(base, tmp_path / "merged")

@@ -1,6 +1,5 @@
 """Low-rank adapters on a frozen base: added by peft, kept in peft's files."""
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from reachrl.policies.llama import Contexts
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
+from reachrl.run.fingerprint import fingerprint, is_of
 
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 CONFIG_FILE = "adapter_config.json"
@@ -201,19 +201,8 @@ def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, cri
         peft_config.save_pretrained(str(place))
         state = {key: tensor.cpu().contiguous() for key, tensor in tensors(policy, name).items()}
         save_file(state, place / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / _BASE_FILE).write_text(json.dumps({"fingerprint": fingerprint(locate(base))}) + "\n", encoding="utf-8")
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells weights apart without reading them all: sizes, headers and the last million bytes of every file."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode() + file.read(1_000_000))
-            file.seek(max(0, size - 1_000_000))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+    content = {"fingerprint": fingerprint(weight_files(locate(base)))}
+    (folder / _BASE_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def check_base(folder: Path, weights: Path) -> None:
@@ -224,7 +213,7 @@ def check_base(folder: Path, weights: Path) -> None:
     """
     if not (folder / _BASE_FILE).is_file():
         return
-    if read_json(folder / _BASE_FILE).get("fingerprint") != fingerprint(weights):
+    if not is_of(str(read_json(folder / _BASE_FILE).get("fingerprint")), weight_files(weights)):
         raise CheckpointError(
             f"the adapters in {folder} were trained on other weights than {weights} holds now. Put the base back, or "
             f"write its place into base_model_name_or_path of {folder / CONFIG_FILE}"

@@ -62,10 +62,12 @@ def export_adapter(folder: Path, out: Path) -> None:
 
     Raises:
         ConfigError: `folder` holds no adapters, or `out` exists.
+        CheckpointError: the file of the matrices is missing or damaged.
         StorageError: `out` cannot be written.
     """
 
     def fill(aside: Path) -> None:
+        adapters.read_adapter(folder)
         for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
             shutil.copyfile(folder / name, aside / name)
 
