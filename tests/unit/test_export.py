@@ -166,6 +166,7 @@ def test_a_merged_official_checkpoint_keeps_the_names_of_its_statistics(
     policy.set_action_stats(np.full(7, -0.25), np.full(7, 0.75), np.ones(7, bool))
     policy.save_pretrained(tmp_path / "trained")
     assert OpenVLAPolicy.from_pretrained(tmp_path / "trained").action_stats.q99[0] == 0.75
+    assert official_module.norm_stats(tmp_path / "trained").keys() == {"reachrl"}
     export.export_merged(tmp_path / "trained", tmp_path / "merged")
     there = json.loads((tmp_path / "merged" / "config.json").read_text())["norm_stats"]
     assert there.keys() == {"tiny_a", "tiny_b", dataset or "reachrl"}

@@ -155,7 +155,7 @@ def norm_stats(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    if adapters.is_adapter(folder):
+    if adapters.is_adapter(folder) and not (folder / "config.json").is_file():  # of another tool
         return norm_stats(adapters.base_of(folder)) | _own_stats(folder)
     return dict(read_json(folder / "config.json").get("norm_stats") or {}) | _own_stats(folder)
 
