@@ -1,9 +1,11 @@
 """A small OpenVLA with one tower and three layers, its adapters, and what several tests ask of it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.weights import PackedWeights
@@ -49,6 +51,24 @@ def adapted(base: Path, seed: int | None = 1, **changes: object) -> OpenVLAPolic
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter, std=0.2)
     return policy
+
+
+def foreign(base: Path, folder: Path, **config: object) -> Path:
+    """What another tool writes: peft's two files, here for the head and the patch embedding as well."""
+    torch.manual_seed(3)
+    state = load_file(base / "model.safetensors")
+    folder.mkdir()
+    chosen = ("language_model.model.layers.1.mlp.up_proj", "language_model.lm_head")
+    chosen += ("vision_backbone.featurizer.patch_embed.proj",)
+    stored = {}
+    for name in chosen:
+        shape = state[f"{name}.weight"].shape
+        stored[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, *shape[1:])
+        stored[f"base_model.model.{name}.lora_B.weight"] = torch.randn(shape[0], 2, *(1 for _ in shape[2:])) * 0.1
+    save_file(stored, folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps({**content, **config}))
+    return folder
 
 
 def inputs(policy: OpenVLAPolicy) -> PolicyInput:

@@ -9,13 +9,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from small_policy import adapted, assert_apart, inputs, scores, small
+from small_policy import adapted, assert_apart, foreign, inputs, scores, small
 
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
+from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.merging import merged
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
+UP = "base_model.model.language_model.model.layers.1.mlp.up_proj"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -148,24 +150,6 @@ def test_merging_rounds_once_in_the_weights_type() -> None:
     assert torch.equal(weight, before)
 
 
-def foreign(base: Path, folder: Path, **config: object) -> Path:
-    """What another tool writes: peft's two files, here for the head and the patch embedding as well."""
-    torch.manual_seed(3)
-    state = load_file(base / "model.safetensors")
-    folder.mkdir()
-    chosen = ("language_model.model.layers.1.mlp.up_proj", "language_model.lm_head")
-    chosen += ("vision_backbone.featurizer.patch_embed.proj",)
-    stored = {}
-    for name in chosen:
-        shape = state[f"{name}.weight"].shape
-        stored[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, *shape[1:])
-        stored[f"base_model.model.{name}.lora_B.weight"] = torch.randn(shape[0], 2, *(1 for _ in shape[2:])) * 0.1
-    save_file(stored, folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps({**content, **config}))
-    return folder
-
-
 def test_adapters_of_another_tool_are_folded_in_head_and_convolution_included(base: Path, tmp_path: Path) -> None:
     folder = foreign(base, tmp_path / "foreign")
     policy, state = OpenVLAPolicy.from_pretrained(folder), load_file(base / "model.safetensors")
@@ -206,11 +190,70 @@ def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "trained biases"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, expected"),
+        ({"rank_pattern": {"up_proj": 4}}, "rank_pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 8}, r"up_proj\.weight \(\[2, 32\] and \[48, 2\]\).* are not of rank 8"),
+        ({"r": 0}, "r = 0 and"),
+        ({"r": None}, "r = None and"),
+        ({"lora_alpha": None}, "lora_alpha = None"),
     ],
 )
 def test_adapters_we_cannot_fold_in_are_refused(base: Path, tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         OpenVLAPolicy.from_pretrained(foreign(base, tmp_path / "foreign", **change))
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "message"),
+    [
+        (f"{UP}.lora_A.weight", f"{UP}.lora_A.default.weight", "lora_A.default.weight; one matrix alone for .*up_proj"),
+        (f"{UP}.lora_A.weight", None, "one matrix alone for .*up_proj"),
+        (f"{UP}.lora_B.weight", None, "one matrix alone for .*up_proj"),
+        (None, f"{UP}.lora_B.bias", "lora_B.bias"),
+        (None, "base_model.model.language_model.model.embed_tokens.lora_embedding_A", "lora_embedding_A"),
+        (None, f"{UP}.lora_A.weight".removeprefix("base_model.model."), "a second time"),
+        ("", None, "no LoRA matrices"),
+    ],
+)
+def test_every_tensor_of_an_adapter_is_accounted_for(
+    base: Path, tmp_path: Path, key: str | None, other: str | None, message: str
+) -> None:
+    """A tensor that is dropped would leave the base's outputs, or part of them, without a word."""
+    path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
+    stored = load_file(path) if key != "" else {}
+    moved = stored.pop(key) if key else torch.zeros(2, 32)
+    save_file(stored | ({other: moved} if other else {}), path)
+    with pytest.raises(CheckpointError, match=message):
+        OpenVLAPolicy.from_pretrained(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        (f"{UP}.lora_A.weight", (2, 33)),
+        (f"{UP}.lora_B.weight", (32, 2)),
+        ("base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight", (2, 3, 4, 16)),
+    ],
+)
+def test_adapters_that_do_not_fit_their_weight_are_refused(
+    base: Path, tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
+    save_file(load_file(path) | {key: torch.zeros(shape)}, path)
+    with pytest.raises(CheckpointError, match="does not fit the weight of its base"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="does not fit the weight of its base"):
+        export_merged(tmp_path / "foreign", tmp_path / "merged")
+
+
+def test_adapters_on_adapters_are_refused(base: Path, tmp_path: Path) -> None:
+    folder = foreign(base, tmp_path / "foreign")
+    itself = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(itself))
+    with pytest.raises(CheckpointError, match="which holds adapters itself"):
+        OpenVLAPolicy.from_pretrained(folder)
 
 
 def test_truncated_adapters_are_named(base: Path, tmp_path: Path) -> None:

@@ -4,18 +4,32 @@ import json
 from pathlib import Path
 
 import numpy as np
+import official_folder
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_policy import adapted, scores
+from small_policy import adapted, foreign, scores
 from typer.testing import CliRunner
 
 from reachrl.cli.app import app
+from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError, StorageError
 from reachrl.policies.openvla import export
+from reachrl.policies.openvla import official as official_module
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+Deltas = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def stored_as(dtype: torch.dtype, base: Path, folder: Path) -> Path:
+    """`base`, with the policy's weights in another type."""
+    OpenVLAPolicy.from_pretrained(base).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state = {key: value if key.startswith("value_head") else value.to(dtype) for key, value in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture
@@ -37,16 +51,32 @@ def test_a_merged_policy_stands_alone(base: Path, trained: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_merge_that_disagrees_is_refused_and_leaves_nothing(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def without_one(right: Deltas) -> Deltas:
+    """Of ours, one that does little beside the others."""
+    right.pop("language_model.model.layers.2.self_attn.q_proj.weight", None) or right.popitem()
+    return right
+
+
+def a_little_much(right: Deltas) -> Deltas:
+    return {name: (a, b, 1.05 * scale) for name, (a, b, scale) in right.items()}
+
+
+@pytest.mark.parametrize("wrong", [without_one, a_little_much])
+@pytest.mark.parametrize("of_another_tool", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_that_disagrees_with_peft_is_refused_and_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong, of_another_tool: bool, dtype: torch.dtype
 ) -> None:
-    """The likeliest slip: alpha instead of alpha / rank."""
+    whole, folder = stored_as(dtype, base, tmp_path / "whole"), tmp_path / "trained"
+    if of_another_tool:
+        foreign(whole, folder)
+    else:
+        adapted(whole).save_pretrained(folder)
     right = export.deltas
-    wrong = lambda folder: {name: (a, b, 3 * scale) for name, (a, b, scale) in right(folder).items()}  # noqa: E731
-    monkeypatch.setattr(export, "deltas", wrong)
+    monkeypatch.setattr(export, "deltas", lambda folder: wrong(right(folder)))
     with pytest.raises(CheckpointError, match="more than rounding explains"):
-        export.export_merged(trained, tmp_path / "merged")
-    assert {path.name for path in tmp_path.iterdir()} == {"trained"}
+        export.export_merged(folder, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "trained"}
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,25 +89,19 @@ def test_a_full_disk_is_told_and_leaves_nothing(trained: Path, tmp_path: Path, m
     assert {path.name for path in tmp_path.iterdir()} == {"trained"}
 
 
-def test_sixteen_bit_weights_are_compared_with_what_rounding_explains(
-    base: Path,
-    trained: Path,
-    tmp_path: Path,
-) -> None:
-    state = load_file(base / "model.safetensors")
-    coarse = base.parent / "coarse"
-    OpenVLAPolicy.from_pretrained(base).save_pretrained(coarse)
-    save_file(
-        {k: v if k.startswith("value_head") else v.bfloat16() for k, v in state.items()},
-        coarse / "model.safetensors",
-        {"format": "pt"},
-    )
-    policy = adapted(coarse)
-    policy.save_pretrained(tmp_path / "policy")
+def test_sixteen_bit_weights_are_compared_with_what_rounding_explains(base: Path, tmp_path: Path) -> None:
+    adapted(stored_as(torch.bfloat16, base, tmp_path / "coarse")).save_pretrained(tmp_path / "policy")
     comparison = export.export_merged(tmp_path / "policy", tmp_path / "merged")
-    assert 1e-5 < comparison.difference < comparison.tolerance < comparison.effect
+    assert comparison.difference <= comparison.tolerance < comparison.rounding < 0.1 * comparison.effect
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged["language_model.model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+def test_adapters_of_another_tool_are_compared_with_peft(base: Path, tmp_path: Path) -> None:
+    """Head and convolution included: peft computes in another order, so the difference is not exactly 0."""
+    comparison = export.export_merged(foreign(base, tmp_path / "foreign"), tmp_path / "merged")
+    assert 0 < comparison.difference < 1e-5 < 0.1 < comparison.effect
+    assert comparison.rounding == 0
 
 
 def test_without_merge_peft_reads_what_is_written(base: Path, trained: Path, tmp_path: Path) -> None:
@@ -87,6 +111,15 @@ def test_without_merge_peft_reads_what_is_written(base: Path, trained: Path, tmp
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
     wrapped = PeftModel.from_pretrained(OpenVLAPolicy.from_pretrained(base), str(tmp_path / "alone"))  # pyright: ignore
     assert torch.allclose(scores(wrapped.base_model.model), scores(OpenVLAPolicy.from_pretrained(trained)), atol=1e-6)
+
+
+def test_adapters_without_their_matrices_are_named(trained: Path, tmp_path: Path) -> None:
+    (trained / "adapter_model.safetensors").unlink()
+    for options in ([], ["--merge"]):
+        result = CliRunner().invoke(app, ["export", str(trained), *options, "--out", str(tmp_path / "out")])
+        assert isinstance(result.exception, CheckpointError), result.exception
+        assert "adapter_model.safetensors is missing" in str(result.exception)
+        assert {path.name for path in tmp_path.iterdir()} == {"trained"}
 
 
 def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: Path) -> None:
@@ -103,3 +136,60 @@ def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=r"does not have: language_model\.other"):
         export.export_merged(trained, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# --- statistics on an official base -----------------------------------------------------------------
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = official_folder.write_official(tmp_path / "official")
+    ids = json.loads((folder / "config.json").read_text())["timm_model_ids"]
+    monkeypatch.setattr(official_module, "KNOWN_HEADS", dict(zip(ids, official_folder.HEADS, strict=True)))
+    return folder
+
+
+def own_stats(value: float, size: int = 7) -> dict:
+    return {"action": {"q01": [-value] * size, "q99": [value] * size, "mask": [True] * size}}
+
+
+@pytest.mark.parametrize("dataset", ["tiny_a", None])
+def test_a_merged_official_checkpoint_keeps_the_names_of_its_statistics(
+    official: Path, tmp_path: Path, dataset: str | None
+) -> None:
+    config = official_module.official_config(official).model_copy(update={"checkpoint": official, "dataset": dataset})
+    policy = OpenVLAPolicy(config.model_copy(update={"lora": LoRAConfig(rank=2)}))
+    policy.set_action_stats(np.full(7, -0.25), np.full(7, 0.75), np.ones(7, bool))
+    policy.save_pretrained(tmp_path / "trained")
+    assert OpenVLAPolicy.from_pretrained(tmp_path / "trained").action_stats.q99[0] == 0.75
+    assert official_module.norm_stats(tmp_path / "trained").keys() == {"reachrl"}
+    export.export_merged(tmp_path / "trained", tmp_path / "merged")
+    there = json.loads((tmp_path / "merged" / "config.json").read_text())["norm_stats"]
+    assert there.keys() == {"tiny_a", "tiny_b", dataset or "reachrl"}
+    assert there["tiny_b"] == json.loads((official / "config.json").read_text())["norm_stats"]["tiny_b"]
+    for name in (dataset, None):
+        merged = config.model_copy(update={"checkpoint": tmp_path / "merged", "dataset": name})
+        assert OpenVLAPolicy(merged).action_stats.q99[0] == 0.75
+
+
+def test_statistics_beside_adapters_of_another_tool_win(official: Path, tmp_path: Path) -> None:
+    folder = foreign(official, tmp_path / "foreign")
+    assert OpenVLAPolicy.load_official(folder, dataset="tiny_b").action_stats.q99[0] != 0.5
+    (folder / "dataset_statistics.json").write_text(json.dumps({"lib": own_stats(0.5), "tiny_a": own_stats(0.25)}))
+    export.export_merged(folder, tmp_path / "merged")
+    for place in (folder, tmp_path / "merged"):
+        assert OpenVLAPolicy.load_official(place, dataset="lib").action_stats.q99[0] == 0.5
+        assert OpenVLAPolicy.load_official(place, dataset="tiny_a").action_stats.q99[0] == 0.25
+        assert OpenVLAPolicy.load_official(place, dataset="tiny_b").action_stats.q99[0] not in (0.25, 0.5)
+        with pytest.raises(CheckpointError, match=r"no action statistics named 'other'; it has \['lib', 'tiny_a'"):
+            OpenVLAPolicy.load_official(place, dataset="other")
+
+
+def test_the_only_statistics_beside_adapters_need_no_name(base: Path, official: Path, tmp_path: Path) -> None:
+    for whole in (base, official):
+        folder = foreign(whole, tmp_path / f"on_{whole.name}")
+        stats = {"lib": own_stats(0.25, 7 if whole is official else 4)}
+        (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+        export.export_merged(folder, tmp_path / f"merged_{whole.name}")
+        for place in (folder, tmp_path / f"merged_{whole.name}"):
+            assert OpenVLAPolicy.from_pretrained(place).action_stats.q99[0] == 0.25

@@ -1,5 +1,6 @@
 """Evaluation of any policy: shards, resuming, merging, and what the official protocol allows."""
 
+import hashlib
 import json
 import os
 import signal
@@ -119,6 +120,16 @@ def test_a_folder_holds_one_evaluation(policy, whole, tmp_path):
     toy_policy(toy_config(), seed=1).save_pretrained(other)
     with pytest.raises(ConfigError, match="weights"):
         measure(measurement(other, tmp_path / "whole"), QUIET)
+
+
+def test_a_folder_begun_by_an_earlier_version_goes_on(policy, whole, tmp_path):
+    """Its fingerprint was of the ends of each file, as short as digits alone."""
+    file = tmp_path / "whole" / "measurement.json"
+    data = (policy / "model.safetensors").read_bytes()
+    edges = f"model.safetensors {len(data)} ".encode() + data[:1_000_000] + data[-1_000_000:]
+    earlier = {"weights": hashlib.sha256(edges).hexdigest()[:16]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | earlier))
+    assert measure(measurement(policy, tmp_path / "whole"), QUIET)["modes"] == whole["modes"]
 
 
 def test_a_policy_for_another_environment_is_refused(tmp_path):

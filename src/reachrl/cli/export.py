@@ -16,8 +16,9 @@ def export(
 ) -> None:
     """Write a trained policy for other tools: its adapters in peft's format, or (--merge) whole weights.
 
-    Whole weights have the layout of the base they were trained on, for example OpenVLA's own. They are compared with
-    base and adapters on the same frames; when the two disagree by more than rounding explains, nothing is written.
+    Whole weights have the layout of the base they were trained on, for example OpenVLA's own. They are compared
+    with what peft computes from base and adapters on the same frames, in float32 (4 bytes of memory a weight); when the
+    two disagree by more than rounding explains, nothing is written.
     Adapters trained on a 4-bit base are folded into the base as it is stored, which is not exactly the policy that was
     trained; the difference is printed.
     """
@@ -32,8 +33,9 @@ def export(
         result = export_merged(folder, out)
     console.print(f"merged checkpoint written to {out}")
     console.print(
-        f"log-probabilities differ by {result.difference:.2g} nats in the mean (allowed {result.tolerance:.2g}; the "
-        f"adapters change them by {result.effect:.2g}); {result.same_tokens:.0%} of the greedy tokens are equal"
+        f"log-probabilities differ from peft's by {result.difference:.2g} nats in the mean (allowed "
+        f"{result.tolerance:.2g}; the adapters change them by {result.effect:.2g}, rounding to the base's type by "
+        f"{result.rounding:.2g}); {result.same_tokens:.0%} of the greedy tokens are equal"
     )
     if result.trained is not None:
         console.print(

@@ -16,9 +16,10 @@ from reachrl.errors import ConfigError, StorageError
 from reachrl.evaluate import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
-from reachrl.rewards.process.pretrained import fingerprint
+from reachrl.rewards.process.pretrained import weight_files
 from reachrl.rollout.episodes import Mode, PlayedEpisode
 from reachrl.run.atomic import write_json_atomic
+from reachrl.run.fingerprint import fingerprint, is_of
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog, read_metrics
 from reachrl.run.provenance import collect_provenance
@@ -60,7 +61,7 @@ class Measurement:
         return {
             "protocol": self.protocol,
             "policy": self.weights,
-            "weights": fingerprint(folder) if folder.is_dir() else None,
+            "weights": fingerprint(weight_files(folder)) if folder.is_dir() else None,
             "modes": list(self.config.eval.modes),
             "protocol_hash": protocol_hash(self.config),
         }
@@ -134,6 +135,8 @@ def _claim(measurement: Measurement) -> None:
         there = json.loads(file.read_text())
     except ValueError as error:
         raise StorageError(f"{file} is not JSON ({error}); choose another --out") from error
+    if asked["weights"] and there.get("weights") and is_of(there["weights"], weight_files(Path(measurement.weights))):
+        asked["weights"] = there["weights"]  # as an earlier version wrote it
     differing = [key for key in asked if key != "policy" and there.get(key) != asked[key]]
     if differing:
         lines = [f"  {key}: {there.get(key)} there, {asked[key]} asked for" for key in differing]

@@ -1,14 +1,14 @@
 """Low-rank adapters on a frozen base: added by peft, kept in peft's files."""
 
-import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,9 @@ from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.llama import Contexts
 from reachrl.policies.openvla.hub import locate
+from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
+from reachrl.run.fingerprint import fingerprint, is_of
 
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 CONFIG_FILE = "adapter_config.json"
@@ -146,6 +148,11 @@ def base_name(folder: Path) -> Path:
     base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path is empty; name the base there")
+    if not isinstance(base, str):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r}, expected the base's folder or owner/name; "
+            "name the base there"
+        )
     return Path(base)
 
 
@@ -153,15 +160,22 @@ def base_of(folder: Path) -> Path:
     """The folder of the weights that the adapters in `folder` belong on.
 
     Raises:
-        CheckpointError: they do not say, or the base is not there.
+        CheckpointError: they do not say, or the base is not there or holds adapters itself.
     """
     try:
-        return locate(base_name(folder))
+        base = locate(base_name(folder))
     except CheckpointError as error:
         raise CheckpointError(
             f"the base of the adapters in {folder}: {error}. If it has moved, write its place into "
             f"base_model_name_or_path of {folder / CONFIG_FILE}"
         ) from error
+    if is_adapter(base):
+        raise CheckpointError(
+            f"the base of the adapters in {folder} is {base}, which holds adapters itself; write the folder of whole "
+            f"weights into base_model_name_or_path of {folder / CONFIG_FILE}. Adapters become whole weights by  "
+            f"reachrl export {base} --merge --out MERGED"
+        )
+    return base
 
 
 def _place(folder: Path, adapter: str) -> Path:
@@ -187,19 +201,8 @@ def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, cri
         peft_config.save_pretrained(str(place))
         state = {key: tensor.cpu().contiguous() for key, tensor in tensors(policy, name).items()}
         save_file(state, place / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / _BASE_FILE).write_text(json.dumps({"fingerprint": fingerprint(locate(base))}) + "\n", encoding="utf-8")
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells weights apart without reading them all: sizes, headers and the last million bytes of every file."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode() + file.read(1_000_000))
-            file.seek(max(0, size - 1_000_000))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+    content = {"fingerprint": fingerprint(weight_files(locate(base)))}
+    (folder / _BASE_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def check_base(folder: Path, weights: Path) -> None:
@@ -210,7 +213,7 @@ def check_base(folder: Path, weights: Path) -> None:
     """
     if not (folder / _BASE_FILE).is_file():
         return
-    if read_json(folder / _BASE_FILE).get("fingerprint") != fingerprint(weights):
+    if not is_of(str(read_json(folder / _BASE_FILE).get("fingerprint")), weight_files(weights)):
         raise CheckpointError(
             f"the adapters in {folder} were trained on other weights than {weights} holds now. Put the base back, or "
             f"write its place into base_model_name_or_path of {folder / CONFIG_FILE}"
@@ -249,3 +252,50 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing; adapters are read from safetensors files only") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+# --- merging, as peft does it: what our own is compared with ------------------------------------------------------
+
+
+def attach(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -> None:
+    """Let peft put the adapters in `folder`, ours or another tool's, beside the weights of their base.
+
+    Args:
+        policy: holds the base's weights.
+        folder: with plain LoRA.
+        skipped: which weights the policy knowingly does not have.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or an adapter belongs to no weight of the policy.
+    """
+    raw, stored = read_json(folder / CONFIG_FILE), read_adapter(folder)
+    state = {canonical_key(key.removeprefix(PREFIX)): tensor for key, tensor in stored.items()}
+    state = {key: tensor for key, tensor in state.items() if not skipped(key)}
+    # What was adapted is read off the file: patterns of names mean other modules in another tool's model.
+    targets = sorted({key.partition(".lora_")[0] for key in state})
+    missing = [name for name in targets if name not in dict(policy.named_modules())]
+    if missing:
+        raise CheckpointError(f"{folder} adapts modules that its base does not have: {', '.join(missing[:6])}")
+    rooted = bool(raw.get("use_rslora"))
+    config = LoraConfig(r=raw["r"], lora_alpha=raw["lora_alpha"], use_rslora=rooted, target_modules=targets)
+    inject_adapter_in_model(config, policy, ACTOR)
+    set_peft_model_state_dict(policy, state, ACTOR)
+    head = policy.get_submodule("language_model.lm_head")
+    if isinstance(head, LoraLayer):  # the policy reads rows of its weight and never calls it
+        head.merge()
+
+
+@torch.no_grad()
+def fold(policy: nn.Module, kinds: Mapping[str, torch.dtype]) -> None:
+    """Let peft fold attached adapters into the weights; then round each once.
+
+    Args:
+        policy: with adapters.
+        kinds: the types that the weights are rounded to, by name.
+    """
+    for name, layer in policy.named_modules():
+        if isinstance(layer, LoraLayer) and f"{name}.weight" in kinds:
+            if not layer.merged:
+                layer.merge()  # pyright: ignore[reportCallIssue]  (of the linear or convolutional kind)
+            weight: Any = layer.get_base_layer().weight
+            weight.copy_(weight.to(kinds[f"{name}.weight"]))

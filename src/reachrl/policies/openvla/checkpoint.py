@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 STATS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
 VALUE_FILE = "value_head.safetensors"
-_OUR_STATS = "reachrl"
+OUR_STATS = "reachrl"
 # The critic is ours: an official checkpoint has none and its configuration does not mention it.
 _NOT_OFFICIAL = {"critic", "value_hidden_size", "image_mean", "image_std", "num_action_tokens"}
 _VALUE = "value_head."
@@ -51,7 +51,9 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
 def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     """Whole weights; or, on a frozen base, the adapters and the value head alone."""
     config = policy.config
-    update: dict[str, Path | None] = {"checkpoint": None, "dataset": None}
+    # Of adapters the name of the statistics is kept: folded into an official base, they go under it again.
+    dataset = None if config.lora is None else config.dataset
+    update: dict[str, Path | str | None] = {"checkpoint": None, "dataset": dataset}
     if config.lora is None:
         _save_state(policy.state_dict(), folder / SINGLE_FILE)
     else:
@@ -63,7 +65,7 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     stats = policy.action_stats
     action = {"q01": stats.q01.tolist(), "q99": stats.q99.tolist(), "mask": stats.mask.tolist()}
-    (folder / STATS_FILE).write_text(json.dumps({_OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
+    (folder / STATS_FILE).write_text(json.dumps({OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
     if policy.tokenizer is not None:
         policy.tokenizer.save(folder / TOKENIZER_FILE)
 
@@ -110,6 +112,7 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     _check_architecture(policy, folder)
     if not adapters.is_adapter(folder):
         _load_whole(policy, folder, device)
+        _load_stats(policy, folder)
         if config.lora is not None:
             policy.add_adapters(given.resolve() if given.is_dir() else given)
         return
@@ -128,7 +131,8 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
         )
     if ours and read_config(folder).critic == config.critic:
         _load_value_head(policy, folder)
-    _load_stats_and_tokenizer(policy, folder)
+    _load_tokenizer(policy, folder)
+    _load_stats(policy, folder)
 
 
 def restore(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -148,7 +152,8 @@ def restore(policy: "OpenVLAPolicy", folder: Path) -> None:
         adapters.check_base(folder, adapters.base_of(folder))
         adapters.load(policy, folder, critic=config.critic == "adapter")
         _load_value_head(policy, folder)
-    _load_stats_and_tokenizer(policy, folder)
+    _load_tokenizer(policy, folder)
+    _load_stats(policy, folder)
 
 
 def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -177,7 +182,7 @@ def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
 
 
 def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
-    """Give the policy storage and the weights, statistics and tokenizer of a folder without adapters."""
+    """Give the policy storage and the weights and tokenizer of a folder without adapters."""
     official, config = is_official(folder), policy.config
     check_shapes(
         {key: tuple(value.shape) for key, value in policy.state_dict().items()},
@@ -198,7 +203,7 @@ def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
     if official:
         policy.value_head.reset()
         policy.reset_critic()
-    _load_stats_and_tokenizer(policy, folder)
+    _load_tokenizer(policy, folder)
 
 
 def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -209,30 +214,36 @@ def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
         raise CheckpointError(f"{folder / VALUE_FILE} is missing, truncated or of another size: {error}") from error
 
 
-def _load_stats_and_tokenizer(policy: "OpenVLAPolicy", folder: Path) -> None:
-    config = policy.config
-    whole = not adapters.is_adapter(folder)
-    if whole and is_official(folder):
-        stats = official_stats(folder, config.dataset)
-    elif whole or (folder / VALUE_FILE).is_file():
-        stats = _read_stats(folder)
-    else:
-        stats = None  # adapters of another tool: the base's hold
-    if stats is not None:
-        try:
-            policy.set_action_stats(stats.q01, stats.q99, stats.mask)
-        except ValueError as error:
-            raise CheckpointError(f"the action statistics in {folder} do not fit: {error}") from error
+def _load_stats(policy: "OpenVLAPolicy", folder: Path) -> None:
+    stats = _stored_stats(folder, policy.config.dataset)
+    if stats is None:
+        return
+    try:
+        policy.set_action_stats(stats.q01, stats.q99, stats.mask)
+    except ValueError as error:
+        raise CheckpointError(f"the action statistics in {folder} do not fit: {error}") from error
+
+
+def _stored_stats(folder: Path, dataset: str | None) -> ActionStats | None:
+    if adapters.is_adapter(folder) and not (folder / VALUE_FILE).is_file():  # of another tool
+        beside = (folder / STATS_FILE).is_file()
+        return official_stats(folder, dataset) if beside else _stored_stats(adapters.base_of(folder), dataset)
+    if not adapters.is_adapter(folder) and is_official(folder):
+        return official_stats(folder, dataset)
+    return _read_stats(folder)
+
+
+def _load_tokenizer(policy: "OpenVLAPolicy", folder: Path) -> None:
     if policy.tokenizer is None and (folder / TOKENIZER_FILE).is_file():
         try:
-            policy.tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_FILE, config.language_model)
+            policy.tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_FILE, policy.config.language_model)
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise CheckpointError(f"{folder / TOKENIZER_FILE} cannot be read: {error}") from error
 
 
 def _read_stats(folder: Path) -> ActionStats:
     try:
-        action = read_json(folder / STATS_FILE)[_OUR_STATS]["action"]
+        action = read_json(folder / STATS_FILE)[OUR_STATS]["action"]
         return ActionStats.create(action["q01"], action["q99"], action["mask"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / STATS_FILE} holds no action statistics: {error!r}") from error

@@ -9,6 +9,7 @@ from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import ActionStats
+from reachrl.policies.openvla import adapters
 from reachrl.policies.openvla.weights import read_json, read_shapes
 
 TOWERS = ("featurizer", "fused_featurizer")
@@ -149,28 +150,35 @@ def _num_action_tokens(raw: dict[str, Any]) -> int:
 
 
 def norm_stats(folder: Path) -> dict[str, Any]:
-    """All action statistics of a folder by dataset: those of its configuration and those beside it.
+    """All action statistics of a folder by dataset: its base's or its configuration's, and those beside it.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    stats = dict(read_json(folder / "config.json").get("norm_stats") or {})
-    extra = folder / "dataset_statistics.json"  # fine-tuned checkpoints carry their own beside the configuration
-    if extra.is_file():
-        stats.update(read_json(extra))
-    return stats
+    if adapters.is_adapter(folder) and not (folder / "config.json").is_file():  # of another tool
+        return norm_stats(adapters.base_of(folder)) | _own_stats(folder)
+    return dict(read_json(folder / "config.json").get("norm_stats") or {}) | _own_stats(folder)
+
+
+def _own_stats(folder: Path) -> dict[str, Any]:
+    """What fine-tuned checkpoints carry beside the configuration."""
+    path = folder / "dataset_statistics.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def official_stats(folder: Path, dataset: str | None) -> ActionStats | None:
     """The action statistics of one dataset, or None when there are several and none was named.
 
+    Without a name, those beside the configuration win: the folder was fine-tuned on them.
+
     Raises:
         CheckpointError: `dataset` is not among them, or its entry is damaged.
     """
     stats = norm_stats(folder)
-    if dataset is None and len(stats) != 1:
+    candidates = _own_stats(folder) or stats
+    if dataset is None and len(candidates) != 1:
         return None
-    name = dataset if dataset is not None else next(iter(stats))
+    name = dataset if dataset is not None else next(iter(candidates))
     if name not in stats:
         raise CheckpointError(f"{folder} has no action statistics named {name!r}; it has {sorted(stats)}")
     try:

@@ -10,9 +10,10 @@ from peft import LoraConfig
 
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.rewards.process.base import REMEDY
-from reachrl.rewards.process.pretrained import fingerprint, read_part, read_weights
+from reachrl.rewards.process.pretrained import read_part, read_weights, weight_files
 from reachrl.rewards.process.vlm_families import FAMILIES, VisionFamily
 from reachrl.rewards.process.vlm_inputs import own_template
+from reachrl.run.fingerprint import fingerprint, is_of
 
 SUPPORTED = "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl) and SmolVLM (smolvlm, idefics3)"
 
@@ -62,7 +63,7 @@ def read_checkpoint(weights: Path, words: Path, *, dtype: str | torch.dtype) -> 
         tokenizer=tokenizer,
         processor=read_part(family.processor_class().from_pretrained, words, local_files_only=True),
         family=family,
-        fingerprint=fingerprint(weights),
+        fingerprint=fingerprint(weight_files(weights)),
     )
 
 
@@ -93,7 +94,7 @@ def read_base(place: Path, adapters: LoraConfig, *, fitted_on: str) -> VLMCheckp
     advice = f"if it has moved, write its place into base_model_name_or_path of {place / 'adapter_config.json'}"
     if not below.is_dir():
         raise CheckpointError(f"The checkpoint {below}, below the adapters in {place}, is not there; {advice}.")
-    if fingerprint(below) != fitted_on:
+    if not is_of(fitted_on, weight_files(below)):
         raise CheckpointError(
             f"The adapters in {place} were fitted on other weights than {below} holds now. Put that checkpoint back; "
             f"{advice}."
