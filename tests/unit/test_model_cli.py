@@ -236,7 +236,7 @@ def test_recordings_of_another_model_are_refused(check) -> None:
         ({"projected": io["projected"][:, :, :16]}, "projected [3, 16, 16], expected [3, 16, 32]"),
         ({"tokens": io["tokens"][:2]}, "the inputs have [2, 3] rows"),
         ({"tokens": io["tokens"][0]}, "tokens are [7], expected 2 dimensions"),
-        ({"tokens": io["tokens"][:, :6]}, "tokens are [3, 6], expected ['N', 7]"),
+        ({"tokens": io["tokens"][:, :6]}, "tokens are [3, 6], expected ['N', 7] by the action statistics"),
         ({"prompt_len": np.array(3)}, "prompt_len are [], expected 1 dimensions"),
     ):
         code, _, out = check({**io, **{k: np.copy(v, order="C") for k, v in changes.items()}}, "--dataset", "tiny_a")

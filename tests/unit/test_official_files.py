@@ -255,6 +255,7 @@ def test_a_resized_vocabulary_is_refused(tmp_path: Path, keys: tuple[str, ...]) 
         ({"image_sizes": [56, 224]}, r"image_sizes = \[56, 224\]"),
         ({"image_sizes": 56}, "image_sizes = 56"),
         ({"timm_model_ids": None}, "timm_model_ids = None"),
+        ({"timm_override_act_layers": [None, "quick_gelu"]}, "override_act_layers = .*'quick_gelu'"),
         ({"timm_model_ids": ["a", "b", "c"]}, "has 3 vision towers .* but 2 were described"),
         ({"text_config": [1]}, "text_config is a list"),
         ({"text_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu' .* expected 'silu'"),
@@ -266,8 +267,12 @@ def test_a_resized_vocabulary_is_refused(tmp_path: Path, keys: tuple[str, ...]) 
     ],
 )
 def test_what_would_be_ignored_is_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    folder = write_official(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=says):
-        load(write_official(tmp_path, **changes))
+        load(folder)
+    if changes != {"text_config": None}:  # what is stored is described as it is
+        with pytest.raises(CheckpointError, match=says.replace("2 were", "3 were")):
+            inspect_folder(folder)
 
 
 @pytest.mark.parametrize("places", [None, [["a", "b"]], {"a": 3}])
@@ -280,7 +285,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, places: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "found"), [({"model_type": "llava"}, "'llava'"), ({"model_type": "bert"}, "'bert'"), ({}, "'not stated'")]
+    ("raw", "found"), [({"model_type": "llava"}, "'llava'"), ({"model_type": "bert"}, "'bert'"), ({}, "None")]
 )
 def test_other_models_are_told_apart(tmp_path: Path, raw: dict[str, str], found: str) -> None:
     folder = put(write_official(tmp_path), "config.json", raw)

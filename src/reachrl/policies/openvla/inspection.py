@@ -8,9 +8,17 @@ from typing import Literal
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.openvla import adapters
-from reachrl.policies.openvla.checkpoint import CONFIG_FILE, TOKENIZER_FILE, read_config
+from reachrl.policies.openvla.checkpoint import TOKENIZER_FILE, read_config
 from reachrl.policies.openvla.hub import locate
-from reachrl.policies.openvla.official import KNOWN_HEADS, TOWERS, is_dead, is_official, norm_stats, official_stats
+from reachrl.policies.openvla.official import (
+    KNOWN_HEADS,
+    TOWERS,
+    is_dead,
+    is_official,
+    norm_stats,
+    official_stats,
+    tower_names,
+)
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer
 from reachrl.policies.openvla.weights import StoredTensor, read_header, read_headers, read_json
 
@@ -117,7 +125,7 @@ def _inspect_adapter(folder: Path) -> AdapterInfo:
 
 def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
     official = is_official(folder)
-    names = tuple(read_json(folder / CONFIG_FILE).get("timm_model_ids", ())) if official else ()
+    names = tuple(tower_names(folder)) if official else ()
     # No file states the heads; for towers that were never released any number does, as nothing is computed here.
     config = read_config(folder, [KNOWN_HEADS.get(name, 1) for name in names] if official else None)
     tensors = read_headers(folder)

@@ -43,7 +43,7 @@ def is_official(folder: Path) -> bool:
     official = raw.get("model_type") == "openvla"
     if not official and ("model_type" in raw or raw.get("kind") != "openvla"):
         raise CheckpointError(
-            f"{path}: model_type is {raw.get('model_type', 'not stated')!r}, expected 'openvla' (or a file written by "
+            f"{path}: model_type is {raw.get('model_type')!r}, expected 'openvla' (or a file written by "
             "ReachRL, which says kind='openvla'); give the folder of an OpenVLA checkpoint"
         )
     return official
@@ -75,10 +75,8 @@ def official_config(
         CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
     """
     raw, shapes = read_json(folder / CONFIG_FILE), read_shapes(folder)
-    _refuse_what_we_would_ignore(raw, folder)
-    ids = raw.get("timm_model_ids")
-    if not isinstance(ids, list) or not ids:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: timm_model_ids = {ids!r}, expected the names of the towers")
+    ids = tower_names(folder)
+    _refuse_what_we_would_ignore(raw, folder, len(ids))
     try:
         language_model = _language_model(raw, shapes)
         return OpenVLAConfig.model_validate(
@@ -108,13 +106,26 @@ def problems_of(error: ValidationError) -> str:
     return "; ".join(f"{place}: {message}" if place else message for place, message in places)
 
 
-def _refuse_what_we_would_ignore(raw: dict[str, Any], folder: Path) -> None:
+def tower_names(folder: Path) -> list[str]:
+    """What an official checkpoint calls its vision towers.
+
+    Raises:
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    ids = read_json(folder / CONFIG_FILE).get("timm_model_ids")
+    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: timm_model_ids = {ids!r}, expected the names of the towers")
+    return ids
+
+
+def _refuse_what_we_would_ignore(raw: dict[str, Any], folder: Path, num_towers: int) -> None:
     """Raise where the configuration asks for something that this package computes in one way only."""
-    path, text = folder / CONFIG_FILE, raw.get("text_config") or {}
+    path, text, unchanged = folder / CONFIG_FILE, raw.get("text_config") or {}, [None] * num_towers
     if not isinstance(text, dict):
         raise CheckpointError(f"{path}: text_config is a {type(text).__name__}, expected an object")
     for name, found, expected in (
         ("n_action_bins", raw.get("n_action_bins", NUM_ACTION_BINS), NUM_ACTION_BINS),
+        ("timm_override_act_layers", raw.get("timm_override_act_layers") or unchanged, unchanged),
         ("text_config.model_type", text.get("model_type", "llama"), "llama"),
         ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("text_config.rope_scaling", text.get("rope_scaling"), None),
@@ -149,7 +160,7 @@ def _towers(
         heads = [KNOWN_HEADS[name] for name in ids]
     if not len(heads) == len(ids) <= len(TOWERS):
         raise CheckpointError(
-            f"{folder} has {len(ids)} vision towers ({', '.join(map(str, ids))}), but {len(heads)} were described; "
+            f"{folder} has {len(ids)} vision towers ({', '.join(ids)}), but {len(heads)} were described; "
             "expected one entry for each in policy.towers, or one number for each in --tower-heads"
         )
     places = zip(TOWERS, ids, heads, strict=False)

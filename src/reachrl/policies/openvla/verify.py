@@ -125,7 +125,9 @@ def _check_inputs(policy: OpenVLAPolicy, tensors: dict[str, Tensor], path: Path)
         problems.append(f"the inputs have {sorted(rows)} rows, expected one number above 0")
     num_tokens = policy.num_action_tokens
     if "tokens" in tensors and tensors["tokens"].shape[1] != num_tokens:
-        problems.append(f"tokens are {_shape(tensors['tokens'])}, expected ['N', {num_tokens}]")
+        problems.append(
+            f"tokens are {_shape(tensors['tokens'])}, expected ['N', {num_tokens}] by the action statistics"
+        )
     if problems:
         raise CheckpointError(f"{path} was not recorded with this model: {'; '.join(problems)}")
 
