@@ -256,7 +256,7 @@ def test_a_resized_vocabulary_is_refused(tmp_path: Path, keys: tuple[str, ...]) 
         ({"image_sizes": 56}, "image_sizes = 56"),
         ({"timm_model_ids": None}, "timm_model_ids = None"),
         ({"timm_override_act_layers": [None, "quick_gelu"]}, "override_act_layers = .*'quick_gelu'"),
-        ({"timm_model_ids": ["a", "b", "c"]}, "has 3 vision towers .* but 2 were described"),
+        ({"timm_model_ids": ["a", "b", "c"]}, "expected one or two towers"),
         ({"text_config": [1]}, "text_config is a list"),
         ({"text_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu' .* expected 'silu'"),
         ({"text_config": {"model_type": "mistral"}}, "model_type = 'mistral' .* expected 'llama'"),
@@ -271,7 +271,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: Path, changes: dict[str, obj
     with pytest.raises(CheckpointError, match=says):
         load(folder)
     if changes != {"text_config": None}:  # what is stored is described as it is
-        with pytest.raises(CheckpointError, match=says.replace("2 were", "3 were")):
+        with pytest.raises(CheckpointError, match=says):
             inspect_folder(folder)
 
 

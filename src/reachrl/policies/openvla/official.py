@@ -76,8 +76,8 @@ def official_config(
     """
     raw, shapes = read_json(folder / CONFIG_FILE), read_shapes(folder)
     ids = tower_names(folder)
-    _refuse_what_we_would_ignore(raw, folder, len(ids))
     try:
+        _refuse_what_we_would_ignore(raw, folder)
         language_model = _language_model(raw, shapes)
         return OpenVLAConfig.model_validate(
             {
@@ -113,19 +113,21 @@ def tower_names(folder: Path) -> list[str]:
         CheckpointError: `config.json` is missing or damaged.
     """
     ids = read_json(folder / CONFIG_FILE).get("timm_model_ids")
-    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: timm_model_ids = {ids!r}, expected the names of the towers")
+    named = isinstance(ids, list) and all(isinstance(name, str) for name in ids)
+    if not named or not 1 <= len(ids) <= len(TOWERS):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: timm_model_ids = {ids!r}, expected one or two towers by name")
     return ids
 
 
-def _refuse_what_we_would_ignore(raw: dict[str, Any], folder: Path, num_towers: int) -> None:
+def _refuse_what_we_would_ignore(raw: dict[str, Any], folder: Path) -> None:
     """Raise where the configuration asks for something that this package computes in one way only."""
-    path, text, unchanged = folder / CONFIG_FILE, raw.get("text_config") or {}, [None] * num_towers
+    path, text = folder / CONFIG_FILE, raw.get("text_config") or {}
+    activations = raw.get("timm_override_act_layers") or []
     if not isinstance(text, dict):
         raise CheckpointError(f"{path}: text_config is a {type(text).__name__}, expected an object")
     for name, found, expected in (
         ("n_action_bins", raw.get("n_action_bins", NUM_ACTION_BINS), NUM_ACTION_BINS),
-        ("timm_override_act_layers", raw.get("timm_override_act_layers") or unchanged, unchanged),
+        ("timm_override_act_layers", activations, [None] * len(activations)),
         ("text_config.model_type", text.get("model_type", "llama"), "llama"),
         ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("text_config.rope_scaling", text.get("rope_scaling"), None),
@@ -158,7 +160,7 @@ def _towers(
         if unknown:
             raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(KNOWN_HEADS)}")
         heads = [KNOWN_HEADS[name] for name in ids]
-    if not len(heads) == len(ids) <= len(TOWERS):
+    if len(heads) != len(ids):
         raise CheckpointError(
             f"{folder} has {len(ids)} vision towers ({', '.join(ids)}), but {len(heads)} were described; "
             "expected one entry for each in policy.towers, or one number for each in --tower-heads"
