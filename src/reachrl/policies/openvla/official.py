@@ -113,8 +113,7 @@ def tower_names(folder: Path) -> list[str]:
         CheckpointError: `config.json` is missing or damaged.
     """
     ids = read_json(folder / CONFIG_FILE).get("timm_model_ids")
-    named = isinstance(ids, list) and all(isinstance(name, str) for name in ids)
-    if not named or not 1 <= len(ids) <= len(TOWERS):
+    if not isinstance(ids, list) or len(ids) not in (1, 2) or not all(isinstance(name, str) for name in ids):
         raise CheckpointError(f"{folder / CONFIG_FILE}: timm_model_ids = {ids!r}, expected one or two towers by name")
     return ids
 
