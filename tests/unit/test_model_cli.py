@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_folder import read, to_native, write_official
+from official_folder import DATA, read, to_native, write_official
 from safetensors.numpy import load_file, save_file
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.verify import TOLERANCES
+
+STATISTICS = json.loads((DATA / "config.json").read_text())["norm_stats"]
 
 
 @pytest.fixture
@@ -120,6 +122,22 @@ def test_info_says_what_is_no_checkpoint(model, tmp_path: Path) -> None:
     assert code == 6 and "tokenizer.json cannot be read" in err and "Traceback" not in err
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What lies on the hub as `me/tiny`: a checkpoint with one set of statistics."""
+    folder = write_official(tmp_path / "hub", norm_stats={"tiny_a": STATISTICS["tiny_a"]})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
+    return folder
+
+
+def test_a_model_on_the_hub_is_described_and_verified(model, hub: Path) -> None:
+    assert rows(model("info", "me/tiny")[1])["statistics"].startswith("tiny_a (7) action")
+    arguments = ("--recorded", hub / "io.safetensors", "--tower-heads", "4,4")
+    save_file(read("io"), hub / "io.safetensors")
+    code, out, err = model("verify", "me/tiny", *arguments)
+    assert (code, err) == (0, "") and "actions" in out
+
+
 # --- verify -----------------------------------------------------------------------------------------------------
 
 
@@ -216,8 +234,12 @@ def test_recordings_of_another_model_are_refused(check) -> None:
         ({"attention_mask": io["attention_mask"][:, :9]}, "attention_mask [3, 9], expected"),
         ({"pixel_values": io["pixel_values"][:2]}, "the inputs have [2, 3] rows"),
         ({"projected": io["projected"][:, :, :16]}, "projected [3, 16, 16], expected [3, 16, 32]"),
+        ({"tokens": io["tokens"][:2]}, "the inputs have [2, 3] rows"),
+        ({"tokens": io["tokens"][0]}, "tokens are [7], expected 2 dimensions"),
+        ({"tokens": io["tokens"][:, :6]}, "tokens are [3, 6], expected ['N', 7] by the action statistics"),
+        ({"prompt_len": np.array(3)}, "prompt_len are [], expected 1 dimensions"),
     ):
-        code, _, out = check({**io, **{k: np.ascontiguousarray(v) for k, v in changes.items()}}, "--dataset", "tiny_a")
+        code, _, out = check({**io, **{k: np.copy(v, order="C") for k, v in changes.items()}}, "--dataset", "tiny_a")
         assert code == 6 and message in out and "Traceback" not in out, message
 
 
@@ -228,6 +250,9 @@ def test_what_is_missing_is_asked_for(check, model, folder: Path, tmp_path: Path
     assert code == 6 and "missing or not a safetensors file" in err
     code, _, err = model("verify", folder, "--recorded", tmp_path / "io.safetensors")
     assert code == 6 and "unknown vision towers" in err
+    for heads in ("4", "4,4,4"):
+        code, _, err = model("verify", folder, "--recorded", tmp_path / "io.safetensors", "--tower-heads", heads)
+        assert code == 6 and "2 vision towers" in err and "one number for each in --tower-heads" in err
     for heads in ("4,x", "4,,4", "0,4"):
         code, _, err = model("verify", folder, "--recorded", tmp_path / "io.safetensors", "--tower-heads", heads)
         assert code == 2 and f"--tower-heads '{heads}'" in err

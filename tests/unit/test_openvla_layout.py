@@ -101,7 +101,8 @@ def test_every_weight_of_the_release_is_accounted_for() -> None:
 def headers_alone(tmp_path: Path) -> Iterator[Path]:
     """A folder of the released size whose weights were never written: headers in front of a hole."""
     config = json.loads((DATA / "config.json").read_text())
-    del config["text_config"]["num_attention_heads"], config["text_config"]["num_key_value_heads"]  # Llama-2's defaults
+    for default in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        del config["text_config"][default]  # as the release, which leaves out what equals Llama-2's
     config["timm_model_ids"] = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
     config["image_sizes"] = [224, 224]
     (tmp_path / "config.json").write_text(json.dumps(config))

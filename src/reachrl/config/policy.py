@@ -59,6 +59,11 @@ class LanguageModelConfig(Section):
             )
         if self.vocab_end < NUM_ACTION_BINS:
             raise ValueError("vocab_size - pad_to_multiple_of leaves no room for the 256 action tokens")
+        for name in ("bos_token_id", "pad_token_id", "empty_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is no row of the embedding, vocab_size={self.vocab_size}"
+                )
         return self
 
     def has_widths_of(self, block: int) -> bool:

@@ -19,7 +19,17 @@ from reachrl.policies.action_tokens import ActionStats
 from reachrl.policies.openvla import adapters, four_bit
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.merging import merge_into
-from reachrl.policies.openvla.official import is_dead, is_official, official_config, official_stats
+from reachrl.policies.openvla.official import (
+    CONFIG_FILE,
+    STATS_FILE,
+    dataset_of,
+    is_dead,
+    is_official,
+    norm_stats,
+    official_config,
+    official_stats,
+    problems_of,
+)
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
 from reachrl.run.atomic import replace_folder_atomic
@@ -29,13 +39,13 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from reachrl.policies.openvla.policy import OpenVLAPolicy
 
-CONFIG_FILE = "config.json"
-STATS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
 VALUE_FILE = "value_head.safetensors"
 OUR_STATS = "reachrl"
-# The critic is ours: an official checkpoint has none and its configuration does not mention it.
-_NOT_OFFICIAL = {"critic", "value_hidden_size", "image_mean", "image_std", "num_action_tokens"}
+_PIXEL_STATISTICS = ("image_mean", "image_std")
+# The critic is ours: an official checkpoint has none and its configuration does not mention it. Its pixel statistics
+# are taken over, not compared.
+_NOT_OFFICIAL = {"critic", "value_hidden_size", "num_action_tokens", *_PIXEL_STATISTICS}
 _VALUE = "value_head."
 
 
@@ -75,26 +85,29 @@ def _save_state(state: dict[str, torch.Tensor], path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def read_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenVLAConfig:
+def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset: str | None = None) -> OpenVLAConfig:
     """The configuration of a checkpoint, official or ours, with `checkpoint` set to what was given.
 
     Args:
         folder: on this machine, or `owner/name` on the hub.
         tower_heads: see `official_config`.
+        dataset: see `official_config`.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a policy we cannot build.
     """
     given, folder = Path(folder), locate(Path(folder))
     if adapters.is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
-        config = read_config(adapters.base_of(folder), tower_heads)
+        config = read_config(adapters.base_of(folder), tower_heads, dataset)
     elif is_official(folder):
-        config = official_config(folder, tower_heads)
+        config = official_config(folder, tower_heads, dataset)
     else:
         try:
             config = OpenVLAConfig.model_validate(read_json(folder / CONFIG_FILE))
         except ValidationError as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE} describes no policy of this version: {error}") from error
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} describes no policy of this version: {problems_of(error)}"
+            ) from error
     return config.model_copy(update={"checkpoint": given})
 
 
@@ -112,6 +125,7 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     _check_architecture(policy, folder)
     if not adapters.is_adapter(folder):
         _load_whole(policy, folder, device)
+        _load_tokenizer(policy, folder)
         _load_stats(policy, folder)
         if config.lora is not None:
             policy.add_adapters(given.resolve() if given.is_dir() else given)
@@ -132,6 +146,7 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     if ours and read_config(folder).critic == config.critic:
         _load_value_head(policy, folder)
     _load_tokenizer(policy, folder)
+    _load_tokenizer(policy, base)  # where the adapters came without one
     _load_stats(policy, folder)
 
 
@@ -179,10 +194,30 @@ def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
     if "adapter" in (stored.critic, config.critic):
         ignored |= {"critic"}
     _compare(type(policy).architecture_of(stored), policy.architecture(), folder, ignored)
+    if is_official(whole) and set(_PIXEL_STATISTICS) <= stored.model_fields_set:
+        _adopt_pixel_statistics(policy, stored, folder)
+
+
+def _adopt_pixel_statistics(policy: "OpenVLAPolicy", stored: OpenVLAConfig, folder: Path) -> None:
+    """Normalise frames by the statistics the weights were trained with, whatever is configured."""
+    config = policy.config
+    trained = {name: getattr(stored, name) for name in _PIXEL_STATISTICS}
+    if all(getattr(config, name) == value for name, value in trained.items()):
+        return
+    logger.warning(
+        "%s was trained on pixels normalised by %s: these are used in place of those configured, %s",
+        folder, trained, {name: getattr(config, name) for name in trained},
+    )  # fmt: skip
+    try:
+        policy.config = type(config).model_validate(config.model_dump() | trained)
+    except ValidationError as error:  # a decoder that cannot do with them
+        raise CheckpointError(
+            f"{folder} states pixel statistics that this policy cannot use: {problems_of(error)}"
+        ) from error
 
 
 def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
-    """Give the policy storage and the weights and tokenizer of a folder without adapters."""
+    """Give the policy storage and the weights of a folder without adapters."""
     official, config = is_official(folder), policy.config
     check_shapes(
         {key: tuple(value.shape) for key, value in policy.state_dict().items()},
@@ -203,7 +238,6 @@ def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
     if official:
         policy.value_head.reset()
         policy.reset_critic()
-    _load_tokenizer(policy, folder)
 
 
 def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -215,30 +249,23 @@ def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
 
 
 def _load_stats(policy: "OpenVLAPolicy", folder: Path) -> None:
-    stats = _stored_stats(folder, policy.config.dataset)
-    if stats is None:
+    """The action statistics that hold in a folder; several sets without a name are left for later."""
+    adapter = adapters.is_adapter(folder)
+    ours = (folder / VALUE_FILE).is_file() if adapter else not is_official(folder)
+    if adapter and not ours and not (folder / STATS_FILE).is_file():
+        _load_stats(policy, adapters.base_of(folder))
         return
-    try:
-        policy.set_action_stats(stats.q01, stats.q99, stats.mask)
-    except ValueError as error:
-        raise CheckpointError(f"the action statistics in {folder} do not fit: {error}") from error
-
-
-def _stored_stats(folder: Path, dataset: str | None) -> ActionStats | None:
-    if adapters.is_adapter(folder) and not (folder / VALUE_FILE).is_file():  # of another tool
-        beside = (folder / STATS_FILE).is_file()
-        return official_stats(folder, dataset) if beside else _stored_stats(adapters.base_of(folder), dataset)
-    if not adapters.is_adapter(folder) and is_official(folder):
-        return official_stats(folder, dataset)
-    return _read_stats(folder)
+    name = OUR_STATS if ours else dataset_of(folder, policy.config.dataset)
+    if name is None:
+        policy.leave_action_stats_open(tuple(sorted(norm_stats(folder))))
+        return
+    stats = _read_stats(folder) if ours else official_stats(folder, name)
+    policy.set_action_stats(stats.q01, stats.q99, stats.mask)
 
 
 def _load_tokenizer(policy: "OpenVLAPolicy", folder: Path) -> None:
     if policy.tokenizer is None and (folder / TOKENIZER_FILE).is_file():
-        try:
-            policy.tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_FILE, policy.config.language_model)
-        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            raise CheckpointError(f"{folder / TOKENIZER_FILE} cannot be read: {error}") from error
+        policy.tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_FILE, policy.config.language_model)
 
 
 def _read_stats(folder: Path) -> ActionStats:

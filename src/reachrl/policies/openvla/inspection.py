@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.errors import CheckpointError
 from reachrl.policies.openvla import adapters
-from reachrl.policies.openvla.checkpoint import CONFIG_FILE, TOKENIZER_FILE, read_config
-from reachrl.policies.openvla.official import KNOWN_HEADS, TOWERS, is_dead, is_official, norm_stats
+from reachrl.policies.openvla.checkpoint import TOKENIZER_FILE, read_config
+from reachrl.policies.openvla.hub import locate
+from reachrl.policies.openvla.official import (
+    KNOWN_HEADS,
+    TOWERS,
+    is_dead,
+    is_official,
+    norm_stats,
+    official_stats,
+    tower_names,
+)
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer
 from reachrl.policies.openvla.weights import StoredTensor, read_header, read_headers, read_json
 
@@ -86,11 +94,13 @@ class AdapterInfo:
 def inspect_folder(folder: Path) -> CheckpointInfo | AdapterInfo:
     """Describe a folder without reading a single weight.
 
+    Args:
+        folder: on this machine, or `owner/name` on the hub, which is downloaded first.
+
     Raises:
         CheckpointError: it is no checkpoint we know, or a file is missing or damaged.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist or is not a folder; give a checkpoint's folder")
+    folder = locate(folder)
     return _inspect_adapter(folder) if adapters.is_adapter(folder) else _inspect_checkpoint(folder)
 
 
@@ -115,7 +125,7 @@ def _inspect_adapter(folder: Path) -> AdapterInfo:
 
 def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
     official = is_official(folder)
-    names = tuple(read_json(folder / CONFIG_FILE).get("timm_model_ids", ())) if official else ()
+    names = tuple(tower_names(folder)) if official else ()
     # No file states the heads; for towers that were never released any number does, as nothing is computed here.
     config = read_config(folder, [KNOWN_HEADS.get(name, 1) for name in names] if official else None)
     tensors = read_headers(folder)
@@ -134,20 +144,12 @@ def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
 
 
 def _action_dims(folder: Path) -> dict[str, int]:
-    try:
-        return {name: len(entry["action"]["q01"]) for name, entry in norm_stats(folder).items()}
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: a set of action statistics holds no action quantiles: {error!r}") from error
+    return {name: len(official_stats(folder, name).q01) for name in norm_stats(folder)}
 
 
 def _prompt_ids(folder: Path, config: OpenVLAConfig) -> tuple[int, ...] | None:
     path = folder / TOKENIZER_FILE
-    if not path.is_file():
-        return None
-    try:
-        return PromptTokenizer.from_file(path, config.language_model).prompt_ids(EXAMPLE)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return PromptTokenizer.from_file(path, config.language_model).prompt_ids(EXAMPLE) if path.is_file() else None
 
 
 def _parts(tensors: dict[str, StoredTensor], unread: Callable[[str], bool]) -> tuple[Part, ...]:

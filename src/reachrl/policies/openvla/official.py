@@ -1,20 +1,28 @@
 """The official OpenVLA checkpoint layout: its configuration, action statistics and weights that are never read."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
+from pydantic import ValidationError
+
+from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import ActionStats
 from reachrl.policies.openvla import adapters
 from reachrl.policies.openvla.weights import read_json, read_shapes
 
+CONFIG_FILE = "config.json"
+STATS_FILE = "dataset_statistics.json"
+_PREPROCESSOR_FILE = "preprocessor_config.json"
 TOWERS = ("featurizer", "fused_featurizer")
 # Attention heads cannot be read off the shapes of fused projections, so the released towers are listed.
 KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
+# With these, blocks that are missing at the end of a file are noticed.
+_KNOWN_DEPTHS = {"vit_large_patch14_reg4_dinov2.lvd142m": 24, "vit_so400m_patch14_siglip_224": 27}
 _EMPTY_TOKEN_ID = 29871
 _RESIZES = ("resize-naive", "letterbox")
 
@@ -23,15 +31,23 @@ def is_official(folder: Path) -> bool:
     """Whether `folder` holds an official checkpoint rather than one of ours.
 
     Raises:
-        CheckpointError: `config.json` is missing, damaged or in Prismatic's own form, which states no sizes.
+        CheckpointError: `config.json` is missing, damaged, of another model, or in Prismatic's own form, which states
+            no sizes.
     """
-    raw = read_json(folder / "config.json")
+    path = folder / CONFIG_FILE
+    raw = read_json(path)
     if "vla" in raw or isinstance(raw.get("model"), dict):
         raise CheckpointError(
-            f"{folder / 'config.json'} is Prismatic's own, which does not state the model's sizes; put the official "
+            f"{path} is Prismatic's own, which does not state the model's sizes; put the official "
             'config.json ("model_type": "openvla") of the same model in its place. The weights may keep their names'
         )
-    return raw.get("model_type") == "openvla"
+    official = raw.get("model_type") == "openvla"
+    if not official and ("model_type" in raw or raw.get("kind") != "openvla"):
+        raise CheckpointError(
+            f"{path}: model_type is {raw.get('model_type')!r}, expected 'openvla' (or a file written by "
+            "ReachRL, which says kind='openvla'); give the folder of an OpenVLA checkpoint"
+        )
+    return official
 
 
 def is_dead(key: str, config: OpenVLAConfig) -> bool:
@@ -43,41 +59,148 @@ def is_dead(key: str, config: OpenVLAConfig) -> bool:
     return False
 
 
-def _tower(name: str, shapes: dict[str, tuple[int, ...]], num_heads: int) -> ViTTowerConfig:
-    """Read one tower's sizes off the shapes of its weights."""
+# --- the configuration -------------------------------------------------------------------------------------------
+
+
+def official_config(
+    folder: Path, tower_heads: Sequence[int] | None = None, dataset: str | None = None
+) -> OpenVLAConfig:
+    """Describe an official checkpoint as a configuration of our class.
+
+    Args:
+        folder: with `config.json` and the weights.
+        tower_heads: attention heads of each tower; only needed for towers other than the released ones.
+        dataset: whose actions the number of action tokens is of.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
+    """
+    raw, shapes = read_json(folder / CONFIG_FILE), read_shapes(folder)
+    ids = tower_names(folder)
+    try:
+        _refuse_what_we_would_ignore(raw, folder)
+        language_model = _language_model(raw, shapes)
+        return OpenVLAConfig.model_validate(
+            {
+                "image_size": raw["image_sizes"][0],
+                **_frames(raw, folder),
+                "towers": _towers(ids, shapes, tower_heads, folder),
+                "projector_expansion": max(shapes["projector.fc1.weight"][0] // shapes["projector.fc1.weight"][1], 1),
+                "language_model": language_model,
+                "tokenizer": "folder",
+                "prompt_length": 32,
+                "num_action_tokens": _num_action_tokens(folder, dataset),
+                "value_hidden_size": max(language_model.hidden_size // 4, 1),
+            }
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder} is no OpenVLA checkpoint we can build: it has no {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{folder} is no OpenVLA checkpoint we can build: {problems_of(error)}") from error
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is no OpenVLA checkpoint we can build: {error!r}") from error
+
+
+def problems_of(error: ValidationError) -> str:
+    """What is wrong with a policy's configuration, in a line."""
+    places = ((".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors())
+    return "; ".join(f"{place}: {message}" if place else message for place, message in places)
+
+
+def tower_names(folder: Path) -> list[str]:
+    """What an official checkpoint calls its vision towers.
+
+    Raises:
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    ids = read_json(folder / CONFIG_FILE).get("timm_model_ids")
+    if not isinstance(ids, list) or len(ids) not in (1, 2) or not all(isinstance(name, str) for name in ids):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: timm_model_ids = {ids!r}, expected one or two towers by name")
+    return ids
+
+
+def _refuse_what_we_would_ignore(raw: dict[str, Any], folder: Path) -> None:
+    """Raise where the configuration asks for something that this package computes in one way only."""
+    path, text = folder / CONFIG_FILE, raw.get("text_config") or {}
+    activations = raw.get("timm_override_act_layers") or []
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{path}: text_config is a {type(text).__name__}, expected an object")
+    for name, found, expected in (
+        ("n_action_bins", raw.get("n_action_bins", NUM_ACTION_BINS), NUM_ACTION_BINS),
+        ("timm_override_act_layers", activations, [None] * len(activations)),
+        ("text_config.model_type", text.get("model_type", "llama"), "llama"),
+        ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
+        ("text_config.rope_scaling", text.get("rope_scaling"), None),
+        ("rope_type of text_config.rope_parameters", _rope(text).get("rope_type", "default"), "default"),
+    ):
+        if found != expected:
+            raise CheckpointError(f"{path}: {name} = {found!r} is not supported, expected {expected!r}")
+    sizes = raw.get("image_sizes")
+    if not isinstance(sizes, list) or not sizes or any(size != sizes[0] for size in sizes):
+        raise CheckpointError(f"{path}: image_sizes = {sizes!r}, expected a list of equal sizes, one for each tower")
+    backbone = raw.get("llm_backbone_id", "llama2-7b-pure")
+    if not str(backbone).endswith("-pure"):
+        raise CheckpointError(
+            f"{path}: llm_backbone_id = {backbone!r} is asked in the words of a conversation (as OpenVLA v0.1, with "
+            "Vicuna's), which this package does not write; expected a model without such a template, as "
+            "'llama2-7b-pure' of openvla-7b"
+        )
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """Where files of transformers 5 keep the rotary position embedding's numbers."""
+    return text.get("rope_parameters") or {}
+
+
+def _towers(
+    ids: list[str], shapes: dict[str, tuple[int, ...]], heads: Sequence[int] | None, folder: Path
+) -> list[ViTTowerConfig]:
+    if heads is None:
+        unknown = [name for name in ids if name not in KNOWN_HEADS]
+        if unknown:
+            raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(KNOWN_HEADS)}")
+        heads = [KNOWN_HEADS[name] for name in ids]
+    if len(heads) != len(ids):
+        raise CheckpointError(
+            f"{folder} has {len(ids)} vision towers ({', '.join(ids)}), but {len(heads)} were described; "
+            "expected one entry for each in policy.towers, or one number for each in --tower-heads"
+        )
+    places = zip(TOWERS, ids, heads, strict=False)
+    return [_tower(place, shapes, number, _KNOWN_DEPTHS.get(name)) for place, name, number in places]
+
+
+def _tower(name: str, shapes: dict[str, tuple[int, ...]], num_heads: int, depth: int | None) -> ViTTowerConfig:
+    """Read one tower's sizes off the shapes of its weights; the depth too, where none is known."""
     prefix = f"vision_backbone.{name}."
-    own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    blocks = {int(match[1]) for key in own if (match := re.match(r"blocks\.(\d+)\.", key))}
-    width, _, patch_size, _ = own["patch_embed.proj.weight"]
+    width, _, patch_size, _ = shapes[prefix + "patch_embed.proj.weight"]
+    mlp_width = shapes[prefix + "blocks.0.mlp.fc1.weight"][0]
+    blocks = {int(match[1]) for key in shapes if (match := re.match(re.escape(prefix) + r"blocks\.(\d+)\.", key))}
     return ViTTowerConfig(
         width=width,
-        depth=max(blocks) + 1,
+        depth=max(blocks) + 1 if depth is None else depth,
         num_heads=num_heads,
-        mlp_width=own["blocks.0.mlp.fc1.weight"][0],
+        mlp_width=mlp_width,
         patch_size=patch_size,
-        num_registers=own.get("reg_token", (1, 0))[1],
-        class_token="cls_token" in own,
-        layer_scale="blocks.0.ls1.scale_factor" in own,
+        num_registers=shapes.get(prefix + "reg_token", (1, 0))[1],
+        class_token=prefix + "cls_token" in shapes,
+        layer_scale=prefix + "blocks.0.ls1.scale_factor" in shapes,
     )
 
 
 def _language_model(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> LanguageModelConfig:
     """Read the language model's sizes; the configuration leaves out what equals Llama-2's defaults."""
-    text = raw.get("text_config", {})
-    model = "language_model.model."
+    text, model = raw.get("text_config") or {}, "language_model.model."
     vocab_size, hidden_size = shapes[model + "embed_tokens.weight"]
-    layers = {int(match[1]) for key in shapes if (match := re.match(re.escape(model) + r"layers\.(\d+)\.", key))}
-    num_heads = text.get("num_attention_heads", 32)
     return LanguageModelConfig(
-        vocab_size=vocab_size,
+        vocab_size=text.get("vocab_size", vocab_size),
         pad_to_multiple_of=raw.get("pad_to_multiple_of", 64),
         hidden_size=hidden_size,
         intermediate_size=shapes[model + "layers.0.mlp.gate_proj.weight"][0],
-        num_layers=len(layers),
-        num_heads=num_heads,
+        num_layers=text.get("num_hidden_layers", 32),
+        num_heads=text.get("num_attention_heads", 32),
         num_kv_heads=text.get("num_key_value_heads") or None,
         max_positions=text.get("max_position_embeddings", 2048),
-        rope_theta=text.get("rope_theta", 10000.0),
+        rope_theta=text.get("rope_theta", _rope(text).get("rope_theta", 10000.0)),
         rms_norm_eps=text.get("rms_norm_eps", 1e-6),
         bos_token_id=text.get("bos_token_id", 1),
         pad_token_id=raw.get("pad_token_id", 32000),
@@ -85,68 +208,58 @@ def _language_model(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
     )
 
 
-def official_config(folder: Path, tower_heads: Sequence[int] | None = None) -> OpenVLAConfig:
-    """Describe an official checkpoint as a configuration of our class.
+# --- frames ------------------------------------------------------------------------------------------------------
 
-    Args:
-        folder: with `config.json` and the weights.
-        tower_heads: attention heads of each tower; only needed for towers other than the released ones.
 
-    Raises:
-        CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
+def _frames(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """How the checkpoint's frames were made: resized, and normalised where it does not leave that to the towers.
+
+    The official code reads the preprocessor's file alone, so that is the one that counts.
     """
-    raw, shapes = read_json(folder / "config.json"), read_shapes(folder)
-    ids = raw.get("timm_model_ids", [])
+    path = folder / _PREPROCESSOR_FILE
+    saved = read_json(path) if path.is_file() else {}
     # Without an entry the official class assumes `letterbox`.
     resize = raw.get("image_resize_strategy", "letterbox")
+    if "image_resize_strategy" in saved:
+        resize = saved["image_resize_strategy"]
+    else:
+        path = folder / CONFIG_FILE
     if resize not in _RESIZES:
         raise CheckpointError(
-            f"{folder / 'config.json'}: image_resize_strategy = {resize!r} is not supported, expected one of "
+            f"{path}: image_resize_strategy = {resize!r} is not supported, expected one of "
             f"{', '.join(_RESIZES)}; a checkpoint trained on other frames would see wrong pixels"
         )
-    if tower_heads is None:
-        unknown = [name for name in ids if name not in KNOWN_HEADS]
-        if unknown:
-            raise CheckpointError(f"{folder}: unknown vision towers {unknown}; known are {sorted(KNOWN_HEADS)}")
-        tower_heads = [KNOWN_HEADS[name] for name in ids]
-    try:
-        towers = [_tower(name, shapes, heads) for name, heads in zip(TOWERS, tower_heads, strict=False)]
-        language_model = _language_model(raw, shapes)
-        return OpenVLAConfig.model_validate(
-            {
-                "image_size": raw["image_sizes"][0],
-                "resize": resize,
-                "towers": towers,
-                "projector_expansion": max(shapes["projector.fc1.weight"][0] // shapes["projector.fc1.weight"][1], 1),
-                "language_model": language_model,
-                "tokenizer": "folder",
-                "prompt_length": 32,
-                "num_action_tokens": _num_action_tokens(raw),
-                "value_hidden_size": max(language_model.hidden_size // 4, 1),
-                **_pixel_statistics(folder),
-            }
-        )
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no OpenVLA checkpoint we can build: {error!r}") from error
+    size = raw["image_sizes"][0]
+    for name, expected in (("interpolations", "bicubic"), ("input_sizes", [3, size, size])):
+        if any(found != expected for found in saved.get(name) or ()):
+            raise CheckpointError(
+                f"{folder / _PREPROCESSOR_FILE}: {name} = {saved[name]!r} is not supported, expected {expected!r} for "
+                "each tower"
+            )
+    return {"resize": resize, **(_pixel_statistics(saved, folder / _PREPROCESSOR_FILE) if saved else {})}
 
 
-def _pixel_statistics(folder: Path) -> dict[str, Any]:
-    """What the checkpoint says its frames were normalised by; nothing where it leaves that to the towers."""
-    preprocessor = folder / "preprocessor_config.json"
-    saved = read_json(preprocessor) if preprocessor.is_file() else {}
-    if not saved:
-        return {}
+def _pixel_statistics(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     if not {"means", "stds"} <= saved.keys():
         raise CheckpointError(
-            f"{preprocessor} lacks `means` or `stds`, one entry for each tower, as the official checkpoints have them; "
+            f"{path} lacks `means` or `stds`, one entry for each tower, as the official checkpoints have them; "
             "without the right ones the policy would see wrong colours"
+        )
+    try:
+        usable = all(math.isfinite(mean) for row in saved["means"] for mean in row) and all(
+            0 < std < math.inf for row in saved["stds"] for std in row
+        )
+    except TypeError:
+        usable = False
+    if not usable:
+        raise CheckpointError(
+            f"{path}: means = {saved['means']!r} and stds = {saved['stds']!r} cannot normalise pixels; expected an RGB "
+            "triple of numbers for each tower (OpenVLAConfig's image_mean and image_std), the stds above 0"
         )
     return {"image_mean": saved["means"], "image_std": saved["stds"]}
 
 
-def _num_action_tokens(raw: dict[str, Any]) -> int:
-    sizes = {len(entry["action"]["q01"]) for entry in (raw.get("norm_stats") or {}).values()}
-    return sizes.pop() if len(sizes) == 1 else 7
+# --- action statistics -------------------------------------------------------------------------------------------
 
 
 def norm_stats(folder: Path) -> dict[str, Any]:
@@ -155,37 +268,61 @@ def norm_stats(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    if adapters.is_adapter(folder) and not (folder / "config.json").is_file():  # of another tool
-        return norm_stats(adapters.base_of(folder)) | _own_stats(folder)
-    return dict(read_json(folder / "config.json").get("norm_stats") or {}) | _own_stats(folder)
+    if adapters.is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool
+        return norm_stats(adapters.base_of(folder)) | _beside(folder)
+    return _named(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE).get("norm_stats")) | _beside(folder)
 
 
-def _own_stats(folder: Path) -> dict[str, Any]:
-    """What fine-tuned checkpoints carry beside the configuration."""
-    path = folder / "dataset_statistics.json"
-    return read_json(path) if path.is_file() else {}
+def _beside(folder: Path) -> dict[str, Any]:
+    """Fine-tuned checkpoints carry their own statistics beside the configuration."""
+    path = folder / STATS_FILE
+    return _named(path, read_json(path)) if path.is_file() else {}
 
 
-def official_stats(folder: Path, dataset: str | None) -> ActionStats | None:
-    """The action statistics of one dataset, or None when there are several and none was named.
+def _named(path: Path, stats: Any) -> dict[str, Any]:
+    if not isinstance(stats, dict | None):
+        raise CheckpointError(f"{path} holds action statistics as a {type(stats).__name__}, expected sets by name")
+    return stats or {}
 
-    Without a name, those beside the configuration win: the folder was fine-tuned on them.
+
+def dataset_of(folder: Path, dataset: str | None) -> str | None:
+    """The name of the action statistics that hold; None where no name was given and none goes without saying.
+
+    Args:
+        folder: an official checkpoint.
+        dataset: the name that was given. Without one it is the only set beside the configuration, which a fine-tuned
+            checkpoint acts by whatever its configuration inherited, or the only set at all.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if dataset is not None:
+        return dataset
+    return next((next(iter(sets)) for sets in (_beside(folder), norm_stats(folder)) if len(sets) == 1), None)
+
+
+def official_stats(folder: Path, dataset: str) -> ActionStats:
+    """The action statistics of one dataset.
 
     Raises:
         CheckpointError: `dataset` is not among them, or its entry is damaged.
     """
     stats = norm_stats(folder)
-    candidates = _own_stats(folder) or stats
-    if dataset is None and len(candidates) != 1:
-        return None
-    name = dataset if dataset is not None else next(iter(candidates))
-    if name not in stats:
-        raise CheckpointError(f"{folder} has no action statistics named {name!r}; it has {sorted(stats)}")
+    if dataset not in stats:
+        raise CheckpointError(f"{folder} has no action statistics named {dataset!r}; it has {sorted(stats)}")
     try:
-        action = stats[name]["action"]
+        action = stats[dataset]["action"]
         return ActionStats.create(action["q01"], action["q99"], action.get("mask", [True] * len(action["q01"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"the action statistics {name!r} of {folder} are damaged ({error!r}); expected `action` with `q01` and "
+            f"the action statistics {dataset!r} of {folder} are damaged ({error!r}); expected `action` with `q01` and "
             "`q99`, finite numbers, one for each dimension"
         ) from error
+
+
+def _num_action_tokens(folder: Path, dataset: str | None) -> int:
+    """One for each dimension of an action; where sets differ and none of them was named, the release's."""
+    name, names = dataset_of(folder, dataset), norm_stats(folder)
+    # A set that is not here may lie beside adapters on these weights.
+    sizes = {len(official_stats(folder, each).q01) for each in ([name] if name in names else names)}
+    return sizes.pop() if len(sizes) == 1 else 7

@@ -64,7 +64,8 @@ class OpenVLAPolicy(Policy):
         self._first_choice = 0 if full else self.first_action_id
         with torch.device("meta") if config.checkpoint is not None else nullcontext():
             self._build()
-        self.action_stats = ActionStats.identity(config.num_action_tokens)
+        # Instead of statistics: the names of those to choose from, while nobody has chosen.
+        self._action_stats: ActionStats | tuple[str, ...] = ActionStats.identity(config.num_action_tokens)
         self._rollout: RolloutCopy | None = None
         self._vllm = VllmDecoder(config) if config.decoder == "vllm" else None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
@@ -287,6 +288,25 @@ class OpenVLAPolicy(Policy):
 
     # --- actions -----------------------------------------------------------------------------------------------
 
+    @property
+    def action_stats(self) -> ActionStats:
+        """What maps actions to the environment's units.
+
+        Raises:
+            CheckpointError: the checkpoint holds several, and none was named or set.
+        """
+        if isinstance(self._action_stats, tuple):
+            raise CheckpointError(
+                f"{self.config.checkpoint} has {len(self._action_stats)} sets of action statistics "
+                f"({list(self._action_stats)}), and the wrong one would move the robot by wrong amounts: name the one "
+                "for your robot with policy.dataset=NAME (--dataset NAME of `reachrl model verify`)"
+            )
+        return self._action_stats
+
+    def leave_action_stats_open(self, names: tuple[str, ...]) -> None:
+        """Refuse to map actions until statistics are set; `names` are those to choose from, if there are any."""
+        self._action_stats = names or ActionStats.identity(self.num_action_tokens)
+
     def decode_actions(self, action_ids: Int64[Tensor, "B A"]) -> np.ndarray:
         """Map action tokens to actions f32[B D] in the environment's units."""
         unit = unit_from_tokens(action_ids.cpu().numpy(), self.config.language_model.vocab_end)
@@ -310,7 +330,7 @@ class OpenVLAPolicy(Policy):
                 f"policy.num_action_tokens = {self.num_action_tokens}, but actions have {len(stats.q01)} dimensions; "
                 f"expected one token each. Set policy.num_action_tokens={len(stats.q01)}"
             )
-        self.action_stats = stats
+        self._action_stats = stats
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -365,7 +385,7 @@ class OpenVLAPolicy(Policy):
         Raises:
             CheckpointError: a file is missing or truncated, or its keys are not those of the architecture.
         """
-        config = checkpoint.read_config(folder, tower_heads)
+        config = checkpoint.read_config(folder, tower_heads, dataset)
         return cls(config.model_copy(update={"dataset": dataset, "critic": critic}))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

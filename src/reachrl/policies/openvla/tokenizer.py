@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
-from reachrl.errors import ConfigError
+from reachrl.errors import CheckpointError, ConfigError
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
@@ -77,8 +77,41 @@ class PromptTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, config: LanguageModelConfig) -> "PromptTokenizer":
-        """Read a `tokenizer.json` (the official one, or one written by `save`)."""
-        return cls(Tokenizer.from_file(str(path)), config)
+        """Read a `tokenizer.json` (the official one, or one written by `save`).
+
+        Raises:
+            CheckpointError: it cannot be read, or is another model's.
+        """
+        try:
+            prompts = cls(Tokenizer.from_file(str(path)), config)
+            problems = prompts._problems()
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if problems:
+            raise CheckpointError(
+                f"{path} is the tokenizer of another model: {'; '.join(problems)}. Put the model's own in its place"
+            )
+        return prompts
+
+    def _problems(self) -> list[str]:
+        """What shows that the vocabulary is not the one the model was trained with."""
+        config, ids = self.config, self.tokenizer.get_vocab(with_added_tokens=True)
+        problems = [
+            f"the id of {token!r} is {ids.get(token)}, expected {expected} ({name})"
+            for token, expected, name in (
+                ("<s>", config.bos_token_id, "bos_token_id"),
+                ("▁", config.empty_token_id, "the token that closes a prompt"),
+            )
+            if ids.get(token) != expected
+        ]
+        if (last := max(ids.values(), default=0)) >= config.vocab_size:
+            problems.append(f"its last id is {last}, expected at most {config.vocab_size - 1}, the model's")
+        first_action = config.vocab_end - NUM_ACTION_BINS
+        if not problems and (highest := max(self.prompt_ids("pick up the red block"))) >= first_action:
+            problems.append(
+                f"a prompt has the token {highest}, expected none from the first action's on, {first_action}"
+            )
+        return problems
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""

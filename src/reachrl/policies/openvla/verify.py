@@ -16,7 +16,6 @@ from reachrl.policies.action_tokens import unit_from_tokens
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.decoding import action_logits
 from reachrl.policies.llama import last_hidden
-from reachrl.policies.openvla.official import norm_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 # Float32 kernels differ by some ulps between machines: of features around 4, of logits up to about 30.
@@ -30,6 +29,7 @@ TOLERANCES = {
 }
 _PROMPTS = {"input_ids", "attention_mask"}
 _INPUTS = {"pixel_values", *_PROMPTS, "prompt_len"}
+_NUM_DIMS = {"pixel_values": 4, "input_ids": 2, "attention_mask": 2, "prompt_len": 1, "tokens": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +75,11 @@ def verify(
         tower_heads: attention heads of each tower, for towers other than the released ones.
 
     Raises:
-        CheckpointError: the checkpoint or the recording cannot be read, they do not fit, or nothing can be compared.
+        CheckpointError: the checkpoint or the recording cannot be read, they do not fit, nothing can be compared, or
+            there are actions to compare and several sets of statistics.
     """
     tensors = _read(recorded)
     policy = OpenVLAPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads)
-    if "actions" in tensors and dataset is None and len(stats := norm_stats(folder)) != 1:
-        raise CheckpointError(
-            f"{recorded} holds actions, and {folder} has {len(stats)} sets of action statistics ({sorted(stats)}); "
-            "name the one they were recorded with: --dataset NAME"
-        )
     _check_inputs(policy, tensors, recorded)
     ours = _compute(policy, tensors)
     names = [name for name in TOLERANCES if name in tensors and name in ours]
@@ -107,6 +103,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _check_inputs(policy: OpenVLAPolicy, tensors: dict[str, Tensor], path: Path) -> None:
     """Refuse inputs of another model before they fail somewhere inside it."""
+    if wrong := [name for name in _NUM_DIMS.keys() & tensors.keys() if tensors[name].ndim != _NUM_DIMS[name]]:
+        found = (f"{name} are {_shape(tensors[name])}, expected {_NUM_DIMS[name]} dimensions" for name in sorted(wrong))
+        raise CheckpointError(f"{path} is no recording of a batch: {'; '.join(found)}")
     config, problems = policy.config, []
     pixels = [3 * len(config.towers), config.image_size, config.image_size]
     if "pixel_values" in tensors and _shape(tensors["pixel_values"])[1:] != pixels:
@@ -117,13 +116,18 @@ def _check_inputs(policy: OpenVLAPolicy, tensors: dict[str, Tensor], path: Path)
             problems.append(f"{name} are not all in 0..{vocab_size - 1}")
     if tensors.keys() >= _PROMPTS:
         ids, mask = tensors["input_ids"], tensors["attention_mask"]
-        if ids.ndim != 2 or ids.shape != mask.shape:
+        if ids.shape != mask.shape:
             problems.append(f"input_ids are {_shape(ids)}, attention_mask {_shape(mask)}, expected ['N', 'L'] twice")
         elif not mask[:, :1].all():
             problems.append("prompts are padded on the left, expected on the right")
-    rows = {len(tensors[name]) for name in _INPUTS & tensors.keys()}
+    rows = {len(tensors[name]) for name in _NUM_DIMS.keys() & tensors.keys()}
     if len(rows) > 1 or 0 in rows:
         problems.append(f"the inputs have {sorted(rows)} rows, expected one number above 0")
+    num_tokens = policy.num_action_tokens
+    if "tokens" in tensors and tensors["tokens"].shape[1] != num_tokens:
+        problems.append(
+            f"tokens are {_shape(tensors['tokens'])}, expected ['N', {num_tokens}] by the action statistics"
+        )
     if problems:
         raise CheckpointError(f"{path} was not recorded with this model: {'; '.join(problems)}")
 
@@ -139,8 +143,9 @@ def _compute(policy: OpenVLAPolicy, tensors: dict[str, Tensor]) -> dict[str, Ten
         inputs = PolicyInput(prompt_ids=ids, prompt_mask=mask, vision_features=features)
         ours["action_row_logits"] = _row_logits(policy, inputs, ours["projected"])
         ours["tokens"] = policy.act(inputs).action_ids
-        unit = unit_from_tokens(ours["tokens"].numpy(), policy.config.language_model.vocab_end)
-        ours["actions"] = torch.from_numpy(policy.action_stats.unnormalise(unit))
+        if "actions" in tensors:
+            unit = unit_from_tokens(ours["tokens"].numpy(), policy.config.language_model.vocab_end)
+            ours["actions"] = torch.from_numpy(policy.action_stats.unnormalise(unit))
         if "tokens" in tensors:
             ours["tf_action_logits"] = policy.action_logits(inputs, tensors["tokens"].long())[0]
     return ours

@@ -50,7 +50,10 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{SINGLE_FILE} with safetensors.torch.save_file; Prismatic's names may stay as they are"
             )
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a checkpoint folder?")
-    shards = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
+    places = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / INDEX_FILE}: weight_map is damaged, expected a file's name for each weight")
+    shards = sorted(set(places.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
         raise CheckpointError(f"{folder / INDEX_FILE} names shards that are missing: {missing or 'none named'}")

@@ -1,0 +1,294 @@
+"""What the files of an official checkpoint say is adopted, or refused: nothing of it is silently left out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from official_folder import DATA, HEADS, read, write_official
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.vllm import VllmConfig
+from reachrl.errors import CheckpointError
+from reachrl.policies.openvla.checkpoint import read_config
+from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+RAW = json.loads((DATA / "config.json").read_text())
+STATS = RAW["norm_stats"]["tiny_a"]
+RELEASED = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
+PREPROCESSOR = {
+    "image_resize_strategy": "resize-naive",
+    "input_sizes": [[3, 56, 56]] * 2,
+    "interpolations": ["bicubic"] * 2,
+    "means": [[0.1, 0.2, 0.3], [0.5] * 3],
+    "stds": [[0.9, 0.8, 0.7], [0.5] * 3],
+}
+MEANS, STDS = ((0.1, 0.2, 0.3), (0.5,) * 3), ((0.9, 0.8, 0.7), (0.5,) * 3)
+
+
+def put(folder: Path, name: str, content: object) -> Path:
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def load(folder: Path, dataset: str | None = "tiny_a") -> OpenVLAPolicy:
+    return OpenVLAPolicy.load_official(folder, dataset=dataset, tower_heads=HEADS)
+
+
+def configured(folder: Path, **changes: object) -> OpenVLAConfig:
+    """A policy section that names the folder and leaves the pixel statistics at their defaults."""
+    sizes = read_config(folder, HEADS).model_dump(exclude={"image_mean", "image_std"})
+    return OpenVLAConfig.model_validate(sizes | {"dataset": "tiny_a"} | changes)
+
+
+def without(folder: Path, *prefixes: str) -> Path:
+    """The folder with all weights of these names taken out."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith(prefixes)}, folder / "model.safetensors")
+    return folder
+
+
+# --- frames -----------------------------------------------------------------------------------------------------
+
+
+def test_saved_pixel_statistics_win_and_are_saved(tmp_path: Path, caplog) -> None:
+    folder = put(write_official(tmp_path / "a"), "preprocessor_config.json", PREPROCESSOR)
+    policy = OpenVLAPolicy(configured(folder))
+    assert (policy.config.image_mean, policy.config.image_std) == (MEANS, STDS)
+    assert "was trained on pixels normalised by" in caplog.text and "0.484375" in caplog.text
+    policy.save_pretrained(tmp_path / "saved")
+    again = OpenVLAPolicy.from_pretrained(tmp_path / "saved")
+    assert (again.config.image_mean, again.config.image_std) == (MEANS, STDS)
+    policy.restore(tmp_path / "saved")
+    caplog.clear()
+    load(folder)  # reads them into its configuration
+    OpenVLAPolicy(configured(write_official(tmp_path / "b"), image_mean=MEANS))  # none are saved: the configured hold
+    assert not caplog.text
+
+
+def test_adapters_keep_the_pixel_statistics_they_were_trained_with(tmp_path: Path) -> None:
+    folder = put(write_official(tmp_path / "a"), "preprocessor_config.json", PREPROCESSOR)
+    policy = OpenVLAPolicy(configured(folder, lora={"rank": 2}))
+    policy.save_pretrained(tmp_path / "saved")
+    put(folder, "preprocessor_config.json", PREPROCESSOR | {"means": [[0.4] * 3] * 2})
+    assert OpenVLAPolicy.from_pretrained(tmp_path / "saved").config.image_mean == MEANS
+    sizes = configured(folder).model_dump() | {"checkpoint": tmp_path / "saved"}
+    assert OpenVLAPolicy(OpenVLAConfig.model_validate(sizes)).config.image_mean == MEANS
+
+
+def test_vllm_is_refused_other_pixel_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = put(write_official(tmp_path), "preprocessor_config.json", PREPROCESSOR)
+    plain = configured(folder)
+    # A tiny model cannot have the released towers; these stand for them.
+    monkeypatch.setattr(OpenVLAConfig, "openvla_7b", classmethod(lambda cls: plain))
+    with pytest.raises(CheckpointError, match=r"this policy cannot use: vLLM normalises frames"):
+        OpenVLAPolicy(configured(folder, decoder="vllm", vllm=VllmConfig(python=Path("/usr/bin/python3"))))
+
+
+def test_the_preprocessors_resizing_counts(tmp_path: Path) -> None:
+    folder = put(write_official(tmp_path), "preprocessor_config.json", PREPROCESSOR)
+    put(folder, "config.json", RAW | {"image_resize_strategy": "letterbox"})
+    assert read_config(folder, HEADS).resize == "resize-naive"
+    silent = {key: value for key, value in PREPROCESSOR.items() if key != "image_resize_strategy"}
+    assert read_config(put(folder, "preprocessor_config.json", silent), HEADS).resize == "letterbox"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"image_resize_strategy": "resize-crop"}, "'resize-crop' is not supported"),
+        ({"interpolations": ["bicubic", "bilinear"]}, "interpolations = .*expected 'bicubic'"),
+        ({"input_sizes": [[3, 224, 224]] * 2}, r"input_sizes = .*expected \[3, 56, 56\]"),
+        ({"means": [[float("nan")] * 3] * 2}, "means = .*cannot normalise"),
+        ({"stds": [[0.5, 0.0, 0.5]] * 2}, "stds = .*above 0"),
+        ({"means": "x"}, "means = 'x'"),
+        ({"means": [[0.5] * 3]}, "2 towers"),
+    ],
+)
+def test_frames_that_cannot_be_made_are_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    folder = put(write_official(tmp_path), "preprocessor_config.json", PREPROCESSOR | changes)
+    with pytest.raises(CheckpointError, match=says):
+        load(folder)
+
+
+# --- action statistics ------------------------------------------------------------------------------------------
+
+
+def test_one_of_several_statistics_must_be_named_before_the_first_action(tmp_path: Path) -> None:
+    policy = load(write_official(tmp_path / "a"), dataset=None)  # enough to look inside, or to set others
+    tokens = torch.full((1, 7), 31800)
+    for use in (
+        lambda: policy.decode_actions(tokens),
+        lambda: policy.encode_actions(np.zeros((1, 7))),
+        lambda: policy.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(CheckpointError, match=r"2 sets.*\['tiny_a', 'tiny_b'\].*policy\.dataset"):
+            use()
+    assert not (tmp_path / "saved").exists()
+    policy.set_action_stats(-np.ones(7), np.ones(7), np.ones(7, bool))  # as supervised training does
+    assert np.abs(policy.decode_actions(tokens)).max() < 1
+
+
+def test_the_only_statistics_beside_the_configuration_are_preferred(tmp_path: Path) -> None:
+    folder = put(write_official(tmp_path), "dataset_statistics.json", {"lab": STATS})
+    assert load(folder, dataset=None).action_stats.q01.tolist() == STATS["action"]["q01"]
+    named = load(folder, dataset="tiny_b")
+    assert named.action_stats.q01.tolist() == RAW["norm_stats"]["tiny_b"]["action"]["q01"]
+
+
+def test_a_named_set_decides_the_number_of_action_tokens(tmp_path: Path) -> None:
+    six = {"action": {"q01": [0.0] * 6, "q99": [1.0] * 6}}
+    folder = put(write_official(tmp_path), "dataset_statistics.json", {"six": six, "other": STATS})
+    assert load(folder, "six").num_action_tokens == 6
+    assert load(folder, "other").num_action_tokens == load(folder, "tiny_a").num_action_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        {**STATS["action"], "q99": [1.0] * 6},
+        {**STATS["action"], "q99": [float("nan")] * 7},
+        {**STATS["action"], "q99": ["x"] * 7},
+        {**STATS["action"], "mask": None},
+        {"q01": [0.0] * 7},
+        None,
+        [],
+    ],
+)
+def test_damaged_statistics_are_named(tmp_path: Path, action: object) -> None:
+    folder = put(write_official(tmp_path), "dataset_statistics.json", {"lab": {"action": action}})
+    for look in (lambda: load(folder, "lab"), lambda: inspect_folder(folder)):
+        with pytest.raises(CheckpointError, match="statistics 'lab' .* are damaged"):
+            look()
+
+
+@pytest.mark.parametrize("name", ["config.json", "dataset_statistics.json"])
+def test_statistics_that_are_no_sets_are_refused(tmp_path: Path, name: str) -> None:
+    content = RAW | {"norm_stats": [1]} if name == "config.json" else [1]
+    with pytest.raises(CheckpointError, match=rf"{name} holds a"):
+        load(put(write_official(tmp_path), name, content), None)
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------
+
+WORDS = {word: place + 3 for place, word in enumerate("In : What action should the robot take to".split())}
+LLAMA = {"<unk>": 0, "<s>": 1, "</s>": 2, **WORDS, "▁": 29871}
+
+
+def tokenizer(vocabulary: dict[str, int], unknown: str | None = "<unk>") -> str:
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown or "nothing"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made.to_str()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (tokenizer({**LLAMA, "<s>": 50}), r"id of '<s>' is 50, expected 1 \(bos_token_id\)"),
+        (tokenizer({k: v for k, v in LLAMA.items() if k != "<s>"}), r"id of '<s>' is None"),
+        (tokenizer({**LLAMA, "▁": 220}), "id of '▁' is 220, expected 29871"),
+        (tokenizer({**LLAMA, "more": 50256}), "last id is 50256, expected at most 32063"),
+        (tokenizer({**LLAMA, "block": 31744}), "a prompt has the token 31744, expected none from .* 31744"),
+        (tokenizer(LLAMA, unknown=None), "cannot be read"),  # no word for what it does not know
+        ("null", "cannot be read"),
+    ],
+)
+def test_a_wrong_tokenizer_is_noticed(tmp_path: Path, text: str, says: str) -> None:
+    folder = write_official(tmp_path)
+    (folder / "tokenizer.json").write_text(text)
+    for look in (lambda: load(folder), lambda: inspect_folder(folder)):
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.json .*{says}"):
+            look()
+
+
+def test_the_right_tokenizer_is_taken(tmp_path: Path) -> None:
+    (write_official(tmp_path) / "tokenizer.json").write_text(tokenizer(LLAMA))
+    assert load(tmp_path).tokenizer is not None
+    found = inspect_folder(tmp_path)
+    assert isinstance(found, CheckpointInfo) and found.prompt_ids is not None and found.prompt_ids[-1] == 29871
+
+
+# --- weights and architecture -----------------------------------------------------------------------------------
+
+
+def test_missing_last_layers_are_missing_weights(tmp_path: Path) -> None:
+    folder = without(write_official(tmp_path), "language_model.model.layers.1.")
+    with pytest.raises(CheckpointError, match=r"9 missing: language_model\.model\.layers\.1\.self_attn"):
+        load(folder)
+
+
+def test_released_towers_have_their_depth_whatever_is_stored(tmp_path: Path) -> None:
+    folder = write_official(tmp_path, timm_model_ids=RELEASED)
+    towers = read_config(folder, HEADS).towers
+    assert [tower.depth for tower in towers if tower.kind == "vit"] == [24, 27]
+    with pytest.raises(CheckpointError, match=r"missing: vision_backbone\.featurizer\.blocks\.4\."):
+        load(folder)
+
+
+def test_a_missing_tower_is_named(tmp_path: Path) -> None:
+    folder = without(write_official(tmp_path), "vision_backbone.fused_featurizer.")
+    with pytest.raises(CheckpointError, match=r"it has no 'vision_backbone\.fused_featurizer\.patch_embed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keys", [("model.embed_tokens",), ("model.embed_tokens", "lm_head")])
+def test_a_resized_vocabulary_is_refused(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    folder, weights = write_official(tmp_path), read("model")
+    for key in keys:
+        weights[f"language_model.{key}.weight"] = weights[f"language_model.{key}.weight"][:32000].copy()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight \(stored \[32000, 32\], expected \[32064, 32\]\)"):
+        load(folder)
+    put(folder, "config.json", RAW | {"text_config": RAW["text_config"] | {"vocab_size": 32000}})
+    with pytest.raises(CheckpointError, match="pad_token_id=32000 is no row of the embedding"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_action_bins": 128}, "n_action_bins = 128 is not supported, expected 256"),
+        ({"image_sizes": [56, 224]}, r"image_sizes = \[56, 224\]"),
+        ({"image_sizes": 56}, "image_sizes = 56"),
+        ({"timm_model_ids": None}, "timm_model_ids = None"),
+        ({"timm_override_act_layers": [None, "quick_gelu"]}, "override_act_layers = .*'quick_gelu'"),
+        ({"timm_model_ids": ["a", "b", "c"]}, "expected one or two towers"),
+        ({"text_config": [1]}, "text_config is a list"),
+        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu' .* expected 'silu'"),
+        ({"text_config": {"model_type": "mistral"}}, "model_type = 'mistral' .* expected 'llama'"),
+        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "rope_scaling = .* expected None"),
+        ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type .* = 'yarn'"),
+        ({"llm_backbone_id": "vicuna-v15-7b"}, "llm_backbone_id = 'vicuna-v15-7b' .*v0.1"),
+        ({"text_config": None}, "32 missing|missing: .*layers"),  # Llama-2's 32 layers then
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    folder = write_official(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=says):
+        load(folder)
+    if changes != {"text_config": None}:  # what is stored is described as it is
+        with pytest.raises(CheckpointError, match=says):
+            inspect_folder(folder)
+
+
+@pytest.mark.parametrize("places", [None, [["a", "b"]], {"a": 3}])
+def test_a_damaged_index_is_refused(tmp_path: Path, places: object) -> None:
+    folder = write_official(tmp_path)
+    (folder / "model.safetensors").unlink()
+    put(folder, "model.safetensors.index.json", {"weight_map": places})
+    with pytest.raises(CheckpointError, match="weight_map is damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"), [({"model_type": "llava"}, "'llava'"), ({"model_type": "bert"}, "'bert'"), ({}, "None")]
+)
+def test_other_models_are_told_apart(tmp_path: Path, raw: dict[str, str], found: str) -> None:
+    folder = put(write_official(tmp_path), "config.json", raw)
+    for look in (lambda: load(folder), lambda: inspect_folder(folder)):
+        with pytest.raises(CheckpointError, match=rf"config\.json: model_type is {found}, expected 'openvla'"):
+            look()
