@@ -1,6 +1,9 @@
-"""Which of the processes that `torchrun` started this one is, by the environment variables that it sets."""
+"""This process among those that `torchrun` started: which it is, by the environment variables, and how it ends."""
 
+import atexit
 import os
+import sys
+from typing import NoReturn
 
 
 def rank() -> int:
@@ -17,3 +20,17 @@ def local_rank() -> int | None:
     """Number of this process, and so of its GPU, on this machine; none without `torchrun`."""
     number = os.environ.get("LOCAL_RANK")
     return None if number is None else int(number)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process; among others, without taking the interpreter down.
+
+    Gloo's threads may still hold a tensor that was exchanged last. One let go of while the interpreter goes down aborts
+    the process (pytorch/pytorch#179291), and `torchrun` then reports a finished run as failed.
+    """
+    if size() == 1:
+        sys.exit(exit_code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

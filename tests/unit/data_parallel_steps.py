@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from toy_policy import toy_config, toy_policy
 
+from reachrl import torchrun
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
@@ -70,3 +71,4 @@ def main(out: Path, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    torchrun.leave(0)

@@ -28,7 +28,8 @@ def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
     environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts says where
     command = [*launch, str(SCRIPT), str(out), *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # What a dying process says stands far above what its launcher says of it.
+    assert done.returncode == 0, f"{done.stderr[:8000]}\n...\n{done.stderr[-2000:]}"
     saved = {}
     for path in sorted((out / "final" / "policy").rglob("*.safetensors")):
         saved |= {f"{path.parent.name} {name}": tensor for name, tensor in load_file(path).items()}

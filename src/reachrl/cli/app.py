@@ -9,7 +9,7 @@ import typer.core
 from rich.console import Console
 from rich.text import Text
 
-from reachrl import __version__
+from reachrl import __version__, torchrun
 from reachrl.cli import config, demos, eval, export, model, plan, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
 from reachrl.errors import ReachRLError
@@ -68,8 +68,12 @@ def main() -> NoReturn:
         app()
     except ReachRLError as error:
         show_error(error)
-        sys.exit(error.exit_code)
-    sys.exit(0)
+        torchrun.leave(error.exit_code)
+    except SystemExit as end:  # how typer ends
+        if isinstance(end.code, int):
+            torchrun.leave(end.code)
+        raise
+    torchrun.leave(0)
 
 
 def show_error(error: ReachRLError) -> None:
