@@ -8,15 +8,29 @@ from pydantic import Field, model_validator
 from reachrl.config.base import Section
 from reachrl.config.towers import TINY_TOWER, TowerConfig, ViTTowerConfig
 from reachrl.config.vllm import VllmConfig, refusal
+from reachrl.errors import ConfigError
 
 NUM_ACTION_BINS = 256
 NF4_BLOCK = 64  # weights that share a scale in 4 bits
-FLOAT8_CAPABILITY = (8, 9)  # CUDA's compute capability of the first GPUs that multiply 8-bit numbers
+_FLOAT8_CAPABILITY = (8, 9)  # CUDA's compute capability of the first GPUs that multiply 8-bit numbers
 
 
 def recorded_rows(batch: int) -> int:
     """Rows that decoding steps are recorded for: a power of two up to 16, then a multiple of 16."""
     return -(-batch // 16) * 16 if batch > 16 else 1 << (batch - 1).bit_length()
+
+
+def check_float8(gpu: str, capability: tuple[int, int]) -> None:
+    """Make sure that a GPU multiplies 8-bit numbers.
+
+    Raises:
+        ConfigError: it has no such tensor cores.
+    """
+    if capability < _FLOAT8_CAPABILITY:
+        raise ConfigError(
+            f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), {gpu} has "
+            f"{capability[0]}.{capability[1]}; set policy.rollout_precision=as_trained"
+        )
 
 
 class LanguageModelConfig(Section):

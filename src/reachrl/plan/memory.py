@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from reachrl.config.policy import FLOAT8_CAPABILITY, OpenVLAConfig, recorded_rows
+from reachrl.config.policy import OpenVLAConfig, check_float8, recorded_rows
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
@@ -130,7 +130,8 @@ def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
             few environments for all processes.
     """
     policy, ppo = sections(config)
-    _check_arithmetic(policy, device)
+    if policy.rollout_precision == "float8" and device.capability is not None:
+        check_float8(device.name, device.capability)
     crew = crew_of(config)
     learner, actor = _learner(config, device, crew), _actor(config, device, crew)
     if device.is_cpu:
@@ -162,7 +163,7 @@ def _learner(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
     policy, ppo = sections(config)
     held = weights(policy, ppo)
     trained = [part for part in held if part.trained_by is not None]
-    features = 0 if ppo.train_vision else crew.block * activations.features_row(policy)
+    features = _features(policy, ppo, crew)
     always = [*_held(held, crew), Part("vision features of an iteration", features)]
     parts = [*always, *_scoring(config, crew), *_update(config, crew, sum(part.bytes for part in trained))]
     parts += _optimiser_step(policy, held, device, crew)
@@ -185,19 +186,13 @@ def _actor(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
 def _handed_over(policy: OpenVLAConfig, ppo: PPOConfig, crew: Crew) -> float:
     """Bytes of a learner that are not on its device during the rollout; an optimiser in pieces stays there."""
     held = {part.name: part.bytes for part in _held(weights(policy, ppo), crew)}
-    features = 0 if ppo.train_vision else crew.block * activations.features_row(policy)
+    features = _features(policy, ppo, crew)
     return held["gradients"] + features + (0 if crew.sharded else held["Adam states"])
 
 
-def _check_arithmetic(policy: OpenVLAConfig, device: Device) -> None:
-    """Refuse what the copy to decode with refuses on the device itself."""
-    if policy.rollout_precision != "float8" or device.capability is None or device.capability >= FLOAT8_CAPABILITY:
-        return
-    major, minor = device.capability
-    raise ConfigError(
-        f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), {device.name} "
-        f"has {major}.{minor}; set policy.rollout_precision=as_trained"
-    )
+def _features(policy: OpenVLAConfig, ppo: PPOConfig, crew: Crew) -> int:
+    """Bytes of the vision features that a learner keeps of an iteration."""
+    return 0 if ppo.train_vision else crew.block * activations.features_row(policy)
 
 
 def _held(held: tuple[Weights, ...], crew: Crew) -> list[Part]:
@@ -272,7 +267,7 @@ def _scoring(config: TrainConfig, crew: Crew) -> list[Part]:
         activations.vision_working_row(policy) + activations.pixels_row(policy),
     )
     passing = max(batch * working, activations.head_copy(policy)) + _cast_weights(policy, training=False)
-    features = 0 if ppo.train_vision else crew.block * activations.features_row(policy)
+    features = _features(policy, ppo, crew)
     return [
         Part("new vision features", features, "scoring"),
         Part(f"a pass of {batch} rows, or joining the features", max(passing, features), "scoring"),

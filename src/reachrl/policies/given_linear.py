@@ -7,8 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reachrl.config.policy import FLOAT8_CAPABILITY
-from reachrl.errors import ConfigError
+from reachrl.config.policy import check_float8
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -81,14 +80,8 @@ class Float8Linear(GivenLinear):
         Raises:
             ConfigError: a GPU without such tensor cores.
         """
-        if device.type != "cuda":
-            return
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < FLOAT8_CAPABILITY:
-            raise ConfigError(
-                f"policy.rollout_precision=float8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), "
-                f"{torch.cuda.get_device_name(device)} has {major}.{minor}; set policy.rollout_precision=as_trained"
-            )
+        if device.type == "cuda":
+            check_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
     def split(self, rows: Sequence[int]) -> list["GivenLinear"]:
         """Maps to so many outputs each, whose weights and scales are views of this one's."""
