@@ -34,7 +34,6 @@ app = typer.Typer(
     help="Online reinforcement learning for vision-language-action policies.",
     epilog="Start with: reachrl quickstart metaworld_quickstart --run runs/quickstart",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # an unexpected exception is our bug: the plain traceback serves best
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -1,0 +1,80 @@
+"""What is published: the wheel and the source distribution, built and opened."""
+
+import email
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hatchling.build import build_sdist, build_wheel
+
+import reachrl
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The wheel and the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return folder / build_wheel(str(folder)), folder / build_sdist(str(folder))
+
+
+def test_the_wheel_holds_the_package_and_its_data(built):
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    sources = {
+        str(path.relative_to(ROOT / "src"))
+        for path in (ROOT / "src" / "reachrl").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert sources <= names
+    assert "reachrl/py.typed" in names and any(name.endswith(".toml") for name in names)
+    assert all(name.startswith(("reachrl/", f"reachrl-{reachrl.__version__}.dist-info/")) for name in names)
+
+
+def test_the_metadata_states_licence_versions_and_command(built):
+    wheel = zipfile.ZipFile(built[0])
+    info = f"reachrl-{reachrl.__version__}.dist-info"
+    metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
+    assert b"reachrl = reachrl.cli.app:main" in wheel.read(f"{info}/entry_points.txt")
+    # The major version of torch that an installation without constraints gets is the tested one.
+    tested = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    major = int(tested.removeprefix("torch==").partition(".")[0])
+    assert f"torch<{major + 1},>={tested.removeprefix('torch==').rpartition('.')[0]}" in metadata.get_all("Requires-Dist")
+
+
+def test_the_source_distribution_holds_what_builds_and_tests_it(built):
+    names = {Path(name).relative_to(f"reachrl-{reachrl.__version__}").as_posix() for name in _members(built[1])}
+    wanted = {"LICENSE", "README.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt", "mkdocs.yml"}
+    assert wanted | {"pyproject.toml", "tests/conftest.py", "src/reachrl/py.typed"} <= names
+    assert not any("__pycache__" in name or name.startswith((".venv", "runs/")) for name in names)
+
+
+def test_every_pin_satisfies_the_stated_requirements():
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for requirement in map(Requirement, (text for group in groups for text in group)):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == reachrl.__version__ and citation["license"] == "Apache-2.0"
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2505.18719"
+    assert [author["family-names"] for author in citation["references"][0]["authors"]][0] == "Lu"
+
+
+def _members(archive: Path) -> list[str]:
+    with tarfile.open(archive) as tar:
+        return tar.getnames()
