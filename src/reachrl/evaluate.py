@@ -9,15 +9,13 @@ from typing import Any
 
 from reachrl.backends.base import Evaluator, Pending, Weights
 from reachrl.config.env import EnvSection
+from reachrl.config.marks import Affects, affecting
 from reachrl.config.train import EvalSection, TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.functional.stats import PairedTest, paired_test, wilson
 from reachrl.policies.base import Policy
 from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode
 from reachrl.types import Start
-
-# Options of an environment that change the speed or the training, never an evaluated outcome.
-NOT_PROTOCOL = {"num_envs", "worker_timeout_s", "num_train_starts", "num_eval_starts", "assets", "render_device"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +123,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> PairedTest:
 def protocol_hash(config: TrainConfig) -> str:
     """Twelve hex digits shared only by success rates that may be compared.
 
-    Covers the environment's options that decide an episode, tasks and start states, temperature, seed and
-    simulator versions.
+    Covers the keys of `env` and `eval` that are marked `Affects.PROTOCOL`, and simulator versions.
     """
-    env = {key: value for key, value in config.env.model_dump(mode="json").items() if key not in NOT_PROTOCOL}
-    evaluation = config.eval.model_dump(mode="json", include={"num_starts", "temperature", "seed"})
-    protocol = {"env": env, "eval": evaluation, "versions": {name: _version(name) for name in config.env.packages}}
+    decisive = {name: affecting(getattr(config, name), Affects.PROTOCOL) for name in ("env", "eval")}
+    protocol = {**decisive, "versions": {name: _version(name) for name in config.env.packages}}
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from reachrl.config.base import Section
+from reachrl.config.marks import Affects
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -15,12 +16,12 @@ Count = Annotated[int, Field(ge=1)]
 class BackendSection(Section):
     """What every backend knows."""
 
-    kind: str
+    kind: Annotated[str, Affects.SPEED]
     """Which backend: a built-in name or `package.module:Class`."""
-    env_groups: Count = 1
+    env_groups: Annotated[Count, Affects.SPEED] = 1
     """Groups that the environments of one actor are stepped in: while the simulators of one group step, the actions of
     the next are decoded. Two pay off where decoding and simulation take about as long as each other."""
-    sharding: Literal["none", "full"] = "none"
+    sharding: Annotated[Literal["none", "full"], Affects.SPEED] = "none"
     """With several learner processes: `full` splits weights, gradients and optimiser over them (FSDP2); `none` leaves
     each of them whole ones."""
 
@@ -35,27 +36,27 @@ class RayBackendConfig(BackendSection):
     """Learners, actors with environments and reward workers as Ray actors. Needs the extra `ray`."""
 
     kind: Literal["ray"] = "ray"  # pyright: ignore[reportIncompatibleVariableOverride]
-    address: str | None = None
+    address: Annotated[str | None, Affects.SPEED] = None
     """A running cluster's address, `auto` for the one this machine belongs to; none starts Ray on this machine for the
     time of the run. The run folder must then be on storage that every machine sees."""
-    learners: Count = 1
+    learners: Annotated[Count, Affects.SPEED] = 1
     """Processes that share the learner's work, one GPU each."""
-    actors: Count = 1
+    actors: Annotated[Count, Affects.SPEED] = 1
     """Processes that collect, one GPU each; `env.num_envs` is shared out among them."""
-    reward_workers: Annotated[int, Field(ge=0)] = 0
+    reward_workers: Annotated[int, Field(ge=0), Affects.SPEED] = 0
     """Processes that score frames with the reward model, beside the learner; 0: the training process does."""
-    evaluator_envs: Count = 8
+    evaluator_envs: Annotated[Count, Affects.SPEED] = 8
     """Environments of the process that evaluates during training, with `eval.during_every`."""
-    placement: Literal["split", "colocated"] = "split"
+    placement: Annotated[Literal["split", "colocated"], Affects.SPEED] = "split"
     """`split`: actors and learners have GPUs of their own; `colocated`: actor i shares the GPU of learner i, and each
     hands the memory over when it is the other's turn."""
-    cpus_per_actor: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_actor: Annotated[float, Field(gt=0), Affects.SPEED] = 1.0
     """Cores to reserve for each actor with its simulators; on a cluster."""
-    rebalance: bool = True
+    rebalance: Annotated[bool, Affects.SPEED] = True
     """Share environments out anew when the measured step times of the actors say that it saves a tenth of the time."""
-    deadline_s: Annotated[float, Field(gt=0)] = 1800.0
+    deadline_s: Annotated[float, Field(gt=0), Affects.SPEED] = 1800.0
     """A process that has not finished one piece of work (a rollout, an update) after so long is taken for dead."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[int, Field(ge=0), Affects.SPEED] = 3
     """How often in a row an actor, a reward worker or the evaluator is replaced before the run gives up; and how often
     a run goes on from its last checkpoint, with new processes, after a learner was lost."""
 

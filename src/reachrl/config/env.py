@@ -1,11 +1,12 @@
 """Options of the environments: which tasks, how long an episode, how many workers."""
 
 from difflib import get_close_matches
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from reachrl.config.base import Section
+from reachrl.config.marks import Affects
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
 from reachrl.errors import ConfigError
 
@@ -20,32 +21,34 @@ class EnvSection(Section):
     packages: ClassVar[tuple[str, ...]] = ("metaworld", "mujoco", "gymnasium")
     """Distributions whose versions decide what an episode is."""
 
-    kind: str
+    kind: Annotated[str, Affects.EPISODE]
     """Which environment: a built-in name or `package.module:Class`."""
 
-    tasks: tuple[str, ...] = Field(min_length=1)
+    tasks: Annotated[tuple[str, ...], Affects.EPISODE] = Field(min_length=1)
     """The tasks to practise and to be tested on."""
 
-    image_size: int = Field(default=96, ge=8, le=1024)
+    image_size: Annotated[int, Affects.EPISODE] = Field(default=96, ge=8, le=1024)
     """Side of the square camera frame, in pixels."""
 
-    max_steps: int = Field(default=30, ge=1)
+    max_steps: Annotated[int, Affects.EPISODE] = Field(default=30, ge=1)
     """Decisions per episode; reaching it truncates the episode."""
 
-    num_envs: int = Field(default=16, ge=1)
+    num_envs: Annotated[int, Affects.TRAINING] = Field(default=16, ge=1)
     """Environments stepped side by side, one process each."""
 
-    render_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    render_device: Annotated[str, Affects.DATA | Affects.TRAINING | Affects.EVALUATION | Affects.FUTURE] = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
     """Where frames are drawn: `cpu`; `cuda`, the visible GPUs in turn; `cuda:1`; `auto` is `cuda` where there is a GPU.
     What cannot be is drawn on the CPU, with a warning."""
 
-    worker_timeout_s: float = Field(default=60.0, gt=0)
+    worker_timeout_s: Annotated[float, Affects.SPEED] = Field(default=60.0, gt=0)
     """A worker that has not answered for this long is killed and replaced."""
 
-    num_train_starts: int = Field(default=200, ge=1)
+    num_train_starts: Annotated[int, Affects.DATA | Affects.TRAINING] = Field(default=200, ge=1)
     """Numbered start states per task that demonstrations, the reward model and training may use."""
 
-    num_eval_starts: int = Field(default=50, ge=1, le=EVAL_POOL)
+    num_eval_starts: Annotated[int, Affects.EVALUATION] = Field(default=50, ge=1, le=EVAL_POOL)
     """Numbered start states per task kept for evaluation only."""
 
     @field_validator("tasks")
@@ -76,10 +79,10 @@ class MetaworldConfig(EnvSection):
         min_length=1,
     )
 
-    action_repeat: int = Field(default=5, ge=1, le=50)
+    action_repeat: Annotated[int, Affects.EPISODE] = Field(default=5, ge=1, le=50)
     """Simulator steps (12.5 ms each) for which one decision is held."""
 
-    mesh_faces: int = Field(default=200, ge=0)
+    mesh_faces: Annotated[int, Affects.EPISODE] = Field(default=200, ge=0)
     """Visual meshes are simplified to about this many faces when a scene is built; 0 leaves them alone.
     Meshes that take part in collisions keep their shape, so physics does not change."""
 

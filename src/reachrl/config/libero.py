@@ -2,12 +2,13 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from reachrl.config.env import EnvSection
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
+from reachrl.config.marks import Affects
 
 NUM_STORED_STARTS = 50  # per task, shipped with the benchmark
 
@@ -19,7 +20,9 @@ class LiberoConfig(EnvSection):
 
     kind: Literal["libero"] = "libero"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_object"
+    suite: Annotated[
+        Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"], Affects.EPISODE
+    ] = "libero_object"
     """Which suite of tasks."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -37,23 +40,23 @@ class LiberoConfig(EnvSection):
     num_eval_starts: int = Field(default=NUM_STORED_STARTS, ge=1, le=NUM_STORED_STARTS)
     """How many of the 50 start states stored with the benchmark are used."""
 
-    split: Literal["official", "paper"] = "official"
+    split: Annotated[Literal["official", "paper"], Affects.EPISODE] = "official"
     """`official`: the stored start states are for evaluation only, and training starts are drawn anew by the task's
     own placement samplers, at a distance from them; `paper`: training uses the stored ones, as published trainers do,
     so that its success rates are on states that were trained on."""
 
-    simulation: Literal["fast", "faithful"] = "fast"
+    simulation: Annotated[Literal["fast", "faithful"], Affects.EPISODE] = "fast"
     """`faithful`: upstream's own stepping and drawing; `fast`: the same physics to rounding, cheaper by an order of
     magnitude, frames with simplified meshes and without smoothed edges."""
 
-    mesh_faces: int = Field(default=200, ge=0)
+    mesh_faces: Annotated[int, Affects.EPISODE] = Field(default=200, ge=0)
     """`simulation=fast`: drawn meshes are simplified to about this many faces; 0 leaves them alone."""
 
-    gripper: Literal["simulator", "openvla"] = "simulator"
+    gripper: Annotated[Literal["simulator", "openvla"], Affects.EPISODE] = "simulator"
     """What the last number of an action means: -1 opens and 1 closes (`simulator`), or 1 opens and 0 closes with 0.5
     between, as published OpenVLA checkpoints have it (`openvla`)."""
 
-    assets: Path | None = None
+    assets: Annotated[Path | None, Affects.SPEED] = None
     """Folder with the benchmark's meshes and textures; unset: `REACHRL_LIBERO_ASSETS`, then where an installed LIBERO
     has them, then the download from its hub."""
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from reachrl.config.backend import BackendSection
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
+from reachrl.config.marks import Affects, affecting
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
@@ -97,8 +98,8 @@ def config_dict(config: Section) -> dict[str, Any]:
 
 
 def config_hash(config: Section) -> str:
-    """Twelve hex digits that change when any option changes but those of `backend`, which decide no number."""
-    decisive = {key: value for key, value in config_dict(config).items() if key != "backend"}
+    """Twelve hex digits that change with every key but those marked `Affects.SPEED`, which decide no number."""
+    decisive = affecting(config, Affects.EVERYTHING, fixed=False)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,11 +1,12 @@
 """Options of the policy: sizes of the OpenVLA architecture, prompt, critic and where weights come from."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
+from reachrl.config.marks import Affects
 from reachrl.config.towers import TINY_TOWER, TowerConfig, ViTTowerConfig
 from reachrl.config.vllm import VllmConfig, refusal
 from reachrl.errors import ConfigError
@@ -121,72 +122,80 @@ class LoRAConfig(Section):
 class OpenVLAConfig(Section):
     """OpenVLA: vision towers, projector, Llama, 256-way action head. The defaults are the `tiny` size."""
 
-    kind: Literal["openvla"] = "openvla"
+    kind: Annotated[Literal["openvla"], Affects.ARCHITECTURE] = "openvla"
     """Which policy class to build."""
-    image_size: int = Field(default=96, gt=0)
+    image_size: Annotated[int, Affects.ARCHITECTURE] = Field(default=96, gt=0)
     """Side of the square image the towers see, in pixels; other frames are resized (bicubic)."""
-    towers: tuple[TowerConfig, ...] = Field(default=(TINY_TOWER, TINY_TOWER), min_length=1, max_length=2)
+    towers: Annotated[tuple[TowerConfig, ...], Affects.ARCHITECTURE] = Field(
+        default=(TINY_TOWER, TINY_TOWER), min_length=1, max_length=2
+    )
     """The vision towers; their outputs are concatenated patch by patch."""
-    image_mean: tuple[tuple[float, float, float], ...] = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
+    image_mean: Annotated[tuple[tuple[float, float, float], ...], Affects.ARCHITECTURE] = (
+        (0.484375, 0.455078125, 0.40625),
+        (0.5, 0.5, 0.5),
+    )
     """Mean of the RGB channels (0..1) each tower subtracts. The bf16-rounded numbers are those of the release."""
-    image_std: tuple[tuple[float, float, float], ...] = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+    image_std: Annotated[tuple[tuple[float, float, float], ...], Affects.ARCHITECTURE] = (
+        (0.228515625, 0.2236328125, 0.224609375),
+        (0.5, 0.5, 0.5),
+    )
     """Standard deviation of the RGB channels (0..1) each tower divides by."""
-    resize: Literal["resize-naive", "letterbox"] = "resize-naive"
+    resize: Annotated[Literal["resize-naive", "letterbox"], Affects.WARM_START] = "resize-naive"
     """How a frame that is not square becomes square: stretched, or padded with borders of the mean colour."""
-    rlds_frames: bool = False
+    rlds_frames: Annotated[bool, Affects.WARM_START] = False
     """First give frames what OpenVLA's training data went through: JPEG, and a Lanczos resize to `image_size`."""
-    center_crop: bool = False
+    center_crop: Annotated[bool, Affects.WARM_START] = False
     """Then cut out the middle 90 % of the area: for checkpoints that were fine-tuned with random crops."""
-    projector_expansion: int = Field(default=2, gt=0)
+    projector_expansion: Annotated[int, Affects.ARCHITECTURE] = Field(default=2, gt=0)
     """Hidden units of the two-tower projector per input channel (4 in the release)."""
-    language_model: LanguageModelConfig = LanguageModelConfig()
+    language_model: Annotated[LanguageModelConfig, Affects.ARCHITECTURE] = LanguageModelConfig()
     """The trunk."""
-    tokenizer: Literal["built_in", "folder"] = "built_in"
+    tokenizer: Annotated[Literal["built_in", "folder"], Affects.WARM_START] = "built_in"
     """Words of robot instructions, built here; or `tokenizer.json` beside the weights."""
-    prompt_length: int = Field(default=16, gt=0)
+    prompt_length: Annotated[int, Affects.WARM_START | Affects.FUTURE] = Field(default=16, gt=0)
     """Tokens prompts are padded to, so that shapes stay fixed; a longer prompt lengthens its batch."""
-    vocabulary: Literal["actions", "full"] = "actions"
+    vocabulary: Annotated[Literal["actions", "full"], Affects.WARM_START] = "actions"
     """What a token is chosen from: the 256 action tokens, so that every answer is an action; or all tokens, as the
     released `generate` does, for comparison. Then a token that stands for no action decodes to the nearest bin."""
-    num_action_tokens: int = Field(default=4, gt=0)
+    num_action_tokens: Annotated[int, Affects.ARCHITECTURE] = Field(default=4, gt=0)
     """Tokens per action = action dimensions (4 on Meta-World, 7 on LIBERO)."""
-    critic: Literal["shared", "separate", "adapter"] = "shared"
+    critic: Annotated[Literal["shared", "separate", "adapter"], Affects.ARCHITECTURE] = "shared"
     """`shared`: the value head reads the actor's trunk; `separate`: its own copy of projector and trunk; `adapter`: a
     second set of adapters on the actor's frozen base (needs `lora`): a critic of its own at nearly no memory."""
-    value_hidden_size: int = Field(default=128, gt=0)
+    value_hidden_size: Annotated[int, Affects.ARCHITECTURE] = Field(default=128, gt=0)
     """Hidden units of the value head."""
-    value_gradient_to_trunk: bool = True
+    value_gradient_to_trunk: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = True
     """Whether the value loss may change a shared trunk; `false` detaches the hidden state first."""
-    lora: LoRAConfig | None = None
+    lora: Annotated[LoRAConfig | None, Affects.ARCHITECTURE] = None
     """Train adapters on the frozen weights of `checkpoint`; unset trains the weights themselves."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = False
     """Compute each decoder layer again in the backward pass instead of keeping it: less memory, a third more time."""
-    rollout_copy: bool = False
+    rollout_copy: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = False
     """Decode with a copy of projector and trunk, adapters folded in and projections fused: faster, for the memory of
     a second trunk."""
-    rollout_precision: Literal["as_trained", "float8"] = "as_trained"
+    rollout_precision: Annotated[Literal["as_trained", "float8"], Affects.WARM_START | Affects.FUTURE] = "as_trained"
     """Arithmetic of the copy's decoder layers. `float8` halves their memory and, on GPUs with 8-bit tensor cores (Ada,
     Hopper or later), speeds them up; actions are then drawn from a slightly other distribution, which `engine_kl`
     measures and `ppo.importance_cap`, which is then required, corrects for."""
-    decode_graphs: bool = True
+    decode_graphs: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = True
     """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
     them in one launch."""
-    compile_prefill: bool = False
+    compile_prefill: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = False
     """Compile the copy's decoder layers for prompts (`torch.compile`): elementwise work is merged into fewer kernels.
     Takes up to a minute when it begins and when another shape comes; on a CPU it hardly pays."""
-    decoder: Literal["own", "vllm"] = "own"
+    decoder: Annotated[Literal["own", "vllm"], Affects.WARM_START | Affects.FUTURE] = "own"
     """What decodes actions: this package, or a vLLM engine in a process of its own (released vision towers only). vLLM
     draws other samples of the same distribution."""
-    vllm: VllmConfig = VllmConfig()
+    vllm: Annotated[VllmConfig, Affects.WARM_START | Affects.FUTURE] = VllmConfig()
     """The engine of `decoder="vllm"`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Affects.WARM_START] = "float32"
     """How towers, projector and trunk are stored; adapters and the value head are always float32."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    compute_dtype: Annotated[Literal["float32", "bfloat16"] | None, Affects.WARM_START | Affects.FUTURE] = None
     """Arithmetic of towers, projector and trunk; unset means `dtype`. `bfloat16` over `dtype="float32"` computes
     cheaply and keeps float32 master weights."""
-    checkpoint: Path | None = None
+    checkpoint: Annotated[Path | None, Affects.WARM_START] = None
     """Folder with weights to start from: one written by ReachRL, or the official OpenVLA layout."""
-    dataset: str | None = None
+    dataset: Annotated[str | None, Affects.WARM_START] = None
     """Which action statistics of an official checkpoint to use, when it holds several."""
 
     @model_validator(mode="after")

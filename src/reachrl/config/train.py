@@ -10,6 +10,7 @@ from reachrl.config.base import Section
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.demos import DemosSection, SFTSection
 from reachrl.config.env import EnvSection, MetaworldConfig
+from reachrl.config.marks import Affects
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import ProcessRewardConfig
@@ -32,66 +33,69 @@ SMALLEST_DISCOUNT = 1e-38  # a reward divided by less has no finite float32
 class EvalSection(Section):
     """Evaluation on start states that nothing was ever trained on."""
 
-    num_starts: Annotated[int, Field(ge=1)] = 50
+    num_starts: Annotated[int, Field(ge=1), Affects.PROTOCOL] = 50
     """Held-out start states per task in the final evaluation, before and after; the first ones of the set."""
-    modes: Annotated[tuple[Literal["greedy", "sampled"], ...], Field(min_length=1)] = ("sampled", "greedy")
+    modes: Annotated[tuple[Literal["greedy", "sampled"], ...], Field(min_length=1), Affects.EVALUATION] = (
+        "sampled",
+        "greedy",
+    )
     """How actions are chosen; the first mode is the headline of the report."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0), Affects.PROTOCOL] = 1.0
     """Temperature of `sampled`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0), Affects.PROTOCOL] = 0
     """Seed of the sampling noise, so that two evaluations of equal weights are equal."""
-    during_every: Annotated[int, Field(ge=0)] = 0
+    during_every: Annotated[int, Field(ge=0), Affects.TRAINING | Affects.FUTURE] = 0
     """Iterations between evaluations during training, in the first mode; 0: none. On Ray a process of its own plays
     them beside training."""
-    during_starts: Annotated[int, Field(ge=1)] = 10
+    during_starts: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 10
     """Held-out start states per task of those; the first ones of the set."""
-    num_videos: Annotated[int, Field(ge=0)] = 3
+    num_videos: Annotated[int, Field(ge=0), Affects.SPEED] = 3
     """Tasks whose first held-out episode is recorded before and after."""
 
 
 class TrainConfig(Section):
     """Everything that decides the numbers of one run."""
 
-    description: str = ""
+    description: Annotated[str, Affects.SPEED] = ""
     """One line for `reachrl list`."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0), Affects.DATA | Affects.WARM_START | Affects.REWARD_MODEL | Affects.TRAINING] = 1
     """Seed of every stream: demonstrations, weights, shuffles, sampling, curriculum."""
-    num_threads: Annotated[int, Field(ge=1)] | None = None
+    num_threads: Annotated[Annotated[int, Field(ge=1)] | None, Affects.COMPUTATION | Affects.FUTURE] = None
     """Threads of the learner process; none takes PyTorch's default."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Affects.COMPUTATION | Affects.FUTURE] = "auto"
     """Where the policy computes: `cpu`, `cuda`, `cuda:1`; `auto` takes the first GPU if there is one."""
-    num_iterations: Annotated[int, Field(ge=1)] = 30
+    num_iterations: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 30
     """PPO iterations."""
-    num_steps: Annotated[int, Field(ge=1)] = 120
+    num_steps: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 120
     """Decisions per environment and iteration."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 5
+    checkpoint_every: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 5
     """Iterations between checkpoints; one is always written at the end."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=1), Affects.SPEED] = 2
     """Checkpoints kept on disk."""
-    collect_ahead: bool = False
+    collect_ahead: Annotated[bool, Affects.TRAINING | Affects.FUTURE] = False
     """Collect the next rollout while the learner works on the last one. Its weights are then one update old, which
     `ppo.importance_cap` must correct for; before a checkpoint they never are."""
-    env: SerializeAsAny[EnvSection] = MetaworldConfig()
+    env: Annotated[SerializeAsAny[EnvSection], Affects.EPISODE] = MetaworldConfig()
     """The simulator and its tasks."""
-    policy: SerializeAsAny[Section] = OpenVLAConfig()
+    policy: Annotated[SerializeAsAny[Section], Affects.ARCHITECTURE] = OpenVLAConfig()
     """The policy's architecture, or a checkpoint to start from."""
-    demos: DemosSection = DemosSection()
+    demos: Annotated[DemosSection, Affects.DATA] = DemosSection()
     """Expert demonstrations for the warm start."""
-    sft: SFTSection = SFTSection()
+    sft: Annotated[SFTSection, Affects.WARM_START] = SFTSection()
     """Supervised warm start."""
-    reward_model: SerializeAsAny[RewardModelSection] = SmallRewardModelConfig()
+    reward_model: Annotated[SerializeAsAny[RewardModelSection], Affects.REWARD_MODEL] = SmallRewardModelConfig()
     """Fitting of the process reward model."""
-    reward: SerializeAsAny[Section] = ProcessRewardConfig()
+    reward: Annotated[SerializeAsAny[Section], Affects.TRAINING] = ProcessRewardConfig()
     """What the policy is rewarded for."""
-    audit: AuditSection = AuditSection()
+    audit: Annotated[AuditSection, Affects.TRAINING] = AuditSection()
     """When the dense reward and true success are said to have parted."""
-    curriculum: SerializeAsAny[Section] = SuccessRateConfig()
+    curriculum: Annotated[SerializeAsAny[Section], Affects.TRAINING] = SuccessRateConfig()
     """Which task and start state the next episode gets."""
-    ppo: SerializeAsAny[Section] = PPOConfig()
+    ppo: Annotated[SerializeAsAny[Section], Affects.TRAINING] = PPOConfig()
     """The algorithm."""
-    eval: EvalSection = EvalSection()
+    eval: Annotated[EvalSection, Affects.EVALUATION] = EvalSection()
     """Held-out evaluation."""
-    backend: SerializeAsAny[BackendSection] = LocalBackendConfig()
+    backend: Annotated[SerializeAsAny[BackendSection], Affects.SPEED] = LocalBackendConfig()
     """Where training computes."""
 
     @property

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from reachrl.config.base import Section
 from reachrl.config.demos import DemosSection
+from reachrl.config.marks import Affects, affecting
 from reachrl.demos.expert import Attempt, WorkerFailure, WorkerReady, WorkerSetup
 from reachrl.demos.process import ExpertProcess
 from reachrl.demos.shard import ShardWriter, shard_metadata
@@ -26,7 +27,6 @@ from reachrl.registry import resolve
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0  # building the first simulator may compile or decimate meshes
-_NOT_DATA = {"tasks", "num_envs", "worker_timeout_s", "num_eval_starts"}  # options that leave an episode as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +71,9 @@ class _Task:
 
 def collection_id(env_config: Section, config: DemosSection, seed: int) -> str:
     """A hash of everything that decides the content of a task's shard (not which tasks or how many workers)."""
-    env_options = {k: v for k, v in env_config.model_dump(mode="json").items() if k not in _NOT_DATA}
-    options = config.model_dump(mode="json", exclude={"workers", "max_attempts_factor"})
+    env_options = affecting(env_config, Affects.DATA)
+    env_options.pop("tasks", None)  # a shard is of one
+    options = affecting(config, Affects.DATA)
     text = json.dumps({"env": env_options, "demos": options, "seed": seed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

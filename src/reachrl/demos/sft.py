@@ -17,6 +17,7 @@ from jaxtyping import Int64
 from torch.optim import AdamW
 
 from reachrl.config.demos import SFTSection
+from reachrl.config.marks import Affects, affecting
 from reachrl.demos.augment import augment
 from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
 from reachrl.demos.split import heldout_trajectories
@@ -29,8 +30,6 @@ from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
 
 logger = logging.getLogger(__name__)
-
-_NOT_RESULT = {"checkpoint_every", "micro_batch_size"}  # options that may change at a resumption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,11 +294,11 @@ def _number(value: float | None) -> float:
 
 
 def _identity(policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int) -> dict[str, Any]:
-    """What decides the numbers of a training; compared before anything is resumed."""
+    """What a training's numbers rest on from its first step; compared before anything is resumed."""
     data = hashlib.sha256(json.dumps(store.meta, sort_keys=True).encode()).hexdigest()[:16]
     architecture = json.loads(json.dumps(policy.architecture()))
     return {
-        **config.model_dump(mode="json", exclude=_NOT_RESULT),
+        **affecting(config, Affects.WARM_START),
         "seed": seed,
         "store": data,
         "architecture": architecture,

@@ -2,13 +2,14 @@
 
 import zlib
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
 from pydantic import Field, field_validator
 
 from reachrl.config.env import EnvSection
+from reachrl.config.marks import Affects
 from reachrl.envs.base import Env, check_start, start_option
 from reachrl.errors import ConfigError
 
@@ -37,7 +38,7 @@ class ReachConfig(EnvSection):
 
     num_envs: int = Field(default=4, ge=1)
 
-    radius: float = Field(default=0.1, gt=0, le=0.2)
+    radius: Annotated[float, Affects.EPISODE] = Field(default=0.1, gt=0, le=0.2)
     """Distance to the square's centre that counts as reached, in metres."""
 
     @field_validator("tasks")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.config.base import Section
+from reachrl.config.marks import Affects, affecting
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_from_tokens
@@ -28,13 +29,6 @@ from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_to
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
 from reachrl.policies.openvla.vllm_decoder import VllmDecoder
 from reachrl.types import Observation
-
-# Options that change no weight's shape or meaning; everything else in the section is architecture.
-_NOT_ARCHITECTURE = {
-    *("checkpoint", "dataset", "dtype", "compute_dtype", "gradient_checkpointing", "prompt_length", "resize"),
-    *("rlds_frames", "center_crop", "rollout_copy", "rollout_precision", "decode_graphs", "compile_prefill"),
-    *("vocabulary", "value_gradient_to_trunk", "tokenizer", "decoder", "vllm"),
-}
 
 
 class OpenVLAPolicy(Policy):
@@ -421,4 +415,4 @@ class OpenVLAPolicy(Policy):
     @staticmethod
     def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
         """The part of a configuration that decides which weights fit."""
-        return config.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
+        return affecting(config, Affects.ARCHITECTURE)
