@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +16,14 @@ from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import CheckpointError
 from reachrl.evaluate import HeldoutCurve
+from reachrl.functional.stats import weighted_rate
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from reachrl.run.directory import Run
 from reachrl.run.spans import Timelines
-from reachrl.types import Rewards, Rollout
+from reachrl.types import Episode, Rewards, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ def train(
         with run.span("evaluate"):
             heldout.begin(weights)
         with run.span("rollout"):
-            return actors.collect(curriculum.assign, config.num_steps)
+            return actors.collect(curriculum.draw, config.num_steps)
 
     ahead: Pending[Rollout] | None = None
     timelines = Timelines()
@@ -201,13 +203,34 @@ def metrics(
             "episodes": state.episodes + len(episodes),
             "success_k": sum(episode.success for episode in episodes),
             "success_n": len(episodes),
+            "success": sum(episode.success for episode in episodes) / len(episodes) if episodes else None,
             "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
             "warming_up": state.warming_up,
         }
         | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}
         | stats.metrics()
+        | uniform_success(episodes, curriculum)
         | curriculum.metrics()
     )
+
+
+def uniform_success(episodes: Sequence[Episode], curriculum: TaskSampler) -> dict[str, float | None]:
+    """Success as if every (task, training start) had been drawn equally often, whatever the curriculum preferred.
+
+    Each episode weighs 1 / (number of starts x its chance of being drawn), so a policy that stands still has the
+    same expected figure whatever the curriculum asks for. All None where a chance is unknown or no episode ended.
+
+    Returns:
+        `success_uniform`, the sum of the weights (to pool iterations by), and the effective number of episodes.
+    """
+    names = ("success_uniform", "success_uniform_weight", "success_uniform_n")
+    chances = [episode.chance for episode in episodes if episode.chance is not None]
+    if not episodes or len(chances) < len(episodes):
+        return dict.fromkeys(names)
+    units = len(curriculum.tasks) * curriculum.num_starts
+    weights = [1 / (units * chance) for chance in chances]
+    rate, effective = weighted_rate([episode.success for episode in episodes], weights)
+    return dict(zip(names, (rate, sum(weights), effective), strict=True))
 
 
 def save(run: Run, state: TrainState, keepers: Keepers, *, keep: int) -> None:

@@ -25,6 +25,14 @@ class Start:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A start state drawn by a curriculum, with the probability it had in that draw; None: unknown."""
+
+    start: Start
+    chance: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What `N` environments show the policy at one moment."""
@@ -59,6 +67,7 @@ class Episode:
     success: bool
     num_steps: int
     env: int
+    chance: float | None = None  # probability with which the curriculum drew `start`; None: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

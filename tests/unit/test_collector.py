@@ -15,7 +15,7 @@ from reachrl.policies.base import PolicyInput
 from reachrl.registry import build
 from reachrl.rollout.collector import Collector
 from reachrl.rollout.join import join_rollouts
-from reachrl.types import Observation, Start
+from reachrl.types import Draw, Observation, Start
 
 STEPS = 25
 
@@ -24,7 +24,7 @@ def assigner(tasks):
     """Start states by episode number."""
 
     def assign(i):
-        return Start(tasks[i % len(tasks)], "train", i % 50)
+        return Draw(Start(tasks[i % len(tasks)], "train", i % 50), 1 / (i + 2))
 
     return assign
 
@@ -51,6 +51,9 @@ def test_rollouts_replay_in_a_fresh_environment(setting):
             finals[int(t) + number * STEPS, int(n)] = image
     checked = 0
     for n in range(2):
+        # Environment n of 2 plays the episodes numbered n, n + 2, ...: each knows the chance of its own draw.
+        chances = [episode.chance for episode in episodes if episode.env == n]
+        assert chances == [1 / (n + 2 * place + 2) for place in range(len(chances))]
         begin = 0
         for end in np.flatnonzero(ends[:, n]):
             episode = [e for e in episodes if e.env == n][sum(ends[:end, n])]

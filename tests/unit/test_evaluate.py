@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 from toy_policy import toy_config, toy_policy
 
+from reachrl.cli.display import Display
 from reachrl.config.train import EvalSection
+from reachrl.demos.shard import iter_shard
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.functional.stats import wilson
+from reachrl.pipeline.reinforce import policy_trajectories
 from reachrl.registry import build
+from reachrl.rollout.episodes import EpisodePlayer
+from reachrl.run.directory import Run
 from reachrl.types import Start
 
 CONFIG = EvalSection(num_starts=4, seed=11)
@@ -39,6 +44,40 @@ def test_outcomes_do_not_depend_on_the_number_of_environments(mode):
         observation, _, terminated, _, _ = env.step(turn.action)
     assert terminated == episode.success
     np.testing.assert_array_equal(episode.final_image, observation["image"])
+
+
+def test_a_start_listed_twice_is_played_twice():
+    config = toy_config()
+    task = config.env.tasks[0]
+    starts = [Start(task, "eval", index) for index in (0, 1, 0, 0, 2)]
+    with VectorEnv(config.env, 2) as envs:
+        player = EpisodePlayer(toy_policy(config), envs, mode="sampled", temperature=1.0, seed=3)
+        episodes = player.play(starts)
+        alone = player.play(starts[:1])
+    assert [episode.start for episode in episodes] == starts
+    for again in (episodes[0], episodes[2], episodes[3]):
+        assert (again.success, again.num_steps) == (alone[0].success, alone[0].num_steps)
+
+
+def test_the_reward_models_episodes_are_sampled_at_the_training_temperature(tmp_path):
+    config = toy_config("ppo.temperature=0.02", "reward_model.rollouts_per_task=2", "env.num_train_starts=9")
+    policy, display = toy_policy(config), Display(quiet=True)
+    with Run.open(tmp_path / "run", {}, config_hash="x", tensorboard=False) as run:
+        policy.save_pretrained(run.sft / "policy")
+        policy_trajectories(config, run, display)
+        found = list(iter_shard(run.reward_model / "rollouts" / "policy.parquet"))
+    starts = [one.start for one in found]
+    with VectorEnv(config.env, 2) as envs:
+        cold, warm = (
+            EpisodePlayer(policy, envs, mode="sampled", temperature=temperature, seed=config.seed).play(
+                starts, record=lambda _: True
+            )
+            for temperature in (0.02, 1.0)
+        )
+    assert len(found) == 6
+    for one, expected, other in zip(found, cold, warm, strict=True):
+        np.testing.assert_array_equal(one.actions, np.stack([turn.action for turn in expected.turns]))
+        assert not np.array_equal(one.actions[0], other.turns[0].action)
 
 
 def test_records_count_and_carry_intervals():

@@ -27,6 +27,7 @@ class SuccessRateConfig(Section):
     floor: Annotated[float, Field(ge=0, le=1), Affects.FUTURE] = 0.3
     """Share of the episodes drawn uniformly, so that no task or start starves."""
     window: Annotated[int, Field(ge=1), Affects.FUTURE] = 60
-    """Effective number of recent outcomes that an estimate remembers (older ones decay)."""
+    """Effective number of a task's recent outcomes that its estimate and those of its starts remember (older ones
+    decay)."""
     prior_strength: Annotated[float, Field(gt=0), Affects.FUTURE] = 4.0
     """Pseudo-outcomes that pull a start's estimate to its task's, and a task's to 50 %."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from reachrl.config.base import Section
 from reachrl.streams import Stream, generator
-from reachrl.types import Episode, Start
+from reachrl.types import Draw, Episode, Start
 
 
 class TaskSampler(ABC):
@@ -37,6 +37,16 @@ class TaskSampler(ABC):
         unit = int(draw.choice(probabilities.size, p=probabilities.ravel()))
         task, index = divmod(unit, self.num_starts)
         return Start(self.tasks[task], "train", index)
+
+    def draw(self, number: int) -> Draw:
+        """`assign(number)` with the probability of that start, by which success is weighed to the uniform mean.
+
+        A sampler with an `assign` of its own need not draw from `probabilities`: the probability is then unknown.
+        """
+        start = self.assign(number)
+        if type(self).assign is not TaskSampler.assign:
+            return Draw(start)
+        return Draw(start, float(self.probabilities()[self.tasks.index(start.task), start.index]))
 
     @abstractmethod
     def probabilities(self) -> np.ndarray:

@@ -14,7 +14,9 @@ class SuccessRateSampler(TaskSampler):
     """Weights each (task, start) by its smoothed success rate.
 
     A task's rate is smoothed towards 50 %, a start's towards its task's, both with `prior_strength`
-    pseudo-outcomes, so that a start never tried inherits what is known of its task.
+    pseudo-outcomes, so that a start never tried inherits what is known of its task. Evidence fades with every outcome
+    of the task. If a start's faded with its own outcomes only, a start that once failed would keep its weight until
+    it is drawn again, and starts that are equally hard would not be drawn equally often.
 
     Source: VLA-RL (arXiv 2505.18719), eq. 4 for `paper`. `peak` implements the paper's text ("around 50 %"):
     4 s (1 - s) is the variance of the outcome, which bounds what a policy gradient can learn from it.
@@ -47,14 +49,16 @@ class SuccessRateSampler(TaskSampler):
         return self.config.floor / weights.size + (1 - self.config.floor) * weights / weights.sum()
 
     def observe(self, episodes: Sequence[Episode]) -> None:
-        """Add outcomes; older ones of the same task (and of the same start) fade over `window` outcomes."""
+        """Add outcomes; older ones, of all starts of the task, fade over `window` outcomes of the task."""
         keep = 1 - 1 / self.config.window
         for episode in episodes:
             task, start = self.tasks.index(episode.start.task), episode.start.index
             self._task_wins[task] = keep * self._task_wins[task] + episode.success
             self._task_tries[task] = keep * self._task_tries[task] + 1
-            self._wins[task, start] = keep * self._wins[task, start] + episode.success
-            self._tries[task, start] = keep * self._tries[task, start] + 1
+            self._wins[task] *= keep
+            self._tries[task] *= keep
+            self._wins[task, start] += episode.success
+            self._tries[task, start] += 1
 
     def metrics(self) -> dict[str, float]:
         """Chance and estimated success of each task."""

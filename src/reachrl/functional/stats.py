@@ -1,6 +1,7 @@
 """Statistics that make a success rate worth quoting: Wilson intervals, paired tests, explained variance."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,21 @@ def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def weighted_rate(outcomes: Sequence[bool], weights: Sequence[float]) -> tuple[float, float]:
+    """Self-normalised weighted mean of `outcomes`, and the number of equally weighted ones that would be as precise.
+
+    Args:
+        outcomes: at least one.
+        weights: positive; with 1 / (n p) for an outcome drawn with probability p out of n, the mean is that of a
+            uniform draw.
+
+    Source: Kish 1965, Survey Sampling: the effective sample size (sum w)^2 / sum w^2.
+    """
+    total = math.fsum(weights)
+    rate = math.fsum(weight for outcome, weight in zip(outcomes, weights, strict=True) if outcome) / total
+    return rate, total**2 / math.fsum(weight**2 for weight in weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

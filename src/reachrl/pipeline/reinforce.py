@@ -70,16 +70,18 @@ def run_reward(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
 def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None:
     """Play episodes of the warm-started policy on training starts into `reward_model/rollouts/`.
 
-    The last numbered starts are used: demonstrations took the first.
+    The last numbered starts are used: demonstrations took the first. Actions are sampled as in training, at
+    `ppo.temperature`: the model is to know the frames that training will show it.
     """
     count = config.reward_model.rollouts_per_task
     if count == 0:
         return
+    assert isinstance(config.ppo, PPOConfig)
     policy = saved_policy(config, run.sft / "policy").eval()
     numbers = range(config.env.num_train_starts - count, config.env.num_train_starts)
     starts = [Start(task, "train", index) for index in numbers for task in config.env.tasks]
     with VectorEnv(config.env, config.env.num_envs) as envs:
-        player = EpisodePlayer(policy, envs, mode="sampled", temperature=1.0, seed=config.seed)
+        player = EpisodePlayer(policy, envs, mode="sampled", temperature=config.ppo.temperature, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
     write_shard(run.reward_model / "rollouts" / "policy.parquet", [_trajectory(episode) for episode in episodes])
@@ -143,9 +145,11 @@ class _TrainDisplay:
 
     def iteration(self, record: dict[str, Any]) -> None:
         """Advance by one iteration."""
+        uniform = record["success_uniform"]
         self._progress.advance(
             1,
             success=f"{record['success_k']}/{record['success_n']}",
+            success_uniform=None if uniform is None else f"{100 * uniform:.0f}%",
             kl=record["approx_kl"],  # none while only the critic trains
             ev=record["explained_variance"],
         )

@@ -12,10 +12,10 @@ from reachrl.policies.base import Policy
 from reachrl.rollout.noise import gumbel_noise
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
-from reachrl.types import Episode, Observation, Rollout, Start
+from reachrl.types import Draw, Episode, Observation, Rollout, Start
 
-Assign = Callable[[int], Start]
-"""The curriculum's start state of the episode with this number."""
+Assign = Callable[[int], Draw | Start]
+"""The curriculum's draw of the episode with this number; of a `Start` alone the probability is unknown."""
 
 
 class Collector:
@@ -49,9 +49,9 @@ class Collector:
         self.first, self.total = first, envs.num_envs if total is None else total
         self._log = log or SpanLog("actor")
         self._observation: Observation | None = None
-        self._starts: list[Start] = []  # of the running episodes
+        self._draws: list[Draw] = []  # of the running episodes
         self._numbers: list[int] = []  # of the running episodes
-        self._next_starts: list[Start] = []
+        self._next_draws: list[Draw] = []
         self._actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # taken so far, for replay
 
     def collect(self, assign: Assign, num_steps: int, *, policy_version: int) -> Rollout:
@@ -81,7 +81,7 @@ class Collector:
             rows["instructions"].append(observation.instructions)
             rows["ids"].append(sample.action_ids.cpu().numpy())
             rows["logprobs"].append(sample.logprobs.float().cpu().numpy())
-            self.envs.send(actions, self._next_starts)
+            self.envs.send(actions, _starts(self._next_draws))
             self._log.add("decode", began)
             sent = time.time()
             yield
@@ -94,10 +94,11 @@ class Collector:
                     finals.append((step.final_images[n], (t, n)))
                     episodes.append(
                         Episode(
-                            start=self._starts[n],
+                            start=self._draws[n].start,
                             success=bool(step.success[n]),
                             num_steps=len(self._actions[n]),
                             env=self.first + n,
+                            chance=self._draws[n].chance,
                         )
                     )
                 if step.terminated[n] or step.truncated[n] or not step.valid[n]:
@@ -110,12 +111,14 @@ class Collector:
         return [
             {
                 "number": number,
-                "start": [start.task, start.index],
-                "next_start": [following.task, following.index],
+                "start": [draw.start.task, draw.start.index],
+                "chance": draw.chance,
+                "next_start": [following.start.task, following.start.index],
+                "next_chance": following.chance,
                 "actions": [[float(x) for x in action] for action in taken],
             }
-            for number, start, following, taken in zip(
-                self._numbers, self._starts, self._next_starts, self._actions if self._numbers else [], strict=True
+            for number, draw, following, taken in zip(
+                self._numbers, self._draws, self._next_draws, self._actions if self._numbers else [], strict=True
             )
         ]
 
@@ -125,23 +128,27 @@ class Collector:
             return
         assert len(rows) == self.envs.num_envs
         self._numbers = [int(row["number"]) for row in rows]
-        self._starts = [Start(row["start"][0], "train", row["start"][1]) for row in rows]
-        self._next_starts = [Start(row["next_start"][0], "train", row["next_start"][1]) for row in rows]
+        # Checkpoints of earlier versions hold no chances.
+        self._draws = [Draw(Start(row["start"][0], "train", row["start"][1]), row.get("chance")) for row in rows]
+        self._next_draws = [
+            Draw(Start(row["next_start"][0], "train", row["next_start"][1]), row.get("next_chance")) for row in rows
+        ]
         dims = self.envs.action_dim
         histories = [np.array(row["actions"], dtype=np.float32).reshape(-1, dims) for row in rows]
         self._actions = [list(history) for history in histories]
-        self._observation = self.envs.replay(self._starts, histories)
+        self._observation = self.envs.replay(_starts(self._draws), histories)
 
     def _begin(self, assign: Assign) -> None:
         self._numbers = [self.first + n for n in range(self.envs.num_envs)]
-        self._starts = [assign(number) for number in self._numbers]
-        self._next_starts = [assign(number + self.total) for number in self._numbers]
-        self._observation = self.envs.reset(self._starts, self._next_starts)
+        self._draws = [_drawn(assign(number)) for number in self._numbers]
+        self._next_draws = [_drawn(assign(number + self.total)) for number in self._numbers]
+        self._observation = self.envs.reset(_starts(self._draws), _starts(self._next_draws))
 
     def _follow(self, n: int, assign: Assign) -> None:
         """Environment `n` has begun its next episode; queue the one after."""
         self._numbers[n] += self.total
-        self._starts[n], self._next_starts[n] = self._next_starts[n], assign(self._numbers[n] + self.total)
+        following = _drawn(assign(self._numbers[n] + self.total))
+        self._draws[n], self._next_draws[n] = self._next_draws[n], following
         self._actions[n] = []
 
     def _noise(self) -> torch.Tensor:
@@ -177,6 +184,14 @@ class Collector:
             episodes=tuple(episodes),
             policy_version=policy_version,
         )
+
+
+def _drawn(assigned: Draw | Start) -> Draw:
+    return assigned if isinstance(assigned, Draw) else Draw(assigned)
+
+
+def _starts(draws: Sequence[Draw]) -> list[Start]:
+    return [draw.start for draw in draws]
 
 
 def collect_in_turn(collecting: Sequence[Generator[None, None, Rollout]]) -> list[Rollout]:

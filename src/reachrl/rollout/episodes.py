@@ -70,38 +70,42 @@ class EpisodePlayer:
         """Play every start state once; the result is in the order of `starts`.
 
         Args:
-            starts: what to play.
+            starts: what to play; one listed twice is played twice, with the same outcome.
             record: whether to keep an episode's turns.
             on_episode: called as each ends.
         """
         if not starts:
             return []
-        queue = list(reversed(starts))
-        finished: dict[Start, PlayedEpisode] = {}
+        queue = list(reversed(range(len(starts))))  # places in `starts`
+        finished: dict[int, PlayedEpisode] = {}
         count = self.envs.num_envs
 
-        def following() -> Start | None:
+        def following() -> int | None:
             return queue.pop() if queue else None
 
-        current, upcoming = [following() for _ in range(count)], [following() for _ in range(count)]
+        def at(places: Sequence[int | None]) -> list[Start | None]:
+            return [None if place is None else starts[place] for place in places]
+
+        places, upcoming = [following() for _ in range(count)], [following() for _ in range(count)]
         # With the queue empty an environment plays on where it last was, and nobody counts.
-        fillers = [start or starts[0] for start in current]
+        fillers = [start or starts[0] for start in at(places)]
         lengths = [0] * count
         turns: list[list[Turn]] = [[] for _ in range(count)]
-        observation = self.envs.reset(fillers, [s or filler for s, filler in zip(upcoming, fillers, strict=True)])
+        observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
         while len(finished) < len(starts):
+            current = at(places)
             sample = self._act(observation, current, lengths)
             actions = self.policy.decode_actions(sample.action_ids)
-            fillers = [s or filler for s, filler in zip(upcoming, fillers, strict=True)]
+            fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)
-            for n, start in enumerate(current):
+            for n, (place, start) in enumerate(zip(places, current, strict=True)):
                 lengths[n] += 1
                 ended = bool(step.terminated[n] or step.truncated[n])
-                if start is not None and step.valid[n]:
+                if place is not None and start is not None and step.valid[n]:
                     if record(start):
                         turns[n].append(_turn(observation, actions, sample, step, n))
                     if ended:
-                        finished[start] = PlayedEpisode(
+                        finished[place] = PlayedEpisode(
                             start=start,
                             instruction=observation.instructions[n],
                             success=bool(step.success[n]),
@@ -110,14 +114,14 @@ class EpisodePlayer:
                             final_image=step.final_images[n] if turns[n] else None,
                         )
                         if on_episode is not None:
-                            on_episode(finished[start])
+                            on_episode(finished[place])
                 if ended or not step.valid[n]:
-                    if start is not None and not step.valid[n]:
-                        queue.append(start)  # its worker was lost: play it again
-                    current[n], upcoming[n] = upcoming[n], following()
+                    if place is not None and not step.valid[n]:
+                        queue.append(place)  # its worker was lost: play it again
+                    places[n], upcoming[n] = upcoming[n], following()
                     lengths[n], turns[n] = 0, []
             observation = step.observation
-        return [finished[start] for start in starts]
+        return [finished[place] for place in range(len(starts))]
 
     def _act(self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]) -> ActionSample:
         gumbel = None
