@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_from_tokens
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
 from reachrl.policies.base import PolicyInput
 from reachrl.policies.decoding import action_logits
 from reachrl.policies.llama import last_hidden

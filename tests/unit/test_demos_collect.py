@@ -22,7 +22,7 @@ from reachrl.demos.collect import collect_demos, shard_name
 from reachrl.demos.expert import Attempt, noise_generator, run_attempt
 from reachrl.demos.store import META_FILE
 from reachrl.envs.base import Env, start_option
-from reachrl.errors import ConfigError, StorageError, WorkerError
+from reachrl.errors import ConfigError, ExtensionError, StorageError, WorkerError
 from reachrl.types import Split, Start
 
 
@@ -122,6 +122,21 @@ def test_clean_action_is_recorded_while_the_noisy_one_runs() -> None:
     noise = np.array(env.executed) - trajectory.actions
     assert np.abs(noise).max() > 0.05
     assert len(trajectory.images) == len(trajectory.actions) + 1
+
+
+@pytest.mark.parametrize("what", ["expert", "pose"])
+def test_numbers_that_are_not_finite_are_refused_with_start_and_step(monkeypatch, what) -> None:
+    env = PointEnv(PointConfig())
+    honest, observe = env.expert_action, env._observe
+    if what == "expert":
+        monkeypatch.setattr(env, "expert_action", lambda: honest() * (np.nan if len(env.executed) == 2 else 1.0))
+    else:
+        pose = {False: np.zeros(4, np.float32), True: np.array([0, np.inf, 0, 0], np.float32)}
+        monkeypatch.setattr(env, "_observe", lambda: observe() | {"ee_state": pose[len(env.executed) == 3]})
+    with pytest.raises(
+        ExtensionError, match=r"task 'near', train start 1, step 2: .* is \[.*(nan|inf).*\]; expected fin"
+    ):
+        run_attempt(env, Start("near", "train", 1), DemosSection(), np.random.default_rng(0))
 
 
 def test_noise_has_the_asked_strength_and_share() -> None:

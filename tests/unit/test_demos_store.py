@@ -1,5 +1,6 @@
 """The trajectory store: bit-exact, streamed, atomic, and outspoken about damage."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -18,7 +19,6 @@ from reachrl.demos.store import (
     META_FILE,
     ShardWriter,
     TrajectoryStore,
-    compute_action_stats,
     finish_store,
     iter_shard,
     iter_trajectories,
@@ -81,9 +81,86 @@ def test_meta_counts_and_quantiles(folder: Path) -> None:
     assert store.action_stats().mask.all()
 
 
-def test_a_dimension_that_never_moves_passes_through() -> None:
-    stats = compute_action_stats(np.stack([np.linspace(-1, 1, 50), np.full(50, 0.5)], 1).astype(np.float32))
-    assert stats.mask.tolist() == [True, False]
+def store_of(folder: Path, actions: np.ndarray, name: str = "a.parquet") -> Path:
+    """A store of one episode with these actions."""
+    steps = len(actions)
+    one = dataclasses.replace(
+        trajectory(0, steps=steps, dim=actions.shape[1], size=8), actions=actions.astype(np.float32)
+    )
+    write_shard(folder / name, [one])
+    return folder
+
+
+def test_a_dimension_that_never_moves_keeps_its_constant(tmp_path: Path) -> None:
+    moving = np.linspace(-1, 1, 50)
+    finish_store(store_of(tmp_path, np.stack([moving, np.full(50, 1.57), np.full(50, 0.0)], 1)), ["a.parquet"])
+    stats = TrajectoryStore(tmp_path).action_stats()
+    assert stats.unnormalise(np.array([0.3, 0.996, -0.996]))[1:].tolist() == [float(np.float32(1.57)), 0.0]
+
+
+def test_statistics_of_an_earlier_version_are_not_believed(tmp_path: Path) -> None:
+    """They say of a gripper that closed in 1 of 200 steps that it never moves, and let it pass through."""
+    gripper = np.where(np.arange(200) == 77, 0.0, 1.57)
+    finish_store(store_of(tmp_path, np.stack([np.linspace(-1, 1, 200), gripper], 1)), ["a.parquet"])
+    meta = json.loads((tmp_path / META_FILE).read_text())
+    meta["action_stats"] = {"q01": [-0.98, 1.57], "q99": [0.98, 1.57], "mask": [True, False]}
+    (tmp_path / META_FILE).write_text(json.dumps(meta))
+    stats = TrajectoryStore(tmp_path).action_stats()
+    assert (stats.q01[1], stats.q99[1], stats.mask[1]) == (0.0, float(np.float32(1.57)), True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["actions", "ee_state"])
+def test_what_is_not_finite_is_not_stored(tmp_path: Path, field: str, value: float) -> None:
+    good = trajectory(1)
+    values = getattr(good, field).copy()
+    values[2, 1] = value
+    name = "action" if field == "actions" else "ee_state"
+    with pytest.raises(StorageError, match=rf"'reach', train start 1, step 2: {name}.* is {value} in dimension 1"):
+        write_shard(tmp_path / "a.parquet", [trajectory(0), dataclasses.replace(good, **{field: values})])
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoil(shard: Path, column: str, episode: int, step: int) -> None:
+    """Put a NaN into a shard that was written before anybody looked."""
+    with pq.ParquetFile(shard) as file:
+        groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+        schema = file.schema_arrow
+    rows = groups[episode][column].to_pylist()
+    rows[step][0] = np.nan
+    place = schema.get_field_index(column)
+    groups[episode] = groups[episode].set_column(place, schema.field(place), pa.array(rows, schema.field(place).type))
+    with pq.ParquetWriter(shard, schema) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=len(group))
+
+
+@pytest.mark.parametrize("column", ["action", "ee_state"])
+def test_a_nan_in_a_store_written_earlier_is_refused(folder: Path, column: str) -> None:
+    spoil(folder / "reach.parquet", column, 2, 3)
+    match = rf"reach.parquet, episode 2, step 3: {column}.* is nan in dimension 0"
+    with pytest.raises(StorageError, match=match):
+        list(iter_shard(folder / "reach.parquet"))
+    with pytest.raises(StorageError, match=match):
+        finish_store(folder, ["reach.parquet", "push.parquet"])
+    meta = json.loads((folder / META_FILE).read_text())
+    meta["shards"][0]["bytes"] = (folder / "reach.parquet").stat().st_size
+    (folder / META_FILE).write_text(json.dumps(meta))
+    with pytest.raises(StorageError, match=match):
+        TrajectoryStore(folder).load()
+    if column == "action":
+        with pytest.raises(StorageError, match=match):
+            TrajectoryStore(folder).action_stats()
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pq, "ParquetFile", forbidden)
+    with pytest.raises(StorageError, match="reach.parquet: cannot be opened \\(Permission denied") as error:
+        list(iter_shard(folder / "reach.parquet"))
+    assert "damaged" not in str(error.value) and "Delete" not in str(error.value)
 
 
 def test_load_leaves_final_frames_out(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from faulty_env import FaultyConfig
 
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import ConfigError, MissingExtra, WorkerError
+from reachrl.errors import ConfigError, ExtensionError, MissingExtra, WorkerError
 from reachrl.testing.envs import ReachConfig, ReachEnv
 from reachrl.types import Start
 
@@ -131,6 +131,29 @@ def test_wrong_arguments_are_named_before_anything_is_sent(healthy: VectorEnv):
     with pytest.raises(ConfigError, match=r"\[3, 4\], got \[3, 7\]"):
         healthy.step(np.zeros((N, 7), np.float32), some_starts(0))
     assert healthy.step(np.zeros((N, 4), np.float32), some_starts(0)).valid.all()
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_place(
+    healthy: VectorEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy.reset(some_starts(0), some_starts(3))
+    actions = np.zeros((N, 4), np.float32)
+    actions[1, 2] = np.nan
+    with pytest.raises(ExtensionError, match=r"environment 1 .*'green-square', train start 1, step 0\): the policy's"):
+        healthy.step(actions, some_starts(3))
+    healthy.step(np.zeros((N, 4), np.float32), some_starts(3))
+    gather = healthy._gather
+
+    def spoilt(*args):
+        replies = gather(*args)
+        healthy._arrays.ee_state[2, 0] = np.inf
+        return replies
+
+    monkeypatch.setattr(healthy, "_gather", spoilt)
+    with pytest.raises(
+        ExtensionError, match=r"environment 2 .*'blue-square', train start 2, step 1\): ee_state.*\(inf,"
+    ):
+        healthy.step(np.zeros((N, 4), np.float32), some_starts(3))
 
 
 @pytest.mark.parametrize("fault", ["exit", "hang", "raise", "segfault"])

@@ -21,7 +21,7 @@ import pyarrow as pa
 from reachrl.config.demos import DemosSection
 from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env
-from reachrl.errors import ConfigError, ReachRLError
+from reachrl.errors import ConfigError, ExtensionError, ReachRLError
 from reachrl.registry import build, section_class
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
@@ -83,17 +83,21 @@ def run_attempt(
 
     Raises:
         ConfigError: the simulator has no expert.
+        ExtensionError: an action or an end-effector state is not finite; names the start and the step.
     """
     low, high = env.action_space.low, env.action_space.high  # pyright: ignore[reportAttributeAccessIssue]
     observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
+    _check_finite(observation["ee_state"], "ee_state", env, start, 0)
     images, ee_states, actions = [observation["image"].copy()], [observation["ee_state"].copy()], []
     success = done = False
     while not done:
         clean = np.clip(np.asarray(_expert_action(env, start), np.float32), low, high)
+        _check_finite(clean, "the expert's action", env, start, len(actions))
         noise, use = rng.standard_normal(clean.shape), rng.random() < config.noise_probability
         executed = clean + use * config.action_noise * 0.5 * (high - low) * noise
         observation, _, terminated, truncated, info = env.step(np.clip(executed, low, high).astype(np.float32))
         images.append(observation["image"].copy())
+        _check_finite(observation["ee_state"], "ee_state", env, start, len(actions))
         ee_states.append(observation["ee_state"].copy())
         actions.append(clean)
         success, done = bool(info["success"]), terminated or truncated
@@ -108,6 +112,15 @@ def run_attempt(
         success=success,
         source="expert",
     )
+
+
+def _check_finite(values: np.ndarray, what: str, env: Env, start: Start, step: int) -> None:
+    """Refuse numbers that are not finite: no demonstration holds them."""
+    if not np.isfinite(values).all():
+        raise ExtensionError(
+            f"demos: {type(env).__name__}, task {start.task!r}, {start.split} start {start.index}, step {step}: {what} "
+            f"is {np.asarray(values).tolist()}; expected finite numbers."
+        )
 
 
 def _expert_action(env: Env, start: Start) -> np.ndarray:

@@ -26,9 +26,11 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from reachrl.demos.damage import unreadable
+from reachrl.demos.finite import check_trajectory
 from reachrl.errors import StorageError
 from reachrl.run.atomic import storage_errors
 from reachrl.types import Start, Trajectory
@@ -88,6 +90,7 @@ def trajectory_table(trajectory: Trajectory) -> pa.Table:
 
     Raises:
         ValueError: frames, actions and end-effector states do not belong together.
+        StorageError: an action or end-effector state is not finite; names the start and the step.
     """
     steps = len(trajectory.actions)
     if not len(trajectory.images) == len(trajectory.ee_state) == steps + 1:
@@ -97,6 +100,9 @@ def trajectory_table(trajectory: Trajectory) -> pa.Table:
         )
     if trajectory.images.dtype != np.uint8 or trajectory.images.shape[3:] != (3,):
         raise ValueError(f"{trajectory.start}: frames must be u8[T+1 H W 3], not {trajectory.images.shape}.")
+    start = trajectory.start
+    where = f"{trajectory.source} trajectory of task {start.task!r}, {start.split} start {start.index}"
+    check_trajectory(np.asarray(trajectory.actions, np.float32), np.asarray(trajectory.ee_state, np.float32), where)
     rows = steps + 1
     actions = [*np.asarray(trajectory.actions, np.float32), None]
     columns: dict[str, Any] = {
@@ -116,20 +122,48 @@ def trajectory_table(trajectory: Trajectory) -> pa.Table:
     return pa.table([pa.array(columns[name], type=kind) for name, kind in _COLUMNS], schema=SCHEMA)
 
 
-def table_trajectory(table: pa.Table) -> Trajectory:
-    """The episode that `trajectory_table` turned into rows."""
+def table_trajectory(table: pa.Table, where: str) -> Trajectory:
+    """The episode that `trajectory_table` turned into rows.
+
+    Args:
+        table: its rows.
+        where: how an error calls this episode.
+
+    Raises:
+        StorageError: an action or end-effector state is missing or not finite; names the step.
+    """
     column = {name: table[name].to_pylist() for name, _ in _COLUMNS if name not in ("image", "action", "ee_state")}
     images = [decode_frame(image["bytes"]) for image in table["image"].to_pylist()]
-    actions = table["action"].to_pylist()[:-1]
+    actions, ee_state = table_actions(table, where), table_vectors(table, "ee_state", where)
+    check_trajectory(actions, ee_state, where)
     return Trajectory(
         start=Start(column["task"][0], column["split"][0], column["start_index"][0]),
         instruction=column["instruction"][0],
         images=np.stack(images),
-        actions=np.array(actions, np.float32).reshape(len(actions), -1),
-        ee_state=np.array(table["ee_state"].to_pylist(), np.float32),
+        actions=actions,
+        ee_state=ee_state,
         success=column["success"][0],
         source=column["source"][0],
     )
+
+
+def table_actions(table: pa.Table, where: str) -> Float32[np.ndarray, "T D"]:
+    """The actions of an episode's rows; the final row has none."""
+    return table_vectors(table.slice(0, len(table) - 1), "action", where)
+
+
+def table_vectors(table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "T D"]:
+    """A column of vectors of one length.
+
+    Raises:
+        StorageError: a row has none, or one of another length.
+    """
+    rows = table[name].to_pylist()
+    try:
+        vectors = np.array(rows, np.float32)
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{where}: {name} holds vectors of different lengths or none ({error}).") from error
+    return vectors.reshape(len(rows), -1) if rows else np.empty((0, 0), np.float32)
 
 
 class ShardWriter:
@@ -165,7 +199,7 @@ class ShardWriter:
         """Append one episode as one row group.
 
         Raises:
-            StorageError: the disk is full.
+            StorageError: the disk is full, or a number of the episode is not finite.
         """
         table = trajectory_table(episode) if isinstance(episode, Trajectory) else episode
         number = pa.array([self.num_trajectories] * len(table), pa.int32())
@@ -226,12 +260,10 @@ def open_shard(shard: Path) -> pq.ParquetFile:
 
 def damaged(shard: Path, error: Exception) -> StorageError:
     """The error to raise for a shard that cannot be read."""
+    remedy = "Delete this file and meta.json beside it, then collect again: the other shards are kept."
     if isinstance(error, FileNotFoundError):
-        return StorageError(f"{shard}: this shard is missing. Delete the store's folder and collect again.")
-    return StorageError(
-        f"{shard}: truncated or damaged ({str(error).splitlines()[0]}). Delete this file and meta.json beside it, "
-        "then collect again: the other shards are kept."
-    )
+        remedy = "Delete the store's folder and collect again."
+    return unreadable(shard, error, remedy=remedy)
 
 
 def shard_metadata(shard: Path) -> dict[str, str]:
@@ -254,7 +286,7 @@ def iter_shard(shard: Path) -> Iterator[Trajectory]:
     with open_shard(shard) as file:
         for group in range(file.num_row_groups):
             try:
-                trajectory = table_trajectory(file.read_row_group(group))
+                trajectory = table_trajectory(file.read_row_group(group), f"{shard}, episode {group}")
             except (pa.ArrowException, OSError) as error:
                 raise damaged(shard, error) from error
             yield trajectory

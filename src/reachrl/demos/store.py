@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Float64, Int64, UInt8
+import pyarrow.parquet as pq
+from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 
+from reachrl.demos.finite import check_finite, check_trajectory
 from reachrl.demos.shard import (
     FORMAT_VERSION,
     ShardWriter,
@@ -22,19 +24,20 @@ from reachrl.demos.shard import (
     iter_shard,
     open_shard,
     shard_metadata,
+    table_actions,
+    table_vectors,
     write_shard,
 )
 from reachrl.errors import ConfigError, StorageError
+from reachrl.functional.action_stats import ActionStats
 from reachrl.run.atomic import write_json_atomic
 from reachrl.types import Start, Trajectory
 
 __all__ = [
     "META_FILE",
-    "ActionStats",
     "ShardWriter",
     "TrajectoryStore",
     "Transitions",
-    "compute_action_stats",
     "finish_store",
     "iter_shard",
     "iter_trajectories",
@@ -43,15 +46,6 @@ __all__ = [
 ]
 
 META_FILE = "meta.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActionStats:
-    """Quantiles of the recorded actions, as `Policy.set_action_stats` takes them."""
-
-    q01: Float64[np.ndarray, "D"]
-    q99: Float64[np.ndarray, "D"]
-    mask: Bool[np.ndarray, "D"]  # False: the dimension never moves and passes through unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +60,6 @@ class Transitions:
     starts: tuple[Start, ...]
 
 
-def compute_action_stats(actions: Float32[np.ndarray, "S D"]) -> ActionStats:
-    """The 1 % and 99 % quantiles of each action dimension (linear interpolation, as numpy's default).
-
-    A dimension whose quantiles coincide cannot be un-normalised: its mask is False and it passes through.
-    """
-    q01, q99 = np.quantile(np.asarray(actions, np.float64), [0.01, 0.99], axis=0)
-    return ActionStats(q01=q01, q99=q99, mask=(q99 - q01) > 1e-6)
-
-
 def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any] | None = None) -> "TrajectoryStore":
     """Declare a store complete: read what its shards hold and write `meta.json`.
 
@@ -84,7 +69,7 @@ def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any]
         info: facts about the origin of the data, kept under `info`.
 
     Raises:
-        StorageError: a shard is missing or damaged, or `meta.json` cannot be written.
+        StorageError: a shard is missing or damaged, a number in it is not finite, or `meta.json` cannot be written.
         ConfigError: the shards hold no step, or frames or actions of different shapes.
     """
     actions: list[np.ndarray] = []
@@ -97,7 +82,7 @@ def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any]
             f"{folder}: one frame size and one action length expected in a store, found sizes {sorted(sizes)} and "
             f"lengths {sorted(dims)}. Collect each environment into a folder of its own."
         )
-    stats = compute_action_stats(np.stack(actions))
+    stats = ActionStats.of_actions(np.stack(actions))
     height, width = sizes.pop()
     meta = {
         "format_version": FORMAT_VERSION,
@@ -120,13 +105,13 @@ def _scan(
     """Read a shard once, frames left compressed; adds to the three totals and returns its record in `meta.json`."""
     with open_shard(shard) as file:
         for group in range(file.num_row_groups):
-            try:
-                table = file.read_row_group(group, columns=["task", "action", "image"])
-            except (pa.ArrowException, OSError) as error:
-                raise damaged(shard, error) from error
+            table = _columns(file, shard, group, ["task", "action", "ee_state", "image"])
+            where = f"{shard}, episode {group}"
+            values = table_actions(table, where)
+            check_trajectory(values, table_vectors(table, "ee_state", where), where)
             task = table["task"][0].as_py()
             counts[task] = counts.get(task, 0) + 1
-            actions += [np.array(action, np.float32) for action in table["action"].to_pylist()[:-1]]
+            actions += list(values)
             sizes.add(_frame_size(table["image"][0].as_py()["bytes"]))
         return {
             "name": shard.name,
@@ -134,6 +119,14 @@ def _scan(
             "rows": file.metadata.num_rows,
             "bytes": shard.stat().st_size,
         }
+
+
+def _columns(file: pq.ParquetFile, shard: Path, group: int, names: list[str]) -> pa.Table:
+    """Some columns of one episode."""
+    try:
+        return file.read_row_group(group, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(shard, error) from error
 
 
 def _frame_size(data: bytes) -> tuple[int, int]:
@@ -187,13 +180,23 @@ class TrajectoryStore:
         return [self.folder / record["name"] for record in self.meta["shards"]]
 
     def action_stats(self) -> ActionStats:
-        """The quantiles of all recorded actions."""
-        stats = self.meta["action_stats"]
-        return ActionStats(
-            q01=np.array(stats["q01"], np.float64),
-            q99=np.array(stats["q99"], np.float64),
-            mask=np.array(stats["mask"], np.bool_),
-        )
+        """The statistics of all recorded actions, as `Policy.set_action_stats` takes them.
+
+        They are computed from the shards: a `meta.json` of an earlier version may hold others, by which a dimension
+        that rarely moved, or held a NaN, counted as one that never moves.
+
+        Raises:
+            StorageError: a shard is damaged, or an action is not finite; names the episode and the step.
+        """
+        actions: list[np.ndarray] = []
+        for shard in self.shards:
+            with open_shard(shard) as file:
+                for group in range(file.num_row_groups):
+                    where = f"{shard}, episode {group}"
+                    values = table_actions(_columns(file, shard, group, ["action"]), where)
+                    check_finite(values, "action", where)
+                    actions.append(values)
+        return ActionStats.of_actions(np.concatenate(actions))
 
     def __iter__(self) -> Iterator[Trajectory]:
         for shard in self.shards:

@@ -111,6 +111,7 @@ class VectorEnv:
 
         Raises:
             ConfigError: actions of another shape.
+            ExtensionError: an action is not finite; names the environment, the start and the step.
         """
         self._check(next_starts)
         if actions.shape != (self.num_envs, self.action_dim):
@@ -119,6 +120,7 @@ class VectorEnv:
                 f"{[self.num_envs, self.action_dim]}, got {list(actions.shape)}: the policy was made for another "
                 "environment (policy.num_action_tokens)"
             )
+        self._check_finite("the policy's action", actions, np.ones(self.num_envs, bool))
         for n, worker in enumerate(self._workers):
             worker.send(do="step", action=actions[n].tolist(), next_start=_packed(next_starts[n]))
         self._next_starts = list(next_starts)
@@ -131,14 +133,15 @@ class VectorEnv:
 
         Raises:
             WorkerError: the same environment was lost too often in a row.
+            ExtensionError: an end-effector state is not finite; names the environment, the start and the step.
         """
         next_starts = self._next_starts
         replies = self._gather(range(self.num_envs), self._config.worker_timeout_s)
         flags = np.zeros((self.num_envs, 3), bool)
-        valid = np.ones(self.num_envs, bool)
+        valid = np.array([not isinstance(replies[n], WorkerLost) for n in range(self.num_envs)])
+        self._check_finite("ee_state (x, y, z, gripper)", self._arrays.ee_state, valid)
         for n, reply in replies.items():
             if isinstance(reply, WorkerLost):
-                valid[n] = False
                 self._replace(n, reply)
                 continue
             flags[n] = reply["flags"]
@@ -241,9 +244,20 @@ class VectorEnv:
         own = getattr(errors, lost.kind, None) if lost.kind else None
         if own is not None:
             return own(str(lost))  # a missing library or a wrong option, in its own words
+        return errors.WorkerError(f"{self._where(n)} {what}: {lost}")
+
+    def _where(self, n: int) -> str:
         start = self._starts[n]
         where = f", task {start.task!r}, {start.split} start {start.index}, step {self._steps[n]}" if start else ""
-        return errors.WorkerError(f"environment {n} ({self._config.kind}{where}) {what}: {lost}")
+        return f"environment {n} ({self._config.kind}{where})"
+
+    def _check_finite(self, what: str, values: np.ndarray, rows: np.ndarray) -> None:
+        """Refuse numbers that would make statistics, labels and losses NaN; only `rows` are looked at."""
+        bad = rows & ~np.isfinite(values).all(axis=1)
+        if bad.any():
+            n = int(np.argmax(bad))
+            numbers = ", ".join(f"{x:g}" for x in values[n])
+            raise errors.ExtensionError(f"{self._where(n)}: {what} is ({numbers}); expected finite numbers.")
 
     # ---- rows ----
 

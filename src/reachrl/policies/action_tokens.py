@@ -1,15 +1,9 @@
-"""Actions as tokens: 256 bins over [-1, 1], the last 256 rows of the vocabulary, and un-normalisation."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+"""Actions as tokens: 256 bins over [-1, 1], the last 256 rows of the vocabulary."""
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from reachrl.config.policy import NUM_ACTION_BINS
-
-Vector = np.ndarray | Sequence[float]
-Mask = np.ndarray | Sequence[bool]
 
 _EDGES = np.linspace(-1.0, 1.0, NUM_ACTION_BINS)
 _CENTRES = (_EDGES[:-1] + _EDGES[1:]) / 2.0
@@ -45,42 +39,3 @@ def unit_from_tokens(token_ids: Int[np.ndarray, "*B"], vocab_end: int) -> Float[
         f64 normalised actions in (-1, 1).
     """
     return _CENTRES[np.clip(vocab_end - token_ids - 1, 0, NUM_ACTION_BINS - 2)]
-
-
-@dataclass(frozen=True, slots=True)
-class ActionStats:
-    """1 % and 99 % quantiles of the training actions; unmasked dimensions pass through unchanged."""
-
-    q01: Float[np.ndarray, "D"]
-    q99: Float[np.ndarray, "D"]
-    mask: Bool[np.ndarray, "D"]
-
-    @classmethod
-    def create(cls, q01: Vector, q99: Vector, mask: Mask) -> "ActionStats":
-        """Copy vectors into f64 quantiles and a boolean mask.
-
-        Raises:
-            ValueError: the lengths differ, or a quantile is not finite.
-        """
-        low, high, moves = np.array(q01, np.float64), np.array(q99, np.float64), np.array(mask, np.bool_)
-        if not low.shape == high.shape == moves.shape or low.ndim != 1:
-            raise ValueError(f"q01 {low.shape}, q99 {high.shape} and mask {moves.shape} must be vectors of one length")
-        if not np.all(np.isfinite(low)) or not np.all(np.isfinite(high)):
-            raise ValueError("the action quantiles are not finite")
-        return cls(low, high, moves)
-
-    @classmethod
-    def identity(cls, num_dims: int) -> "ActionStats":
-        """Statistics that leave actions in [-1, 1] as they are."""
-        return cls(-np.ones(num_dims), np.ones(num_dims), np.ones(num_dims, np.bool_))
-
-    def unnormalise(self, unit: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
-        """Map [-1, 1] to the environment's units: 0.5 (a + 1) (q99 - q01) + q01 where masked."""
-        return np.where(self.mask, 0.5 * (unit + 1) * (self.q99 - self.q01) + self.q01, unit)
-
-    def normalise(self, actions: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
-        """Invert `unnormalise`; a dimension that never moved maps to 0."""
-        span = self.q99 - self.q01
-        moved = span > 0
-        unit = np.where(moved, 2.0 * (actions - self.q01) / np.where(moved, span, 1.0) - 1.0, 0.0)
-        return np.where(self.mask, unit, actions)

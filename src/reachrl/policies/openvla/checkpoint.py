@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.action_tokens import ActionStats
+from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.openvla import adapters, four_bit
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.merging import merge_into

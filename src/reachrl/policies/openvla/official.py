@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.action_tokens import ActionStats
+from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.openvla import adapters
 from reachrl.policies.openvla.weights import read_json, read_shapes
 

@@ -15,7 +15,8 @@ from reachrl.config.base import Section
 from reachrl.config.marks import Affects, affecting
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.action_tokens import ActionStats, tokens_from_unit, unit_from_tokens
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
 from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode

@@ -1,0 +1,42 @@
+"""Refuses numbers that are not finite wherever trajectories come in."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from reachrl.errors import StorageError
+
+
+def check_finite(values: Float[np.ndarray, "T D"], what: str, where: str, *, first_step: int = 0) -> None:
+    """Refuse an episode in which a number is not finite.
+
+    One such number would turn the statistics of its dimension into NaN, and a NaN becomes a valid token without a
+    word.
+
+    Args:
+        values: one row per step.
+        what: the row's name in the message, such as `action`.
+        where: the file and the episode.
+        first_step: the number of the first row, as the file counts.
+
+    Raises:
+        StorageError: names the first step and dimension.
+    """
+    if np.isfinite(values).all():
+        return
+    step, dimension = np.argwhere(~np.isfinite(values))[0].tolist()
+    raise StorageError(
+        f"{where}, step {first_step + step}: {what} is {values[step, dimension]} in dimension {dimension}; expected "
+        "finite numbers. Mend this episode where it was recorded, or leave it out."
+    )
+
+
+def check_trajectory(actions: np.ndarray, ee_state: np.ndarray, where: Any) -> None:
+    """`check_finite` of an episode's actions f32[T D] and end-effector states f32[T+1 4].
+
+    Raises:
+        StorageError: names the first step and dimension.
+    """
+    check_finite(actions, "action", str(where))
+    check_finite(ee_state, "ee_state (x, y, z, gripper)", str(where))
