@@ -1,10 +1,15 @@
 """From a `kind` in the configuration to the class it names: built-ins, entry points, import strings.
 
 The tables are import strings, so that looking at a configuration imports neither torch nor a simulator.
+
+A name that is read from a stored file (a run's `config.json`, the folder of a policy or of a reward model) may come
+from anybody: it resolves to what is built in or installed, and to what the user has named by a word of their own.
 """
 
 import importlib
-from importlib.metadata import entry_points
+import os
+import sys
+from importlib.metadata import distributions
 from typing import Any
 
 from reachrl.errors import ConfigError, ExtensionError, MissingExtra, ReachRLError
@@ -51,15 +56,70 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 
+# Of this process: import strings, and programs to start, that the user has named.
+_TRUSTED: set[str] = set()
+_search_here = False  # whether what the user names is also looked for where the command runs
+
 _EXTRAS = {"ray": "ray"}  # packages whose absence first shows here, and the extra that brings them
 
 
 def kinds(group: str) -> dict[str, str]:
     """Every known kind of `group` with the import string of its class (built-ins, then entry points)."""
     known = {kind: target for kind, (target, _) in BUILTINS[group].items()}
-    for point in entry_points(group=f"reachrl.{group}"):
-        known.setdefault(point.name, point.value)
+    # What merely lies where the command runs, such as a download, is not installed.
+    here = os.path.realpath(os.curdir)
+    path = [folder for folder in sys.path if os.path.realpath(folder or os.curdir) != here]
+    for distribution in distributions(path=path):
+        for point in distribution.entry_points.select(group=f"reachrl.{group}"):
+            known.setdefault(point.name, point.value)
     return known
+
+
+def search_here() -> None:
+    """Look for plug-ins that the user names also where the command runs, without their being installed."""
+    global _search_here
+    _search_here = True
+
+
+def trust(target: str) -> None:
+    """Take note that the user has named `target`, an import string or a program; stored files may then name it too."""
+    _TRUSTED.add(target)
+    if _search_here and ":" in target:
+        try:
+            here = os.getcwd()
+        except FileNotFoundError:  # deleted meanwhile
+            return
+        if here not in sys.path:
+            sys.path.append(here)
+
+
+def is_trusted(target: str) -> bool:
+    """Whether the user has named `target` in this process."""
+    return target in _TRUSTED
+
+
+def check_stored(group: str, kind: str, *, where: str, remedy: str) -> None:
+    """Refuse a kind that a stored file names, unless it is built in, installed, or named by the user.
+
+    Args:
+        group: such as `reward_models`.
+        kind: as the file has it.
+        where: the file, for the message.
+        remedy: what the user types to name it, for the message.
+
+    Raises:
+        ConfigError: nothing was imported.
+    """
+    if ":" in kind and kind not in kinds(group) and not is_trusted(kind):
+        raise untrusted(kind, where=where, remedy=remedy)
+
+
+def untrusted(target: str, *, where: str, remedy: str) -> ConfigError:
+    """The error for code that only a stored file names."""
+    return ConfigError(
+        f"{where} names {target!r}, which is neither built in nor an installed plug-in. A stored file does not decide "
+        f"what code is run; nothing of it was. If you know this code and trust it, name it yourself: {remedy}."
+    )
 
 
 def _import(target: str, *, group: str, kind: str) -> Any:
@@ -84,6 +144,9 @@ def _import(target: str, *, group: str, kind: str) -> Any:
 def resolve(group: str, kind: str) -> Any:
     """The class that `kind` names: a built-in, an entry point, or an import string `module:Class`.
 
+    The import string is the user's word, see `trust`; one that was read from a stored file goes through `check_stored`
+    first.
+
     Raises:
         ConfigError: no such kind.
         ExtensionError: the plug-in cannot be imported, whatever its module raised.
@@ -93,6 +156,7 @@ def resolve(group: str, kind: str) -> Any:
     if kind in known:
         return _import(known[kind], group=group, kind=kind)
     if ":" in kind:
+        trust(kind)
         return _import(kind, group=group, kind=kind)
     raise ConfigError(
         f"{group}: unknown kind {kind!r}. Known kinds: {', '.join(sorted(known))}; "

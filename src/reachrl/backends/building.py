@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from reachrl import torchrun
+from reachrl.config.named_code import trust_names
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
@@ -48,6 +49,7 @@ def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None 
         CheckpointError: a file is missing, damaged, or of another architecture.
     """
     kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
+    trust_names({"policy": config.policy.model_dump(mode="json")})  # the run's own, also in a process of a cluster
     with torch.device(device_of(config) if device is None else device):
         return resolve("policies", kind).from_pretrained(folder)
 

@@ -1,7 +1,5 @@
 """The `reachrl` command: its subcommands, and errors as one clear message with an exit code."""
 
-import sys
-from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -9,7 +7,7 @@ import typer.core
 from rich.console import Console
 from rich.text import Text
 
-from reachrl import __version__, torchrun
+from reachrl import __version__, registry, torchrun
 from reachrl.cli import config, demos, eval, export, model, plan, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
 from reachrl.errors import ReachRLError
@@ -62,7 +60,7 @@ def version() -> None:
 def main() -> NoReturn:
     """Run the command line; a `ReachRLError` becomes a message on stderr and its own exit code."""
     # A plug-in such as `my_lab.sim:MyEnv` is found beside where the command runs, without being installed.
-    sys.path.append(str(Path.cwd()))
+    registry.search_here()
     try:
         app()
     except ReachRLError as error:

@@ -29,6 +29,14 @@ MostOption = Annotated[int, typer.Option("--max", metavar="N", min=1, help="Epis
 OutcomeOption = Annotated[
     Literal["success", "failure"] | None, typer.Option("--outcome", help="What is known of videos, which do not say.")
 ]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-kind",
+        metavar="MODULE:CLASS",
+        help="Code that the model's folder may name: its kind, or the classes of kind `transformers`; may be repeated.",
+    ),
+]
 
 
 def inspect(
@@ -40,14 +48,18 @@ def inspect(
     camera: CameraOption = None,
     outcome: OutcomeOption = None,
     changes: SetOption = None,
+    trusted: TrustOption = None,
 ) -> None:
     """Score trajectories or videos: curves over the frames, separation, ordering, calibration, false alarms."""
     from reachrl.demos.readers import read_trajectories
     from reachrl.errors import ConfigError
+    from reachrl.registry import trust
     from reachrl.rewards.process.base import load_reward_model
     from reachrl.rewards.process.quality import measure
     from reachrl.run.inspect_page import write_inspect_page
 
+    for target in trusted or []:
+        trust(target)
     folder, sources = find_model(model), paths or [find_audit_set(model)]
     fitted = stored_section(folder.parent / "quality.json", "config")
     config = labelling(changes or [], fitted)

@@ -15,6 +15,7 @@ from reachrl.config.backend import BackendSection
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
 from reachrl.config.marks import Affects, affecting
+from reachrl.config.named_code import check_names, trust_names
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
@@ -50,13 +51,20 @@ def list_presets() -> dict[str, str]:
 def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
     """Resolve a preset (built-in name, TOML file, or a run's `config.json`) and overrides such as `ppo.lr=3e-6`.
 
+    A TOML file and the overrides are the user's word and may name plug-ins and programs; a JSON file is stored data and
+    may not, unless they name the same.
+
     Raises:
         ConfigError: unknown preset, unknown key, wrong type; the message names the key and what was expected.
     """
     data, _ = _layers(preset)
+    typed: dict[str, Any] = {}
     # Kinds first: the options of a section are those of its kind, whatever order they were typed in.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".kind")):
         _apply(data, override)
+        _apply(typed, override)
+    trust_names(typed)
+    check_names(data, where=preset)
     return validate(data, where=preset)
 
 
@@ -135,6 +143,8 @@ def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], d
     base, reasons = data.pop("base", None), _as_section(data.pop("reasons", {}))
     if reasons is None or not all(isinstance(reason, str) for reason in reasons.values()):
         raise ConfigError(f'{preset}: reasons is a table of keys and sentences, such as "ppo.lr" = "why it differs".')
+    if not any(file.endswith(".json") for file in (*above, preset)):
+        trust_names(data)
     if base is None:
         return data, reasons
     if not isinstance(base, str):

@@ -32,6 +32,7 @@ from reachrl.policies.openvla.official import (
 )
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
+from reachrl.registry import is_trusted
 from reachrl.run.atomic import replace_folder_atomic
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,20 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset:
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} describes no policy of this version: {problems_of(error)}"
             ) from error
+        config = _without_foreign_program(config, folder)
     return config.model_copy(update={"checkpoint": given})
+
+
+def _without_foreign_program(config: OpenVLAConfig, folder: Path) -> OpenVLAConfig:
+    """A stored configuration does not say which program decodes, unless the user has named the same."""
+    if config.decoder == "own" or is_trusted(str(config.vllm.python)):
+        return config
+    logger.warning(
+        "%s: policy.vllm.python=%s is not started because a stored file names it: the policy decodes by itself, which "
+        "draws other samples of the same distribution. Type policy.vllm.python=... to have it decode",
+        folder / CONFIG_FILE, config.vllm.python,
+    )  # fmt: skip
+    return config.model_copy(update={"decoder": "own", "vllm": config.vllm.model_copy(update={"python": None})})
 
 
 def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.errors import CheckpointError
-from reachrl.registry import resolve
+from reachrl.registry import check_stored, resolve
 from reachrl.run.atomic import replace_folder_atomic, write_json_atomic
 
 CONFIG_FILE = "config.json"
@@ -150,10 +150,17 @@ def load_reward_model(folder: Path) -> RewardModel:
 
     Raises:
         CheckpointError: no reward model lies there, or it is damaged.
-        ConfigError: its kind is not known here.
+        ConfigError: its kind is not known here, or names code that the user has not named.
     """
     saved = _saved_config(folder)
-    return resolve("reward_models", str(saved["kind"])).read(folder, saved).eval()
+    kind, file = saved["kind"], Path(folder) / CONFIG_FILE
+    check_stored("reward_models", kind, where=f"{file}: kind", remedy=trust_remedy("kind", kind))
+    return resolve("reward_models", kind).read(folder, saved).eval()
+
+
+def trust_remedy(option: str, target: str) -> str:
+    """How a user names code that a reward model's folder asks for."""
+    return f"reward_model.{option}={target} after the preset, or --trust-kind {target} with `reachrl reward inspect`"
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:

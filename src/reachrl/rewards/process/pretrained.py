@@ -1,6 +1,7 @@
 """Folders in the Hugging Face layout: read from safetensors alone, offline, with errors that say what to do."""
 
 import importlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from reachrl.errors import CheckpointError, ConfigError, MissingExtra
+from reachrl.registry import trust
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,11 @@ def read_part(read: Callable[..., Part], folder: Path, **options: Any) -> Part:
 
     Raises:
         MissingExtra: it needs a package that is not installed.
-        CheckpointError: a file is missing, damaged or not what was expected.
+        CheckpointError: a file is missing, damaged or not what was expected, or asks for code of its own.
     """
+    _refuse_kernels(folder)
     try:
-        return read(str(folder), **options)
+        return read(str(folder), local_files_only=True, **options)
     except ImportError as error:
         raise MissingExtra(f"Reading {folder} needs a package that is not installed: {_first_line(error)}") from error
     except torch.OutOfMemoryError:
@@ -71,6 +74,30 @@ def read_part(read: Callable[..., Part], folder: Path, **options: Any) -> Part:
             "in the Hugging Face layout: config.json, safetensors weights, the tokenizer's and the image processor's "
             "files."
         ) from error
+
+
+def _refuse_kernels(folder: Path) -> None:
+    """A configuration may name a repository of the hub whose code computes attention; it is not asked.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever needs the file says what is wrong with it
+    sections: list[Any] = [config] if isinstance(config, dict) else []
+    while sections:
+        section = sections.pop()
+        values = section.items() if isinstance(section, dict) else enumerate(section)
+        for key, value in values:
+            if isinstance(value, dict | list):
+                sections.append(value)
+            if str(key).endswith("_implementation") and "/" in str(value):
+                raise CheckpointError(
+                    f"{folder / 'config.json'}: {key} is {value!r}, code on the hub that a stored file does not get to "
+                    "run. Delete that entry; the installed implementation computes the same."
+                )
 
 
 def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: bool = False) -> nn.Module:
@@ -93,7 +120,7 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
         folder,
         dtype=dtype,
         use_safetensors=True,
-        local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     missing = sorted(found["missing_keys"])
@@ -126,7 +153,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def import_class(target: str, option: str) -> Any:
-    """What an import string `package.module:Class` names.
+    """What an import string `package.module:Class` names; it is the user's word, see `reachrl.registry.trust`.
 
     Args:
         target: the string.
@@ -139,6 +166,7 @@ def import_class(target: str, option: str) -> Any:
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"{option} is {target!r}, expected an import string such as 'transformers:AutoProcessor'.")
+    trust(target)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:

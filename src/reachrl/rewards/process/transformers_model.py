@@ -10,9 +10,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from reachrl.config.named_code import LIBRARY
 from reachrl.config.reward_model import TransformersRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError, ReachRLError
-from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel
+from reachrl.registry import is_trusted, untrusted
+from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel, trust_remedy
 from reachrl.rewards.process.pretrained import check_finite, checkpoint_folder, import_class, read_part, read_weights
 
 FORMAT = "reachrl-transformers-reward-1"
@@ -122,7 +124,7 @@ class TransformersRewardModel(RewardModel):
         model_type = import_class(model_class, "reward_model.model_class")
         return cls(
             read_weights(model_type, folder, dtype=dtype, new_head=new_head),
-            read_part(processor_type.from_pretrained, folder, local_files_only=True),
+            read_part(processor_type.from_pretrained, folder, trust_remote_code=False),
             model_class=model_class,
             processor_class=processor_class,
             **rest,
@@ -206,7 +208,8 @@ class TransformersRewardModel(RewardModel):
 
         Raises:
             CheckpointError: a file is missing or damaged.
-            ConfigError: a class that it names is not installed here.
+            ConfigError: a class that it names is not installed here, or is neither of `transformers` nor named by the
+                user.
         """
         if saved.get("format") != FORMAT:
             raise CheckpointError(f"{folder / CONFIG_FILE} is no {FORMAT} description. {REMEDY}")
@@ -220,6 +223,10 @@ class TransformersRewardModel(RewardModel):
             }
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error!r}. {REMEDY}") from error
+        for option in ("model_class", "processor_class"):
+            target, where = options[option], f"{folder / CONFIG_FILE}: {option}"
+            if not target.startswith(LIBRARY) and not is_trusted(target):
+                raise untrusted(target, where=where, remedy=trust_remedy(option, target))
         model = cls._read_checkpoint(folder / WEIGHTS_FOLDER, dtype="auto", new_head=False, **options)
         check_finite(model, folder, REMEDY)
         return model

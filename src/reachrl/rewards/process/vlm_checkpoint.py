@@ -56,12 +56,12 @@ def read_checkpoint(weights: Path, words: Path, *, dtype: str | torch.dtype) -> 
             "another model with a score or class logits use kind 'transformers'."
         )
     family = FAMILIES[model_type]
-    tokenizer: Any = read_part(AutoTokenizer.from_pretrained, words, local_files_only=True)
+    tokenizer: Any = read_part(AutoTokenizer.from_pretrained, words, trust_remote_code=False)
     tokenizer.chat_template = own_template(words) or tokenizer.chat_template or family.template
     return VLMCheckpoint(
         vlm=read_weights(AutoModelForImageTextToText, weights, dtype=dtype),
         tokenizer=tokenizer,
-        processor=read_part(family.processor_class().from_pretrained, words, local_files_only=True),
+        processor=read_part(family.processor_class().from_pretrained, words, trust_remote_code=False),
         family=family,
         fingerprint=fingerprint(weight_files(weights)),
     )
@@ -73,7 +73,7 @@ def read_adapters(place: Path) -> LoraConfig:
     Raises:
         CheckpointError: the file is missing or damaged, or names no checkpoint.
     """
-    adapters = read_part(LoraConfig.from_pretrained, place, local_files_only=True)
+    adapters = read_part(LoraConfig.from_pretrained, place)
     if not isinstance(adapters, LoraConfig) or not adapters.base_model_name_or_path:
         raise CheckpointError(f"{place / 'adapter_config.json'} describes no adapters on a named checkpoint. {REMEDY}")
     return adapters
