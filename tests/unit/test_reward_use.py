@@ -1,5 +1,6 @@
 """How scores become rewards: remembered answers, clips, segments, scaling, clipping, and what a resumed run needs."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from reachrl.rewards.process.scorer import FrameScorer, clip_numbers
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.rewards.running_scale import RunningScale
 from reachrl.rewards.shaping import pay_at_ends
-from reachrl.testing.rewards import check_reward, make_rollout
+from reachrl.testing.rewards import check_borders, check_reward, cut_rollout, make_rollout
+from reachrl.types import Episode, Start
 
 GAMMA = 0.9
 
@@ -212,3 +214,93 @@ def test_a_refitted_model_is_used_from_the_next_rollout_on_and_found_again():
     resumed = ProcessReward(config, gamma=GAMMA, model=versions[0], read_version=lambda version: versions[version])
     resumed.load_state_dict(reward.state_dict())
     np.testing.assert_array_equal(resumed(rollout).total, after)
+
+
+def stepped(reward, rollout, borders):
+    """Process reward of every step, in rollouts that begin at `borders`, resumed from JSON at each of them."""
+    paid, state = [], None
+    for part in cut_rollout(rollout, borders):
+        one = reward()
+        if state is not None:
+            one.load_state_dict(json.loads(json.dumps(state)))
+        paid.append(one(part).parts["process"])
+        state = one.state_dict()
+    return np.concatenate(paid)
+
+
+@pytest.mark.parametrize("pay", ["steps", "segments"])
+@pytest.mark.parametrize(("num_frames", "frame_stride"), [(1, 1), (2, 1), (3, 2)])
+def test_a_potential_telescopes_over_rollout_borders(num_frames, frame_stride, pay):
+    config = ProcessRewardConfig(weight=1.0, pay=pay)
+    model = small_model(num_frames=num_frames, frame_stride=frame_stride)
+    rollout = make_rollout(14, 3, seed=5)
+    check_borders(lambda: ProcessReward(config, gamma=GAMMA, model=model), gamma=GAMMA, rollout=rollout)
+
+
+@pytest.mark.parametrize("mode", ["potential", "sum"])
+def test_every_step_earns_the_same_wherever_rollouts_end(mode):
+    """Also what a clip sees of frames before the border: step by step, not only in sums."""
+    model = small_model(num_frames=3, frame_stride=2)
+    rollout = make_rollout(14, 3, seed=6)
+    config = ProcessRewardConfig(mode=mode, weight=1.0)
+    whole = ProcessReward(config, gamma=GAMMA, model=model)(rollout).parts["process"]
+    for borders in ([3], [5, 6], list(range(1, 14))):
+        cut = stepped(lambda: ProcessReward(config, gamma=GAMMA, model=model), rollout, borders)
+        np.testing.assert_allclose(cut, whole, atol=1e-6, err_msg=str(borders))
+
+
+def running_rollout(num_steps=12, num_envs=2, seed=7):
+    """One long episode in each environment, which the last step truncates."""
+    rollout, never = make_rollout(num_steps, num_envs, seed=seed), np.zeros((num_steps, num_envs), bool)
+    last = never.copy()
+    last[-1] = True
+    return replace(
+        rollout, terminated=never, success=never, truncated=last, valid=~never,
+        final_rows=np.array([[num_steps - 1, n] for n in range(num_envs)]),
+        final_images=rollout.last_observation.images,
+        episodes=tuple(
+            Episode(start=Start("reach", "train", n), success=False, num_steps=num_steps, env=n)
+            for n in range(num_envs)
+        ),
+    )  # fmt: skip
+
+
+def test_a_refit_in_mid_episode_keeps_the_potential_that_was_paid():
+    rollout, models = running_rollout(), [small_model(0, num_frames=2), small_model(1, num_frames=2)]
+    first, second = cut_rollout(rollout, [5])
+    reward = ProcessReward(
+        ProcessRewardConfig(weight=1.0), gamma=GAMMA, model=models[0], refit=lambda *_: (models[1], {})
+    )
+    paid = [reward(first).parts["process"]]
+    reward.adapt(first, iteration=0)
+    paid.append(reward(second).parts["process"])
+    for n in range(2):
+        frames = np.stack([rollout.images[0, n]] * 2), np.stack([rollout.images[-1, n], rollout.final_images[n]])
+        begin, end = (m.score(f[None], ["reach the goal"])[0] for m, f in zip(models, frames, strict=True))
+        earned = GAMMA ** np.arange(12) @ np.concatenate(paid)[:, n]
+        assert earned == pytest.approx(GAMMA**12 * end - begin, abs=1e-5)
+
+
+def test_a_running_scale_never_changes_within_an_episode():
+    rollout, model = running_rollout(), small_model()
+    plain = ProcessReward(ProcessRewardConfig(weight=1.0), gamma=GAMMA, model=model)(rollout).parts["process"]
+    config = ProcessRewardConfig(weight=1.0, normalise=True)
+    scaled = stepped(lambda: ProcessReward(config, gamma=GAMMA, model=model), rollout, [4, 9])
+    np.testing.assert_allclose(scaled, plain / plain[:4].std(dtype=np.float64), rtol=1e-5)
+    earned, unscaled = (GAMMA ** np.arange(12) @ paid for paid in (scaled, plain))
+    np.testing.assert_allclose(earned, unscaled / plain[:4].std(dtype=np.float64), rtol=1e-4)
+
+
+def test_a_rollout_of_other_episodes_is_scored_afresh():
+    model = small_model(num_frames=2)
+    reward = ProcessReward(ProcessRewardConfig(weight=1.0), gamma=GAMMA, model=model)
+    first, second = cut_rollout(running_rollout(), [5])
+    other = running_rollout(seed=8)
+    expected = ProcessReward(ProcessRewardConfig(weight=1.0), gamma=GAMMA, model=model)(other).total
+    reward(first)
+    state = reward.state_dict()
+    np.testing.assert_array_equal(reward(other).total, expected)
+    reward.load_state_dict(state)
+    np.testing.assert_array_equal(
+        np.concatenate([reward(second).total]), stepped(lambda: reward, running_rollout(), [5])[5:]
+    )

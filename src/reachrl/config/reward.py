@@ -30,7 +30,8 @@ class ProcessRewardConfig(Section):
     good-looking states). `potential` adds `gamma * score(next) - score(now)`, which cannot change the best policy."""
 
     pay: Annotated[Literal["steps", "segments"], Affects.TRAINING] = "steps"
-    """When process reward is paid: after each decision, or at the last one of each gripper segment and episode."""
+    """When process reward is paid: after each decision, or at the last one of each gripper segment and episode.
+    The last decision of a rollout ends a segment too; potentials add up to the same whatever is cut where."""
 
     gripper_change: Annotated[float, Affects.TRAINING] = Field(default=0.15, gt=0, le=1)
     """Smallest change of gripper opening that ends a segment (`pay=segments`)."""
@@ -39,7 +40,8 @@ class ProcessRewardConfig(Section):
     """Decisions a new gripper state must last to count (`pay=segments`)."""
 
     normalise: Annotated[bool, Affects.TRAINING] = False
-    """Divide the process reward by its running standard deviation before it is weighted."""
+    """Divide the process reward by its running standard deviation before it is weighted; an episode keeps the number
+    that was in force in the rollout in which it began."""
 
     clip: Annotated[float | None, Affects.FUTURE] = Field(default=None, gt=0)
     """Largest size of one step's process reward before it is weighted; a clipped potential may change the best

@@ -13,8 +13,12 @@ class Reward(ABC):
     reward does not depend on which other environments were collected beside it.
     `reachrl.testing.rewards.check_reward` proves all of it for any implementation.
 
+    Episodes run on from one rollout into the next. Rollouts are scored in the order of their collection, so a reward
+    may keep what it needs of an episode's beginning, in its state too; `check_borders` proves of a potential that it
+    telescopes over the borders.
+
     A reward that changes over a run, because it learns or normalises, keeps what it needs to continue in its
-    state; for one that does not, the methods below are right as they are.
+    state; for one that does neither, the methods below are right as they are.
     """
 
     @abstractmethod

@@ -1,11 +1,15 @@
 """What every reward must satisfy, and a made-up rollout to try it on."""
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from reachrl.errors import ExtensionError
 from reachrl.rewards.base import Reward
+from reachrl.rewards.episodes import episode_parts
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
 _PER_STEP = (
@@ -109,6 +113,81 @@ def _check_order(reward: Reward, rollout: Rollout, rewards: Rewards) -> None:
     permuted = reward(permute_envs(rollout, order)).total
     if not np.allclose(permuted, rewards.total[:, order], atol=1e-5):
         raise ExtensionError(f"{type(reward).__name__}: a row's reward depends on the order of the environments.")
+
+
+def cut_rollout(rollout: Rollout, borders: Sequence[int]) -> list[Rollout]:
+    """The same steps as several rollouts in a row, as a collector with a smaller `num_steps` would bring them.
+
+    Args:
+        rollout: T steps.
+        borders: ascending rows in 1..T-1 at which a new rollout begins.
+    """
+    parts: list[Rollout] = []
+    for first, end in pairwise([0, *borders, len(rollout.valid)]):
+        rows = slice(first, end)
+        inside = (rollout.final_rows[:, 0] >= first) & (rollout.final_rows[:, 0] < end)
+        last = rollout.last_observation
+        if end < len(rollout.valid):
+            last = Observation(images=rollout.images[end], instructions=rollout.instructions[end])
+        parts.append(
+            replace(
+                rollout,
+                **{name: getattr(rollout, name)[rows] for name in _PER_STEP},
+                instructions=rollout.instructions[rows],
+                last_observation=last,
+                final_images=rollout.final_images[inside],
+                final_rows=rollout.final_rows[inside] - np.array([first, 0]),
+                episodes=tuple(each for each, kept in zip(rollout.episodes, inside, strict=True) if kept),
+            )
+        )
+    return parts
+
+
+def check_borders(
+    make: Callable[[], Reward], *, gamma: float, rollout: Rollout | None = None, tolerance: float = 1e-5
+) -> None:
+    """Prove that what an episode earns does not depend on where rollouts end, nor on a resume at a border.
+
+    It holds for sparse rewards and for potentials: their discounted sum over an episode is a difference of the last
+    and the first potential.
+
+    Args:
+        make: a new reward, with the same weights each time.
+        gamma: the discount of the sum.
+        rollout: a made-up one by default.
+        tolerance: of the sums.
+
+    Raises:
+        ExtensionError: the border, the environment and the two sums.
+    """
+    rollout = rollout or make_rollout(12, 4)
+    name, num_steps = type(make()).__name__, len(rollout.valid)
+    expected = _episode_sums(rollout, make()(rollout).total, gamma)
+    cuts = [(border,) for border in range(1, num_steps)] + [tuple(range(1, num_steps))]
+    for borders in cuts:
+        totals, state = [], None
+        for part in cut_rollout(rollout, borders):
+            reward = make()
+            if state is not None:
+                reward.load_state_dict(state)
+            totals.append(reward(part).total)
+            state = json.loads(json.dumps(reward.state_dict()))
+        found = _episode_sums(rollout, np.concatenate(totals), gamma)
+        for where, earned in expected.items():
+            if abs(found[where] - earned) > tolerance:
+                raise ExtensionError(
+                    f"{name}: with rollouts that end before the rows {list(borders)}, the episode that begins at "
+                    f"(t, n) = {where} earns {found[where]:g}, without {earned:g}; carry over what the reward needs of "
+                    "the rollout before, in its state too."
+                )
+
+
+def _episode_sums(rollout: Rollout, total: np.ndarray, gamma: float) -> dict[tuple[int, int], float]:
+    """{(first row, environment): discounted sum of rewards} of each stretch of valid steps of one episode."""
+    return {
+        (first, n): float(gamma ** np.arange(last + 1 - first) @ total[first : last + 1, n].astype(np.float64))
+        for first, last, n in episode_parts(rollout)
+    }
 
 
 class ShuffledReward(Reward):

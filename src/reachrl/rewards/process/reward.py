@@ -10,8 +10,9 @@ from jaxtyping import Float32, Int64
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.errors import ConfigError
 from reachrl.rewards.base import Reward
-from reachrl.rewards.episodes import episode_parts, frame_numbers
+from reachrl.rewards.episodes import episode_parts, first_rows, frame_numbers
 from reachrl.rewards.process.base import RewardModel, load_reward_model
+from reachrl.rewards.process.carried import Carried, carry
 from reachrl.rewards.process.scorer import FrameScorer, FrameScoring
 from reachrl.rewards.process.segment import gripper_cuts
 from reachrl.rewards.running_scale import RunningScale
@@ -25,6 +26,9 @@ Refit = Callable[[Rollout, int, RewardModel], tuple[RewardModel, dict[str, float
 
 class ProcessReward(Reward):
     """Dense reward from a fitted reward model.
+
+    Rollouts are scored in the order in which they were collected: what an episode needs of the rollout before (see
+    `Carried`) is kept from call to call and in the state.
 
     Args:
         config: weight, mode, and what is done to the scores.
@@ -64,6 +68,7 @@ class ProcessReward(Reward):
         self.version = 0  # of the model; each refit adds one
         self._refit, self._read_version, self._scoring = refit, read_version, scoring
         self._scale = RunningScale()
+        self._carried: Carried | None = None
         self._scorer: FrameScorer | None = None
         if model is not None:
             self._use(model)
@@ -79,11 +84,19 @@ class ProcessReward(Reward):
         if self.config.weight == 0:
             return Rewards(total=task, parts={"task": task, "process": np.zeros_like(task)})
         now, after = frame_numbers(rollout)
-        scores = self._scores(rollout, now, after)
-        process = self._paid(rollout, scores[now], scores[after])
+        carried = self._continued(rollout)
+        scores = self._scores(rollout, now, after, carried)
+        before = scores[now]
+        before[0] = np.where(carried.running, carried.scores, before[0])
+        process = self._paid(rollout, before, scores[after])
+        scales = np.ones(process.shape)
         if self.config.normalise:
             self._scale.update(process[rollout.valid])
-            process = process / np.float32(self._scale.deviation)
+            # An episode keeps the number that was in force in the rollout in which it began.
+            kept = (first_rows(rollout)[:-1] == 0) & carried.running
+            scales = np.where(kept, carried.scales, self._scale.deviation)
+            process = process / scales.astype(np.float32)
+        self._carried = carry(rollout, carried, scores=scores[after[-1]], scales=scales[-1])
         if self.config.clip is not None:
             process = np.clip(process, -np.float32(self.config.clip), np.float32(self.config.clip))
         process = np.where(rollout.valid, np.float32(self.config.weight) * process, np.float32(0))
@@ -103,12 +116,15 @@ class ProcessReward(Reward):
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """The model's version and the running scale."""
-        return {"version": self.version, "scale": self._scale.state_dict()}
+        """The model's version, the running scale, and what the running episodes need."""
+        carried = None if self._carried is None else self._carried.state_dict()
+        return {"version": self.version, "scale": self._scale.state_dict(), "carried": carried}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the same version and scale."""
+        """Go on with the same version, scale and running episodes."""
         self._scale.load_state_dict(state["scale"])
+        carried = state.get("carried")  # absent where an earlier version wrote the state
+        self._carried = None if carried is None else Carried.from_state(carried)
         if state["version"] != self.version:
             assert self._read_version is not None, "a state with a refitted model comes from a run that refits"
             self._use(self._read_version(state["version"]))
@@ -119,14 +135,20 @@ class ProcessReward(Reward):
             model = model.to(torch.device(self.config.device))
         self._scorer = FrameScorer(model.eval(), batch_size=self.config.score_batch, scoring=self._scoring)
 
+    def _continued(self, rollout: Rollout) -> Carried:
+        assert self._scorer is not None, "frames are scored only where the weight is above 0"
+        if self._carried is None:
+            return Carried.nothing(rollout, self._scorer.reach)
+        return self._carried.into(rollout, self._scorer.reach)
+
     def _scores(
-        self, rollout: Rollout, now: Int64[np.ndarray, "T N"], after: Int64[np.ndarray, "T N"]
+        self, rollout: Rollout, now: Int64[np.ndarray, "T N"], after: Int64[np.ndarray, "T N"], carried: Carried
     ) -> Float32[np.ndarray, "F"]:
         assert self._scorer is not None, "frames are scored only where the weight is above 0"
         wanted = [after[rollout.valid]]
         if self.config.mode == "potential":
             wanted.append(now[rollout.valid])
-        return self._scorer.scores(rollout, np.unique(np.concatenate(wanted)))
+        return self._scorer.scores(rollout, np.unique(np.concatenate(wanted)), carried)
 
     def _paid(
         self, rollout: Rollout, before: Float32[np.ndarray, "T N"], after: Float32[np.ndarray, "T N"]

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from reachrl.rewards.episodes import first_rows
 from reachrl.rewards.process.base import RewardModel
+from reachrl.rewards.process.carried import Carried
 from reachrl.run.spans import Span
 from reachrl.types import Rollout
 
@@ -58,22 +59,30 @@ class FrameScorer:
         self.num_scored = 0  # clips that went through the model
         self._known: OrderedDict[bytes, float] = OrderedDict()
 
-    def scores(self, rollout: Rollout, wanted: Int64[np.ndarray, "K"]) -> Float32[np.ndarray, "F"]:
-        """P(progress) by frame number (see `frame_numbers`); frames that are not wanted keep 0.
+    @property
+    def reach(self) -> int:
+        """How many frames before the newest one a clip begins."""
+        return (self.model.num_frames - 1) * self.model.frame_stride
 
-        With a model that looks at several frames, those before the rollout's first row are unknown, and the first
-        row's stands in for them.
+    def scores(
+        self, rollout: Rollout, wanted: Int64[np.ndarray, "K"], before: Carried | None = None
+    ) -> Float32[np.ndarray, "F"]:
+        """P(progress) by frame number (see `frame_numbers`); frames that are not wanted keep 0.
 
         Args:
             rollout: where the frames are.
             wanted: numbers of the frames to score, each once.
+            before: holds the `reach` frames before the rollout's first row; None: every first row begins an episode.
         """
-        frames = _Frames(rollout)
+        before = before or Carried.nothing(rollout, self.reach)
+        frames = _Frames(rollout, before.frames)
         scores = np.zeros(len(frames), dtype=np.float32)
-        history = clip_numbers(rollout, num_frames=self.model.num_frames, frame_stride=self.model.frame_stride)
+        numbers = clip_numbers(
+            rollout, before.known, num_frames=self.model.num_frames, frame_stride=self.model.frame_stride
+        )
         for start in range(0, len(wanted), self._at_once):  # the frames of a rollout are never copied all together
             rows = wanted[start : start + self._at_once]
-            clips = frames.images(history[rows])
+            clips = frames.images(numbers[rows])
             scores[rows] = self._score(clips, [frames.instruction(row) for row in rows.tolist()])
         return scores
 
@@ -94,17 +103,18 @@ class FrameScorer:
 
 
 class _Frames:
-    """A rollout's frames under one numbering, without copying them together."""
+    """A rollout's frames, and after them those before it, under one numbering, without copying them together."""
 
-    def __init__(self, rollout: Rollout) -> None:
+    def __init__(self, rollout: Rollout, before: UInt8[np.ndarray, "K N H W 3"]) -> None:
         self._rollout = rollout
         num_steps, num_envs = rollout.valid.shape
         running = rollout.images.reshape(num_steps * num_envs, *rollout.images.shape[2:])
-        self._banks = (running, rollout.last_observation.images, rollout.final_images)
+        earlier = before.reshape(-1, *rollout.images.shape[2:])
+        self._banks = (running, rollout.last_observation.images, rollout.final_images, earlier)
         self._offsets = np.cumsum([0, *(len(bank) for bank in self._banks)])
 
     def __len__(self) -> int:
-        return int(self._offsets[-1])
+        return int(self._offsets[-2])
 
     def images(self, numbers: Int64[np.ndarray, "B F"]) -> UInt8[np.ndarray, "B F H W 3"]:
         """The frames of clips."""
@@ -116,7 +126,7 @@ class _Frames:
 
     def instruction(self, number: int) -> str:
         """What was asked for when a frame was seen."""
-        rollout, (_, last, final, _) = self._rollout, self._offsets
+        rollout, (_, last, final, *_) = self._rollout, self._offsets
         num_envs = rollout.valid.shape[1]
         if number < last:
             return rollout.instructions[number // num_envs][number % num_envs]
@@ -126,16 +136,36 @@ class _Frames:
         return rollout.instructions[t][n]
 
 
-def clip_numbers(rollout: Rollout, *, num_frames: int, frame_stride: int) -> Int64[np.ndarray, "F C"]:
-    """Which frames each frame's clip of C = `num_frames` consists of, oldest first, by frame number."""
+def clip_numbers(
+    rollout: Rollout, known: Int64[np.ndarray, "N"] | None = None, *, num_frames: int, frame_stride: int
+) -> Int64[np.ndarray, "F C"]:
+    """Which frames each frame's clip of C = `num_frames` consists of, oldest first, by frame number.
+
+    Frames from before the rollout are numbered after its own, the earliest first; an episode's first frame stands in
+    for earlier ones.
+
+    Args:
+        rollout: where the frames are.
+        known: how many frames before the first row belong to that row's episode; None: no such frame.
+        num_frames: of a clip.
+        frame_stride: decisions between two of them.
+    """
     num_steps, num_envs = rollout.valid.shape
+    known = np.zeros(num_envs, np.int64) if known is None else known
     starts = first_rows(rollout)
     back = np.arange(num_frames - 1, -1, -1) * frame_stride
     t, n = np.divmod(np.arange((num_steps + 1) * num_envs), num_envs)
-    running = np.maximum(t[:, None] - back, starts[t, n][:, None]) * num_envs + n[:, None]
+    after_all = (num_steps + 1) * num_envs + len(rollout.final_rows)
+
+    def numbered(rows: Int64[np.ndarray, "R C"], t: Int64[np.ndarray, "R"], n: Int64[np.ndarray, "R"]) -> np.ndarray:
+        first = np.where(starts[t, n] == 0, -known[n], starts[t, n])
+        rows = np.maximum(rows, first[:, None])
+        # Row -1 is the last of the frames before the rollout.
+        return np.where(rows < 0, after_all + (back[0] + rows) * num_envs, rows * num_envs) + n[:, None]
+
+    running = numbered(t[:, None] - back, t, n)
     t, n = rollout.final_rows.T
-    final = np.maximum(t[:, None] + 1 - back, starts[t, n][:, None]) * num_envs + n[:, None]
     # The final frame itself is no row of `images`; what lies before it is.
     own = (num_steps + 1) * num_envs + np.arange(len(t))
-    final = np.where(back == 0, own[:, None], final)
+    final = np.where(back == 0, own[:, None], numbered(t[:, None] + 1 - back, t, n))
     return np.concatenate([running, final])
