@@ -1,11 +1,13 @@
 """A small OpenVLA with one tower and three layers, its adapters, and what several tests ask of it."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model
+from transformers import PretrainedConfig, PreTrainedModel
 
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.weights import PackedWeights
@@ -53,21 +55,42 @@ def adapted(base: Path, seed: int | None = 1, **changes: object) -> OpenVLAPolic
     return policy
 
 
-def foreign(base: Path, folder: Path, **config: object) -> Path:
-    """What another tool writes: peft's two files, here for the head and the patch embedding as well."""
+class Official(PreTrainedModel):
+    """A policy's modules as the official model of `transformers` holds them: peft treats its head by what it is."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(PretrainedConfig())
+        policy = OpenVLAPolicy.from_pretrained(base)
+        self.vision_backbone, self.projector = policy.vision_backbone, policy.projector
+        self.language_model = policy.language_model
+        self.name_or_path = str(base)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.language_model.lm_head
+
+
+def foreign(base: Path, folder: Path, *, written: dict[str, object] | None = None, **patched: object) -> Path:
+    """What another tool writes by peft: adapters of a layer, of the head and of the patch embedding.
+
+    Peft adds the head's own weight to the file. `written` are options of peft; `patched` changes its file afterwards.
+    """
     torch.manual_seed(3)
-    state = load_file(base / "model.safetensors")
-    folder.mkdir()
-    chosen = ("language_model.model.layers.1.mlp.up_proj", "language_model.lm_head")
-    chosen += ("vision_backbone.featurizer.patch_embed.proj",)
-    stored = {}
-    for name in chosen:
-        shape = state[f"{name}.weight"].shape
-        stored[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, *shape[1:])
-        stored[f"base_model.model.{name}.lora_B.weight"] = torch.randn(shape[0], 2, *(1 for _ in shape[2:])) * 0.1
-    save_file(stored, folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps({**content, **config}))
+    targets = ["layers.1.mlp.up_proj", "lm_head", "patch_embed.proj"]
+    config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": targets, **(written or {})})  # pyright: ignore
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(Official(base), config)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter, std=1.0 if ".lora_A" in name else 0.1)
+        model.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | patched))
     return folder
 
 

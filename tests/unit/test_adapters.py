@@ -13,7 +13,7 @@ from small_policy import adapted, assert_apart, foreign, inputs, scores, small
 
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
-from reachrl.policies.openvla.export import export_merged
+from reachrl.policies.openvla.export import export_adapter, export_merged
 from reachrl.policies.openvla.merging import merged
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -160,7 +160,7 @@ def test_adapters_of_another_tool_are_folded_in_head_and_convolution_included(ba
         assert torch.allclose(policy.state_dict()[f"{name}.weight"].double(), expected, atol=1e-5)
     with pytest.raises(CheckpointError, match="fold them in first"):
         OpenVLAPolicy(small(checkpoint=folder, lora={"rank": 2}))
-    rooted = foreign(base, tmp_path / "rooted", use_rslora=True)  # alpha / sqrt(rank)
+    rooted = foreign(base, tmp_path / "rooted", written={"use_rslora": True})  # alpha / sqrt(rank)
     name = "language_model.model.layers.1.mlp.up_proj"
     a, b = (stored[f"base_model.model.{name}.lora_{k}.weight"] for k in "AB")
     there = OpenVLAPolicy.from_pretrained(rooted).state_dict()[f"{name}.weight"]
@@ -198,11 +198,17 @@ def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
         ({"r": 0}, "r = 0 and"),
         ({"r": None}, "r = None and"),
         ({"lora_alpha": None}, "lora_alpha = None"),
+        ({"lora_alpha": 0}, "lora_alpha = 0; .* both above 0"),
+        ({"lora_alpha": -4.0}, "lora_alpha = -4.0"),
+        ({"lora_alpha": True}, "lora_alpha = True"),
     ],
 )
 def test_adapters_we_cannot_fold_in_are_refused(base: Path, tmp_path: Path, change: dict, message: str) -> None:
+    folder = foreign(base, tmp_path / "foreign", **change)
     with pytest.raises(CheckpointError, match=message):
-        OpenVLAPolicy.from_pretrained(foreign(base, tmp_path / "foreign", **change))
+        OpenVLAPolicy.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=message):
+        export_merged(folder, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ def test_adapters_we_cannot_fold_in_are_refused(base: Path, tmp_path: Path, chan
         (f"{UP}.lora_B.weight", None, "one matrix alone for .*up_proj"),
         (None, f"{UP}.lora_B.bias", "lora_B.bias"),
         (None, "base_model.model.language_model.model.embed_tokens.lora_embedding_A", "lora_embedding_A"),
-        (None, f"{UP}.lora_A.weight".removeprefix("base_model.model."), "a second time"),
+        (None, f"{UP}.lora_A.weight".removeprefix("base_model.model."), "twice"),
         ("", None, "no LoRA matrices"),
     ],
 )
@@ -246,6 +252,85 @@ def test_adapters_that_do_not_fit_their_weight_are_refused(
         OpenVLAPolicy.from_pretrained(tmp_path / "foreign")
     with pytest.raises(CheckpointError, match="does not fit the weight of its base"):
         export_merged(tmp_path / "foreign", tmp_path / "merged")
+
+
+HEAD = "base_model.model.language_model.lm_head.base_layer.weight"
+WORDS = "base_model.model.language_model.model.embed_tokens.weight"
+
+
+def test_copies_of_the_base_beside_the_matrices_are_accepted_and_others_refused(base: Path, tmp_path: Path) -> None:
+    """Peft stores the frozen head under its adapter, and the embedding where it is told to."""
+    path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
+    stored, whole = load_file(path), load_file(base / "model.safetensors")
+    assert [key for key in stored if ".lora_" not in key] == [HEAD]
+    words = whole["language_model.model.embed_tokens.weight"]
+    save_file({**stored, HEAD: stored[HEAD].bfloat16(), WORDS: words}, path)  # trained, and saved, in 16 bits
+    merged_in = OpenVLAPolicy.from_pretrained(tmp_path / "foreign").state_dict()
+    a, b = (stored[f"base_model.model.language_model.lm_head.lora_{k}.weight"] for k in "AB")
+    head = whole["language_model.lm_head.weight"] + 2.0 * b @ a
+    assert torch.allclose(merged_in["language_model.lm_head.weight"], head, atol=1e-5)
+    assert torch.equal(merged_in["language_model.model.embed_tokens.weight"], words)
+    for key, name in ((HEAD, "lm_head"), (WORDS, "embed_tokens")):
+        changed = {HEAD: stored[HEAD], WORDS: words.clone()}[key].clone()
+        changed[3, 3] += 1e-3
+        save_file({**stored, key: changed}, path)
+        for look in (OpenVLAPolicy.from_pretrained, lambda folder: export_merged(folder, tmp_path / "merged")):
+            with pytest.raises(CheckpointError, match=rf"{name}\.weight with other numbers than the base"):
+                look(tmp_path / "foreign")
+    save_file({**stored, "base_model.model.language_model.other.weight": words}, path)
+    with pytest.raises(CheckpointError, match=r"unknown tensors language_model\.other\.weight"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "foreign")
+
+
+def test_adapters_that_change_nothing_are_refused(base: Path, tmp_path: Path) -> None:
+    """They would pass for trained ones under their name; ours may, where only a critic was trained."""
+    path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
+    save_file({k: v * (".lora_B." not in k) for k, v in load_file(path).items() if ".lora_" in k}, path)
+    for look in (OpenVLAPolicy.from_pretrained, lambda folder: export_merged(folder, tmp_path / "merged")):
+        with pytest.raises(CheckpointError, match="adapters that change nothing"):
+            look(tmp_path / "foreign")
+    adapted(base, seed=None).save_pretrained(tmp_path / "ours")
+    whole = OpenVLAPolicy(small(checkpoint=tmp_path / "ours"))
+    assert torch.equal(scores(whole), scores(OpenVLAPolicy.from_pretrained(base)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "message"),
+    [
+        ({"lora_alpha": 0}, ".", "lora_alpha = 0; expected"),
+        ({"lora_alpha": 12.0}, ".", "lora_alpha = 12.0 there, 6.0 by config.json"),
+        ({"r": 4}, ".", "r = 4 there, 3 by config.json"),
+        ({"use_rslora": True}, ".", "use_rslora = True there"),
+        ({"target_modules": ["q_proj"]}, ".", r"target_modules = \['q_proj'\] there"),
+        ({"target_modules": "all-linear"}, ".", "target_modules = 'all-linear' there"),
+        ({"use_dora": True}, ".", "use_dora"),
+        ({"lora_alpha": 12.0}, "critic", "critic/adapter_config.json and .* lora_alpha = 12.0 there"),
+    ],
+)
+def test_a_folder_whose_two_configurations_disagree_is_refused(
+    base: Path, tmp_path: Path, changes: dict, where: str, message: str
+) -> None:
+    """It would act by one of them and be exported by the other."""
+    folder, policy = tmp_path / "policy", adapted(base, critic="adapter")
+    policy.save_pretrained(folder)
+    path = folder / where / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for look in (
+        OpenVLAPolicy.from_pretrained,
+        policy.restore,
+        lambda folder: OpenVLAPolicy(small(checkpoint=folder)),
+        lambda folder: export_merged(folder, tmp_path / "merged"),
+        lambda folder: export_adapter(folder, tmp_path / "alone"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            look(folder)
+
+
+def test_adapters_beside_a_configuration_without_are_refused(base: Path, tmp_path: Path) -> None:
+    adapted(base).save_pretrained(tmp_path / "policy")
+    shutil.copyfile(base / "config.json", tmp_path / "policy" / "config.json")
+    with pytest.raises(CheckpointError, match="describes a policy without"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "policy")
 
 
 def test_adapters_on_adapters_are_refused(base: Path, tmp_path: Path) -> None:

@@ -127,8 +127,6 @@ def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: P
         export.export_merged(base, tmp_path / "merged")
     with pytest.raises(ConfigError, match="exists already"):
         export.export_merged(trained, trained)
-    path = trained / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 12.0}))
     stored = load_file(trained / "adapter_model.safetensors")
     stored["base_model.model.language_model.other.lora_A.weight"] = torch.zeros(3, 4)
     stored["base_model.model.language_model.other.lora_B.weight"] = torch.zeros(4, 3)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from official_folder import DATA, read, to_native, write_official
 from safetensors.numpy import load_file, save_file
+from small_policy import foreign
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -98,17 +99,21 @@ def test_info_of_our_own_folder(model, tmp_path: Path) -> None:
     assert f"cache of one row of {4 + 16 + 3} positions" in found
 
 
-def test_info_of_adapters_shows_them_and_their_base(model, folder: Path, tmp_path: Path) -> None:
-    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
-    matrices = {f"base_model.model.x.lora_{name}.weight": np.zeros((4, 32), np.float32) for name in "AB"}
-    save_file(matrices, tmp_path / "adapter_model.safetensors")
-    for base, shown in ((str(folder), True), ("openvla/openvla-7b", False)):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": base}))
-        code, out, _ = model("info", tmp_path)
+def test_info_of_adapters_shows_them_and_their_base(model, folder: Path, base: Path, tmp_path: Path) -> None:
+    adapter = foreign(base, tmp_path / "adapter", written={"target_modules": ["v_proj", "q_proj"], "r": 4})
+    path = adapter / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    for name, shown in ((str(folder), True), ("openvla/openvla-7b", False)):
+        path.write_text(json.dumps({**raw, "base_model_name_or_path": name}))
+        code, out, _ = model("info", adapter)
         found = rows(out)
-        assert code == 0 and "LoRA" in out and found["weights"] == "256" and found["rank, alpha"] == "4, 8"
-        assert found["adapted"] == "q_proj, v_proj" and Path(base).name in out.replace("\n", "")
+        assert code == 0 and "LoRA" in out and found["weights"] == f"{3 * 2 * 4 * (32 + 32):,}"
+        assert found["rank, alpha"] == "4, 4"
+        assert found["adapted"] == "q_proj, v_proj" and Path(name).name in out.replace("\n", "")
         assert ("2,265,642" in out) == shown
+    path.write_text(json.dumps({**raw, "lora_alpha": 0}))
+    code, _, err = model("info", adapter)
+    assert code == 6 and "lora_alpha = 0" in err
 
 
 def test_info_says_what_is_no_checkpoint(model, tmp_path: Path) -> None:

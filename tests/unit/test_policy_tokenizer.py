@@ -1,6 +1,9 @@
 """The prompt format and the built-in vocabulary."""
 
+import json
+
 import pytest
+from tokenizers import Tokenizer, models, normalizers
 
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
 from reachrl.config.policy import LanguageModelConfig
@@ -70,3 +73,31 @@ def test_a_saved_tokenizer_reads_back(prompts: PromptTokenizer, tmp_path) -> Non
     again = PromptTokenizer.from_file(tmp_path / "tokenizer.json", CONFIG)
     for instruction in [*INSTRUCTIONS.values(), "flurb über"]:
         assert again.prompt_ids(instruction) == prompts.prompt_ids(instruction)
+
+
+def test_state_of_a_call_that_the_file_keeps_never_acts(tmp_path) -> None:
+    """Truncation and padding as `tokenizers` saves them, and BPE's dropout: ids as of the vocabulary alone."""
+    path, text = tmp_path / "tokenizer.json", "push the puck to the goal " * 4
+    for tokenizer in (build_tokenizer(CONFIG), small_bpe(dropout=None)):
+        expected = PromptTokenizer(Tokenizer.from_str(tokenizer.to_str()), CONFIG).prompt_ids(text)
+        tokenizer.enable_truncation(6)
+        tokenizer.enable_padding(length=90, pad_id=CONFIG.pad_token_id, pad_token="<pad>")
+        tokenizer.save(str(path))
+        assert json.loads(path.read_text())["truncation"]["max_length"] == 6
+        assert len(Tokenizer.from_file(str(path)).encode(text).ids) == 90
+        assert PromptTokenizer.from_file(path, CONFIG).prompt_ids(text) == expected
+        assert PromptTokenizer(tokenizer, CONFIG).prompt_ids(text) == expected
+    small_bpe(dropout=0.5).save(str(path))
+    assert PromptTokenizer.from_file(path, CONFIG).prompt_ids(text) == expected
+
+
+def small_bpe(dropout: float | None) -> Tokenizer:
+    """Letters, and `to` and `the` as pieces of their own."""
+    letters = ["<unk>", "<s>", "▁", *sorted({*"In:WhatactionshouldtherobotaketopushthepucktothegoalOut?", "\n"})]
+    pieces = [*letters, "to", "th", "the"]
+    merges = [("t", "o"), ("t", "h"), ("th", "e")]
+    made = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, dropout=dropout, unk_token="<unk>")
+    )
+    made.normalizer = normalizers.Replace(" ", "▁")
+    return made

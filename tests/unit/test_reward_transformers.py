@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     ViltConfig,
     ViltForQuestionAnswering,
@@ -148,6 +149,24 @@ def test_text_and_frames_together_whatever_the_batch(vilt):
     same = np.repeat(frames(1), 2, axis=0)
     a, b = model.score(same, ["reach", "open"], batch_size=2)
     assert abs(a - b) > 1e-6
+
+
+def test_truncation_and_padding_kept_in_the_tokenizers_file_change_nothing(vilt, tmp_path):
+    """A processor takes `max_length` and the like for defaults when it finds them in a tokenizer's files."""
+    folder = shutil.copytree(vilt, tmp_path / "vilt")
+    words = AutoTokenizer.from_pretrained(folder)
+    words._tokenizer.enable_truncation(3)
+    words._tokenizer.enable_padding(length=9)
+    words.init_kwargs |= {"truncation": True, "max_length": 3, "padding": "max_length"}
+    words.save_pretrained(folder)
+    texts = ["open the door", "reach", "open", "reach"]
+    plain, model = build_vilt(vilt), build_vilt(folder)
+    found, expected = model._inputs(frames(4), texts), plain._inputs(frames(4), texts)
+    assert found.keys() == expected.keys() and found["input_ids"].shape == (4, 8)
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    with torch.no_grad():  # the model shuffles its patches, so that sums differ by rounding
+        logits = [each.logits(frames(4)[:, None], texts) for each in (model, plain)]
+    torch.testing.assert_close(*logits)
 
 
 def test_the_contract_of_reward_models_is_kept(vilt, tmp_path):

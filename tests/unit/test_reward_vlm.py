@@ -12,6 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlm import KINDS, tokenizer, write_checkpoint
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -63,6 +64,18 @@ def clips(num, frames=1, size=40):
 
 
 # --- what is computed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncation_and_padding_kept_in_the_tokenizers_file_change_nothing(folders, kind, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words.enable_truncation(20)
+    words.enable_padding(length=500)
+    words.save(str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        expected, found = (build(place).logits(clips(len(TEXTS)), TEXTS) for place in (folders[kind], folder))
+    assert torch.equal(found, expected)
 
 
 def chat(kind, text, answer, num_frames=1):

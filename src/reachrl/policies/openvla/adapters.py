@@ -2,13 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,6 @@ from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.llama import Contexts
 from reachrl.policies.openvla.hub import locate
-from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
 from reachrl.run.fingerprint import fingerprint, is_of
 
@@ -26,6 +24,7 @@ ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CRITIC_FOLDER = "critic"
+VALUE_FILE = "value_head.safetensors"  # beside adapters of ours; other tools have none
 _BASE_FILE = "base.json"
 PREFIX = "base_model.model."
 _TARGETS = {
@@ -53,8 +52,8 @@ def add_adapters(policy: nn.Module, config: LoRAConfig, *, critic: bool) -> None
     policy.is_loaded_in_4bit = config.base == "nf4"  # pyright: ignore  (peft asks: its class for 4-bit maps)
     with warnings.catch_warnings():  # peft wonders at a second set
         warnings.simplefilter("ignore")
-        for adapter in _sets(critic):
-            inject_adapter_in_model(_peft_config(config, adapter), policy, adapter)
+        for adapter in sets(critic):
+            inject_adapter_in_model(peft_config(config, adapter), policy, adapter)
     for name, parameter in policy.named_parameters():
         adapts = ".lora_" in name
         parameter.requires_grad_(adapts or name.startswith("value_head."))
@@ -62,13 +61,16 @@ def add_adapters(policy: nn.Module, config: LoRAConfig, *, critic: bool) -> None
             parameter.data = parameter.data.float()
     for layer in _layers(policy):
         layer._active_adapter = [ACTOR]
+    policy.train(policy.training)  # the new modules too: dropout must not act in a policy that is not being trained
 
 
-def _sets(critic: bool) -> tuple[str, ...]:
+def sets(critic: bool) -> tuple[str, ...]:
+    """Peft's names of the sets that there are."""
     return (ACTOR, CRITIC) if critic else (ACTOR,)
 
 
-def _peft_config(config: LoRAConfig, adapter: str) -> LoraConfig:
+def peft_config(config: LoRAConfig, adapter: str) -> LoraConfig:
+    """What peft is told of one set."""
     # The towers belong to the actor.
     parts = [part for part in config.parts if adapter == ACTOR or part != "vision"]
     return LoraConfig(
@@ -178,7 +180,8 @@ def base_of(folder: Path) -> Path:
     return base
 
 
-def _place(folder: Path, adapter: str) -> Path:
+def place(folder: Path, adapter: str) -> Path:
+    """Where in a saved policy one set lies."""
     return folder if adapter == ACTOR else folder / CRITIC_FOLDER
 
 
@@ -192,15 +195,15 @@ def save(policy: nn.Module, config: LoRAConfig, folder: Path, *, base: Path, cri
         base: the weights the adapters are on, a folder or `owner/name`; their fingerprint is kept.
         critic: whether there is a second set.
     """
-    for name in _sets(critic):
-        place = _place(folder, name)
-        place.mkdir(exist_ok=True)
-        peft_config = _peft_config(config, name)
-        peft_config.base_model_name_or_path = str(base)
-        peft_config.inference_mode = True
-        peft_config.save_pretrained(str(place))
+    for name in sets(critic):
+        own = place(folder, name)
+        own.mkdir(exist_ok=True)
+        described = peft_config(config, name)
+        described.base_model_name_or_path = str(base)
+        described.inference_mode = True
+        described.save_pretrained(str(own))
         state = {key: tensor.cpu().contiguous() for key, tensor in tensors(policy, name).items()}
-        save_file(state, place / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(state, own / WEIGHTS_FILE, metadata={"format": "pt"})
     content = {"fingerprint": fingerprint(weight_files(locate(base)))}
     (folder / _BASE_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
@@ -227,13 +230,13 @@ def load(policy: nn.Module, folder: Path, *, critic: bool) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or the adapters are of another size.
     """
-    for name in _sets(critic):
-        place = _place(folder, name)
-        stored, own = read_adapter(place), tensors(policy, name)
+    for name in sets(critic):
+        where = place(folder, name)
+        stored, own = read_adapter(where), tensors(policy, name)
         check_shapes(
             {key: tuple(tensor.shape) for key, tensor in own.items()},
             {key: tuple(tensor.shape) for key, tensor in stored.items()},
-            place,
+            where,
         )
         for key, tensor in own.items():
             tensor.copy_(stored[key])
@@ -252,50 +255,3 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing; adapters are read from safetensors files only") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-
-
-# --- merging, as peft does it: what our own is compared with ------------------------------------------------------
-
-
-def attach(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -> None:
-    """Let peft put the adapters in `folder`, ours or another tool's, beside the weights of their base.
-
-    Args:
-        policy: holds the base's weights.
-        folder: with plain LoRA.
-        skipped: which weights the policy knowingly does not have.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or an adapter belongs to no weight of the policy.
-    """
-    raw, stored = read_json(folder / CONFIG_FILE), read_adapter(folder)
-    state = {canonical_key(key.removeprefix(PREFIX)): tensor for key, tensor in stored.items()}
-    state = {key: tensor for key, tensor in state.items() if not skipped(key)}
-    # What was adapted is read off the file: patterns of names mean other modules in another tool's model.
-    targets = sorted({key.partition(".lora_")[0] for key in state})
-    missing = [name for name in targets if name not in dict(policy.named_modules())]
-    if missing:
-        raise CheckpointError(f"{folder} adapts modules that its base does not have: {', '.join(missing[:6])}")
-    rooted = bool(raw.get("use_rslora"))
-    config = LoraConfig(r=raw["r"], lora_alpha=raw["lora_alpha"], use_rslora=rooted, target_modules=targets)
-    inject_adapter_in_model(config, policy, ACTOR)
-    set_peft_model_state_dict(policy, state, ACTOR)
-    head = policy.get_submodule("language_model.lm_head")
-    if isinstance(head, LoraLayer):  # the policy reads rows of its weight and never calls it
-        head.merge()
-
-
-@torch.no_grad()
-def fold(policy: nn.Module, kinds: Mapping[str, torch.dtype]) -> None:
-    """Let peft fold attached adapters into the weights; then round each once.
-
-    Args:
-        policy: with adapters.
-        kinds: the types that the weights are rounded to, by name.
-    """
-    for name, layer in policy.named_modules():
-        if isinstance(layer, LoraLayer) and f"{name}.weight" in kinds:
-            if not layer.merged:
-                layer.merge()  # pyright: ignore[reportCallIssue]  (of the linear or convolutional kind)
-            weight: Any = layer.get_base_layer().weight
-            weight.copy_(weight.to(kinds[f"{name}.weight"]))

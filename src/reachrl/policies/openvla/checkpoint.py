@@ -17,6 +17,8 @@ from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.openvla import adapters, four_bit
+from reachrl.policies.openvla.adapter_files import check_agreement
+from reachrl.policies.openvla.adapters import VALUE_FILE
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import (
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 TOKENIZER_FILE = "tokenizer.json"
-VALUE_FILE = "value_head.safetensors"
 OUR_STATS = "reachrl"
 _PIXEL_STATISTICS = ("image_mean", "image_std")
 # The critic is ours: an official checkpoint has none and its configuration does not mention it. Its pixel statistics
@@ -110,6 +111,8 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset:
                 f"{folder / CONFIG_FILE} describes no policy of this version: {problems_of(error)}"
             ) from error
         config = _without_foreign_program(config, folder)
+        if adapters.is_adapter(folder):
+            check_agreement(folder, config)
     return config.model_copy(update={"checkpoint": given})
 
 

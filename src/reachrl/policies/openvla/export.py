@@ -17,16 +17,17 @@ from torch import Tensor
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.base import PolicyInput
-from reachrl.policies.openvla import adapters
+from reachrl.policies.openvla import adapters, peft_merge
+from reachrl.policies.openvla.adapter_files import deltas
+from reachrl.policies.openvla.adapters import VALUE_FILE
 from reachrl.policies.openvla.checkpoint import (
     CONFIG_FILE,
     OUR_STATS,
     STATS_FILE,
     TOKENIZER_FILE,
-    VALUE_FILE,
     read_config,
 )
-from reachrl.policies.openvla.merging import deltas, folded
+from reachrl.policies.openvla.merging import folded
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, norm_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -116,6 +117,8 @@ def _write_whole(folder: Path, out: Path, fill: Callable[[Path], T]) -> T:
         raise ConfigError(f"{folder} holds no adapters ({adapters.CONFIG_FILE} is missing): nothing to export")
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
+    if (folder / CONFIG_FILE).is_file():
+        read_config(folder)  # refuses configurations that disagree: one would be acted by, the other exported
     return replace_folder_atomic(out, fill)
 
 
@@ -185,11 +188,11 @@ def compare(folder: Path, other: Path, kinds: Mapping[str, torch.dtype]) -> Comp
     theirs, chosen = _scores(OpenVLAPolicy(whole.model_copy(update={"checkpoint": other})))
     policy = OpenVLAPolicy(whole.model_copy(update={"checkpoint": base}))
     before, _ = _scores(policy)
-    adapters.attach(policy, folder, skipped=lambda key: is_dead(key, saved))
+    peft_merge.attach(policy, folder, skipped=lambda key: is_dead(key, saved))
     exact, tokens = _scores(policy)
     expected = exact
     if any(kind.itemsize < 4 for kind in kinds.values()):
-        adapters.fold(policy, kinds)
+        peft_merge.fold(policy, kinds)
         expected, _ = _scores(policy)
     rounding = _apart(expected, exact)
     return Comparison(

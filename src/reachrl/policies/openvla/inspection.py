@@ -8,6 +8,7 @@ from typing import Literal
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.openvla import adapters
+from reachrl.policies.openvla.adapter_files import rank_and_alpha
 from reachrl.policies.openvla.checkpoint import TOKENIZER_FILE, read_config
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.official import (
@@ -111,12 +112,13 @@ def prompt_of(instruction: str) -> str:
 
 def _inspect_adapter(folder: Path) -> AdapterInfo:
     raw, tensors = read_json(folder / adapters.CONFIG_FILE), read_header(folder / adapters.WEIGHTS_FILE)
+    rank, alpha = rank_and_alpha(raw, folder / adapters.CONFIG_FILE)
     targets = raw.get("target_modules") or ()
     return AdapterInfo(
         folder=folder,
         base=str(raw.get("base_model_name_or_path") or "not stated"),
-        rank=int(raw.get("r", 0)),
-        alpha=float(raw.get("lora_alpha", 0)),
+        rank=rank,
+        alpha=alpha,
         targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         num_weights=sum(tensor.numel for tensor in tensors),
         dtypes=_dtypes(tensors),

@@ -67,9 +67,9 @@ class OpenVLAPolicy(Policy):
         self.tokenizer = tokenizer
         if tokenizer is None and config.tokenizer == "built_in":
             self.tokenizer = PromptTokenizer(build_tokenizer(llm), llm)
-        self.eval()
         if config.checkpoint is not None:
             checkpoint.load_into(self, config.checkpoint, torch.get_default_device())
+        self.eval()  # after everything that makes modules, which begin as if they were being trained
 
     def _build(self) -> None:
         config, llm = self.config, self.config.language_model

@@ -43,6 +43,8 @@ class RolloutCopy:
             self.recordings = Recordings(CudaGraphs(device))
         for layer in decoder_layers(self.model):
             fuse(layer)
+        for part in (self.projector, self.model):
+            part.eval()  # it only decodes
         self._pairs = [
             (source, target)
             for trained, own in zip(self._trained, (self.projector, self.model), strict=True)

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
 from reachrl.errors import CheckpointError, ConfigError
+from reachrl.tokenizer_state import forget_calls
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
@@ -71,6 +72,7 @@ class PromptTokenizer:
     """Turns an instruction into the prompt's token ids; each instruction is tokenised once."""
 
     def __init__(self, tokenizer: Tokenizer, config: LanguageModelConfig) -> None:
+        forget_calls(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
         self._cache: dict[str, tuple[int, ...]] = {}

@@ -16,6 +16,7 @@ from reachrl.errors import CheckpointError, ConfigError, ReachRLError
 from reachrl.registry import is_trusted, untrusted
 from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel, trust_remedy
 from reachrl.rewards.process.pretrained import check_finite, checkpoint_folder, import_class, read_part, read_weights
+from reachrl.tokenizer_state import forget_calls
 
 FORMAT = "reachrl-transformers-reward-1"
 _WANTED = "any model of `transformers` with logits, and its processor"
@@ -122,9 +123,12 @@ class TransformersRewardModel(RewardModel):
     ) -> Self:
         processor_type = import_class(processor_class, "reward_model.processor_class")
         model_type = import_class(model_class, "reward_model.model_class")
+        model = read_weights(model_type, folder, dtype=dtype, new_head=new_head)
+        processor = read_part(processor_type.from_pretrained, folder, trust_remote_code=False)
+        forget_calls(processor)
         return cls(
-            read_weights(model_type, folder, dtype=dtype, new_head=new_head),
-            read_part(processor_type.from_pretrained, folder, trust_remote_code=False),
+            model,
+            processor,
             model_class=model_class,
             processor_class=processor_class,
             **rest,

@@ -14,6 +14,7 @@ from reachrl.rewards.process.pretrained import read_part, read_weights, weight_f
 from reachrl.rewards.process.vlm_families import FAMILIES, VisionFamily
 from reachrl.rewards.process.vlm_inputs import own_template
 from reachrl.run.fingerprint import fingerprint, is_of
+from reachrl.tokenizer_state import forget_calls
 
 SUPPORTED = "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl) and SmolVLM (smolvlm, idefics3)"
 
@@ -57,6 +58,7 @@ def read_checkpoint(weights: Path, words: Path, *, dtype: str | torch.dtype) -> 
         )
     family = FAMILIES[model_type]
     tokenizer: Any = read_part(AutoTokenizer.from_pretrained, words, trust_remote_code=False)
+    forget_calls(tokenizer)
     tokenizer.chat_template = own_template(words) or tokenizer.chat_template or family.template
     return VLMCheckpoint(
         vlm=read_weights(AutoModelForImageTextToText, weights, dtype=dtype),

@@ -1,0 +1,214 @@
+"""What the files of adapters say: pairs of matrices, their scale, and whether our configuration agrees with them."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.errors import CheckpointError
+from reachrl.policies.openvla.adapters import (
+    CONFIG_FILE,
+    PREFIX,
+    VALUE_FILE,
+    WEIGHTS_FILE,
+    base_of,
+    peft_config,
+    place,
+    read_adapter,
+    sets,
+)
+from reachrl.policies.openvla.names import canonical_key
+from reachrl.policies.openvla.weights import read_json, weight_files
+
+# Options of peft's LoRA under which the same two matrices would mean something else.
+_FOREIGN = (
+    *("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config"),
+)
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # others train beside a base that they changed first
+_MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
+_SHOWN = 6
+
+
+def deltas(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """What the adapters in `folder` add, as (A, B, scale) for each weight they change, by its name.
+
+    Raises:
+        CheckpointError: files are missing or damaged, the adapters are of a kind that cannot be folded in, a tensor
+            is no part of a pair of the stated rank, or adapters of another tool change nothing at all.
+    """
+    rank, scale = _rank_and_scale(folder / CONFIG_FILE)
+    pairs = _pairs(folder / WEIGHTS_FILE, matrices(folder))
+    odd = [
+        f"{name} ({list(a.shape)} and {list(b.shape)})"
+        for name, (a, b) in pairs.items()
+        if min(a.ndim, b.ndim) < 2 or not a.shape[0] == b.shape[1] == rank
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: the matrices A and B of {_some(odd)} are not of rank {rank}, which "
+            f"{CONFIG_FILE} states as r; the scale would be wrong. Put the two files of one adapter together"
+        )
+    # Ours may be as they began: a run that has trained its critic alone.
+    if not (folder / VALUE_FILE).is_file() and not any(a.any() and b.any() for a, b in pairs.values()):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} holds adapters that change nothing: of each pair of matrices one is zero, so the "
+            "base alone would act under their name. Give the folder that was saved after training"
+        )
+    return {name: (a, b, scale) for name, (a, b) in pairs.items()}
+
+
+def matrices(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter by official names, such as `NAME.lora_A.weight`.
+
+    Of an adapted head peft stores the frozen weight too, as `NAME.base_layer.weight`; with `save_embedding_layers`
+    also that of the embedding, as `NAME.weight`. Where these are the base's they say nothing new and are left out.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or a stored weight is not that of the base.
+    """
+    found, copies = {}, {}
+    for key, tensor in read_adapter(folder).items():
+        name = key.removeprefix(PREFIX)
+        target = found if ".lora_" in name else copies
+        if target.setdefault(known := canonical_key(name), tensor) is not tensor:
+            raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {known} twice: save the adapters anew with peft")
+    if copies:
+        _check_copies(folder, {name.replace(".base_layer.", "."): tensor for name, tensor in copies.items()})
+    return found
+
+
+def _check_copies(folder: Path, copies: dict[str, Tensor]) -> None:
+    """Refuse weights beside the matrices that are not those of the base, rounded to the type they are stored in."""
+    left, differing = set(copies), []
+    for path in weight_files(base_of(folder)):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (not a dictionary)
+                if (name := canonical_key(key)) in left:
+                    left.remove(name)
+                    if not torch.equal(copies[name], file.get_tensor(key).to(copies[name].dtype)):
+                        differing.append(name)
+    if differing or left:
+        problems = [f"{_some(sorted(differing))} with other numbers than the base"] if differing else []
+        problems += [f"unknown tensors {_some(sorted(left))}, which the base does not have"] if left else []
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} holds {'; '.join(problems)}. Expected are pairs of LoRA matrices, and besides at "
+            "most copies of the base's weights: what was trained beside the adapters would be lost. Is it the right "
+            "base? Else merge them with the tool that made them"
+        )
+
+
+def _pairs(path: Path, stored: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """All tensors of a file as (A, B), by the name of the weight they change; what is dropped would go unnoticed."""
+    found: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in stored.items():
+        match = _MATRIX.fullmatch(key)
+        if match is None:
+            strange.append(key)
+        else:
+            found.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
+    problems = [f"unknown tensors {_some(strange)}"] if strange else []
+    lone = [name for name, pair in found.items() if len(pair) < 2]
+    problems += [f"one matrix alone for {_some(lone)}"] if lone else []
+    problems += [] if found else ["no LoRA matrices"]
+    if problems:
+        raise CheckpointError(
+            f"{path} holds {'; '.join(problems)}. Expected are only pairs {PREFIX}NAME.lora_A.weight and "
+            ".lora_B.weight, as peft's save_pretrained writes them; save the adapters anew, or merge "
+            "them with the tool that made them"
+        )
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _rank_and_scale(path: Path) -> tuple[int, float]:
+    """What peft's configuration says of plain LoRA."""
+    config = read_json(path)
+    foreign = [key for key in _FOREIGN if config.get(key)]
+    foreign += ["trained biases"] if config.get("bias", "none") != "none" else []
+    init = config.get("init_lora_weights")
+    foreign += [] if init in _INITS else [f"init_lora_weights={init!r}"]
+    if config.get("peft_type") != "LORA" or foreign:
+        raise CheckpointError(
+            f"{path}: expected plain LoRA, found {config.get('peft_type')}"
+            + (f" with {', '.join(foreign)}" if foreign else "")
+            + "; merge it with the tool that made it"
+        )
+    rank, alpha = rank_and_alpha(config, path)
+    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
+    """The two numbers that the scale of an adapter is made of.
+
+    Args:
+        config: peft's.
+        path: where it lies, for the message.
+
+    Raises:
+        CheckpointError: they give no scale, or one of 0, under which the base alone would act.
+    """
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    numbers = not isinstance(rank, bool) and not isinstance(alpha, bool)
+    if not (numbers and isinstance(rank, int) and isinstance(alpha, int | float)) or not (
+        rank >= 1 and 0 < alpha < math.inf
+    ):
+        raise CheckpointError(
+            f"{path}: r = {rank!r} and lora_alpha = {alpha!r}; expected a whole number and a number, both above 0: "
+            "with a scale of 0 the base would act under the adapter's name. Copy them from the run that trained the "
+            "adapters"
+        )
+    return rank, float(alpha)
+
+
+def check_agreement(folder: Path, config: OpenVLAConfig) -> None:
+    """Refuse a saved policy whose own configuration describes other adapters than peft's file beside it.
+
+    The policy acts by the one and is exported by the other.
+
+    Args:
+        folder: with adapters and a configuration of ours.
+        config: that configuration.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    if config.lora is None:
+        raise CheckpointError(
+            f"{folder} holds adapters, but its config.json describes a policy without (lora is unset); put the two "
+            "files of one policy together"
+        )
+    for adapter in sets(config.critic == "adapter"):
+        path = place(folder, adapter) / CONFIG_FILE
+        stated, ours = read_json(path), peft_config(config.lora, adapter)
+        _rank_and_scale(path)
+        targets = stated.get("target_modules")
+        differing = [
+            f"{name} = {found!r} there, {expected!r} by config.json"
+            for name, found, expected in (
+                ("r", stated.get("r"), ours.r),
+                ("lora_alpha", stated.get("lora_alpha"), ours.lora_alpha),
+                ("lora_dropout", stated.get("lora_dropout", 0.0), ours.lora_dropout),
+                ("use_rslora", bool(stated.get("use_rslora")), False),
+                (
+                    "target_modules",
+                    sorted(targets) if isinstance(targets, list) else targets,
+                    sorted(ours.target_modules or ()),
+                ),
+            )
+            if found != expected
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{path} and the config.json of {folder} disagree: {'; '.join(differing)}. The policy would act by "
+                "one and be exported by the other; put back what was saved"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
