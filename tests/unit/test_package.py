@@ -46,8 +46,9 @@ def test_the_metadata_states_licence_versions_and_command(built):
     assert b"reachrl = reachrl.cli.app:main" in wheel.read(f"{info}/entry_points.txt")
     # The major version of torch that an installation without constraints gets is the tested one.
     tested = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    major = int(tested.removeprefix("torch==").partition(".")[0])
-    assert f"torch<{major + 1},>={tested.removeprefix('torch==').rpartition('.')[0]}" in metadata.get_all("Requires-Dist")
+    version = tested.removeprefix("torch==")
+    wanted = f"torch<{int(version.partition('.')[0]) + 1},>={version.rpartition('.')[0]}"
+    assert wanted in metadata.get_all("Requires-Dist", [])
 
 
 def test_the_source_distribution_holds_what_builds_and_tests_it(built):
@@ -72,7 +73,7 @@ def test_the_citation_names_this_version_and_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == reachrl.__version__ and citation["license"] == "Apache-2.0"
     assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2505.18719"
-    assert [author["family-names"] for author in citation["references"][0]["authors"]][0] == "Lu"
+    assert citation["references"][0]["authors"][0]["family-names"] == "Lu"
 
 
 def _members(archive: Path) -> list[str]:
