@@ -31,7 +31,7 @@ class PPOConfig(Section):
     clip_eps_high: Annotated[Positive, Affects.FUTURE] = 0.28
     """The ratio is clipped above at 1 + clip_eps_high."""
     temperature: Annotated[Positive, Affects.REWARD_MODEL | Affects.TRAINING | Affects.FUTURE] = 1.0
-    """Sampling temperature of the rollout, the same in the loss, and of the episodes that the reward model is fitted to."""
+    """Sampling temperature of the rollout and the loss, and of the episodes that the reward model is fitted to."""
     epochs: Annotated[int, Field(ge=1), Affects.FUTURE] = 2
     """Passes over each iteration's batch."""
     minibatch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256

@@ -61,7 +61,7 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0), Affects.DATA | Affects.WARM_START | Affects.REWARD_MODEL | Affects.TRAINING] = 1
     """Seed of every stream: demonstrations, weights, shuffles, sampling, curriculum."""
     num_threads: Annotated[Annotated[int, Field(ge=1)] | None, Affects.COMPUTATION | Affects.FUTURE] = None
-    """Threads of the learner process; none takes PyTorch's default."""
+    """Threads of the learner process; none takes as many as there are cores for this process."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Affects.COMPUTATION | Affects.FUTURE] = "auto"
     """Where the policy computes: `cpu`, `cuda`, `cuda:1`; `auto` takes the first GPU if there is one."""
     num_iterations: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 30
