@@ -27,9 +27,11 @@ def fingers(count):
     return np.column_stack([half, -half])
 
 
-def png(frame):
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG")
+def png(frame, *, orientation=1):
+    """A picture as LeRobot stores it in a row; `orientation` is the EXIF tag."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(frame).save(buffer, "PNG", exif=exif)
     return {"bytes": buffer.getvalue(), "path": None}
 
 

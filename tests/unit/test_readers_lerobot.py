@@ -10,7 +10,7 @@ from lerobot_folder import SIZE, LeRobotFolder
 
 from reachrl.demos.readers import StateColumns, read_trajectories
 from reachrl.demos.readers.end_effector import end_effector, flat_names, named_columns
-from reachrl.demos.readers.frames import video_frames
+from reachrl.demos.readers.video import frames_at
 from reachrl.errors import ConfigError, StorageError
 from reachrl.run.video import write_video
 from reachrl.types import Start
@@ -37,7 +37,7 @@ def test_a_long_video_of_many_episodes_is_read_from_the_right_second(tmp_path):
     film = np.broadcast_to(levels[:, None, None, None], (300, SIZE, SIZE, 3)).astype(np.uint8)
     write_video(tmp_path / "film.mp4", film, fps=30, hold_last_s=0)
     for first, count in ((0, 40), (40, 7), (47, 200), (247, 53), (299, 1)):
-        frames = video_frames(tmp_path / "film.mp4", start=first / 30, count=count, fps=30.0)
+        frames = frames_at(tmp_path / "film.mp4", (first + np.arange(count)) / 30, where="here")
         difference = frames.astype(int).mean((1, 2, 3)) - levels[first : first + count]
         assert len(frames) == count and np.abs(difference).max() < 6
 

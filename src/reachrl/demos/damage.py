@@ -26,19 +26,22 @@ _CANNOT_OPEN = frozenset(
 _LOCKED = frozenset({errno.EAGAIN, errno.EDEADLK, errno.ETXTBSY})
 
 
-def unreadable(path: Path, error: Exception, *, remedy: str, damage: str = "truncated or damaged") -> StorageError:
+def unreadable(
+    path: Path, error: Exception, *, remedy: str, missing: str = "missing", damage: str = "truncated or damaged"
+) -> StorageError:
     """The error to raise for a file that could not be read.
 
     Args:
         path: the file.
         error: what the library that read it raised.
         remedy: what to do where the file is missing or its content is damaged.
+        missing: what is said of a file that is not there.
         damage: what is wrong with the content where the operating system has nothing to say about the file.
     """
     number = getattr(error, "errno", None)
     text = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, FileNotFoundError):
-        return StorageError(f"{path}: missing. {remedy}")
+        return StorageError(f"{path}: {missing}. {remedy}")
     if number in _LOCKED or "already open for write" in text:
         return StorageError(
             f"{path}: locked: a program has it open for writing, or died with it open. Let that program finish, or "

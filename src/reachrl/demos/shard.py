@@ -263,7 +263,7 @@ def damaged(shard: Path, error: Exception) -> StorageError:
     remedy = "Delete this file and meta.json beside it, then collect again: the other shards are kept."
     if isinstance(error, FileNotFoundError):
         remedy = "Delete the store's folder and collect again."
-    return unreadable(shard, error, remedy=remedy)
+    return unreadable(shard, error, remedy=remedy, missing="this shard is missing")
 
 
 def shard_metadata(shard: Path) -> dict[str, str]:

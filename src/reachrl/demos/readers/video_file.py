@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reachrl.demos.readers.frames import slug, video_frames
+from reachrl.demos.readers.frames import slug
+from reachrl.demos.readers.video import video_frames
 from reachrl.errors import ConfigError
 from reachrl.types import Start, Trajectory
 
