@@ -144,4 +144,4 @@ class Iteration:
     def update(self) -> str:
         """Train the actor and the critic; how it went."""
         stats = self.algorithm.update(self.batch, iteration=0, train_policy=True)
-        return f"{stats.policy_steps} steps, KL {stats.approx_kl:.1e}, sampler's KL {stats.engine_kl:.1e}"
+        return f"{stats.policy_steps} steps, KL {stats.kl:.1e}, sampler's KL {stats.engine_kl:.1e}"

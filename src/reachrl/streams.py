@@ -30,6 +30,7 @@ class Stream(IntEnum):
     REWARD_SHUFFLE = 14
     LIBERO_STARTS = 15
     WEIGHT_PROBE = 16
+    KL_ROWS = 17
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

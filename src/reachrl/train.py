@@ -121,6 +121,11 @@ def train(
         assert lag == (0 if ahead is None else 1), f"a rollout of weights that are {lag} updates old"
         # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
         ahead = collect() if config.collect_ahead and not checkpoint_due(config, state) else None
+        if not rollout.num_env_steps:
+            log.warning(
+                "iteration %d: nothing to train on, every environment was lost in every step; see the workers' logs",
+                state.iteration,
+            )
         rewards, stats = learn(run, state, learner, reward, rollout)
         with run.span("watch"):
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
@@ -172,12 +177,13 @@ def still_warming_up(config: PPOConfig, state: TrainState, stats: UpdateStats) -
     if not state.warming_up or done < config.warmup_iterations:
         return state.warming_up
     target = config.warmup_explained_variance
-    return target is not None and stats.explained_variance < target and done < config.warmup_max_iterations
+    # An iteration without data explains nothing (NaN): no reason to end.
+    return target is not None and not stats.explained_variance >= target and done < config.warmup_max_iterations
 
 
 def warn_of_engine_gap(config: PPOConfig, state: TrainState, stats: UpdateStats) -> None:
     """Say so when the sampler's log-probs part from the learner's: the ratio then rests on the wrong policy."""
-    if abs(stats.engine_kl) > config.engine_kl_alarm:
+    if stats.engine_kl > config.engine_kl_alarm:
         log.warning(
             "iteration %d: sampler and learner log-probs differ (engine_kl %.4f > %.4f); check that both use the "
             "same weights, temperature and numeric format, or set ppo.importance_cap",

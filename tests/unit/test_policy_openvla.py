@@ -50,7 +50,8 @@ def build(**changes: object) -> OpenVLAPolicy:
             for parameter in layer.parameters():
                 if parameter.ndim == 2:
                     parameter.normal_(std=0.12)
-    policy.reset_critic()
+    if policy.critic is not None:
+        policy.critic.copy_from(policy.projector, policy.language_model.model)
     return policy
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from reachrl.functional.ppo import importance_weights, policy_loss, value_loss
+from reachrl.functional.ppo import importance_weights, policy_loss, token_kl, value_loss
 
 
 def by_hand(new, old, advantage, low, high, level):
@@ -31,10 +31,38 @@ def test_policy_loss_equals_the_scalar_formula(level):
     )  # fmt: skip
     expected = [by_hand(n, o, a, 0.2, 0.3, level) for n, o, a in zip(new, old, advantages, strict=True)]
     np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-6)
-    logs = (new - old).sum(1)
-    assert stats["approx_kl"].item() == pytest.approx(np.mean(np.exp(logs) - 1 - logs), rel=1e-6)
-    outside = np.exp(logs if level == "action" else new - old)
-    assert stats["clip_frac"].item() == pytest.approx(np.mean((outside < 0.8) | (outside > 1.3)))
+    gaps = new - old
+    kl = token_kl(torch.tensor(new), torch.tensor(old))
+    np.testing.assert_allclose(kl.numpy(), np.mean(np.exp(gaps) - 1 - gaps, axis=1), rtol=1e-6)
+    logs = gaps.sum(1, keepdims=True) if level == "action" else gaps
+    assert stats["log_ratio_max"].item() == pytest.approx(np.abs(logs).max(), rel=1e-6)
+
+
+@pytest.mark.parametrize("level", ["action", "token"])
+def test_the_clipped_share_is_that_of_ratios_without_a_gradient(level):
+    rng = np.random.default_rng(1)
+    new = torch.tensor(rng.normal(-3, 0.2, (64, 4)), requires_grad=True)
+    loss, stats = policy_loss(
+        new, torch.tensor(rng.normal(-3, 0.2, (64, 4))), torch.tensor(rng.normal(size=64)),
+        clip_eps_low=0.2, clip_eps_high=0.3, ratio_level=level,
+    )  # fmt: skip
+    loss.sum().backward()
+    assert new.grad is not None
+    cut = (new.grad == 0).double().mean().item()
+    assert 0.1 < cut < 0.5
+    assert stats["clip_frac"].item() == pytest.approx(cut)
+
+
+def test_the_kl_of_a_token_is_that_of_the_distributions():
+    """Over samples enough, the estimator is the closed form; and an action's is the sum over its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(3, 16, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    exact = (old.exp() * (old - new)).sum(-1)  # of each of three tokens
+    ids = torch.stack([torch.multinomial(row.exp(), 200_000, replacement=True, generator=generator) for row in old], 1)
+    rows = torch.arange(3)
+    estimate = token_kl(new[rows, ids], old[rows, ids])
+    assert estimate.mean().item() == pytest.approx(exact.mean().item(), rel=0.01)
+    assert 3 * estimate.mean().item() == pytest.approx(exact.sum().item(), rel=0.01)
 
 
 @pytest.mark.parametrize(

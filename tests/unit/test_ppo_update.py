@@ -9,8 +9,9 @@ import torch
 from reachrl.algorithms.base import PPOBatch
 from reachrl.algorithms.ppo import PPO
 from reachrl.config.ppo import PPOConfig
-from reachrl.errors import DivergedError
+from reachrl.errors import DivergedError, ExtensionError
 from reachrl.functional.ppo import policy_loss, value_loss
+from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.types import Observation
 
@@ -84,40 +85,211 @@ def test_warm_up_moves_the_critic_alone():
     assert torch.equal(before["logits"], after["logits"]) and torch.equal(before["features"], after["features"])
     assert not torch.equal(before["value"], after["value"])
     assert stats.policy_steps == 0 and stats.value_steps == 6
-    unseen = (stats.policy_loss, stats.entropy, stats.approx_kl, stats.clip_frac, stats.grad_norm)
+    unseen = (stats.policy_loss, stats.entropy, stats.kl, stats.clip_frac, stats.grad_norm)
     assert np.isnan(unseen).all() and np.isfinite([stats.value_loss, stats.value_grad_norm, stats.engine_kl]).all()
 
 
 def test_zero_advantage_leaves_the_policy_still():
     policy, batch = make()
     before = weights(policy)
-    still = PPOBatch(**{f: getattr(batch, f) for f in batch.__slots__} | {"advantages": torch.zeros(48)})
+    still = changed(batch, advantages=torch.zeros(48))
     PPO(PPOConfig(minibatch_size=16), policy, seed=0).update(still, iteration=0, train_policy=True)
     assert torch.equal(before["logits"], weights(policy)["logits"])
 
 
-def test_the_kl_stop_ends_policy_steps_but_not_the_critic():
-    policy, batch = make()
-    config = PPOConfig(epochs=10, minibatch_size=48, lr=0.3, target_kl=0.02)
+def changed(batch, **fields):
+    """The batch with other fields."""
+    return PPOBatch(**{name: getattr(batch, name) for name in batch.__slots__} | fields)
+
+
+def passes(batch):
+    """The batch, and a list that the sizes and rows of the passes over it come into."""
+    seen = []
+
+    def inputs(rows):
+        seen.append(rows.tolist())
+        return batch.inputs(rows)
+
+    return changed(batch, inputs=inputs), seen
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "sizes"),
+    [
+        (513, 256, [171] * 3),
+        (512, 256, [256] * 2),
+        (257, 256, [129, 128]),
+        (1920, 256, [240] * 8),  # the quickstart's
+        (7, 3, [3, 2, 2]),
+        (5, 256, [5]),
+        (3, 1, [1] * 3),
+    ],
+)
+def test_minibatches_are_equal_parts_of_all_rows(rows, most, sizes):
+    policy, batch = make(rows=rows)
+    batch, seen = passes(batch)
+    config = PPOConfig(epochs=2, minibatch_size=most, micro_batch_size=4096, warmup_iterations=0, lr=1e-6)
     stats = PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
-    assert 1 <= stats.policy_steps < 10
-    assert stats.approx_kl > 0.02  # what triggered the stop is what is reported
-    free = PPO(config.model_copy(update={"target_kl": None}), make()[0], seed=0)
-    assert free.update(batch, iteration=0, train_policy=True).policy_steps == 10
+    assert stats.policy_steps == stats.value_steps == 2 * len(sizes)
+    first, second = seen[: len(sizes)], seen[len(sizes) : 2 * len(sizes)]
+    for epoch in (first, second):
+        assert [len(part) for part in epoch] == sizes
+        assert sorted(row for part in epoch for row in part) == list(range(rows))
+    assert rows == 3 or first != second  # another order
 
 
-def test_stale_old_logprobs_are_our_mistake_and_found():
+def test_micro_batches_are_equal_parts_of_a_minibatch():
+    policy, batch = make(rows=50)
+    batch, seen = passes(batch)
+    config = PPOConfig(epochs=1, minibatch_size=25, micro_batch_size=8, warmup_iterations=0)
+    PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
+    assert [len(part) for part in seen[:8]] == [7, 6, 6, 6] * 2
+
+
+def test_each_step_is_that_of_the_mean_over_its_own_minibatch():
+    policy, batch = make(rows=50)
+    reference = copy.deepcopy(policy)
+    recorded, seen = passes(batch)
+    config = PPOConfig(epochs=1, minibatch_size=20, micro_batch_size=20, lr=1e-2, value_lr=1e-2, max_grad_norm=1e9)
+    PPO(config, policy, seed=3).update(recorded, iteration=0, train_policy=True)
+
+    advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    groups = [{"params": [reference.logits], "lr": 1e-2}, {"params": [reference.value], "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+    for rows in map(torch.tensor, seen[:3]):
+        out = reference.evaluate(batch.inputs(rows), batch.action_ids[rows])
+        ratio = (out.logprobs - batch.old_logprobs[rows]).sum(-1).exp()
+        surrogate = torch.min(ratio * advantages[rows], ratio.clamp(0.8, 1.28) * advantages[rows])
+        error = torch.nn.functional.huber_loss(out.values, batch.returns[rows])
+        optimizer.zero_grad()
+        (-surrogate.mean() + 0.5 * error).backward()
+        optimizer.step()
+    torch.testing.assert_close(policy.logits, reference.logits)
+    torch.testing.assert_close(policy.value, reference.value)
+
+
+def kl_per_token(policy, batch):
+    """Between the batch's old policy and the one there is now, with numpy alone."""
+    table = policy.logits.detach().double().numpy()
+    table = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    contexts = batch.inputs(torch.arange(len(batch.action_ids))).prompt_ids[:, 0].numpy()
+    ids = batch.action_ids.numpy()
+    new = table[contexts[:, None], np.arange(ids.shape[1])[None], ids]
+    gap = new - batch.old_logprobs.double().numpy()
+    return float(np.mean(np.exp(gap) - 1 - gap))
+
+
+@pytest.mark.parametrize("changes", [{"minibatch_size": 48}, {"minibatch_size": 5}, {"target_kl": 1e-3, "epochs": 4}])
+def test_the_kl_reported_is_that_of_the_whole_batch_after_the_last_step(changes):
     policy, batch = make()
-    stale = PPOBatch(**{f: getattr(batch, f) for f in batch.__slots__} | {"old_logprobs": batch.old_logprobs - 0.1})
-    with pytest.raises(AssertionError, match="ratio"):
+    config = PPOConfig(**{"epochs": 1, "minibatch_size": 16, "lr": 0.1} | changes)
+    stats = PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
+    expected = kl_per_token(policy, batch)
+    assert expected > 1e-3
+    assert stats.kl == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kl_of_a_large_batch_is_measured_on_a_sample_of_it():
+    policy, batch = make(rows=5000)
+    config = PPOConfig(epochs=1, minibatch_size=1250, micro_batch_size=5000, score_batch_size=5000, lr=0.05)
+    batch, seen = passes(batch)
+    stats = PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
+    assert len(set(seen[-1])) == 512
+    assert stats.kl == pytest.approx(kl_per_token(policy, batch), rel=0.2)
+
+
+def test_the_kl_stop_ends_policy_steps_but_not_the_critic():
+    after = []  # each further step of the policy
+    for epochs in range(1, 8):
+        policy, batch = make()
+        PPO(PPOConfig(epochs=epochs, minibatch_size=48, lr=0.05), policy, seed=0).update(
+            batch, iteration=0, train_policy=True
+        )
+        after.append(kl_per_token(policy, batch))
+    assert after == sorted(after)
+    policy, batch = make()
+    config = PPOConfig(epochs=7, minibatch_size=48, lr=0.05, target_kl=(after[2] + after[3]) / 2)
+    stats = PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
+    assert stats.policy_steps == 4  # the first after which the policy is too far away
+    assert stats.kl == pytest.approx(after[3], rel=1e-4)
+    assert stats.value_steps == 4
+
+
+def test_a_stop_amid_an_epoch_leaves_its_rest_to_the_critic():
+    config = PPOConfig(epochs=1, minibatch_size=150, lr=0.02)  # 600 rows in four steps
+    policy, batch = make(rows=600)
+    free, after = PPO(config, policy, seed=0), []
+    free.optimizer.register_step_post_hook(lambda *_: after.append(kl_per_token(policy, batch)))
+    free.update(batch, iteration=0, train_policy=True)
+    assert len(after) == 4 and after[1] > 2 * after[0]
+
+    policy, batch = make(rows=600)
+    config = config.model_copy(update={"epochs": 2, "target_kl": (after[0] * after[1]) ** 0.5})
+    stats = PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
+    assert (stats.policy_steps, stats.value_steps) == (2, 4)
+    assert kl_per_token(policy, batch) == pytest.approx(after[1], rel=1e-4)
+    assert policy.logits.requires_grad
+
+
+@pytest.mark.parametrize(("epochs", "minibatch", "looks"), [(1, 240, 7), (2, 240, 15), (1, 16, 14), (3, 1920, 2)])
+def test_the_stop_looks_after_steps_on_enough_rows(epochs, minibatch, looks):
+    policy, batch = make(rows=1920)
+    batch, seen = passes(batch)
+    config = PPOConfig(epochs=epochs, minibatch_size=minibatch, micro_batch_size=4096, lr=1e-6, target_kl=1.0)
+    config = config.model_copy(update={"score_batch_size": 4096})
+    PPO(config, policy, seed=0).update(batch, iteration=0, train_policy=True)
+    assert [len(rows) for rows in seen].count(128) == looks and len(seen[-1]) == 512
+
+
+def test_the_kl_stop_does_not_depend_on_the_number_of_tokens():
+    """An action of eight tokens that each move as far as those of an action of two takes as many steps."""
+    steps = []
+    for copies in (1, 4):
+        policy, batch = make()
+        wide = TablePolicy(TablePolicyConfig(num_action_tokens=2 * copies))
+        with torch.no_grad():
+            wide.logits.copy_(policy.logits.repeat(1, copies, 1))
+        ids, old = (field.repeat(1, copies) for field in (batch.action_ids, batch.old_logprobs))
+        wider = changed(batch, action_ids=ids, behaviour_logprobs=old, old_logprobs=old)
+        # Without a clip that bites, AdamW moves each token by the learning rate.
+        config = PPOConfig(
+            epochs=6, minibatch_size=48, lr=0.02, target_kl=2e-3, clip_eps_low=0.99, clip_eps_high=99, adam_eps=1e-12,
+            max_grad_norm=1e9, ratio_level="token",
+        )  # fmt: skip
+        stats = PPO(config, wide, seed=0).update(wider, iteration=0, train_policy=True)
+        steps.append((stats.policy_steps, round(stats.kl, 6)))
+    assert steps[0] == steps[1]
+    assert 1 < steps[0][0] < 6
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.1])
+def test_stale_old_logprobs_are_refused_whichever_way_they_are_off(shift):
+    policy, batch = make()
+    before = weights(policy)
+    stale = changed(batch, old_logprobs=batch.old_logprobs + shift)
+    with pytest.raises(ExtensionError, match=r"ratio of 1\.2214 or its inverse.*`evaluate` must answer the same"):
         PPO(PPOConfig(), policy, seed=0).update(stale, iteration=0, train_policy=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
+
+
+def test_an_iteration_without_data_trains_nothing():
+    policy, batch = make()
+    before = weights(policy)
+    rows = torch.arange(0)
+    fields = {name: getattr(batch, name)[rows] for name in batch.__slots__ if name not in ("inputs", "own")}
+    algorithm = PPO(PPOConfig(lr_warmup_iterations=3), policy, seed=0)
+    stats = algorithm.update(changed(batch, **fields), iteration=0, train_policy=True)
+    assert (stats.policy_steps, stats.value_steps) == (0, 0)
+    assert np.isnan([stats.value_loss, stats.kl, stats.explained_variance, stats.engine_kl]).all()
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
+    assert algorithm.update(batch, iteration=1, train_policy=True).lr == stats.lr  # it was no step of the ramp
 
 
 @pytest.mark.parametrize("field", ["returns", "advantages"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(field):
     policy, batch = make()
     before = weights(policy)
-    broken = PPOBatch(**{f: getattr(batch, f) for f in batch.__slots__} | {field: torch.full((48,), float("nan"))})
+    broken = changed(batch, **{field: torch.full((48,), float("nan"))})
     with pytest.raises(DivergedError, match="not finite"):
         PPO(PPOConfig(), policy, seed=0).update(broken, iteration=0, train_policy=True)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
@@ -125,15 +297,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(field):
 
 def test_engine_gap_is_measured_between_sampler_and_learner():
     policy, batch = make()
-    shifted = PPOBatch(
-        **{f: getattr(batch, f) for f in batch.__slots__} | {"behaviour_logprobs": batch.old_logprobs - 0.1}
-    )
+    shifted = changed(batch, behaviour_logprobs=batch.old_logprobs - 0.1)
     stats = PPO(PPOConfig(), policy, seed=0).update(shifted, iteration=0, train_policy=True)
-    assert stats.engine_kl == pytest.approx(np.exp(0.2) - 1 - 0.2, rel=1e-4)
+    assert stats.engine_kl == pytest.approx(np.exp(0.1) - 1 - 0.1, rel=1e-4)  # a token, not an action
 
 
-def test_learning_rate_ramps_after_warm_up():
+def test_the_learning_rate_ramps_from_the_real_end_of_warm_up(tmp_path):
+    policy, batch = make()
+    config = PPOConfig(lr=1.0, lr_warmup_iterations=3, warmup_iterations=2, target_kl=1e-9)
+
+    def rates(algorithm, iterations, *, train_policy):
+        return [algorithm.update(batch, iteration=i, train_policy=train_policy).lr for i in iterations]
+
+    algorithm = PPO(config, policy, seed=0)
+    still = changed(batch, advantages=torch.zeros(48))  # so that old log-probs stay those of the policy
+    batch = still
+    assert rates(algorithm, range(6), train_policy=False) == [0.25] * 6  # a warm-up longer than planned
+    assert rates(algorithm, range(6, 8), train_policy=True) == [0.25, 0.5]
+    save_optimizer(algorithm.optimizer, tmp_path / "optimizer.safetensors")
+    resumed = PPO(config, copy.deepcopy(policy), seed=0)
+    load_optimizer(resumed.optimizer, tmp_path / "optimizer.safetensors")
+    for each in (algorithm, resumed):
+        assert rates(each, range(8, 11), train_policy=True) == [0.75, 1.0, 1.0]
+
+
+def test_a_checkpoint_that_does_not_count_goes_on_by_the_scheduled_warm_up():
     policy, batch = make()
     algorithm = PPO(PPOConfig(lr=1.0, lr_warmup_iterations=3, warmup_iterations=2), policy, seed=0)
-    rates = [algorithm.update(batch, iteration=i, train_policy=False).lr for i in range(7)]
-    assert rates == pytest.approx([0.25, 0.25, 0.25, 0.5, 0.75, 1.0, 1.0])
+    del algorithm.optimizer.param_groups[0]["iterations"]
+    still = changed(batch, advantages=torch.zeros(48))
+    rates = [algorithm.update(still, iteration=i, train_policy=True).lr for i in (3, 4, 5)]
+    assert rates == [0.5, 0.75, 1.0]

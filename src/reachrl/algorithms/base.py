@@ -49,17 +49,18 @@ class Group(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStats:
-    """How one update went; means over the optimiser steps taken.
+    """How one update went; means over the optimiser steps taken unless said otherwise.
 
-    `approx_kl` is per action; `engine_kl` is the gap between the sampler's and the learner's log-probs of
-    the same actions before the update; `explained_variance` is that of the old values. Without a step of the policy
-    (critic warm-up) its figures are NaN.
+    `kl` is KL(before || after the update), measured on the batch with the weights that the update ended with;
+    `engine_kl` is KL(sampler || learner) of the same actions before the update; both in nats per action token.
+    `clip_frac` is the share of ratios whose gradient the clip cut. `explained_variance` is that of the old values.
+    Without a step of the policy (critic warm-up) or of the critic (no rows) its figures are NaN.
     """
 
     policy_loss: float
     value_loss: float
     entropy: float
-    approx_kl: float
+    kl: float
     clip_frac: float
     grad_norm: float
     value_grad_norm: float

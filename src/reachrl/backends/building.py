@@ -55,7 +55,13 @@ def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None 
 
 
 def warm_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
-    """The policy saved in `folder` as training begins from it; see `saved_policy`."""
+    """The policy saved in `folder` as training begins from it; see `saved_policy`.
+
+    A critic with a trunk of its own has seen none of a warm start that trained the actor: it begins anew. Where the
+    warm start kept the policy as it is, it goes on.
+    """
     policy = saved_policy(config, folder, device).eval()
-    policy.reset_critic()  # one of its own has seen none of the warm start
+    if config.fine_tunes:
+        torch.manual_seed(config.seed)  # of a value head that begins anew
+        policy.reset_critic()
     return policy

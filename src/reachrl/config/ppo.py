@@ -10,6 +10,10 @@ from reachrl.config.marks import Affects
 Positive = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
+# Measuring a KL costs a third of training on as many rows.
+KL_ROWS = 512  # random rows for the KL of the whole update
+STOP_ROWS = 128  # random rows for each look whether to stop, which comes when as many or more were trained on
+
 
 class PPOConfig(Section):
     """Proximal policy optimisation of an autoregressive policy."""
@@ -35,9 +39,10 @@ class PPOConfig(Section):
     epochs: Annotated[int, Field(ge=1), Affects.FUTURE] = 2
     """Passes over each iteration's batch."""
     minibatch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256
-    """Rows per optimiser step."""
+    """Rows per optimiser step at most: an iteration's rows are split into as few parts as that takes, all of one size (or
+    one row less)."""
     micro_batch_size: Annotated[int, Field(ge=1), Affects.SPEED] = 256
-    """Rows per forward and backward pass; gradients add up to those of the minibatch exactly."""
+    """Rows per forward and backward pass at most; gradients add up to those of the minibatch exactly."""
     score_batch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256
     """Rows per pass without gradients, when a rollout's log-probs and values are scored."""
     lr: Annotated[Positive, Affects.FUTURE] = 2e-4
@@ -45,7 +50,7 @@ class PPOConfig(Section):
     value_lr: Annotated[Positive, Affects.FUTURE] = 1e-3
     """Learning rate of the value head (and of the separate critic)."""
     lr_warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 0
-    """Iterations, counted from `warmup_iterations` on, over which the policy's learning rate rises linearly."""
+    """Iterations, counted from the end of the critic's warm-up, over which the policy's learning rate rises linearly."""
     weight_decay: Annotated[float, Field(ge=0), Affects.FUTURE] = 0.0
     """AdamW weight decay."""
     adam_eps: Annotated[Positive, Affects.FUTURE] = 1e-5
@@ -62,7 +67,8 @@ class PPOConfig(Section):
     entropy_coef: Annotated[float, Field(ge=0), Affects.FUTURE] = 0.0
     """Weight of the entropy bonus (mean over action tokens)."""
     target_kl: Annotated[Positive | None, Affects.FUTURE] = None
-    """Stop this iteration's policy updates once approx_kl exceeds it; none switches it off."""
+    """Stop this iteration's policy updates once they have moved the policy by more (KL in nats per action token, measured
+    on 128 random rows of the batch after steps on as many, and after each epoch); none switches it off."""
     warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 2
     """First iterations that train the critic only."""
     warmup_explained_variance: Annotated[Annotated[float, Field(lt=1)] | None, Affects.FUTURE] = None
@@ -73,5 +79,5 @@ class PPOConfig(Section):
     """Train the vision towers too; false caches their features once per iteration."""
     importance_cap: Annotated[Positive | None, Affects.FUTURE] = None
     """Truncated importance weight between learner and sampler log-probs; none for one-engine runs."""
-    engine_kl_alarm: Annotated[Positive, Affects.FUTURE] = 0.01
-    """Warn when the sampler's and the learner's log-probs of the same actions part by more (nats per action)."""
+    engine_kl_alarm: Annotated[Positive, Affects.FUTURE] = 0.0025
+    """Warn when the learner's policy is further from the sampler's (KL in nats per action token)."""

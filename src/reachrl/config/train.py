@@ -99,6 +99,11 @@ class TrainConfig(Section):
     """Where training computes."""
 
     @property
+    def fine_tunes(self) -> bool:
+        """Whether the warm start trains the policy; otherwise it keeps it as it is."""
+        return self.sft.steps is not None or self.sft.epochs > 0
+
+    @property
     def fits_reward_model(self) -> bool:
         """Whether the reward scores frames with a model that this run fits."""
         reward = self.reward

@@ -33,28 +33,38 @@ def policy_loss(
         importance: truncated weight of each row against the sampler's distribution, or none.
 
     Returns:
-        loss per row f32[B] and scalars `approx_kl` (per action, the k3 estimator), `clip_frac`, `ratio_max`.
+        loss per row f32[B] and scalars: `clip_frac`, the share of ratios whose gradient the clip cuts (outside the
+        interval on the side that their advantage favours; SB3 and TorchRL also count those on the other side, which
+        are pulled back); `log_ratio_max`, the greatest |log ratio|.
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; action-level sum: VLA-RL (arXiv 2505.18719), eq. 1;
-    k3: Schulman, "Approximating KL divergence" (2020).
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; action-level sum: VLA-RL (arXiv 2505.18719), eq. 1.
     """
     log_ratio = logprobs - old_logprobs
-    action_log_ratio = log_ratio.sum(-1)
     if ratio_level == "action":
-        log_ratio = action_log_ratio.unsqueeze(-1)
+        log_ratio = log_ratio.sum(-1, keepdim=True)
     ratio = log_ratio.exp()
     advantage = advantages.unsqueeze(-1)
-    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean(-1)
+    unclipped, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    loss = torch.maximum(unclipped, clipped).mean(-1)
     if importance is not None:
         loss = loss * importance
     with torch.no_grad():
         stats = {
-            "approx_kl": (action_log_ratio.exp() - 1 - action_log_ratio).mean(),
-            "clip_frac": (ratio != clipped).float().mean(),
-            "ratio_max": ratio.max(),
+            "clip_frac": (clipped > unclipped).float().mean(),
+            "log_ratio_max": log_ratio.abs().max(),
         }
     return loss, stats
+
+
+def token_kl(logprobs: Float[Tensor, "B A"], old_logprobs: Float[Tensor, "B A"]) -> Float[Tensor, "B"]:
+    """KL(old || new) of each row in nats per action token, estimated from tokens that the old policy sampled.
+
+    By the chain rule the KL of an action is the sum over its tokens; the mean does not depend on their number.
+
+    Source: the k3 estimator of Schulman, "Approximating KL divergence" (2020), for each token.
+    """
+    log_ratio = logprobs - old_logprobs
+    return (log_ratio.expm1() - log_ratio).mean(-1)
 
 
 def value_loss(

@@ -150,7 +150,7 @@ class _TrainDisplay:
             1,
             success=f"{record['success_k']}/{record['success_n']}",
             success_uniform=None if uniform is None else f"{100 * uniform:.0f}%",
-            kl=record["approx_kl"],  # none while only the critic trains
+            kl=record["kl"],  # none while only the critic trains
             ev=record["explained_variance"],
         )
 

@@ -12,7 +12,7 @@ from reachrl.run.directory import Run
 
 def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Collect demonstrations on training starts into `demos/`, if a later stage reads them."""
-    if not (fine_tunes(config) or config.fits_reward_model):
+    if not (config.fine_tunes or config.fits_reward_model):
         display.log("demos: nothing to collect, the policy is kept as it is and no reward model is fitted")
         return {"trajectories": 0}
     total = len(config.env.tasks) * config.demos.episodes_per_task
@@ -28,15 +28,11 @@ def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
     return {"trajectories": len(store)}
 
 
-def fine_tunes(config: TrainConfig) -> bool:
-    """Whether the warm start trains the policy; otherwise it keeps it as it is."""
-    return config.sft.steps is not None or config.sft.epochs > 0
-
-
 def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Warm-start the policy on the demonstrations; the best weights land in `sft/policy/`."""
     policy = new_policy(config)
-    if not fine_tunes(config):
+    if not config.fine_tunes:
+        display.log("sft: nothing to fit, the policy is kept as it is, its critic too")
         policy.save_pretrained(run.sft / "policy")
         return {"steps": 0}
     last = 0

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.ppo import KL_ROWS, STOP_ROWS
 from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
 from reachrl.plan.crew import crew_of
@@ -150,13 +151,26 @@ def _scoring(config: TrainConfig, device: Device) -> Stretch:
     return Stretch(name="scoring", seconds=seconds, flops=flops, bytes=moved)
 
 
+def _kl_flops(config: TrainConfig) -> float:
+    """The KL of the update, without gradients: after the last step and, where it can stop training, amid them."""
+    policy, ppo = sections(config)
+    crew = crew_of(config)
+    row = compute.evaluation(policy, train_vision=ppo.train_vision).forward
+    row += compute.vision(policy).forward * ppo.train_vision
+    rows = min(KL_ROWS, crew.decisions)
+    if ppo.target_kl is not None:
+        looks = ppo.epochs * math.ceil(crew.decisions / max(STOP_ROWS, ppo.minibatch_size)) - 1
+        rows += looks * min(STOP_ROWS, crew.decisions)
+    return rows / crew.learners * row
+
+
 def _update(config: TrainConfig, device: Device) -> Stretch:
     policy, ppo = sections(config)
     crew = crew_of(config)
     rows = crew.decisions / crew.learners
     row = compute.evaluation(policy, train_vision=ppo.train_vision).total
     row += compute.vision(policy).total * ppo.train_vision
-    flops = float(ppo.epochs * rows * row)
+    flops = float(ppo.epochs * rows * row) + _kl_flops(config)
     steps = ppo.epochs * math.ceil(crew.decisions / ppo.minibatch_size)
     passes = steps * math.ceil(min(ppo.minibatch_size, crew.decisions) / crew.learners / micro_rows(config))
     trained = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)

@@ -155,7 +155,10 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def reset_critic(self) -> None:
-        """Begin a critic with a trunk of its own from the actor's current weights; nothing to do for a shared one."""
+        """Begin a critic with a trunk of its own anew: the trunk has the actor's current weights, the head learned nothing.
+
+        Nothing to do for a shared critic. Called after a warm start that trained the actor.
+        """
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:

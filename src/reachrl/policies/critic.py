@@ -24,6 +24,11 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 
+    @property
+    def trained(self) -> bool:
+        """Whether anything was learned: an untrained head says 0 everywhere."""
+        return bool(self.fc2.weight.any() or self.fc2.bias.any())
+
     def forward(self, hidden: Float[Tensor, "B E"]) -> Float[Tensor, "B"]:
         """One value per row."""
         with torch.autocast(hidden.device.type, enabled=False):

@@ -1,5 +1,6 @@
 """OpenVLA as a policy: two vision towers, projector, Llama, a 256-way action head and a value head."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,6 +31,8 @@ from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_to
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
 from reachrl.policies.openvla.vllm_decoder import VllmDecoder
 from reachrl.types import Observation
+
+logger = logging.getLogger(__name__)
 
 
 class OpenVLAPolicy(Policy):
@@ -107,7 +110,10 @@ class OpenVLAPolicy(Policy):
         """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
         assert self.config.lora is not None
         self.base, self._rollout = base, None
-        adapters.add_adapters(self, self.config.lora, critic=self.config.critic == "adapter")
+        critic = self.config.critic == "adapter"
+        adapters.add_adapters(self, self.config.lora, critic=critic)
+        if critic:
+            adapters.copy_set(self, adapters.ACTOR, adapters.CRITIC)  # it begins as the actor
 
     # --- from observations -------------------------------------------------------------------------------------
 
@@ -330,11 +336,19 @@ class OpenVLAPolicy(Policy):
     # --- weights -----------------------------------------------------------------------------------------------
 
     def reset_critic(self) -> None:
-        """Start a critic of its own again from the actor's weights (after supervised training)."""
+        """Begin a critic with a trunk of its own anew: its trunk from the actor's weights, its head untrained."""
+        if self.config.critic == "shared":
+            return
         if self.critic is not None:
             self.critic.copy_from(self.projector, self.language_model.model)
-        if self.base is not None and self.config.critic == "adapter":
+        if self.base is not None:
             adapters.copy_set(self, adapters.ACTOR, adapters.CRITIC)
+        if self.value_head.trained:
+            logger.warning(
+                "the critic begins anew, trunk and head: the warm start has trained the actor that it is a copy of "
+                "(sft.epochs=0 keeps policy and critic as they are)"
+            )
+            self.value_head.reset()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`.
