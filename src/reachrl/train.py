@@ -14,7 +14,7 @@ from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
-from reachrl.errors import CheckpointError
+from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.evaluate import HeldoutCurve
 from reachrl.functional.stats import weighted_rate
 from reachrl.rewards.audit import RewardAudit
@@ -90,6 +90,7 @@ def train(
 
     Raises:
         DivergedError: a loss, gradient or weight is not finite; nothing of that iteration is saved.
+        ExtensionError: a plug-in breaks its contract.
         WorkerError: an environment, or an actor, keeps failing.
         LearnerLostError: a process that trains is gone.
     """
@@ -118,7 +119,11 @@ def train(
             rollout = collecting.result()
         del collecting  # what it was put together from may go
         lag = learner.version - rollout.policy_version
-        assert lag == (0 if ahead is None else 1), f"a rollout of weights that are {lag} updates old"
+        if lag != (expected := 0 if ahead is None else 1):
+            raise ExtensionError(
+                f"backend.kind={config.backend.kind} gave a rollout of weights that are {lag} updates old, expected "  # pyright: ignore
+                f"{expected}: `collect` must act with, and name, the weights that `load_weights` was given last"
+            )
         # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
         ahead = collect() if config.collect_ahead and not checkpoint_due(config, state) else None
         if not rollout.num_env_steps:

@@ -328,3 +328,14 @@ def test_a_checkpoint_that_does_not_count_goes_on_by_the_scheduled_warm_up():
     still = changed(batch, advantages=torch.zeros(48))
     rates = [algorithm.update(still, iteration=i, train_policy=True).lr for i in (3, 4, 5)]
     assert rates == [0.5, 0.75, 1.0]
+
+
+def test_a_resumed_optimiser_has_the_options_of_now(tmp_path):
+    policy, batch = make()
+    then = PPOConfig(lr=1e-3, value_lr=1e-3, weight_decay=0.1, adam_eps=1e-5)
+    save_optimizer(PPO(then, policy, seed=0).optimizer, tmp_path / "optimizer.safetensors")
+    now = PPO(PPOConfig(lr=2e-3, value_lr=3e-3, weight_decay=0.0, adam_eps=1e-7), policy, seed=0)
+    load_optimizer(now.optimizer, tmp_path / "optimizer.safetensors")
+    now.update(batch, iteration=0, train_policy=True)
+    found = [(group["lr"], group["weight_decay"], group["eps"]) for group in now.optimizer.param_groups]
+    assert found == [(2e-3, 0.0, 1e-7), (3e-3, 0.0, 1e-7)]

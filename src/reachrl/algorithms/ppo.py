@@ -64,7 +64,7 @@ class PPO:
             DivergedError: a loss or gradient is not finite; the weights are those before that step.
             ExtensionError: the policy scores actions otherwise than a moment ago with the same weights.
         """
-        lr = self._set_lr(iteration)
+        lr = self._set_options(iteration)
         advantages = self._normalized(batch.advantages)
         self._train_only_critic(not train_policy)
         sums: dict[str, float] = defaultdict(float)
@@ -111,11 +111,13 @@ class PPO:
         trained = self.optimizer.param_groups[0].get(_TRAINED)
         return max(iteration - self.config.warmup_iterations, 0) if trained is None else trained
 
-    def _set_lr(self, iteration: int) -> float:
-        ramp = self.config.lr_warmup_iterations
-        factor = min(1.0, (self._trained_before(iteration) + 1) / (ramp + 1))
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * factor
-        return self.config.lr * factor
+    def _set_options(self, iteration: int) -> float:
+        """Give the optimiser the configured options, whatever a checkpoint has it do; returns the policy's rate."""
+        config = self.config
+        factor = min(1.0, (self._trained_before(iteration) + 1) / (config.lr_warmup_iterations + 1))
+        for group, lr in zip(self.optimizer.param_groups, (config.lr * factor, config.value_lr), strict=True):
+            group |= {"lr": lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+        return config.lr * factor
 
     def _normalized(self, advantages: Tensor) -> Tensor:
         # Over the whole batch of the iteration: per micro-batch would make memory settings part of the algorithm.
@@ -259,10 +261,10 @@ class PPO:
     def _check_first_ratio(self, log_ratio_max: float) -> None:
         if log_ratio_max > math.log1p(FIRST_RATIO_TOLERANCE[self.policy.compute_dtype]):
             raise ExtensionError(
-                f"the first minibatch has a probability ratio of {math.exp(log_ratio_max):.4f} or its inverse, expected "
-                f"1: {type(self.policy).__name__} gave the same actions other log-probs a moment ago, with the same "
-                "weights. Its `evaluate` must answer the same with and without gradients, in batches of any size, and "
-                "take no part at random (dropout); where only rounding is to blame, compute in float32"
+                f"the first minibatch has a probability ratio of {math.exp(log_ratio_max):.4f} or its inverse, "
+                f"expected 1: {type(self.policy).__name__} gave the same actions other log-probs a moment ago with "
+                "the same weights. Its `evaluate` must answer the same with and without gradients, in batches of any "
+                "size, without chance (dropout); where only rounding is to blame, compute in float32"
             )
 
     def _summary(

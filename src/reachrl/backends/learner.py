@@ -18,6 +18,7 @@ from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
 from reachrl.backends.weights import PackedWeights, acting_parameters, learner_answer, pack
 from reachrl.config.ppo import PPOConfig
+from reachrl.errors import ExtensionError
 from reachrl.functional.gae import gae
 from reachrl.policies.base import Policy, PolicyInput
 from reachrl.registry import build
@@ -36,6 +37,9 @@ class LocalLearner:
         group: who shares the work; each process calls the same methods with the same rollouts.
         whole: where the group is sharded, the leader's second copy of the policy, in one piece: what is saved and
             loaded. `policy` is split here and takes the leader's weights with the first `share`.
+
+    Raises:
+        ExtensionError: an algorithm of another kind that is no `PPO`.
     """
 
     def __init__(
@@ -52,6 +56,11 @@ class LocalLearner:
         if self.group.sharded:
             sharding.shard(policy, self.group)
         self.algorithm: PPO = build("algorithms", config, policy, seed=seed)
+        if not isinstance(self.algorithm, PPO):
+            raise ExtensionError(
+                f"ppo.kind={config.kind}: {type(self.algorithm).__name__} is no subclass of "
+                "reachrl.algorithms.ppo.PPO, whose optimiser the learner saves; derive it"
+            )
         if not self.group.alone:
             self.algorithm.group = self.group
         self.version = 0
@@ -243,7 +252,11 @@ class LocalLearner:
         inputs = self.policy.encode(part)
         if self.config.train_vision:
             return inputs
-        assert inputs.pixel_values is not None
+        if inputs.pixel_values is None:
+            raise ExtensionError(
+                f"{type(self.policy).__name__}.encode gave no pixel_values, from which vision features are computed "
+                "once an iteration: return them, or set ppo.train_vision=true, which caches nothing"
+            )
         return PolicyInput(
             prompt_ids=inputs.prompt_ids,
             prompt_mask=inputs.prompt_mask,
@@ -263,7 +276,7 @@ class LocalLearner:
         if cached is not None:
             first = self.group.block(rollout.valid.size).start
             last = len(cached.prompt_ids) - 1
-            # A row of another process's block only stands in for none: see PPO._pass_for_nothing.
+            # A row of another process's block only stands in for none: see `PPO._scores`.
             return lambda rows: cached.rows((keep[rows] - first).clamp(0, last))
         images = rollout.images.reshape(-1, *rollout.images.shape[2:])
         texts = [text for row in rollout.instructions for text in row]

@@ -39,8 +39,8 @@ class PPOConfig(Section):
     epochs: Annotated[int, Field(ge=1), Affects.FUTURE] = 2
     """Passes over each iteration's batch."""
     minibatch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256
-    """Rows per optimiser step at most: an iteration's rows are split into as few parts as that takes, all of one size (or
-    one row less)."""
+    """Rows per optimiser step at most: an iteration's rows are split into as few parts as that takes, whose sizes
+    differ by one row at most."""
     micro_batch_size: Annotated[int, Field(ge=1), Affects.SPEED] = 256
     """Rows per forward and backward pass at most; gradients add up to those of the minibatch exactly."""
     score_batch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256
@@ -50,7 +50,7 @@ class PPOConfig(Section):
     value_lr: Annotated[Positive, Affects.FUTURE] = 1e-3
     """Learning rate of the value head (and of the separate critic)."""
     lr_warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 0
-    """Iterations, counted from the end of the critic's warm-up, over which the policy's learning rate rises linearly."""
+    """Iterations over which the policy's learning rate rises linearly, from the first that trains it on."""
     weight_decay: Annotated[float, Field(ge=0), Affects.FUTURE] = 0.0
     """AdamW weight decay."""
     adam_eps: Annotated[Positive, Affects.FUTURE] = 1e-5
@@ -67,8 +67,8 @@ class PPOConfig(Section):
     entropy_coef: Annotated[float, Field(ge=0), Affects.FUTURE] = 0.0
     """Weight of the entropy bonus (mean over action tokens)."""
     target_kl: Annotated[Positive | None, Affects.FUTURE] = None
-    """Stop this iteration's policy updates once they have moved the policy by more (KL in nats per action token, measured
-    on 128 random rows of the batch after steps on as many, and after each epoch); none switches it off."""
+    """Stop this iteration's policy updates once they have moved the policy by more: KL in nats per action token,
+    measured on 128 random rows of the batch after steps on as many, and after each epoch. None switches it off."""
     warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 2
     """First iterations that train the critic only."""
     warmup_explained_variance: Annotated[Annotated[float, Field(lt=1)] | None, Affects.FUTURE] = None

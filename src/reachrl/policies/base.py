@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
-from reachrl.errors import CheckpointError
+from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.types import Observation
 
 
@@ -115,7 +115,11 @@ class Policy(nn.Module, ABC):
     def acting_logprobs(
         self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
     ) -> Float[Tensor, "B A"]:
-        """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token."""
+        """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token.
+
+        Raises:
+            ExtensionError: `act` does not take the token that the noise chooses.
+        """
 
         # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
         def act(choices: Tensor) -> ActionSample:
@@ -125,7 +129,12 @@ class Policy(nn.Module, ABC):
 
         first_id = act(torch.zeros_like(action_ids)).action_ids[0, 0]
         sample = act(action_ids - first_id)
-        assert sample.action_ids.equal(action_ids)
+        if not sample.action_ids.equal(action_ids):
+            raise ExtensionError(
+                f"{type(self).__name__}.act did not take the tokens that its noise chooses: a token must be "
+                "argmax(logits / temperature + gumbel) over `num_choices` tokens in the order of their ids. Mend "
+                "`act`, or override `acting_logprobs` where noise does not choose"
+            )
         return sample.logprobs
 
     def close(self) -> None:
@@ -155,9 +164,9 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def reset_critic(self) -> None:
-        """Begin a critic with a trunk of its own anew: the trunk has the actor's current weights, the head learned nothing.
+        """Begin a critic with a trunk of its own anew, after a warm start that trained the actor.
 
-        Nothing to do for a shared critic. Called after a warm start that trained the actor.
+        Its trunk gets the actor's current weights, its head has learned nothing. Nothing to do for a shared critic.
         """
 
     @abstractmethod

@@ -1,0 +1,109 @@
+"""What a plug-in gets wrong ends in an error that says what to do, also where Python skips assertions."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from reachrl.backends.base import Done
+from reachrl.backends.learner import LocalLearner
+from reachrl.config.ppo import PPOConfig
+from reachrl.config.train import TrainConfig
+from reachrl.errors import ExtensionError
+from reachrl.rewards.task import TaskReward
+from reachrl.run.directory import Run
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.testing.rewards import make_rollout
+from reachrl.train import train
+from reachrl.types import Observation
+
+
+class GreedyPolicy(TablePolicy):
+    """Takes its likeliest token, whatever the noise."""
+
+    def act(self, inputs, *, temperature=1.0, gumbel=None, with_values=True):
+        return super().act(inputs, temperature=temperature, with_values=with_values)
+
+
+class DropoutPolicy(TablePolicy):
+    """Scores by chance."""
+
+    def evaluate(self, inputs, action_ids, *, temperature=1.0):
+        out = super().evaluate(inputs, action_ids, temperature=temperature)
+        return replace(out, logprobs=out.logprobs + 0.1 * torch.randn_like(out.logprobs))
+
+
+class BlindPolicy(TablePolicy):
+    """Sees no pictures."""
+
+    def encode(self, observation):
+        return replace(super().encode(observation), pixel_values=None)
+
+
+class ForeignConfig(PPOConfig):
+    """Options derived from PPO's, of an algorithm that is not."""
+
+    kind: str = f"{__name__}:ForeignAlgorithm"  # pyright: ignore
+
+
+class ForeignAlgorithm:
+    """Has no optimiser."""
+
+    Config = ForeignConfig
+
+    def __init__(self, config, policy, *, seed):
+        self.config = config
+
+
+def rollout_of(policy):
+    rollout = make_rollout(image_size=8)
+    ids = np.zeros((*rollout.valid.shape, policy.num_action_tokens), np.int64)
+    frames = {name: getattr(rollout, name) // 128 for name in ("images", "final_images")}  # contexts 0 and 1
+    last = replace(rollout.last_observation, images=rollout.last_observation.images // 128)
+    zeros = ids.astype(np.float32)
+    return replace(rollout, action_ids=ids, behaviour_logprobs=zeros, last_observation=last, **frames)
+
+
+def test_a_policy_that_ignores_the_noise():
+    policy = GreedyPolicy(TablePolicyConfig())
+    inputs = policy.encode(Observation(images=np.zeros((3, 1, 1, 3), np.uint8), instructions=("",) * 3))
+    with pytest.raises(ExtensionError, match=r"GreedyPolicy\.act did not take the tokens .*argmax\(logits"):
+        policy.acting_logprobs(inputs, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+
+
+def test_a_policy_that_scores_by_chance():
+    torch.manual_seed(0)
+    policy = DropoutPolicy(TablePolicyConfig())
+    learner, rollout = LocalLearner(policy, PPOConfig(), seed=0), rollout_of(policy)
+    scored = learner.score(rollout).result()
+    with pytest.raises(ExtensionError, match=r"ratio of 1\.\d+ or its inverse.*DropoutPolicy.*dropout"):
+        learner.update(rollout, TaskReward()(rollout), scored, iteration=0, train_policy=True)
+
+
+def test_a_policy_without_pixels_to_cache_features_of():
+    policy = BlindPolicy(TablePolicyConfig())
+    learner = LocalLearner(policy, PPOConfig(), seed=0)
+    with pytest.raises(ExtensionError, match=r"BlindPolicy\.encode gave no pixel_values.*ppo\.train_vision=true"):
+        learner.score(rollout_of(policy))
+
+
+def test_an_algorithm_that_is_no_ppo():
+    with pytest.raises(ExtensionError, match=r"ForeignAlgorithm is no subclass of reachrl\.algorithms\.ppo\.PPO"):
+        LocalLearner(TablePolicy(TablePolicyConfig()), ForeignConfig(), seed=0)
+
+
+@pytest.mark.parametrize("version", [1, -1])
+def test_a_backend_that_collects_with_other_weights(tmp_path, version):
+    rollout = replace(rollout_of(TablePolicy(TablePolicyConfig())), policy_version=version)
+    actors = SimpleNamespace(load_weights=lambda weights: 0, collect=lambda draw, steps: Done(rollout))
+    learner = SimpleNamespace(version=0, config=PPOConfig(), export_weights=lambda: None)
+    workers = SimpleNamespace(actors=actors, learner=learner, evaluator=None)
+    with (
+        Run.open(tmp_path, {}, config_hash="x", tensorboard=False) as run,
+        pytest.raises(
+            ExtensionError, match=f"backend.kind=local gave a rollout of weights that are {-version} updates"
+        ),
+    ):
+        train(TrainConfig(), workers, TaskReward(), SimpleNamespace(draw=None), run, None)
