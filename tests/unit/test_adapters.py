@@ -1,6 +1,7 @@
 """Adapters: nothing at first, then what a dense update would be; saved in peft's format; merged without drift."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from small_policy import adapted, assert_apart, foreign, inputs, scores, small
 
-from reachrl.errors import CheckpointError, ConfigError
+from reachrl.errors import CheckpointError, ConfigError, ExtensionError
 from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
 from reachrl.policies.openvla.export import export_adapter, export_merged
 from reachrl.policies.openvla.merging import merged
@@ -406,6 +407,6 @@ def test_the_first_ratio_is_judged_by_the_arithmetic_not_by_the_adapters_type(ba
         policy = adapted(base, **changes)
         assert policy.compute_dtype == torch.bfloat16
         algorithm = PPO(PPOConfig(), policy, seed=0)
-        algorithm._check_first_ratio(1.05)
-    with pytest.raises(AssertionError, match="not 1"):
-        PPO(PPOConfig(), adapted(base), seed=0)._check_first_ratio(1.05)
+        algorithm._check_first_ratio(math.log(1.05))
+    with pytest.raises(ExtensionError, match=r"ratio of 1\.0500 or its inverse"):
+        PPO(PPOConfig(), adapted(base), seed=0)._check_first_ratio(math.log(1.05))

@@ -229,6 +229,12 @@ def test_time_scales_with_work_and_machine() -> None:
     assert twice["environment steps"] == base["environment steps"] == pytest.approx(2048 / 360)
     longer = seconds(apply(config, {"ppo.epochs": 3}), device)
     assert longer["PPO, 3 epochs"] == pytest.approx(1.5 * base["PPO, 2 epochs"])
+    # 2,048 decisions in minibatches of 256: 512 rows after the last step, 128 at each of 15 looks of a stop before it.
+    flops = {part.name: part.flops for part in plan_time(config, device).stretches}
+    stopping = apply(config, {"ppo.target_kl": 0.01})
+    stopped = {part.name: part.flops for part in plan_time(stopping, device).stretches}
+    assert stopped["KL of the update"] == pytest.approx((512 + 15 * 128) / 512 * flops["KL of the update"])
+    assert flops["PPO, 2 epochs"] > 2 * 2048 / 512 * 2 * flops["KL of the update"]  # a step is a pass and more
     again = seconds(apply(config, {"policy.gradient_checkpointing": True}), device)
     assert 1.3 < again["PPO, 2 epochs"] / base["PPO, 2 epochs"] < 1.5
 

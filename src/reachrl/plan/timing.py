@@ -61,7 +61,8 @@ def plan_time(config: TrainConfig, device: Device, decisions_per_second: float =
     """
     decisions = config.num_steps * config.env.num_envs
     simulators = Stretch(name="environment steps", seconds=decisions / decisions_per_second)
-    return TimePlan((simulators, *_acting(config, device), _scoring(config, device), _update(config, device)))
+    learning = _scoring(config, device), _update(config, device), _kl(config, device)
+    return TimePlan((simulators, *_acting(config, device), *learning))
 
 
 def pass_seconds(
@@ -151,17 +152,23 @@ def _scoring(config: TrainConfig, device: Device) -> Stretch:
     return Stretch(name="scoring", seconds=seconds, flops=flops, bytes=moved)
 
 
-def _kl_flops(config: TrainConfig) -> float:
+def _kl(config: TrainConfig, device: Device) -> Stretch:
     """The KL of the update, without gradients: after the last step and, where it can stop training, amid them."""
     policy, ppo = sections(config)
     crew = crew_of(config)
     row = compute.evaluation(policy, train_vision=ppo.train_vision).forward
     row += compute.vision(policy).forward * ppo.train_vision
-    rows = min(KL_ROWS, crew.decisions)
+    rows, looks = min(KL_ROWS, crew.decisions), 0
     if ppo.target_kl is not None:
         looks = ppo.epochs * math.ceil(crew.decisions / max(STOP_ROWS, ppo.minibatch_size)) - 1
-        rows += looks * min(STOP_ROWS, crew.decisions)
-    return rows / crew.learners * row
+    passes = math.ceil(rows / crew.learners / ppo.score_batch_size) + looks
+    rows = (rows + looks * min(STOP_ROWS, crew.decisions)) / crew.learners
+    tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
+    working = 2 * policy.language_model.num_layers * activations.working_row(policy, tokens, decoding=False)
+    moved = passes * _read_weights(config) + rows * working
+    layers = passes * _layer_calls(policy)
+    seconds = pass_seconds(policy, device, flops=rows * row, moved=moved, layers=layers)
+    return Stretch(name="KL of the update", seconds=seconds, flops=rows * row, bytes=moved)
 
 
 def _update(config: TrainConfig, device: Device) -> Stretch:
@@ -170,7 +177,7 @@ def _update(config: TrainConfig, device: Device) -> Stretch:
     rows = crew.decisions / crew.learners
     row = compute.evaluation(policy, train_vision=ppo.train_vision).total
     row += compute.vision(policy).total * ppo.train_vision
-    flops = float(ppo.epochs * rows * row) + _kl_flops(config)
+    flops = float(ppo.epochs * rows * row)
     steps = ppo.epochs * math.ceil(crew.decisions / ppo.minibatch_size)
     passes = steps * math.ceil(min(ppo.minibatch_size, crew.decisions) / crew.learners / micro_rows(config))
     trained = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)
