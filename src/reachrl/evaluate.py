@@ -50,8 +50,13 @@ def rate(outcomes: Sequence[bool]) -> dict[str, Any]:
 
 
 def heldout_starts(env: EnvSection, config: EvalSection) -> list[Start]:
-    """The first `num_starts` evaluation starts of each task, tasks interleaved to balance the load."""
+    """The first `num_starts` evaluation starts of each task, tasks interleaved to balance the load: the test."""
     return [Start(task, "eval", index) for index in range(config.num_starts) for task in env.tasks]
+
+
+def validation_starts(env: EnvSection, config: EvalSection) -> list[Start]:
+    """The first `during_starts` validation starts of each task: played during training, never in the test."""
+    return [Start(task, "validation", index) for index in range(config.during_starts) for task in env.tasks]
 
 
 def evaluate(
@@ -69,8 +74,11 @@ def evaluate(
     return EvalResult(mode=mode, episodes=tuple(player.play(starts, record=record, on_episode=on_episode)))
 
 
-class HeldoutCurve:
-    """Held-out success during training, one point every `eval.during_every` versions of the weights.
+class ValidationCurve:
+    """Success on validation starts during training, one point every `eval.during_every` versions of the weights.
+
+    Whoever picks a checkpoint or an option by these points has picked by their luck too; the final evaluation has
+    other starts and other noise, so it is none the better for it.
 
     Args:
         config: the run's.
@@ -90,7 +98,7 @@ class HeldoutCurve:
             return
         self.finish()
         self._last = weights.version
-        starts = heldout_starts(self._config.env, options.model_copy(update={"num_starts": options.during_starts}))
+        starts = validation_starts(self._config.env, options)
         self._pending = self._evaluator.play(weights, starts, options.modes[0])
 
     def finish(self) -> None:
@@ -101,7 +109,7 @@ class HeldoutCurve:
         record = EvalResult(mode=mode, episodes=tuple(self._pending.result())).record()
         self._pending = None
         figures = {key: value for key, value in record.items() if key != "episodes"}
-        self._log({"kind": "heldout", "iteration": self._last, "mode": mode} | figures)
+        self._log({"kind": "validation", "iteration": self._last, "mode": mode} | figures)
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> PairedTest:

@@ -31,6 +31,9 @@ class Stream(IntEnum):
     LIBERO_STARTS = 15
     WEIGHT_PROBE = 16
     KL_ROWS = 17
+    LIBERO_VALIDATION_STARTS = 18
+    VALIDATION_NOISE = 19
+    PRACTICE_NOISE = 20
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

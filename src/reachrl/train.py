@@ -15,7 +15,7 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import CheckpointError, ExtensionError
-from reachrl.evaluate import HeldoutCurve
+from reachrl.evaluate import ValidationCurve
 from reachrl.functional.stats import weighted_rate
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
@@ -100,14 +100,14 @@ def train(
     keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
     state = restore(run, keepers)
     run.forget_spans()
-    heldout = HeldoutCurve(config, workers.evaluator, run.metrics.log)
+    validation = ValidationCurve(config, workers.evaluator, run.metrics.log)
 
     def collect() -> Pending[Rollout]:
         with run.span("sync"):
             weights = learner.export_weights()
             actors.load_weights(weights)
         with run.span("evaluate"):
-            heldout.begin(weights)
+            validation.begin(weights)
         with run.span("rollout"):
             return actors.collect(curriculum.draw, config.num_steps)
 
@@ -144,7 +144,7 @@ def train(
         timelines.note(state.iteration, run.spans.take(), workers.take_spans())
         due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
         if due:
-            heldout.finish()
+            validation.finish()
             audit.finish()
             run.write_timeline(*timelines.typical(ahead=config.collect_ahead), actors.balance())
             save(run, state, keepers, keep=config.keep_checkpoints)
@@ -296,7 +296,7 @@ def saved_reward_state(run: Run) -> dict[str, Any]:
 
 
 def _forget_after(run: Run, iteration: int) -> None:
-    for kind in ("train", "heldout"):
+    for kind in ("train", "validation"):
         run.metrics.truncate_after(kind, "iteration", iteration)
 
 

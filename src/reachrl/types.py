@@ -13,12 +13,17 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "validation", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "eval")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Start:
-    """One numbered start state of one task; `eval` starts are never used for learning."""
+    """One numbered start state of one task.
+
+    `train` starts are learned from, `validation` starts are evaluated during training, to choose a checkpoint or a
+    learning rate by, and `eval` starts are the test: nothing is learned from them or chosen by them.
+    """
 
     task: str
     split: Split

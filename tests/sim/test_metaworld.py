@@ -236,7 +236,8 @@ def test_training_starts_keep_away_from_every_evaluation_start(task: str):
     """Brute force over all pairs, in the start space that Meta-World declares."""
     made = MetaworldTask(task, 200)
     space = made.sim._random_reset_space
-    train, held_out = (np.stack([made.start(split, i) for i in range(n)]) for split, n in SPLIT_SIZES)
+    train, validation, held_out = (np.stack([made.start(split, i) for i in range(n)]) for split, n in SPLIT_SIZES)
+    train = np.concatenate([train, validation])
     extent = space.high - space.low
     free = extent > 0.005
     gap = 0.25 * EVAL_POOL ** (-1 / free.sum())
@@ -249,7 +250,11 @@ def test_training_starts_keep_away_from_every_evaluation_start(task: str):
     assert (spread > 0.8).all()  # the whole space is used
 
 
-SPLIT_SIZES: tuple[tuple[Split, int], ...] = (("train", 200), ("eval", EVAL_POOL))
+SPLIT_SIZES: tuple[tuple[Split, int], ...] = (
+    ("train", 200),
+    ("validation", 50),
+    ("eval", EVAL_POOL),
+)
 
 
 def test_evaluation_starts_are_the_ones_published():

@@ -9,7 +9,7 @@ from reachrl.envs.base import check_start, start_option
 from reachrl.errors import ExtensionError
 from reachrl.testing.conformance_env import check_env
 from reachrl.testing.envs import ReachConfig, ReachEnv
-from reachrl.types import Start
+from reachrl.types import SPLITS, Start
 
 CONFIG = ReachConfig(max_steps=8)
 
@@ -20,7 +20,7 @@ def test_the_toy_keeps_the_contract():
 
 def test_its_expert_succeeds_from_every_start_and_standing_still_never_does():
     env = ReachEnv(ReachConfig())
-    for split in ("train", "eval"):
+    for split in SPLITS:
         for index in range(env.num_starts(split)):
             for still in (False, True):
                 env.reset(options={"start": Start(env.tasks[index % 3], split, index)})
@@ -105,6 +105,16 @@ class SameStarts(ReachEnv):
         return super().reset(options={"start": Start(start.task, "train", start.index)})
 
 
+class TwoSplits(ReachEnv):
+    """Takes whatever is no evaluation start for a training start."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        start = start_option(options)
+        check_start(self, start)
+        split = "eval" if start.split == "eval" else "train"
+        return super().reset(options={"start": Start(start.task, split, start.index)})
+
+
 class Float(ReachEnv):
     def _observe(self):
         observation = super()._observe()
@@ -135,6 +145,7 @@ class SameWords(ReachEnv):
         (Unclipped, "clipped"),
         (OneBuffer, "copy it"),
         (SameStarts, "different first frames"),
+        (TwoSplits, "validation.*different first frames"),
         (Float, r"ee_state is f32\[4\]"),
         (Forgiving, r"index=-1.* raises ValueError"),
         (SameWords, "share an instruction"),

@@ -1,20 +1,24 @@
 """Evaluation: every start once, outcomes independent of the number of environments, honest counts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from toy_policy import toy_config, toy_policy
 
+from reachrl.backends.base import Done
 from reachrl.cli.display import Display
 from reachrl.config.train import EvalSection
 from reachrl.demos.shard import iter_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
+from reachrl.evaluate import ValidationCurve, compare, evaluate, heldout_starts, protocol_hash
 from reachrl.functional.stats import wilson
 from reachrl.pipeline.reinforce import policy_trajectories
 from reachrl.registry import build
-from reachrl.rollout.episodes import EpisodePlayer
+from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.directory import Run
-from reachrl.types import Start
+from reachrl.streams import Stream, generator
+from reachrl.types import SPLITS, Start
 
 CONFIG = EvalSection(num_starts=4, seed=11)
 
@@ -100,6 +104,51 @@ def test_held_out_starts_are_the_evaluation_split_only():
     starts = heldout_starts(config.env, CONFIG)
     assert len(set(starts)) == 12 and {start.split for start in starts} == {"eval"}
     assert Start("red-square", "eval", 0) in starts
+
+
+class Player:
+    """An evaluator that notes what it is to play."""
+
+    def __init__(self):
+        self.asked = []
+
+    def play(self, weights, starts, mode):
+        self.asked.append(list(starts))
+        return Done([PlayedEpisode(start=start, instruction="", success=True, num_steps=1) for start in starts])
+
+
+def test_evaluations_during_training_play_neither_training_nor_test_starts():
+    config = toy_config("eval.during_every=2", "eval.during_starts=3", "eval.num_starts=10")
+    player, records = Player(), []
+    curve = ValidationCurve(config, player, records.append)
+    for version in range(4):
+        curve.begin(SimpleNamespace(version=version))
+    curve.finish()
+    test = set(heldout_starts(config.env, config.eval))
+    assert len(player.asked) == 2 and player.asked[0] == player.asked[1]
+    assert {start.split for start in player.asked[0]} == {"validation"} and not test & set(player.asked[0])
+    assert [(r["kind"], r["iteration"], r["n"]) for r in records] == [("validation", 0, 9), ("validation", 2, 9)]
+    # Another split is another state in the simulator, not the same one under another name.
+    env = build("envs", config.env)
+    first = {
+        split: env.reset(options={"start": Start(config.env.tasks[0], split, 0)})[0]["image"].tobytes()
+        for split in SPLITS
+    }
+    assert len(set(first.values())) == 3
+
+
+def test_noise_knows_the_split():
+    """A policy that sees nothing draws other actions in start 0 of each split, and those of the test as ever."""
+    config = toy_config()
+    policy, task = toy_policy(config), config.env.tasks[0]
+    with VectorEnv(config.env, 1) as envs:
+        player = EpisodePlayer(policy, envs, mode="sampled", temperature=1e6, seed=5)  # uniform, whatever is seen
+        played = player.play([Start(task, split, 0) for split in SPLITS], record=lambda _: True)
+    drawn = {each.start.split: each.turns[0].action_ids.tolist() for each in played}
+    assert len({tuple(ids) for ids in drawn.values()}) == 3
+    shape = (policy.num_action_tokens, policy.num_choices)
+    expected = generator(5, Stream.EVALUATION_NOISE, task, 0, 0).gumbel(size=shape).argmax(-1)
+    assert len(set(np.array(drawn["eval"]) - expected)) == 1  # action tokens end the vocabulary
 
 
 def test_the_protocol_hash_covers_what_decides_an_outcome_and_nothing_else():

@@ -278,6 +278,45 @@ def test_moving_success_pools_by_hand() -> None:
     assert pooled[1][2:] == pytest.approx(binomtest(4, 8).proportion_ci(method="wilson"))
 
 
+def test_weighed_success_is_pooled_as_one_weighted_mean() -> None:
+    rng = np.random.default_rng(0)
+    outcomes, weights = rng.random((3, 40)) < 0.6, rng.uniform(0.5, 3, (3, 40))
+    train = [{"iteration": 0, "success_uniform": None, "success_uniform_weight": None, "success_uniform_n": None}]
+    for i, (hits, each) in enumerate(zip(outcomes, weights, strict=True), 1):
+        train.append(
+            {
+                "iteration": i, "success_uniform": np.average(hits, weights=each),
+                "success_uniform_weight": each.sum(), "success_uniform_n": each.sum() ** 2 / (each**2).sum(),
+            }
+        )  # fmt: skip
+    pooled = plots.moving_uniform_success(train, 2)
+    assert [i for i, *_ in pooled] == [1, 2, 3]
+    rate = np.average(outcomes[1:], weights=weights[1:])
+    n = weights[1:].sum() ** 2 / (weights[1:] ** 2).sum()
+    assert pooled[2][1] == pytest.approx(rate)
+    z = 1.959963984540054  # Wilson's interval, written out
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert pooled[2][2:] == pytest.approx((centre - half, centre + half))
+
+
+def test_both_curves_and_validation_points_are_drawn_and_named(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "train", "iteration": i, "success_k": 1, "success_n": 2, "success_uniform": 0.75,
+         "success_uniform_weight": 2.0, "success_uniform_n": 1.5}
+        for i in range(4)
+    ]  # fmt: skip
+    lines += [{"kind": "validation", "iteration": i, "mode": "sampled", "k": i, "n": 10} for i in (0, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "success_uniform: the same, weighed to a uniform draw" in text
+    assert "validation starts, sampled: 2 of 10" in text
+    without = [{key: value for key, value in line.items() if "uniform" not in key} for line in lines[:4]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "success_uniform" not in text and "Chances of the draws are not known here" in text
+
+
 def test_the_learning_curve_draws_points_where_the_numbers_are() -> None:
     evals = [{"iteration": 10, "mode": "greedy", "k": 3, "n": 4}]
     root = ET.fromstring(plots.learning_curve([], evals)[0])

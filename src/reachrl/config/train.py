@@ -48,7 +48,8 @@ class EvalSection(Section):
     """Iterations between evaluations during training, in the first mode; 0: none. On Ray a process of its own plays
     them beside training."""
     during_starts: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 10
-    """Held-out start states per task of those; the first ones of the set."""
+    """Validation start states per task of those; the first ones of a set that neither training nor the final evaluation
+    uses."""
     num_videos: Annotated[int, Field(ge=0), Affects.SPEED] = 3
     """Tasks whose first held-out episode is recorded before and after."""
 

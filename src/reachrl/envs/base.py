@@ -1,5 +1,6 @@
 """What a simulator offers: language tasks, numbered start states, honest episode ends."""
 
+import zlib
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -8,7 +9,9 @@ import numpy as np
 
 from reachrl.config.base import Section
 from reachrl.envs.render_device import render_variables
-from reachrl.types import Split, Start
+from reachrl.types import SPLITS, Split, Start
+
+SPLIT_NUMBER: dict[Split, int] = {"train": 0, "eval": 1, "validation": 2}  # part of figures: never change one
 
 
 class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
@@ -66,7 +69,10 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """The sentence that describes `task`."""
 
     def num_starts(self, split: Split) -> int:
-        """How many numbered start states each task has in `split`: as many as the configuration says."""
+        """How many numbered start states each task has in `split`: as many as the configuration says.
+
+        There are as many for validation as for evaluation, and none of the one is one of the other.
+        """
         return self.config.num_train_starts if split == "train" else self.config.num_eval_starts
 
     @abstractmethod
@@ -92,13 +98,20 @@ def start_option(options: dict[str, Any] | None) -> Start:
     return start
 
 
+def start_key(start: Start) -> list[int]:
+    """Entropy for `np.random.default_rng`: one sequence for each task, split and number, for whoever draws starts."""
+    return [zlib.crc32(start.task.encode()), SPLIT_NUMBER[start.split], start.index]
+
+
 def check_start(env: Env, start: Start) -> None:
     """Refuse a start that `env` does not have.
 
     Raises:
-        ValueError: unknown task or number out of range.
+        ValueError: unknown task or split, or number out of range.
     """
     if start.task not in env.tasks:
         raise ValueError(f"no task {start.task!r} here; tasks: {', '.join(env.tasks)}")
+    if start.split not in SPLITS:
+        raise ValueError(f"no split {start.split!r} of starts; there are {', '.join(SPLITS)}")
     if not 0 <= start.index < env.num_starts(start.split):
         raise ValueError(f"{start} is out of range: there are {env.num_starts(start.split)} {start.split} starts")

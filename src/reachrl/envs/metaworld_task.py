@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from reachrl.config.env import EVAL_POOL
+from reachrl.envs.base import SPLIT_NUMBER
 from reachrl.envs.gl import import_mujoco
 from reachrl.envs.scene import load_scene
 from reachrl.errors import MissingExtra
@@ -194,12 +195,12 @@ class MetaworldTask:
     def start(self, split: Split, index: int) -> np.ndarray:
         """Start vector `index` of `split` f64[K], inside the task's own start space and accepted by it.
 
-        It depends on the task, the split and the index only. Training starts keep a distance of
+        It depends on the task, the split and the index only. Training and validation starts keep a distance of
         `start_gap()` from every evaluation start.
         """
         key = (split, index)
         if key not in self._starts:
-            rng = np.random.default_rng([_stable_hash(self.name), int(split == "eval"), index])
+            rng = np.random.default_rng([_stable_hash(self.name), SPLIT_NUMBER[split], index])
             space = self.sim._random_reset_space
             for _ in range(10_000):
                 vector = rng.uniform(space.low, space.high)
@@ -218,7 +219,7 @@ class MetaworldTask:
         return (vectors[..., free] - space.low[free]) / extent[free]
 
     def start_gap(self) -> float:
-        """Least normalised distance between a training and an evaluation start.
+        """Least normalised distance of a training or validation start from an evaluation start.
 
         A quarter of the spacing that `EVAL_POOL` starts would have on a regular grid.
         """

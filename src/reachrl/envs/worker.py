@@ -17,7 +17,7 @@ from reachrl.envs.base import Env
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.errors import ReachRLError
 from reachrl.registry import build, section_class
-from reachrl.types import Start
+from reachrl.types import SPLITS, Start
 
 # Whoever decodes the next actions gets a core at once: many simulators wait for it, it waits for the slowest only.
 _NICENESS = 10
@@ -51,7 +51,7 @@ class Worker:
         return {
             "tasks": env.tasks,
             "instructions": {task: env.instruction(task) for task in env.tasks},
-            "num_starts": {split: env.num_starts(split) for split in ("train", "eval")},
+            "num_starts": {split: env.num_starts(split) for split in SPLITS},
             "action_dim": env.action_space.shape[0],
         }
 

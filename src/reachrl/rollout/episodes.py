@@ -10,9 +10,16 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import ActionSample, Policy
 from reachrl.rollout.noise import gumbel_noise
 from reachrl.streams import Stream, generator
-from reachrl.types import EnvStep, Observation, Start
+from reachrl.types import EnvStep, Observation, Split, Start
 
 Mode = Literal["greedy", "sampled"]
+
+# Start i of one split is another start than that of another split: it gets other noise, too.
+_NOISE: dict[Split, Stream] = {
+    "train": Stream.PRACTICE_NOISE,
+    "validation": Stream.VALIDATION_NOISE,
+    "eval": Stream.EVALUATION_NOISE,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +58,7 @@ class EpisodePlayer:
     Args:
         policy: what acts.
         envs: where; their number changes the speed, not the outcomes.
-        mode: `greedy`, or `sampled` with noise addressed by (seed, task, start, step).
+        mode: `greedy`, or `sampled` with noise addressed by (seed, split, task, start, step).
         temperature: of the distribution whose log-probs are recorded and sampled.
         seed: of the sampling noise.
     """
@@ -127,7 +134,7 @@ class EpisodePlayer:
         gumbel = None
         if self.mode == "sampled":
             generators = (
-                start and generator(self.seed, Stream.EVALUATION_NOISE, start.task, start.index, length)
+                start and generator(self.seed, _NOISE[start.split], start.task, start.index, length)
                 for start, length in zip(current, lengths, strict=True)
             )
             gumbel = gumbel_noise(self.policy, generators)

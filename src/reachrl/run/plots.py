@@ -54,6 +54,28 @@ def moving_success(train: Sequence[dict[str, Any]], window: int) -> list[tuple[f
     return pooled
 
 
+def moving_uniform_success(train: Sequence[dict[str, Any]], window: int) -> list[tuple[float, float, float, float]]:
+    """Pool `success_uniform` of the last `window` iterations by the weights of their episodes.
+
+    Args:
+        train: Metrics records with `iteration`, `success_uniform`, `success_uniform_weight` and `success_uniform_n`.
+        window: How many iterations are pooled.
+
+    Returns:
+        (iteration, rate, low, high) wherever the window has a figure; the interval is Wilson's at the effective number
+        of episodes.
+    """
+    pooled = []
+    for i, record in enumerate(train):
+        recent = [r for r in train[max(0, i - window + 1) : i + 1] if r.get("success_uniform") is not None]
+        weight = sum(r["success_uniform_weight"] for r in recent)
+        if weight:
+            rate = sum(r["success_uniform"] * r["success_uniform_weight"] for r in recent) / weight
+            n = weight**2 / sum(r["success_uniform_weight"] ** 2 / r["success_uniform_n"] for r in recent)
+            pooled.append((record["iteration"], rate, *wilson95(rate * n, n)))
+    return pooled
+
+
 def block_means(numbers: dict[float, float | None], most: int = 150) -> list[tuple[float, float | None]]:
     """Order {step: number} and average neighbours until at most `most` points are left.
 
@@ -88,20 +110,28 @@ def success_interval_chart(rows: Sequence[tuple[str, dict[str, Any], str]], *, l
 
 
 def learning_curve(
-    train: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], *, window: int | None = None
+    train: Sequence[dict[str, Any]],
+    evals: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]] = (),
+    *,
+    window: int | None = None,
 ) -> tuple[str, int]:
-    """Draw training success (pooled over a window, with a band) and held-out evaluations (with whiskers).
+    """Draw training success (pooled over a window, with a band), evaluations and validations (with whiskers).
+
+    Training success is drawn twice where the chances of the episodes are known: as the curriculum drew them, and
+    weighed to a uniform draw.
 
     Args:
         train: Training records.
         evals: Evaluation records with `iteration`, `mode`, `k`, `n`.
+        validation: Those of evaluations on validation starts.
         window: Iterations pooled; by default a tenth of the run, at most 10.
 
     Returns:
         The SVG and the window.
     """
     window = window or max(1, min(10, round(len(train) / 10)))
-    last = max([r["iteration"] for r in [*train, *evals]], default=1)
+    last = max([r["iteration"] for r in [*train, *evals, *validation]], default=1)
     chart = Chart(
         (-0.012 * max(1, last), max(1, last) * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48),
         x_label="training iteration", y_label="success rate", y_format=percent, title="Learning curve",
@@ -116,14 +146,23 @@ def learning_curve(
                 note = f"iteration {record['iteration']}: {k} of {n} training episodes"
                 chart.dot(record["iteration"], k / n, "c-train", radius=1.8, note=note, css="dot faint")
         chart.line(list(zip(xs, rates, strict=True)), "c-train")
-    for mode, colour, shift in (("sampled", "c-sampled", 0.004), ("greedy", "c-after", -0.004)):
-        points = sorted((r for r in evals if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
+    weighed = moving_uniform_success(train, window)
+    if weighed:
+        chart.band([x for x, *_ in weighed], [low for *_, low, _ in weighed], [high for *_, high in weighed], "c-heat")
+        chart.line([(x, rate) for x, rate, *_ in weighed], "c-heat")
+    for records, mode, name, colour, shift in (
+        (evals, "sampled", "sampled", "c-sampled", 0.004),
+        (evals, "greedy", "greedy", "c-after", -0.004),
+        (validation, "sampled", "validation starts, sampled", "c-process", 0.0),
+        (validation, "greedy", "validation starts, greedy", "c-value", 0.0),
+    ):
+        points = sorted((r for r in records if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
         places = [(r, r["iteration"] + shift * max(1, last)) for r in points]
         chart.line([(x, rate_of(r)[0]) for r, x in places], colour, css="line thin dashed")
         for record, x in places:
             rate, (low, high) = rate_of(record)
             chart.whisker(x, low, high, colour)
-            note = f"iteration {record['iteration']}, {mode}: {record['k']} of {record['n']} = {percent(rate)}"
+            note = f"iteration {record['iteration']}, {name}: {record['k']} of {record['n']} = {percent(rate)}"
             chart.dot(x, rate, colour, radius=4.5, note=note)
     return chart.render(), window
 

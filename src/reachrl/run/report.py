@@ -141,7 +141,9 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
 
 
 def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, Any] | None:
+    # `heldout`: evaluations during training by an earlier version, which played starts of the final evaluation.
     found = [r for kind in ("heldout", "eval") for r in read_metrics(run_path / "metrics.jsonl", kind)]
+    validation = [r for r in read_metrics(run_path / "metrics.jsonl", "validation") if "k" in r and "iteration" in r]
     logged = [r for r in found if "k" in r and "iteration" in r]
     # A repeated evaluation counts once, as it came out last.
     points = list({(r["iteration"], r.get("mode", "greedy")): r for r in logged}.values())
@@ -152,11 +154,18 @@ def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, A
             there = 0 in known if when == "before" else last is not None and any(i >= max(last, 1) for i in known)
             if iteration is not None and record.get("n") and not there:
                 points.append({**record, "iteration": iteration, "mode": mode})
-    if not train and not points:
+    if not train and not points and not validation:
         return None
-    picture, window = plots.learning_curve(train, points)
+    picture, window = plots.learning_curve(train, points, validation)
     steps = max((r.get("env_steps") or 0 for r in train), default=0)
-    return {"chart": drawn(picture), "window": window, "env_steps": steps, "iterations": len(train)}
+    return {
+        "chart": drawn(picture),
+        "window": window,
+        "env_steps": steps,
+        "iterations": len(train),
+        "weighed": any(r.get("success_uniform") is not None for r in train),
+        "validated": list(dict.fromkeys(r.get("mode", "greedy") for r in validation)),
+    }
 
 
 def _tasks(evals: dict) -> list[dict[str, Any]] | None:

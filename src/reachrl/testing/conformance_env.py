@@ -11,10 +11,9 @@ import numpy as np
 
 from reachrl.envs.base import Env
 from reachrl.errors import ExtensionError
-from reachrl.types import Split, Start
+from reachrl.types import SPLITS, Start
 
 _MAX_DECISIONS = 10_000  # an episode that lasts longer has no time limit
-_SPLITS: tuple[Split, Split] = ("train", "eval")
 
 
 def check_env(env: Env, *, num_steps: int = 5, expert: bool | None = None) -> None:
@@ -29,7 +28,7 @@ def check_env(env: Env, *, num_steps: int = 5, expert: bool | None = None) -> No
         ExtensionError: the first promise that is broken, and how to keep it.
     """
     _check_description(env)
-    starts = [Start(task, split, 0) for task, split in product(env.tasks[:3], _SPLITS)]
+    starts = [Start(task, split, 0) for task, split in product(env.tasks[:3], SPLITS)]
     _check_refusals(env)
     for start in starts:
         _check_observation(env, start)
@@ -49,7 +48,7 @@ def _check_description(env: Env) -> None:
     sentences = [env.instruction(task) for task in env.tasks]
     _require(all(isinstance(s, str) and s.strip() for s in sentences), "each task has an instruction")
     _require(len(set(sentences)) == len(sentences), f"two tasks share an instruction: {sentences}")
-    for split in _SPLITS:
+    for split in SPLITS:
         _require(env.num_starts(split) >= 1, f"there is at least one {split} start")
     space: Any = env.action_space
     _require(len(space.shape) == 1 and space.dtype == np.float32, "`action_space` is a Box f32[D]")
@@ -59,7 +58,7 @@ def _check_description(env: Env) -> None:
 def _check_refusals(env: Env) -> None:
     task = env.tasks[0]
     wrong = [None, {}, {"start": task}, {"start": Start("no such task", "train", 0)}]
-    wrong += [{"start": Start(task, "train", number)} for number in (-1, env.num_starts("train"))]
+    wrong += [{"start": Start(task, split, number)} for split in SPLITS for number in (-1, env.num_starts(split))]
     for options in wrong:
         try:
             env.reset(options=options)
@@ -101,11 +100,16 @@ def _check_frames_differ(env: Env) -> None:
     """Every pair of tasks, of starts and of splits shows another first frame."""
     starts = [Start(task, "train", 0) for task in env.tasks]
     starts += [Start(env.tasks[0], "train", i) for i in range(1, min(5, env.num_starts("train")))]
-    starts += [Start(env.tasks[0], "eval", i) for i in range(min(5, env.num_starts("eval")))]
+    for split in ("validation", "eval"):
+        starts += [Start(env.tasks[0], split, i) for i in range(min(5, env.num_starts(split)))]
     frames = {start: _reset(env, start)["image"].tobytes() for start in starts}
     for i, start in enumerate(starts):
         for other in starts[:i]:
-            _require(frames[start] != frames[other], f"{start} and {other} show different first frames")
+            _require(
+                frames[start] != frames[other],
+                f"{start} and {other} show different first frames; draw a start with `start_key(start)`, which tells "
+                "tasks, splits and numbers apart",
+            )
 
 
 def _trace(env: Env, start: Start, actions: np.ndarray) -> list[bytes]:

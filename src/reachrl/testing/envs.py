@@ -1,6 +1,5 @@
 """A tiny environment with the full contract: a dot that moves to the square of the named colour."""
 
-import zlib
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ from pydantic import Field, field_validator
 
 from reachrl.config.env import EnvSection
 from reachrl.config.marks import Affects
-from reachrl.envs.base import Env, check_start, start_option
+from reachrl.envs.base import Env, check_start, start_key, start_option
 from reachrl.errors import ConfigError
 
 COLORS = {
@@ -89,7 +88,7 @@ class ReachEnv(Env):
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
-        rng = np.random.default_rng([zlib.crc32(start.task.encode()), int(start.split == "eval"), start.index])
+        rng = np.random.default_rng(start_key(start))
         while True:
             places = rng.uniform(0.1, 0.9, (len(COLORS) + 1, 2))
             distances = np.linalg.norm(places[:, None] - places[None], axis=-1)

@@ -19,7 +19,8 @@ class Starts:
     """Begins the numbered episodes of one task.
 
     A drawn start is upstream's reset with a seed of its own. Those that put the objects within `gap` of where a stored
-    start has them are drawn again: evaluation never meets what was trained on.
+    start has them are drawn again: evaluation never meets what was trained on or chosen by. Validation starts are
+    drawn, too, also where training uses the stored ones.
 
     Args:
         suite: of the task.
@@ -43,7 +44,7 @@ class Starts:
                 "install LIBERO again"
             )
         self._columns = _object_columns(model)
-        self._seeds: dict[int, int] = {}
+        self._seeds: dict[tuple[Split, int], int] = {}
         self._stored_positions = stored = self.positions(self.stored[:, 1 : 1 + model.nq])
         apart = np.linalg.norm(stored[:, None] - stored[None], axis=-1)
         np.fill_diagonal(apart, np.inf)
@@ -63,20 +64,24 @@ class Starts:
 
         What is not stored (where cabinets and stoves stand) is drawn with the start's number as seed.
         """
-        if split == "eval" or self.stored_for_training:
+        key = (split, index)
+        if split == "eval" or (split == "train" and self.stored_for_training):
             self.simulation.reset(index, self.stored[index])
-        elif index in self._seeds:
-            self.simulation.reset(self._seeds[index], None)
+        elif key in self._seeds:
+            self.simulation.reset(self._seeds[key], None)
         else:
-            self._seeds[index] = self._draw(index)
+            self._seeds[key] = self._draw(split, index)
 
-    def _draw(self, index: int) -> int:
+    def _draw(self, split: Split, index: int) -> int:
+        stream = Stream.LIBERO_VALIDATION_STARTS if split == "validation" else Stream.LIBERO_STARTS
         for attempt in range(_MAX_DRAWS):
-            seed = int(sequence(0, Stream.LIBERO_STARTS, self.task, index, attempt).generate_state(1)[0])
+            seed = int(sequence(0, stream, self.task, index, attempt).generate_state(1)[0])
             self.simulation.reset(seed, None)
             if self.distance(self.simulation.data.qpos) >= self.gap:
                 return seed
-        raise RuntimeError(f"no start at a distance of {self.gap} m from the stored ones found for {self.task} {index}")
+        raise RuntimeError(
+            f"no start at a distance of {self.gap} m from the stored ones found for {self.task} {split} {index}"
+        )
 
 
 def _object_columns(model: Any) -> np.ndarray:
