@@ -4,7 +4,7 @@
 
 Runs what is not there yet (a run that was cut short continues), then prints for each seed and pooled over seeds
 the held-out success before and after with Wilson 95 % intervals, wall time and peak memory. Pooling counts
-episodes; the spread between seeds is shown beside it, because episodes of one seed share one policy.
+episodes, and those of one seed share one policy: the gain stands with a 95 % t interval over the seeds, too.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from reachrl.functional.stats import wilson
+from reachrl.functional.stats import seed_interval, wilson
 from reachrl.run.metrics import read_metrics
 
 
@@ -22,6 +23,13 @@ def show(k: int, n: int) -> str:
     """`k/n` with rate and interval in per cent."""
     low, high = wilson(k, n)
     return f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def over_seeds(points: Sequence[float]) -> str:
+    """Figures of one run each, their mean and its 95 % t interval."""
+    mean, low, high = seed_interval(points)
+    each = ", ".join(f"{point:+.1f}" for point in points)
+    return f"by seed {each}: {mean:+.1f} [{low:+.1f}, {high:+.1f}] over seeds"
 
 
 def collecting_speed(run: Path) -> float:
@@ -63,7 +71,9 @@ def main() -> None:
             print(f"  {when:<7}{show(k, n):<34} seeds: {seeds}")
         (k0, n0), (k1, n1) = pooled
         apart = "apart" if wilson(k0, n0)[1] < wilson(k1, n1)[0] else "overlapping"
-        print(f"  gain   {100 * (k1 / n1 - k0 / n0):+.1f} points, intervals {apart}")
+        print(f"  gain   {100 * (k1 / n1 - k0 / n0):+.1f} points, intervals of the episodes {apart}")
+        gains = [100 * (s[f"success_after_{mode}"]["rate"] - s[f"success_before_{mode}"]["rate"]) for s in summaries]
+        print(f"         {over_seeds(gains)}")
     print("\nwall clock and memory")
     for seed, summary in zip(arguments.seeds, summaries, strict=True):
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items() if name != "total")

@@ -5,7 +5,8 @@
 
 Each arm takes demonstrations, warm start and reward model from the seed's finished run and repeats its training and
 its held-out evaluation with another reward; the finished run itself is the arm of its own reward. Prints successes
-with Wilson 95 % intervals, pooled and by seed, and draws the learning curves.
+with Wilson 95 % intervals, pooled and by seed, differences of arms with 95 % t intervals over seeds, and draws the
+learning curves.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quickstart import show
+from quickstart import over_seeds, show
 from reachrl.functional.stats import paired_test
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.formats import percent
@@ -139,7 +140,10 @@ def main() -> None:
         for arm, found in summaries.items():
             print(f"  {arm:<10} {pooled(found, f'success_after_{mode}')}")
         for one, other in itertools.combinations(summaries, 2):
-            print(f"  {paired(runs, one, other, mode)}")
+            rates = ([s[f"success_after_{mode}"]["rate"] for s in summaries[arm]] for arm in (one, other))
+            differences = [100 * (after - before) for before, after in zip(*rates, strict=True)]
+            print(f"  {other} less {one}, points {over_seeds(differences)}")
+            print(f"  {paired(runs, one, other, mode)} (these policies on these starts; says nothing of other seeds)")
     print(f"\ntraining episodes, first {FIRST} iterations")
     for arm, found in runs.items():
         records = [r for run in found for r in read_metrics(run / "metrics.jsonl", "train") if r["iteration"] < FIRST]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from reachrl.functional.stats import explained_variance, paired_test, wilson
+from reachrl.functional.stats import explained_variance, paired_test, seed_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,17 @@ def test_explained_variance():
     assert explained_variance(targets * 0 + 2.5, targets) == pytest.approx(0.0)
     assert explained_variance(-targets, targets) == pytest.approx(1 - 4)  # residuals vary twice as widely
     assert explained_variance(targets, np.ones(4, np.float32)) == 0.0
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 30, 101])
+def test_the_interval_over_seeds_equals_scipys(count):
+    values = np.random.default_rng(count).normal(3, 5, count)
+    mean, low, high = seed_interval(values.tolist())
+    expected = stats.t.interval(0.95, count - 1, loc=values.mean(), scale=stats.sem(values))
+    assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(expected, rel=1e-9)
+
+
+def test_three_seeds_carry_what_three_seeds_carry():
+    mean, low, high = seed_interval([3.3, -1.7, 8.8])
+    assert (mean, high - mean) == pytest.approx((3.47, 13.05), abs=0.01) and low < 0
+    assert seed_interval([5.0]) == (5.0, -np.inf, np.inf)

@@ -25,6 +25,51 @@ def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of one figure over independently seeded runs with its 95 % Student t interval: (mean, low, high).
+
+    A Wilson interval over the pooled episodes of several runs holds the luck of the episodes only: those of one run
+    share a policy, so what is claimed of the method rests on as many observations as there are runs. For a comparison,
+    take the differences of runs that share a seed.
+
+    Args:
+        values: one for each run; with fewer than two there is no interval, and its ends are infinite.
+
+    Source: Student 1908, The probable error of a mean.
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, -math.inf, math.inf
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = _t95(n - 1) * deviation / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def _t95(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # halves the angle's interval down to rounding
+        angle = (low + high) / 2
+        low, high = (angle, high) if _t_within(angle, freedom) < 0.95 else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _t_within(angle: float, freedom: int) -> float:
+    """P(|T| <= sqrt(freedom) tan(angle)) of Student's t.
+
+    Source: Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(1, freedom // 2 + 1):
+        total += term
+        term *= cosine**2 * ((2 * k) / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
 def weighted_rate(outcomes: Sequence[bool], weights: Sequence[float]) -> tuple[float, float]:
     """Self-normalised weighted mean of `outcomes`, and the number of equally weighted ones that would be as precise.
 
