@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from toy_policy import toy_config, toy_policy
 
-from reachrl.evaluate import HeldoutCurve
+from reachrl.evaluate import ValidationCurve
 from reachrl.registry import build
 from reachrl.rewards.task import TaskReward
 from reachrl.run.directory import Run
@@ -92,7 +92,7 @@ def test_the_timeline_has_what_was_done_ahead():
     assert iteration == 1 and [(s.who, s.start) for s in spans] == [("loop", 10), ("learner", 11)]
 
 
-def test_held_out_points_come_once_per_due_version():
+def test_validation_points_come_once_per_due_version():
     config = toy_config("eval.during_every=2", "eval.during_starts=3", "eval.modes=greedy")
     asked, logged = [], []
 
@@ -104,7 +104,7 @@ def test_held_out_points_come_once_per_due_version():
         def take_spans(self):
             return []
 
-    curve = HeldoutCurve(config, Evaluator(), logged.append)
+    curve = ValidationCurve(config, Evaluator(), logged.append)
     for version in (0, 0, 1, 2, 3, 4):  # collecting ahead sends a version twice
         curve.begin(SimpleNamespace(version=version))
     assert asked == [(version, 3 * len(config.env.tasks), "greedy") for version in (0, 2, 4)]
