@@ -43,7 +43,7 @@ CASES = {
 
 def anonymous() -> float:
     """MB of this process that no file stands behind."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found
     return int(found[1]) * 1024 / 1e6
 
@@ -136,7 +136,9 @@ def main() -> None:
             results[name] = {}
             for rounds, changes in ((0, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}), (arguments.rounds, {})):
                 command = [sys.executable, __file__, "--rounds", str(rounds), "--case", f"{place}/base", *case.values()]
-                done = subprocess.run(command, env=os.environ | changes, stdout=-1, text=True, check=True)
+                done = subprocess.run(
+                    command, env=os.environ | changes, stdout=-1, text=True, check=True, encoding="utf-8"
+                )
                 results[name] |= json.loads(done.stdout.splitlines()[-1])
             config = configure(Path(place) / "base", **case)
             planned[name] = sum(part.bytes for part in weights(config, PPOConfig())) / 1e6

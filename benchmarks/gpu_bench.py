@@ -105,7 +105,7 @@ class Bench:
         self.rows.append(row)
         print(row, file=sys.stderr, flush=True)
         if self.arguments.out:  # what is measured stays, whatever ends this program
-            self.arguments.out.write_text(self.table() + "\n")
+            self.arguments.out.write_text(self.table() + "\n", encoding="utf-8")
 
     def case(self, section: str, name: str, run: Callable[[], Result]) -> Result | None:
         """Measure one case; one that fails or comes too late leaves a line that says so."""

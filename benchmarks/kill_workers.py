@@ -34,13 +34,15 @@ STALL_S = 90.0  # longer than the deadline
 def reachrl(*arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "reachrl", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    )
 
 
 def records(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
@@ -77,7 +79,11 @@ def torment(folder: Path, kind: str, times: int, rng: random.Random) -> dict:
     seen, moved, wait = -1, time.monotonic(), rng.uniform(0.0, 3.0)
     while process.poll() is None:
         time.sleep(0.02)
-        count = sum(1 for _ in open(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").exists() else 0
+        count = (
+            sum(1 for _ in open(folder / "metrics.jsonl", encoding="utf-8"))
+            if (folder / "metrics.jsonl").exists()
+            else 0
+        )
         now = time.monotonic()
         if count != seen:
             slowest = max(slowest, now - moved) if seen >= 0 else 0.0
@@ -148,7 +154,7 @@ def main() -> None:
         table.append(total)
         print(json.dumps(total), flush=True)
     if options.out:
-        options.out.write_text(json.dumps(table, indent=2))
+        options.out.write_text(json.dumps(table, indent=2), encoding="utf-8")
     shutil.rmtree(root)
 
 

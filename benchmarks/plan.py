@@ -119,7 +119,7 @@ class Meter:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts again
         return self._resident("VmRSS")
 
     def peak(self) -> int:

@@ -54,7 +54,7 @@ def main() -> None:
         if not (run / "summary.json").exists():
             command = [sys.executable, "-m", "reachrl", "quickstart", arguments.preset, f"seed={seed}"]
             subprocess.run([*command, *arguments.overrides, "--run", str(run)], check=True)
-        summaries.append(json.loads((run / "summary.json").read_text()))
+        summaries.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     hashes = {summary["protocol_hash"] for summary in summaries}
     if len(hashes) != 1:
         raise SystemExit(f"the runs follow different protocols ({', '.join(sorted(hashes))}); they cannot be pooled")

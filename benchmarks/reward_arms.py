@@ -49,7 +49,7 @@ def prepare(base: Path, run: Path) -> None:
     for name in ("demos", "sft", "reward_model"):
         shutil.copytree(base / name, aside / name)
     shutil.copy(base / "eval" / "before.json", aside / "eval" / "before.json")
-    stages = json.loads((base / "stages.json").read_text())
+    stages = json.loads((base / "stages.json").read_text(encoding="utf-8"))
     write_json_atomic(aside / "stages.json", {name: stages[name] for name in ("demos", "sft", "reward")})
     aside.rename(run)
 
@@ -78,7 +78,9 @@ def paired(runs: dict[str, list[Path]], one: str, other: str, mode: str) -> str:
     """McNemar's exact test of two arms over the same (seed, task, start)."""
 
     def outcomes(arm: str) -> list[bool]:
-        records = [json.loads((run / "eval" / "after.json").read_text())[mode]["episodes"] for run in runs[arm]]
+        records = [
+            json.loads((run / "eval" / "after.json").read_text(encoding="utf-8"))[mode]["episodes"] for run in runs[arm]
+        ]
         return [each["success"] for record in records for each in sorted(record, key=lambda e: (e["task"], e["start"]))]
 
     test = paired_test(outcomes(one), outcomes(other))
@@ -116,7 +118,9 @@ def draw(runs: dict[str, list[Path]], path: Path) -> None:
         )
     style = "<style>text{font:12px sans-serif;fill:#5b6776}.grid{stroke:#e9edf1}.axis{stroke:#dfe4ea}</style>"
     picture = chart.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    path.write_text(picture.replace(">", f'><rect width="100%" height="100%" fill="#fff"/>{style}', 1) + "\n")
+    path.write_text(
+        picture.replace(">", f'><rect width="100%" height="100%" fill="#fff"/>{style}', 1) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
@@ -133,7 +137,10 @@ def main() -> None:
         for arm in arguments.arms:
             base, run = arguments.base / f"seed{seed}", arguments.out / arm / f"seed{seed}"
             runs.setdefault(arm, []).append(run_arm(base, run, seed, ARMS[arm]))
-    summaries = {arm: [json.loads((run / "summary.json").read_text()) for run in found] for arm, found in runs.items()}
+    summaries = {
+        arm: [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in found]
+        for arm, found in runs.items()
+    }
     for mode in ("sampled", "greedy"):
         print(f"\n{mode}, held-out starts")
         print(f"  {'before':<10} {pooled(next(iter(summaries.values())), f'success_before_{mode}')}")

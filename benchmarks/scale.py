@@ -56,7 +56,7 @@ def workers(config: TrainConfig):
     """The workers of a run that begins from random weights."""
     with tempfile.TemporaryDirectory() as folder:
         new_policy(config).save_pretrained(Path(folder) / "policy")
-        with build("backends", config.backend).open(config, Path(folder) / "policy") as found:
+        with build("backends", config.backend).open(config, Path(folder) / "policy", encoding="utf-8") as found:
             yield found
 
 

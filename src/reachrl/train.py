@@ -267,7 +267,7 @@ def restore(run: Run, keepers: Keepers) -> TrainState:
         _forget_after(run, -1)
         return TrainState(warming_up=_starts_in_warm_up(keepers.learner))
     verify_checkpoint(folder)
-    saved = json.loads((folder / "state.json").read_text())
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     state = TrainState(**saved["train"])
     keepers.learner.load(folder, version=state.iteration)
     keepers.load_state_dict(saved)
@@ -288,7 +288,7 @@ def saved_reward_state(run: Run) -> dict[str, Any]:
             "state. Put it back, or train again with another --run."
         )
     try:
-        return json.loads((folder / "state.json").read_text())["reward"]
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))["reward"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder / 'state.json'}: missing or damaged ({error}). Put it back, or train again with another --run."

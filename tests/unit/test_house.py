@@ -113,6 +113,43 @@ def test_unsafe_loading_would_be_found(tmp_path):
     assert unsafe(tmp_path / "bad.py") == ["bad.py:2 torch.load ", "bad.py:3 np.load allow_pickle"]
 
 
+# --- text files -------------------------------------------------------------------------------------
+
+
+def without_encoding(path: Path) -> list[str]:
+    """Calls that read or write text as the locale says: another encoding under LANG=C or PYTHONUTF8=0."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        name, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        mode = keywords.get("mode") or next(iter(node.args[1:2] if name == "open" else node.args[:1]), None)
+        opens = name == "open" or (name.endswith(".open") and isinstance(mode, ast.Constant))
+        binary = mode is not None and "b" in ast.unparse(mode)
+        if (
+            name.rpartition(".")[2] in ("read_text", "write_text")
+            or (opens and not binary)
+            or (name.startswith("subprocess.") and {"text", "universal_newlines"} & keywords.keys())
+        ):
+            found.append(f"{path.name}:{node.lineno} {name}")
+    return found
+
+
+def test_text_is_utf8_whatever_the_locale():
+    files = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+    assert [found for path in files for found in without_encoding(path)] == []
+
+
+def test_text_in_the_locales_encoding_would_be_found(tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "p.read_text()\np.write_text('x')\nopen(p)\nopen(p, 'a')\np.open('w')\nsubprocess.run(c, text=True)\n"
+        "open(p, 'rb')\np.open(mode='wb')\nhand.open()\np.read_text(encoding='utf-8')\nRun.open(p, c)\n"
+    )
+    assert [found.split()[0] for found in without_encoding(tmp_path / "bad.py")] == [
+        f"bad.py:{line}" for line in range(1, 7)
+    ]
+
+
 # --- installation -----------------------------------------------------------------------------------
 
 

@@ -6,13 +6,22 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from reachrl.errors import StorageError
-from reachrl.run.atomic import jsonable, recover_tree, replace_folder_atomic, write_bytes_atomic, write_json_atomic
+from reachrl.run.atomic import (
+    aside,
+    jsonable,
+    recover_tree,
+    replace_folder_atomic,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from reachrl.run.process_identity import ProcessIdentity, start_of
 
 
 def run_python(code: str, *args: object) -> subprocess.CompletedProcess:
@@ -125,3 +134,35 @@ def test_leftovers_of_a_living_process_are_left_alone(tmp_path: Path) -> None:
     other.write_text("half")
     write_json_atomic(tmp_path / "x.json", 1)
     assert other.exists()
+
+
+def test_copies_of_other_places_wait_an_hour_and_folders_set_aside_go_back_at_once(tmp_path: Path) -> None:
+    """A container that was killed leaves both; its successor has the same process ids."""
+    own = aside(tmp_path / "policy").name.rpartition("-")[0]
+    elsewhere = own.replace(own.split("-")[1], "00000000")
+    for number, age_s in enumerate((10, 7200)):
+        copy = tmp_path / f"x.json{elsewhere.removeprefix('policy')}-{number:08x}"
+        copy.write_text("half")
+        os.utime(copy, (time.time() - age_s,) * 2)
+    (tmp_path / f"policy{elsewhere.removeprefix('policy').replace('tmp', 'old')}-00000000").mkdir()
+    recover_tree(tmp_path)
+    assert sorted(path.name[-8:] for path in tmp_path.iterdir()) == ["00000000", "policy"]
+
+
+def test_a_reused_process_id_does_not_keep_a_leftover(tmp_path: Path) -> None:
+    parent, place = os.getppid(), ProcessIdentity.own().place
+    started = start_of(parent)
+    for number, start in enumerate((started, started - 1)):
+        (tmp_path / f"x.json.tmp-{place}-{parent}-{start}-{number:08x}").write_text("half")
+    write_json_atomic(tmp_path / "x.json", 1)
+    assert [path.name[-8:] for path in sorted(tmp_path.iterdir())] == ["x.json", "00000000"]
+
+
+def test_two_threads_write_one_file_under_names_of_their_own(tmp_path: Path) -> None:
+    assert len({aside(tmp_path / "x").name for _ in range(100)}) == 100
+
+
+def test_text_that_is_no_utf8_is_written_as_an_escape_and_read_back(tmp_path: Path) -> None:
+    command = ["--run", os.fsdecode(b"r\xe9sultats"), "\u2028"]
+    write_json_atomic(tmp_path / "x.json", command)
+    assert json.loads((tmp_path / "x.json").read_bytes().decode("utf-8", "strict")) == command

@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from reachrl.errors import ConfigError
+from reachrl.run import process_identity
 from reachrl.run.directory import Run, config_differences
 from reachrl.run.memory import PeakMemory
+from reachrl.run.process_identity import ProcessIdentity
 from reachrl.run.stages import StageRecords
 
 CONFIG = {"seed": 1, "ppo": {"lr": 1e-5, "epochs": 2}, "tasks": ["a", "b"]}
@@ -143,3 +147,89 @@ def test_peak_memory_sees_a_child(tmp_path: Path) -> None:
     assert 80_000_000 <= memory.peak_rss_bytes - before < 200_000_000
     held = np.ones(1)  # nothing of the child is left afterwards
     assert PeakMemory().sample() < memory.peak_rss_bytes and held.size == 1
+
+
+# --- who holds a folder, seen from other containers, boots and machines --------------------------------
+
+IN_A_NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def namespaces_allowed() -> bool:
+    try:
+        return subprocess.run([*IN_A_NAMESPACE, "true"], capture_output=True, timeout=20).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not namespaces_allowed(), reason="makes no namespace of process ids (needs root and unshare)")
+def test_a_process_of_another_pid_namespace_holds_its_folder_until_it_ends(tmp_path: Path) -> None:
+    """Two containers, each with a process 1, over one folder."""
+    path = tmp_path / "r"
+    hold = [*IN_A_NAMESPACE, sys.executable, "-c", HOLD, str(path)]
+    holder = subprocess.Popen(hold, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline().strip() == "held"
+        assert json.loads((path / ".lock").read_text())["pid"] == 1
+        again = subprocess.run(hold, capture_output=True, text=True, timeout=60)  # process 1 of its own namespace
+        assert again.returncode == 1 and "process 1 on" in again.stderr and "another container" in again.stderr
+        with pytest.raises(ConfigError, match=r"process 1 on .*another container.*delete .*\.lock"):
+            open_run(path)
+    finally:
+        holder.kill()  # and with it, by --kill-child, the namespace
+        holder.communicate()
+    # On a disk the kernel lock tells that the container is gone.
+    if os.major(path.stat().st_dev):
+        Run.open(path, {}, config_hash="h", tensorboard=False).close()
+
+
+def taken(tmp_path: Path, **changes: object) -> Path:
+    """A lock that names this process, but for `changes`; its kernel lock is not held."""
+    open_run(tmp_path).close()
+    lock = tmp_path / ".lock"
+    record = asdict(ProcessIdentity.own()) | {"token": "x", "held": None} | changes
+    lock.write_text(json.dumps(record))
+    return lock
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"boot": "another"}, "another container, machine or boot"),
+        ({"boot": "another", "host": "elsewhere"}, "on elsewhere"),
+        ({"namespace": "pid:[1]"}, "another container"),
+        ({"namespace": "pid:[1]", "pid": 1, "held": [0, 0]}, "process 1 on"),
+    ],
+)
+def test_an_owner_that_cannot_be_looked_up_is_taken_for_alive(tmp_path: Path, monkeypatch, changes, words) -> None:
+    monkeypatch.setattr(os, "major", lambda _: 0)  # as on a network file system
+    lock = taken(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=f"{words}.*if it is surely gone, delete {lock}"):
+        open_run(tmp_path)
+
+
+def test_an_owner_from_before_a_power_cut_is_dead_where_a_disk_says_so(tmp_path: Path, monkeypatch) -> None:
+    taken(tmp_path, boot="another", held=[0, 0])
+    monkeypatch.setattr(os, "major", lambda _: 254)
+    open_run(tmp_path).close()
+
+
+def test_the_id_of_an_ended_process_may_be_another_ones_now(tmp_path: Path) -> None:
+    parent = os.getppid()
+    started = process_identity.start_of(parent)
+    lock = taken(tmp_path, pid=parent, started=started)
+    with pytest.raises(ConfigError, match=f"process {parent} on"):
+        open_run(tmp_path)
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"started": started - 1}))
+    open_run(tmp_path).close()
+
+
+def test_a_process_start_is_what_the_kernel_says(tmp_path: Path) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    expected = psutil.Process().create_time() - psutil.boot_time()  # s since boot
+    assert process_identity.start_of(os.getpid()) / ticks == pytest.approx(expected, abs=1.5 / ticks)
+    ended = subprocess.Popen(["true"])
+    while process_identity.start_of(ended.pid) is not None:  # until it is a zombie, which holds nothing
+        time.sleep(0.01)
+    assert not process_identity.is_running(ended.pid, 1)
+    ended.wait()
+    assert not process_identity.is_running(ended.pid, 1)

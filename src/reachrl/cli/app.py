@@ -1,5 +1,6 @@
 """The `reachrl` command: its subcommands, and errors as one clear message with an exit code."""
 
+import os
 from typing import NoReturn
 
 import typer
@@ -10,7 +11,9 @@ from rich.text import Text
 from reachrl import __version__, registry, torchrun
 from reachrl.cli import config, demos, eval, export, model, plan, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
+from reachrl.cli.failures import check_command_line, expected_failure, speak_any_language
 from reachrl.errors import ReachRLError
+from reachrl.home import home_variables
 
 
 class _InOrder(typer.core.TyperGroup):
@@ -59,9 +62,12 @@ def version() -> None:
 
 def main() -> NoReturn:
     """Run the command line; a `ReachRLError` becomes a message on stderr and its own exit code."""
-    # A plug-in such as `my_lab.sim:MyEnv` is found beside where the command runs, without being installed.
-    registry.search_here()
+    speak_any_language()
     try:
+        check_command_line()
+        os.environ.update(home_variables())
+        # A plug-in such as `my_lab.sim:MyEnv` is found beside where the command runs, without being installed.
+        registry.search_here()
         app()
     except ReachRLError as error:
         show_error(error)
@@ -70,6 +76,12 @@ def main() -> NoReturn:
         if isinstance(end.code, int):
             torchrun.leave(end.code)
         raise
+    except Exception as error:
+        told = expected_failure(error)
+        if told is None:
+            raise
+        show_error(told)
+        torchrun.leave(told.exit_code)
     torchrun.leave(0)
 
 

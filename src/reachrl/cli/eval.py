@@ -91,6 +91,7 @@ def _measurement(
     out: Path | None,
 ) -> "Measurement":
     from reachrl.config.protocols import PROTOCOLS, evaluation_config
+    from reachrl.run.file_names import file_name
     from reachrl.run.provenance import available_cores
 
     if protocol not in PROTOCOLS:
@@ -104,7 +105,7 @@ def _measurement(
     if policy is not None and not policy.is_dir():
         raise ConfigError(f"there is no policy in {policy}: has `reachrl train` finished there?")
     trained_in = policy.parent if policy and (policy.parent / "config.json").is_file() else None
-    folder = out or (trained_in or Path("runs")) / f"{getattr(config.env, 'suite', config.env.kind)}-{known}"
+    folder = out or (trained_in or Path("runs")) / file_name(getattr(config.env, "suite", config.env.kind), f"-{known}")
     from reachrl.pipeline.measure import Measurement
 
     return Measurement(config=config, protocol=known, policy=policy, out=folder, shard=_shard(shard))

@@ -18,7 +18,9 @@ def show_evaluations(run_dir: Path) -> None:
     Args:
         run_dir: A run folder whose `eval` stage is finished.
     """
-    before, after = (json.loads((run_dir / "eval" / f"{when}.json").read_text()) for when in ("before", "after"))
+    before, after = (
+        json.loads((run_dir / "eval" / f"{when}.json").read_text(encoding="utf-8")) for when in ("before", "after")
+    )
     table = Table(title="Success on held-out start states", title_justify="left", title_style="bold", pad_edge=False)
     for column in ("", "before", "after"):
         table.add_column(column, no_wrap=True)
@@ -32,7 +34,7 @@ def show_evaluations(run_dir: Path) -> None:
     console = Console()
     console.print(table)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
-    _print_caveats(json.loads((run_dir / "stages.json").read_text())["eval"]["info"]["caveats"])
+    _print_caveats(json.loads((run_dir / "stages.json").read_text(encoding="utf-8"))["eval"]["info"]["caveats"])
 
 
 def show_result(result: dict[str, Any] | None, folder: Path) -> None:

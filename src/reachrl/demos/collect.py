@@ -23,6 +23,7 @@ from reachrl.demos.shard import ShardWriter, shard_metadata
 from reachrl.demos.store import META_FILE, TrajectoryStore, finish_store
 from reachrl.errors import ConfigError, WorkerError
 from reachrl.registry import resolve
+from reachrl.run.file_names import file_name
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def collection_id(env_config: Section, config: DemosSection, seed: int) -> str:
 
 def shard_name(task: str) -> str:
     """The file that holds the demonstrations of `task`."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in task) + ".parquet"
+    return file_name(task, ".parquet")
 
 
 def collect_demos(

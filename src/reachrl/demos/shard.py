@@ -28,11 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, UInt8
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from reachrl.demos.damage import unreadable
 from reachrl.demos.finite import check_trajectory
 from reachrl.errors import StorageError
-from reachrl.run.atomic import storage_errors
+from reachrl.run.atomic import aside, recover, storage_errors
 from reachrl.types import Start, Trajectory
 
 FORMAT_VERSION = 1
@@ -181,16 +182,18 @@ class ShardWriter:
         """
         self.path = path
         self.num_trajectories = 0
-        self._aside = path.with_name(path.name + ".partial")
+        self._aside = aside(path)
         schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **(metadata or {})})
         # PNG does not compress any further.
         compression = {"image.bytes": "NONE"} | {name: "ZSTD" for name, _ in _COLUMNS if name != "image"}
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            recover(path)
             self._writer = pq.ParquetWriter(
-                self._aside,
+                self._aside.absolute(),
                 schema,
                 compression=compression,  # pyright: ignore[reportArgumentType]
+                filesystem=LocalFileSystem(),  # and an absolute path: `run:1/x.parquet` would be a URI
                 write_page_checksum=True,
             )
         self._schema = schema
@@ -250,7 +253,7 @@ def open_shard(shard: Path) -> pq.ParquetFile:
         StorageError: it is missing, truncated or no shard of trajectories.
     """
     try:
-        file = pq.ParquetFile(shard, page_checksum_verification=True)
+        file = pq.ParquetFile(shard.absolute(), page_checksum_verification=True, filesystem=LocalFileSystem())
     except (pa.ArrowException, OSError) as error:
         raise damaged(shard, error) from error
     if missing := [name for name, _ in _COLUMNS if name not in file.schema_arrow.names]:

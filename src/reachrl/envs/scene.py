@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ import numpy as np
 
 from reachrl.envs.gl import import_mujoco
 from reachrl.envs.meshes import simplified
+from reachrl.home import cache_folder
+from reachrl.run.atomic import aside
+from reachrl.run.file_names import file_name
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,10 @@ def cached_model(stem: str, key: str, build: Callable[[], Any]) -> Any:
     """
     mujoco = import_mujoco()
     key = f"{_FORMAT} {mujoco.__version__} {_TEXTURE_SIZE} {key}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reachrl" / "scenes"
-    path = folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.mjb"
+    folder = cache_folder() / "scenes"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = folder / file_name(stem, f"-{digest}.mjb")
+    model = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):  # many workers start at once: one builds, the others read
@@ -60,18 +64,26 @@ def cached_model(stem: str, key: str, build: Callable[[], Any]) -> Any:
                 with contextlib.suppress(ValueError):  # a damaged file is built again
                     return mujoco.MjModel.from_binary_path(str(path))
             model = build()
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            mujoco.mj_saveModel(model, str(aside), None)
-            aside.replace(path)
+            _save(mujoco, model, path)
             return model
     except OSError as error:
         logger.debug("scene cache %s is not usable (%s); building the scene in memory", folder, error)
-        return build()
+        return build() if model is None else model
+
+
+def _save(mujoco: Any, model: Any, path: Path) -> None:
+    """Write a compiled scene in one piece."""
+    copy = aside(path)
+    try:
+        mujoco.mj_saveModel(model, str(copy), None)
+        copy.replace(path)
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

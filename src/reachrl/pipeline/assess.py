@@ -25,6 +25,7 @@ from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.directory import Run
+from reachrl.run.file_names import file_name
 from reachrl.run.report import write_report
 from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Observation, Rewards, Rollout, Start
@@ -88,7 +89,6 @@ def _evaluate_one(
     for mode, outcome in record.items():
         figures = {key: value for key, value in outcome.items() if key != "episodes"}
         run.log({"kind": "eval", "iteration": iteration, "mode": mode} | figures)
-    run.eval.mkdir(parents=True, exist_ok=True)
     write_json_atomic(run.eval / f"{when}.json", record)
 
 
@@ -195,15 +195,14 @@ def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode,
         process=parts["process"][:, 0].tolist() if "process" in parts else None,
         success=episode.success,
     )
-    run.videos.mkdir(parents=True, exist_ok=True)
-    write_video(run.videos / f"{when}_{episode.start.task}.mp4", frames, fps=5)
+    write_video(run.videos / f"{when}_{file_name(episode.start.task, '.mp4')}", frames, fps=5)
 
 
 def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
     """Held-out quality of the reward model this run fitted, or none."""
     if not config.fits_reward_model:
         return None
-    quality = json.loads((run.reward_model / "quality.json").read_text())["heldout"]
+    quality = json.loads((run.reward_model / "quality.json").read_text(encoding="utf-8"))["heldout"]
     return quality | {
         "ece": quality["calibration_error"],
         "calibration": [
@@ -214,7 +213,7 @@ def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
 
 
 def _read(run: Run, when: str) -> dict[str, Any]:
-    return json.loads((run.eval / f"{when}.json").read_text())
+    return json.loads((run.eval / f"{when}.json").read_text(encoding="utf-8"))
 
 
 def _headline(config: TrainConfig, record: dict[str, Any]) -> dict[str, Any]:

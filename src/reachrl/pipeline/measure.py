@@ -18,7 +18,8 @@ from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.pretrained import weight_files
 from reachrl.rollout.episodes import Mode, PlayedEpisode
-from reachrl.run.atomic import write_json_atomic
+from reachrl.run.atomic import storage_errors, write_json_atomic
+from reachrl.run.file_names import file_name
 from reachrl.run.fingerprint import fingerprint, is_of
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog, read_metrics
@@ -79,7 +80,8 @@ def measure(measurement: Measurement, display: Display) -> dict[str, Any] | None
     file = out / "episodes" / f"{shard}-of-{of}.jsonl"
     done = played(out)
     mine = [key for key in measurement.keys()[shard - 1 :: of] if key not in done]
-    file.parent.mkdir(exist_ok=True)
+    with storage_errors(file):
+        file.parent.mkdir(exist_ok=True)
     lock = RunLock(file.with_suffix(".lock"))
     lock.acquire()
     try:
@@ -127,12 +129,15 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
 def _claim(measurement: Measurement) -> None:
     """Write what is measured into a new folder, or check that an existing one is about the same."""
     file, asked = measurement.out / "measurement.json", measurement.describe()
-    measurement.out.mkdir(parents=True, exist_ok=True)
+    if measurement.out.exists() and not measurement.out.is_dir():
+        raise ConfigError(f"--out {measurement.out} is a file; expected a folder, or a name that does not exist yet")
+    with storage_errors(measurement.out):
+        measurement.out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         write_json_atomic(file, asked)
         return
     try:
-        there = json.loads(file.read_text())
+        there = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StorageError(f"{file} is not JSON ({error}); choose another --out") from error
     if asked["weights"] and there.get("weights") and is_of(there["weights"], weight_files(Path(measurement.weights))):
@@ -168,9 +173,9 @@ def _play_each_mode(
             success: list[bool] = []
 
             def keep(episode: PlayedEpisode, mode: Mode = mode, success: list[bool] = success) -> None:
-                log.log({"kind": "episode", "mode": mode} | outcome(episode))
-                if episode.turns:
+                if episode.turns:  # before the outcome, which says that nothing of this episode is left to do
                     _film(measurement.out / "videos", episode)
+                log.log({"kind": "episode", "mode": mode} | outcome(episode))
                 success.append(episode.success)
                 progress.advance(1, success=f"{sum(success)}/{len(success)}")
 
@@ -189,5 +194,4 @@ def _film(folder: Path, episode: PlayedEpisode) -> None:
     drawn = draw_overlay(
         episode.frames(), instruction=episode.instruction, values=None, process=None, success=episode.success
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_video(folder / f"{episode.start.task}.mp4", drawn, fps=20)
+    write_video(folder / file_name(episode.start.task, ".mp4"), drawn, fps=20)

@@ -5,12 +5,15 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from reachrl.errors import StorageError
+from reachrl.run.process_identity import ProcessIdentity, is_running
 
 T = TypeVar("T")
 
@@ -26,10 +29,20 @@ STORAGE_ERRNOS = frozenset(
         errno.EIO,
         errno.ENOTDIR,
         errno.EISDIR,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ESTALE,
         errno.ENAMETOOLONG,
     }
 )
-_LEFTOVER = re.compile(r"^(?P<name>.+)\.(?P<role>tmp|old)-(?P<pid>\d+)$")
+# Of the process that writes it: where its id means something, the id, its start; then a random part. Earlier versions
+# wrote the process id alone.
+_LEFTOVER = re.compile(
+    r"^(?P<name>.+)\.(?P<role>tmp|old)-"
+    r"(?:(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}|\d+)$",
+    re.DOTALL,
+)
+_ABANDONED_S = 3600.0  # whoever writes a copy in another container or on another machine touches it more often
 # Rust and C++ libraries (safetensors, parquet) wrap the operating system's error in their own message.
 _WRAPPED_ERRNO = re.compile(r"(?:os error|errno)\D{0,2}(\d+)", re.IGNORECASE)
 
@@ -58,13 +71,21 @@ def storage_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        number = storage_errno(error)
+        number = errno.ENOENT if _has_no_place(path, error) else storage_errno(error)
         if number is None:
             raise
         raise StorageError(
             f"could not write {path}: {os.strerror(number)}. Files written earlier are intact. "
             "Free some space or correct the permissions there, then run the same command again: it resumes."
         ) from error
+
+
+def _has_no_place(path: Path, error: Exception) -> bool:
+    """Whether a write failed because its folder is gone or cannot be made: a deleted working directory, /proc."""
+    if not isinstance(error, FileNotFoundError) or error.filename is None:
+        return False
+    missing = Path(os.fsdecode(error.filename))
+    return missing.parent == Path(path).parent or missing in Path(path).parents
 
 
 def fsync_folder(path: Path) -> None:
@@ -84,14 +105,34 @@ def _fsync_tree(folder: Path) -> None:
         fsync_folder(Path(parent))
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def aside(path: Path, role: str = "tmp") -> Path:
+    """Name a temporary copy of `path`, in the same folder, that no other process or thread uses.
+
+    Args:
+        path: what is written.
+        role: `tmp`, half-written; `old`, an earlier folder until the new one has its name.
+    """
+    own = ProcessIdentity.own()
+    return path.with_name(f"{path.name}.{role}-{own.place}-{own.pid}-{own.started}-{secrets.token_hex(4)}")
+
+
+def _in_use(entry: Path, match: re.Match[str]) -> bool:
+    """Whether the process that wrote a temporary copy may still need it."""
+    own = ProcessIdentity.own()
+    if match["place"] == own.place:
+        pid, started = int(match["pid"]), int(match["started"])
+        return (pid, started) != (own.pid, own.started) and is_running(pid, started)
+    # Its process cannot be looked up. A folder set aside goes back at once: it is so for the moment of one rename.
+    return match["role"] == "tmp" and time.time() - _last_touched(entry) < _ABANDONED_S
+
+
+def _last_touched(path: Path) -> float:
+    """When a file, or any file below a folder, was last written, in seconds since the epoch."""
+    times = [0.0]
+    for entry in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(entry.lstat().st_mtime)
+    return max(times)
 
 
 def _discard(path: Path) -> None:
@@ -104,7 +145,8 @@ def _discard(path: Path) -> None:
 def recover(path: Path) -> None:
     """Undo what a crash left beside `path`: put back a folder that was set aside, drop half-written copies.
 
-    Copies that belong to another process that is still alive are left alone.
+    Copies that belong to another process that is still alive are left alone; so are half-written ones from another
+    machine or container until nothing has touched them for an hour.
     """
     if not path.parent.is_dir():
         return
@@ -112,8 +154,7 @@ def recover(path: Path) -> None:
         match = _LEFTOVER.match(entry.name)
         if match is None or match["name"] != path.name:
             continue
-        pid = int(match["pid"])
-        if pid != os.getpid() and _alive(pid):
+        if _in_use(entry, match):
             continue
         if match["role"] == "old" and not path.exists():
             entry.rename(path)  # killed between the two renames: the earlier folder is the good one
@@ -141,20 +182,25 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         StorageError: The disk refused the write; what was at `path` before is still there.
     """
     path = Path(path)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    copy = aside(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         try:
-            with open(aside, "wb") as file:
+            with open(copy, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(copy, path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
+
+
+def utf8(text: str) -> bytes:
+    """Encode text; bytes of file names that are no UTF-8 become escapes, which JSON reads back as they were."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
@@ -165,7 +211,7 @@ def write_json_atomic(path: Path, obj: Any) -> None:
         obj: Anything `json` accepts, numpy scalars and arrays, and paths. Non-finite numbers become null.
     """
     text = json.dumps(jsonable(obj), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes_atomic(path, (text + "\n").encode())
+    write_bytes_atomic(path, utf8(text + "\n"))
 
 
 def replace_folder_atomic(path: Path, fill: Callable[[Path], T]) -> T:
@@ -182,18 +228,17 @@ def replace_folder_atomic(path: Path, fill: Callable[[Path], T]) -> T:
         StorageError: The disk refused a write; what was at `path` before is still there.
     """
     path = Path(path)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    copy, old = aside(path), aside(path, "old")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         try:
-            aside.mkdir()
-            result = fill(aside)
-            _fsync_tree(aside)
+            copy.mkdir()
+            result = fill(copy)
+            _fsync_tree(copy)
             if path.exists():
                 path.rename(old)
-            aside.rename(path)
+            copy.rename(path)
         except BaseException:
             recover(path)
             raise

@@ -108,7 +108,7 @@ def verify_checkpoint(path: Path) -> dict:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a folder holding {MANIFEST}")
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files: dict = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(_broken(path, path / MANIFEST, f"cannot be read ({error})")) from error

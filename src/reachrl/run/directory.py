@@ -201,10 +201,10 @@ def _claim(path: Path, config: dict[str, Any], config_hash: str) -> None:
         write_bytes_atomic(hash_file, config_hash.encode())
         write_json_atomic(file, config)
         return
-    if hash_file.exists() and hash_file.read_text() == config_hash:
+    if hash_file.exists() and hash_file.read_text(encoding="utf-8") == config_hash:
         return
     try:
-        saved_config = json.loads(file.read_text())
+        saved_config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StorageError(f"{file} is not JSON ({error}); choose another --run") from error
     # Where it computes may change from one attempt to the next.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from reachrl.errors import MissingExtra, StorageError
-from reachrl.run.atomic import jsonable, recover, storage_errors, write_bytes_atomic
+from reachrl.run.atomic import jsonable, recover, storage_errors, utf8, write_bytes_atomic
 
 
 def _encode(record: dict[str, Any]) -> bytes:
-    return (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return utf8(json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from reachrl.errors import CheckpointError
-from reachrl.run.atomic import storage_errors
+from reachrl.run.atomic import aside, storage_errors
 
 
 def _description(optimizer: Optimizer) -> dict[str, Any]:
@@ -51,14 +51,14 @@ def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | Non
                 options[name] = value
         groups.append(options)
     content = {**_description(optimizer), "groups": groups, "values": values, "indices": list(state["state"])}
-    aside = path.with_name(path.name + ".partial")
+    copy = aside(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, aside, metadata={"optimizer": json.dumps(content)})
-            os.replace(aside, path)
+            save_file(tensors, copy, metadata={"optimizer": json.dumps(content)})
+            os.replace(copy, path)
         finally:
-            aside.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
 
 
 def _restored(value: Any, like: Any) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from reachrl.run.atomic import write_bytes_atomic
+from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.formats import duration, gibibytes, signed, tenths
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,7 +31,7 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
     Raises:
         StorageError: the disk refused the write; a page that was there before is still there.
     """
-    write_bytes_atomic(path, render_page(template, **content).encode())
+    write_bytes_atomic(path, utf8(render_page(template, **content)))
     return path
 
 

@@ -25,7 +25,9 @@ def _git(*arguments: str) -> str | None:
     """Ask git about the source this package was imported from; None where there is no git or no repository."""
     source = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=source, capture_output=True, text=True, timeout=20, check=False, encoding="utf-8"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -42,7 +44,7 @@ def commit() -> dict[str, Any]:
 def cpu_model() -> str:
     """Return the processor's name as the operating system gives it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.lower().startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -132,7 +134,7 @@ def write_provenance(path: Path, **facts: Any) -> dict[str, Any]:
 
 def _earlier(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StorageError(
             f"{path} is not JSON ({error}); it lists the run's earlier commands: repair it, or delete it to go on "

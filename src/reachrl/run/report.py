@@ -8,13 +8,13 @@ from typing import Any
 
 from reachrl.errors import StorageError
 from reachrl.run import plots
-from reachrl.run.atomic import write_bytes_atomic
+from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.directory import flatten_config
 from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page
 from reachrl.run.timeline import timeline_section
-from reachrl.run.video import clips_that_fit
+from reachrl.run.video import clips_that_fit, films_by_task
 
 MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
 MAX_TURNS = 60
@@ -48,7 +48,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StorageError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
 
@@ -69,7 +69,7 @@ def write_report(run_path: Path | str) -> Path:
     if not run_path.is_dir():
         raise StorageError(f"run folder {run_path} does not exist; expected a folder made by an earlier stage")
     path = run_path / "report.html"
-    write_bytes_atomic(path, render_report(run_path).encode())
+    write_bytes_atomic(path, utf8(render_report(run_path)))
     return path
 
 
@@ -186,8 +186,9 @@ def _videos(run_path: Path, evals: dict) -> dict[str, Any] | None:
             found.setdefault(task, {})[when] = path
     if not found:
         return None
-    order = [t for record in evals["after"].values() for t in record.get("per_task", {}) if t in found]
-    films = {task: list(found[task].values()) for task in dict.fromkeys([*order, *sorted(found)])}
+    tasks = [task for record in evals["after"].values() for task in record.get("per_task", {})]
+    found = films_by_task(found, tasks)
+    films = {task: list(found[task].values()) for task in found}
     clips, left_out = clips_that_fit(films, MAX_VIDEO_BYTES)
     rows = [{"task": task, "clips": dict(zip(found[task], shown, strict=True))} for task, shown in clips.items()]
     return {"rows": rows, "left_out": left_out}

@@ -7,7 +7,7 @@ from reachrl.run import plots
 from reachrl.run.formats import task_labels
 from reachrl.run.pages import drawn, write_page
 from reachrl.run.report import MAX_VIDEO_BYTES
-from reachrl.run.video import clips_that_fit
+from reachrl.run.video import clips_that_fit, films_by_task
 
 _LABEL_WIDTH = 210  # pixels
 _LABEL_LENGTH = 32  # characters that fit into it
@@ -25,7 +25,7 @@ def write_result_page(folder: Path, result: dict[str, Any]) -> Path:
         "result.html.j2",
         result=result,
         modes=[_mode(name, record) for name, record in result["modes"].items()],
-        videos=_videos(folder / "videos"),
+        videos=_videos(folder / "videos", result["modes"]),
     )
 
 
@@ -45,8 +45,9 @@ def _mode(name: str, record: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "record": record, "tasks": tasks, "chart": chart}
 
 
-def _videos(folder: Path) -> dict[str, Any] | None:
-    films = {path.stem: [path] for path in sorted(folder.glob("*.mp4"))}
+def _videos(folder: Path, modes: dict[str, Any]) -> dict[str, Any] | None:
+    tasks = [task for record in modes.values() for task in record["per_task"]]
+    films = films_by_task({path.stem: [path] for path in sorted(folder.glob("*.mp4"))}, tasks)
     if not films:
         return None
     labels = task_labels(list(films), _LABEL_LENGTH)

@@ -39,7 +39,7 @@ class StageRecords:
         if not self.path.exists():
             return {}
         try:
-            return json.loads(self.path.read_text())
+            return json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise StorageError(
                 f"{self.path} is not JSON ({error}); delete it and the stages resume from their own files"

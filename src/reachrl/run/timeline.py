@@ -44,7 +44,7 @@ def read_timeline(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         for span in record["spans"]:
             named = isinstance(span["who"], str) and isinstance(span["what"], str)
             if not (named and math.isfinite(span["end"] - span["start"])):

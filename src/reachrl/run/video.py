@@ -3,16 +3,20 @@
 import base64
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from reachrl.run.atomic import storage_errors
+from reachrl.run.atomic import aside, recover, storage_errors
+from reachrl.run.file_names import file_name
+
+T = TypeVar("T")
 
 BACKGROUND = (17, 22, 29)
 INK = (226, 232, 240)
@@ -193,6 +197,11 @@ def _draw_strip(
     _draw_curve(draw, values, t, box, num_frames, VALUE_COLOUR)
 
 
+def media_url(path: Path) -> str:
+    """The name of a local file for FFmpeg, which takes what stands before a colon for a protocol."""
+    return f"file:{path}"
+
+
 def write_video(path: Path, frames: UInt8[np.ndarray, "F H W 3"], *, fps: int = 8, hold_last_s: float = 1.0) -> Path:
     """Write frames as an H.264 mp4 that browsers play, in one piece.
 
@@ -211,14 +220,15 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "F H W 3"], *, fps: int = 
     import av
 
     path = Path(path)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    copy = aside(path)
     num_frames, height, width, _ = frames.shape
     if num_frames == 0 or height % 2 or width % 2:
         raise ValueError(f"a video needs frames of even height and width, got shape {frames.shape}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
         try:
-            with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            with av.open(media_url(copy), "w", format="mp4", options={"movflags": "+faststart"}) as container:
                 stream = container.add_stream(
                     "libx264", rate=Fraction(fps), options={"crf": "23", "preset": "veryfast"}
                 )
@@ -228,9 +238,9 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "F H W 3"], *, fps: int = 
                 for index in order:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(frames[index], format="rgb24")))
                 container.mux(stream.encode())
-            os.replace(aside, path)
+            os.replace(copy, path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
             raise
     return path
 
@@ -246,7 +256,7 @@ def read_video(path: Path) -> UInt8[np.ndarray, "F H W 3"]:
     """
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(media_url(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -274,6 +284,21 @@ def clips_that_fit(films: Mapping[str, Sequence[Path]], room: int) -> tuple[dict
         room -= size
         clips[name] = [clip(path) for path in paths]
     return clips, left_out
+
+
+def films_by_task(films: Mapping[str, T], tasks: Iterable[str]) -> dict[str, T]:
+    """Films by the tasks their files are named after, in the order of the tasks; other films last, by their names.
+
+    Args:
+        films: by the part of the file's name that stands for the task.
+        tasks: those that may have been filmed.
+    """
+    rest, found = dict(films), {}
+    for task in dict.fromkeys(tasks):
+        name = next((name for name in (file_name(task), task) if name in rest), None)  # earlier versions kept the name
+        if name is not None:
+            found[task] = rest.pop(name)
+    return found | {name: rest[name] for name in sorted(rest)}
 
 
 def poster(path: Path) -> str:

@@ -105,14 +105,14 @@ class TablePolicy(Policy):
 
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(self.config.model_dump_json())
+        (folder / "config.json").write_text(self.config.model_dump_json(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "TablePolicy":
         """Read the tensors."""
         from safetensors.torch import load_file
 
-        policy = cls(TablePolicyConfig.model_validate_json((folder / "config.json").read_text()))
+        policy = cls(TablePolicyConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8")))
         policy.load_state_dict(load_file(folder / "model.safetensors"))
         return policy
 

@@ -50,6 +50,7 @@ def read_trajectories(
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path}: there is nothing here. Expected {UNDERSTOOD}.")
+    path = path.absolute()  # libraries take `run:1/x` for a URI
     if path.is_file():
         return _file(path, instruction, camera)
     if (path / INFO).is_file():

@@ -86,7 +86,7 @@ def find_assets(configured: Path | None) -> Path:
                     "name the folder that holds them, or unset it"
                 )
             return folder.resolve()
-    installed = (package_folder() / "assets", Path.home() / ".cache" / "libero" / "assets")
+    installed = (package_folder() / "assets", Path("~/.cache/libero/assets").expanduser())
     for folder in installed:
         if not _lacking(folder):
             return folder
@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
 def stand_in_assets(folder: Path) -> bool:
     """Whether the folder's own README says that its pictures are not the benchmark's."""
     readme = folder / "README.md"
-    return readme.is_file() and "not official pictures" in readme.read_text(errors="replace").lower()
+    return readme.is_file() and "not official pictures" in readme.read_text(errors="replace", encoding="utf-8").lower()
 
 
 def bddl_file(suite: str, task: str) -> Path:

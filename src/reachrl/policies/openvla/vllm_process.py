@@ -165,7 +165,7 @@ class EngineProcess:
     def _last_words(self, otherwise: str = " It wrote nothing.") -> str:
         """The end of what it wrote; before the folder goes."""
         try:
-            lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+            lines = self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-_LAST_LINES:]
         except OSError:
             lines = []
         self.close()

@@ -166,7 +166,7 @@ def trust_remedy(option: str, target: str) -> str:
 def _saved_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"The reward model file {path} is missing. {REMEDY}") from error
     except (OSError, ValueError) as error:

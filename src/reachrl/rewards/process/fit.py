@@ -214,7 +214,7 @@ def _read_finished(folder: Path, fingerprint: str) -> FitResult | None:
     if not path.exists():
         return None
     try:
-        quality = json.loads(path.read_text())
+        quality = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         log.warning("%s is unreadable (%s): fitting the reward model again.", path, error)
         return None
