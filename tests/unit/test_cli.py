@@ -1,7 +1,11 @@
 """The command line: what is shown, what is asked of the pipeline, how errors and interruptions end."""
 
+import errno
+import io
 import json
 import logging
+import os
+import re
 import shlex
 import sys
 import tomllib
@@ -113,6 +117,64 @@ def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["reachrl", "train", "toy"])
     with pytest.raises(ZeroDivisionError, match="our bug"):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), 2, r"ulimit -n.*env\.num_envs"),
+        (OSError(errno.ENFILE, "Too many open files in system"), 2, r"ulimit -n.*env\.num_envs"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2, r"ulimit -u.*env\.num_envs"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, r"ulimit -v.*env\.num_envs"),
+        (RuntimeError("can't start new thread"), 2, r"ulimit -u.*env\.num_envs"),
+        (PermissionError(errno.EACCES, "Permission denied", "/closed/x"), 8, "/closed/x: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", b"/cd/\xe9"), 8, r"'/cd/\\udce9': Read-only file system"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), 8, "out: File exists"),
+        (UnicodeEncodeError("utf-8", "r\udce9sultats", 1, 2, "surrogates not allowed"), 2, r"'r\\udce9sultats'.*UTF-8"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_system_refuses_is_told_with_what_to_do(reachrl, monkeypatch, error, code, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("reachrl.pipeline.run_stage", fail)
+    status, out, err = reachrl("train", "toy")
+    assert (status, out) == (code, "") and re.search(words, err) and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_deleted_working_directory_is_told(reachrl, monkeypatch, tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    code, _, err = reachrl("config", "toy")
+    assert code == 2 and "working directory was deleted" in err and "Traceback" not in err
+
+
+def test_a_working_directory_deleted_meanwhile_is_told(reachrl, monkeypatch, tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("reachrl.pipeline.run_stage", lambda *_: folder.rmdir() or Path("metrics.jsonl").read_bytes())
+    code, _, err = reachrl("train", "toy")
+    assert code == 8 and "working directory was deleted" in err and "Traceback" not in err
+
+
+def test_an_argument_that_is_no_utf8_is_told_without_printing_it_raw(reachrl):
+    code, _, err = reachrl("train", "toy", "--run", os.fsdecode(b"r\xe9sultats"))
+    assert code == 2 and r"'r\udce9sultats' has bytes that are no UTF-8" in err
+
+
+def test_what_the_terminal_cannot_encode_is_printed_as_an_escape(monkeypatch):
+    """LC_ALL=C with PYTHONUTF8=0: standard output and error are ASCII."""
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", narrow)
+    monkeypatch.setattr(sys, "argv", ["reachrl", "config", "toy", "env.kind=d\u00e9mo"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    narrow.flush()
+    assert b"d\\xe9mo" in narrow.buffer.getvalue()
 
 
 def test_ctrl_c_says_how_to_resume(reachrl, monkeypatch):

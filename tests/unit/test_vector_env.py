@@ -1,6 +1,9 @@
 """The vector environment against single environments stepped by hand, and against workers that break."""
 
+import errno
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -8,11 +11,15 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from faulty_env import FaultyConfig
 
+from reachrl import child
+from reachrl.child import Child, signal_name
+from reachrl.envs import vector
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError, ExtensionError, MissingExtra, WorkerError
 from reachrl.testing.envs import ReachConfig, ReachEnv
@@ -182,6 +189,78 @@ def test_a_lost_worker_costs_one_row_of_one_step(fault: str):
         by_hand.step(still, upcoming)
         assert step.valid.all()
         assert np.array_equal(step.observation.images, by_hand.images)
+
+
+@pytest.mark.parametrize("number", [signal.SIGRTMIN, signal.SIGRTMIN + 3, signal.SIGRTMAX])
+def test_a_worker_ended_by_any_signal_is_replaced(healthy: VectorEnv, number: int):
+    """Most real-time signals have no name of their own in `signal.Signals`."""
+    healthy.reset(some_starts(0), some_starts(3))
+    lost = healthy.lost_episodes
+    os.kill(healthy._workers[1].pid, number)
+    step = healthy.step(np.zeros((N, 4), np.float32), some_starts(3))
+    assert step.valid.tolist() == [True, False, True] and healthy.lost_episodes == lost + 1
+
+
+def test_signals_are_called_by_their_names():
+    assert [signal_name(number) for number in (9, 34, 37, 64)] == ["SIGKILL", "SIGRTMIN", "SIGRTMIN+3", "SIGRTMAX"]
+    assert signal_name(32) == "signal 32"  # kept back by the C library
+
+
+def test_a_folder_with_a_colon_in_its_name_is_searched_by_children_too(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "2026-11-27T14:05"
+    folder.mkdir()
+    (folder / "colon_child.py").write_text(
+        "import sys\nfrom reachrl.child import pipe_to_parent\npipe_to_parent().send([__name__, sys.path])\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path, "", "plug-ins"])
+    started = Child("colon_child", {})
+    try:
+        assert started.pipe.poll(60), started.epitaph()
+        name, path = started.pipe.recv()
+    finally:
+        started.end()
+    assert name == "__main__"
+    assert path[0] == str(folder) and path[-2:] == [str(folder), str(folder / "plug-ins")]
+
+
+def test_too_few_open_files_name_the_option_to_lower():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"open files \(at most \d+.*ulimit -n.*env\.num_envs"):
+            VectorEnv(CONFIG, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_few_processes_name_the_option_to_lower(monkeypatch):
+    def fork(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": fork}))
+    with pytest.raises(ConfigError, match=r"reachrl\.envs\.worker.*ulimit -u.*env\.num_envs"):
+        VectorEnv(CONFIG, 2)
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "num_envs", "cores", "seconds"),
+    [(60, 1, 8, 120), (60, 8, 8, 120), (60, 64, 8, 960), (60, 16, 2, 960), (300, 4, 8, 300), (300, 16, 2, 2400)],
+)
+def test_environments_that_share_cores_have_longer_to_start(monkeypatch, timeout_s, num_envs, cores, seconds):
+    monkeypatch.setattr(vector, "available_cores", lambda: cores)
+    assert vector.start_timeout(timeout_s, num_envs) == seconds
+
+
+def test_a_start_that_takes_too_long_names_an_option_that_changes_it(monkeypatch):
+    monkeypatch.setattr(vector, "_START_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(vector, "available_cores", lambda: 2)
+    words = r"not ready within 0\.05 s.*2 cores; set env\.worker_timeout_s above 0\.05"
+    with pytest.raises(WorkerError, match=words) as e:
+        VectorEnv(CONFIG.model_copy(update={"num_envs": 1, "worker_timeout_s": 0.01}), 1)
+    above = float(re.search(r"above ([\d.]+)", str(e.value))[1])  # type: ignore[index]
+    assert vector.start_timeout(2 * above, 1) == 2 * vector.start_timeout(0.01, 1)
 
 
 def test_a_worker_that_is_always_lost_is_an_error_that_says_where():

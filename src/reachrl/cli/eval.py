@@ -91,8 +91,8 @@ def _measurement(
     out: Path | None,
 ) -> "Measurement":
     from reachrl.config.protocols import PROTOCOLS, evaluation_config
+    from reachrl.run.cores import available_cores
     from reachrl.run.file_names import file_name
-    from reachrl.run.provenance import available_cores
 
     if protocol not in PROTOCOLS:
         raise ConfigError(f"--protocol {protocol}: expected {' or '.join(PROTOCOLS)}")

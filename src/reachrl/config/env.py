@@ -43,7 +43,8 @@ class EnvSection(Section):
     What cannot be is drawn on the CPU, with a warning."""
 
     worker_timeout_s: Annotated[float, Affects.SPEED] = Field(default=60.0, gt=0)
-    """A worker that has not answered for this long is killed and replaced."""
+    """A worker that has not answered for this long is killed and replaced. Above 120 it also lengthens the time that
+    environments may take to be made."""
 
     num_train_starts: Annotated[int, Affects.DATA | Affects.TRAINING] = Field(default=200, ge=1)
     """Numbered start states per task that demonstrations, the reward model and training may use."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,11 +22,12 @@ from reachrl.demos.shard import ShardWriter, shard_metadata
 from reachrl.demos.store import META_FILE, TrajectoryStore, finish_store
 from reachrl.errors import ConfigError, WorkerError
 from reachrl.registry import resolve
+from reachrl.run.cores import available_cores
 from reachrl.run.file_names import file_name
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 300.0  # building the first simulator may compile or decimate meshes
+START_TIMEOUT_S = 300.0  # building the first simulator may compile or decimate meshes, on a core of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +165,7 @@ class _Collection:
 
     def run(self) -> None:
         """Collect all missing tasks; workers are stopped whatever happens."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        cores = available_cores()
         count = min(self.config.workers or cores, self.config.episodes_per_task * len(self.tasks))
         setup = WorkerSetup(
             kind=self.env_config.kind,  # pyright: ignore[reportAttributeAccessIssue]
@@ -173,11 +173,12 @@ class _Collection:
             demos=self.config.model_dump(mode="json"),
             seed=self.seed,
         )
+        limit_s = max(START_TIMEOUT_S, self.timeout_s) * max(1.0, count / cores)
         try:
             kind = resolve("envs", setup.kind)
             for number in range(count):
                 variables = kind.worker_variables(self.env_config, number)
-                self.workers.append(ExpertProcess(setup, variables, deadline=time.monotonic() + START_TIMEOUT_S))
+                self.workers.append(ExpertProcess(setup, variables, deadline=time.monotonic() + limit_s))
             while self.tasks:
                 self._poll()
         finally:
@@ -196,7 +197,13 @@ class _Collection:
         now = time.monotonic()
         for worker in self.workers:
             if worker.deadline < now and not worker.pipe.poll():
-                raise self._worker_error(worker, "hangs: it has been silent past its deadline (env.worker_timeout_s)")
+                raise self._worker_error(worker, self._silence(worker))
+
+    def _silence(self, worker: ExpertProcess) -> str:
+        if worker.ready:
+            return f"hangs: it has been silent for {self.timeout_s:g} s (env.worker_timeout_s)"
+        least = max(START_TIMEOUT_S, self.timeout_s)
+        return f"is not ready in time; set env.worker_timeout_s above {least:g} to wait longer, or lower demos.workers"
 
     def _receive(self, worker: ExpertProcess, message: object) -> None:
         worker.deadline = time.monotonic() + self.timeout_s

@@ -10,6 +10,7 @@ from reachrl.config.metaworld_tasks import INSTRUCTIONS
 from reachrl.envs.base import Env, check_start, start_option
 from reachrl.envs.metaworld_task import MetaworldTask
 from reachrl.envs.render import Renderer
+from reachrl.envs.render_device import check_rendering
 from reachrl.types import Split
 
 _CAMERA = "corner2"
@@ -43,6 +44,11 @@ class MetaworldEnv(Env):
         self._scene = -1
         self._steps = 0
         self._over = True
+
+    @classmethod
+    def prepare(cls, config: MetaworldConfig) -> None:
+        """Check that frames can be drawn, before workers are to draw them."""
+        check_rendering()
 
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""

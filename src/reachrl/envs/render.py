@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.envs.gl import import_mujoco
+from reachrl.envs.gl import GL_VARIABLES, import_mujoco
+from reachrl.errors import MissingExtra
 
 
 class Renderer:
@@ -18,11 +19,19 @@ class Renderer:
 
     def __init__(self, size: int):
         mujoco = import_mujoco()
-        os.environ.setdefault("LP_PERF", "no_mip_linear")  # the nearest level of a texture alone: a tenth of the time
+        if not os.environ.get("LP_PERF"):
+            os.environ["LP_PERF"] = "no_mip_linear"  # the nearest level of a texture alone: a tenth of the time
         self._mujoco = mujoco
         self._size = size
-        self._gl = mujoco.GLContext(size, size)
-        self._gl.make_current()
+        try:
+            self._gl = mujoco.GLContext(size, size)
+            self._gl.make_current()
+        except Exception as error:  # each GL library has errors of its own
+            chosen = ", ".join(f"{name}={os.environ[name]}" for name in GL_VARIABLES if os.environ.get(name))
+            raise MissingExtra(
+                f"frames cannot be drawn off screen ({chosen or 'no variable set'}): {error}. Unset the variables that "
+                "you have set, or set MUJOCO_GL to the other of egl and osmesa"
+            ) from error
         self._rect = mujoco.MjrRect(0, 0, size, size)
         self._pixels = np.empty((size, size, 3), np.uint8)
         self._scenes: dict[int, tuple[Any, Any, Any, Any, Any]] = {}

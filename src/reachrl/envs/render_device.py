@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from reachrl.envs.gl import gl_back_end
+from reachrl.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +34,7 @@ def render_variables(choice: str, row: int) -> dict[str, str]:
         choice: `auto`, `cpu`, `cuda` or `cuda:K`.
         row: number of the worker; `auto` and `cuda` deal the visible GPUs out in turn.
     """
-    if "MUJOCO_EGL_DEVICE_ID" in os.environ or "MUJOCO_GL" in os.environ:
+    if os.environ.get("MUJOCO_EGL_DEVICE_ID") or os.environ.get("MUJOCO_GL"):
         return {}  # the user has chosen
     devices = egl_devices()
     index, why_not = choose_device(devices, os.environ.get("CUDA_VISIBLE_DEVICES"), choice, row)
@@ -41,6 +44,26 @@ def render_variables(choice: str, row: int) -> dict[str, str]:
         return {"MUJOCO_EGL_DEVICE_ID": str(index)}
     # Without a software device the choice of the GL library (`reachrl.envs.gl`) decides.
     return next(({"MUJOCO_EGL_DEVICE_ID": str(device.index)} for device in devices if device.software), {})
+
+
+def check_rendering() -> None:
+    """Look whether the environment variables that choose how frames are drawn can be followed here.
+
+    Raises:
+        MissingExtra: a library or a display is missing; see `reachrl.envs.gl.gl_back_end`.
+        ConfigError: the variables contradict one another, or name a device that EGL does not list.
+    """
+    back_end = gl_back_end()
+    number = os.environ.get("MUJOCO_EGL_DEVICE_ID", "").strip()
+    if back_end != "egl" or not number:
+        return
+    devices = egl_devices()
+    if not number.isdecimal() or (devices and int(number) >= len(devices)):
+        known = f"a number from 0 to {len(devices) - 1}" if devices else "a number"
+        raise ConfigError(
+            f"MUJOCO_EGL_DEVICE_ID={number} names no device that EGL lists; expected {known}, or unset it and "
+            "env.render_device chooses"
+        )
 
 
 def choose_device(

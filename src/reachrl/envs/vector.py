@@ -15,10 +15,11 @@ from reachrl.config.env import EnvSection
 from reachrl.envs.process import WorkerLost, WorkerProcess
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.registry import resolve
+from reachrl.run.cores import available_cores
 from reachrl.types import EnvStep, Observation, Split, Start
 
 _MAX_LOSSES = 3  # of the same environment without a finished episode in between; one more is an error
-_START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, all workers at once
+_START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, with a core for each worker
 
 
 class VectorEnv:
@@ -51,8 +52,13 @@ class VectorEnv:
         self._starts: list[Start | None] = [None] * num_envs
         self._steps = [0] * num_envs
         self._next_starts: list[Start] = []  # of the decision under way
-        self._workers.extend(self._spawn(n) for n in range(num_envs))
-        for n, reply in self._gather(range(num_envs), _START_TIMEOUT_S).items():
+        self._start_timeout_s = start_timeout(config.worker_timeout_s, max(num_envs, config.num_envs))
+        try:
+            self._workers.extend(self._spawn(n) for n in range(num_envs))
+        except BaseException:
+            self.close()
+            raise
+        for n, reply in self._gather(range(num_envs), self._start_timeout_s, starting=True).items():
             if isinstance(reply, WorkerLost) and not reply.kind:  # once more: it may not have been its own fault
                 reply = self._restart(n)
             if isinstance(reply, WorkerLost):
@@ -197,15 +203,16 @@ class VectorEnv:
                 self._starts[n], self._steps[n] = start, len(actions)
                 self._workers[n].send(do="reset", start=_packed(start), actions=np.asarray(actions).tolist())
             longest = max(len(actions) for _, actions in episodes.values())
-            replies = self._gather(episodes, _START_TIMEOUT_S + longest * self._config.worker_timeout_s)
+            limit = self._start_timeout_s + longest * self._config.worker_timeout_s
+            replies = self._gather(episodes, limit, starting=True)
             lost = {n: reply for n, reply in replies.items() if isinstance(reply, WorkerLost)}
             for n, reply in lost.items():
                 self._replace(n, reply)
             episodes = {n: episodes[n] for n in lost}
 
-    def _gather(self, rows: Any, timeout_s: float) -> dict[int, dict[str, Any] | WorkerLost]:
+    def _gather(self, rows: Any, timeout_s: float, *, starting: bool = False) -> dict[int, dict[str, Any] | WorkerLost]:
         """One answer per row; a row whose worker is lost gets the reason instead."""
-        late = WorkerLost(f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)")
+        late = WorkerLost(_too_late(self._config, timeout_s) if starting else _hung(timeout_s))
         replies: dict[int, dict[str, Any] | WorkerLost] = {}
         deadline = time.monotonic() + timeout_s
         try:
@@ -238,7 +245,7 @@ class VectorEnv:
         """A new worker for row `n`; its description, or why it is lost as well."""
         self._workers[n].kill()
         self._workers[n] = self._spawn(n)
-        return self._gather([n], _START_TIMEOUT_S)[n]
+        return self._gather([n], self._start_timeout_s, starting=True)[n]
 
     def _error(self, n: int, lost: WorkerLost, what: str) -> errors.ReachRLError:
         own = getattr(errors, lost.kind, None) if lost.kind else None
@@ -274,6 +281,28 @@ class VectorEnv:
         for start in starts:
             if start.task not in self.tasks or not 0 <= start.index < self.num_starts(start.split):
                 raise ValueError(f"{start} does not exist: tasks are {', '.join(self.tasks)}; starts are numbered")
+
+
+def start_timeout(worker_timeout_s: float, num_envs: int) -> float:
+    """Seconds that environments may take to be made: more where they share cores, and where a user grants more.
+
+    Args:
+        worker_timeout_s: what the configuration grants a worker for an answer; more than two minutes counts here too.
+        num_envs: how many are made at once.
+    """
+    return max(_START_TIMEOUT_S, worker_timeout_s) * max(1.0, num_envs / available_cores())
+
+
+def _too_late(config: EnvSection, timeout_s: float) -> str:
+    return (
+        f"it was not ready within {timeout_s:g} s, the limit for {config.num_envs} environments on "
+        f"{available_cores()} cores; set env.worker_timeout_s above {max(_START_TIMEOUT_S, config.worker_timeout_s):g} "
+        "to raise it, or lower env.num_envs"
+    )
+
+
+def _hung(timeout_s: float) -> str:
+    return f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)"
 
 
 def _anonymous_file() -> IO[bytes]:

@@ -90,7 +90,8 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
 
 def _limit_threads(config: TrainConfig) -> None:
     if config.num_threads is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads))
+        if not os.environ.get("OMP_NUM_THREADS"):
+            os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
         import torch
 
         torch.set_num_threads(config.num_threads)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import psutil
 
 from reachrl.errors import StorageError
 from reachrl.run.atomic import write_json_atomic
+from reachrl.run.cores import available_cores
 
 PACKAGES = (
     "reachrl", "torch", "transformers", "numpy", "gymnasium", "metaworld", "mujoco", "tokenizers", "safetensors",
@@ -50,11 +50,6 @@ def cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def package_versions() -> dict[str, str | None]:

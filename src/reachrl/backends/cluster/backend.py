@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,10 +25,12 @@ from reachrl.backends.cluster.learner import ClusterLearner
 from reachrl.backends.cluster.learner_process import LearnerProcess
 from reachrl.backends.cluster.reward_process import RewardProcess
 from reachrl.backends.cluster.rewards import ClusterScoring
+from reachrl.child import search_path
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError, LearnerLostError
+from reachrl.home import home_variables
 
 log = logging.getLogger(__name__)
 
@@ -239,13 +241,16 @@ def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
             ) from error
         return True
     # What plug-ins are found by must hold in the processes too.
-    search_path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    folders = search_path()
+    variables = {"PYTHONPATH": os.pathsep.join(folder for folder in folders if os.pathsep not in folder)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default all are so low that simulators cannot be lower
     ray.init(
         num_cpus=cpus,  # reservations are for clusters: here the processes share what there is
         include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": search_path}},
+        runtime_env={"env_vars": variables | home_variables()},
+        # PYTHONPATH cannot hold a folder with a colon in its name; Ray adds these in the process itself.
+        job_config=JobConfig(_py_driver_sys_path=[folder for folder in folders if os.pathsep in folder]),
         **options,
     )
     return True

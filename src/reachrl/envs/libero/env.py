@@ -13,6 +13,7 @@ from reachrl.envs.libero.installation import check_versions, find_assets, stand_
 from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
+from reachrl.envs.render_device import check_rendering
 
 _SETTLING_STEPS = 10  # objects are released a little above the table; published evaluations wait as long
 _DO_NOTHING = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -51,8 +52,9 @@ class LiberoEnv(Env):
 
     @classmethod
     def prepare(cls, config: LiberoConfig) -> None:
-        """Check versions and have the assets at hand, before workers need them."""
+        """Check versions and that frames can be drawn, and have the assets at hand, before workers need them."""
         check_versions()
+        check_rendering()
         find_assets(config.assets)
 
     @classmethod

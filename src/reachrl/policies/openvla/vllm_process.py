@@ -12,6 +12,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from reachrl.child import signal_name
 from reachrl.config.vllm import VllmConfig
 from reachrl.errors import ConfigError, MissingExtra, ReachRLError, WorkerError
 from reachrl.policies.openvla import vllm_server
@@ -160,7 +161,7 @@ class EngineProcess:
         if code >= 0:
             return f"with exit code {code}"
         hint = "; a lack of memory is the usual reason" if -code == signal.SIGKILL else ""
-        return f"by signal {signal.Signals(-code).name}{hint}"
+        return f"by signal {signal_name(-code)}{hint}"
 
     def _last_words(self, otherwise: str = " It wrote nothing.") -> str:
         """The end of what it wrote; before the folder goes."""
