@@ -10,7 +10,7 @@ from reachrl.config.marks import Affects
 Positive = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
-# Measuring a KL costs a third of training on as many rows.
+# Measuring a KL costs a third of training on as many rows; its standard error is about 4 % of 512 rows, 8 % of 128.
 KL_ROWS = 512  # random rows for the KL of the whole update
 STOP_ROWS = 128  # random rows for each look whether to stop, which comes when as many or more were trained on
 
