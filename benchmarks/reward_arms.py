@@ -24,7 +24,7 @@ from reachrl.functional.stats import paired_test
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.formats import percent
 from reachrl.run.metrics import read_metrics
-from reachrl.run.plots import moving_success
+from reachrl.run.plots import moving_uniform_success
 from reachrl.run.svg import Chart
 
 PRESET = "metaworld_quickstart"
@@ -88,20 +88,18 @@ def paired(runs: dict[str, list[Path]], one: str, other: str, mode: str) -> str:
 
 
 def draw(runs: dict[str, list[Path]], path: Path) -> None:
-    """The training success of each arm, pooled over seeds and a few iterations, with Wilson intervals."""
+    """Training success of each arm weighed to a uniform draw, over seeds and iterations, with Wilson intervals."""
     curves = {}
     for arm, folders in runs.items():
         records = [read_metrics(folder / "metrics.jsonl", "train") for folder in folders]
-        together = [
-            {"iteration": i, "success_k": sum(r[i]["success_k"] for r in records),
-             "success_n": sum(r[i]["success_n"] for r in records)}
-            for i in range(min(len(r) for r in records))
-        ]  # fmt: skip
-        curves[arm] = moving_success(together, WINDOW)
+        iterations = range(min(len(r) for r in records))
+        # Each seed in turn: a window of as many records holds the same iterations of all of them.
+        in_turn = [seed[i] for i in iterations for seed in records]
+        curves[arm] = moving_uniform_success(in_turn, WINDOW * len(records))[len(records) - 1 :: len(records)]
     last = max(x for points in curves.values() for x, *_ in points)
     chart = Chart(
         (0, last), (0, 1), width=860, height=420, margin=(22, 110, 42, 52), x_label="iteration",
-        y_label="success of training episodes", y_format=percent, title="Learning curves by reward",
+        y_label="success_uniform of training episodes", y_format=percent, title="Learning curves by reward",
     )  # fmt: skip
     for arm, points in curves.items():
         band = [(chart.x(x), chart.y(high)) for x, _, _, high in points]
@@ -154,7 +152,10 @@ def main() -> None:
     print(f"\ntraining episodes, first {FIRST} iterations")
     for arm, found in runs.items():
         records = [r for run in found for r in read_metrics(run / "metrics.jsonl", "train") if r["iteration"] < FIRST]
-        print(f"  {arm:<10} {show(sum(r['success_k'] for r in records), sum(r['success_n'] for r in records))}")
+        weight = sum(r["success_uniform_weight"] for r in records)
+        uniform = sum(r["success_uniform"] * r["success_uniform_weight"] for r in records) / weight
+        raw = show(sum(r["success_k"] for r in records), sum(r["success_n"] for r in records))
+        print(f"  {arm:<10} {raw} as drawn, {100 * uniform:.1f} % weighed to a uniform draw")
     if arguments.curves:
         draw(runs, arguments.curves)
 

@@ -1,5 +1,6 @@
 """LIBERO against upstream's own environment, stepped in a process of its own with the same seeds and actions."""
 
+import itertools
 import json
 import os
 import pickle
@@ -151,8 +152,8 @@ def test_training_starts_keep_away_from_stored_ones_and_repeat(env):
     starts = env.task_starts(env.tasks[0])
     stored = starts.positions(starts.stored[:, 1 : 1 + starts.simulation.model.nq])
     drawn = []
-    for index in range(20):
-        starts.begin("train", index)
+    for split, index in itertools.product(("train", "validation"), range(10)):
+        starts.begin(split, index)
         drawn.append(starts.positions(starts.simulation.data.qpos))
     nearest = np.linalg.norm(np.array(drawn)[:, None] - stored[None], axis=-1).min(axis=1)
     assert nearest.min() >= starts.gap > 1e-3

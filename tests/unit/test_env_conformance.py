@@ -1,5 +1,7 @@
 """The conformance kit passes a sound environment and names each broken promise of an unsound one."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from reachrl.envs.base import check_start, start_option
 from reachrl.errors import ExtensionError
+from reachrl.rollout.episodes import check_validation
 from reachrl.testing.conformance_env import check_env
 from reachrl.testing.envs import ReachConfig, ReachEnv
 from reachrl.types import SPLITS, Start
@@ -154,3 +157,15 @@ class SameWords(ReachEnv):
 def test_each_broken_promise_is_found(broken: type[ReachEnv], words: str):
     with pytest.raises(ExtensionError, match=words):
         check_env(broken(CONFIG))
+
+
+def test_validation_on_training_starts_is_refused_before_it_is_measured():
+    for kind, refused in ((ReachEnv, False), (TwoSplits, True)):
+        env = kind(CONFIG)
+
+        def reset(starts, following, env=env):
+            return SimpleNamespace(images=env.reset(options={"start": starts[0]})[0]["image"][None])
+
+        envs = SimpleNamespace(tasks=env.tasks, num_envs=1, reset=reset)
+        with pytest.raises(ExtensionError, match="train start 0") if refused else nullcontext():
+            check_validation(envs)

@@ -20,7 +20,7 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.rollout.collector import Assign, Collector, collect_in_turn
-from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode
+from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode, check_validation
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Rollout, Start
@@ -142,15 +142,23 @@ class LocalEvaluator:
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self._policy, self._config = policy, config
         self._log = SpanLog("evaluator")
+        self._checked = False
 
     def play(self, weights: Weights, starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
         """Play every start once, now."""
         return Done(self.play_now(starts, mode, self._config.env.num_envs))
 
     def play_now(self, starts: Sequence[Start], mode: Mode, num_envs: int) -> list[PlayedEpisode]:
-        """Play every start once in so many environments."""
+        """Play every start once in so many environments.
+
+        Raises:
+            ExtensionError: the environment has no validation starts of its own.
+        """
         options = self._config.eval
         with self._log.span("play"), VectorEnv(self._config.env, num_envs) as envs:
+            if not self._checked:
+                check_validation(envs)
+                self._checked = True
             player = EpisodePlayer(self._policy, envs, mode=mode, temperature=options.temperature, seed=options.seed)
             return player.play(starts)
 

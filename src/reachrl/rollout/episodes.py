@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 
 from reachrl.envs.vector import VectorEnv
+from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
 from reachrl.rollout.noise import gumbel_noise
 from reachrl.streams import Stream, generator
-from reachrl.types import EnvStep, Observation, Split, Start
+from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 
 Mode = Literal["greedy", "sampled"]
 
@@ -139,6 +140,25 @@ class EpisodePlayer:
             )
             gumbel = gumbel_noise(self.policy, generators)
         return self.policy.act(self.policy.encode(observation), temperature=self.temperature, gumbel=gumbel)
+
+
+def check_validation(envs: VectorEnv) -> None:
+    """Refuse an environment that plays training or test starts for validation, as one does that knows two splits only.
+
+    Raises:
+        ExtensionError: which split's first frame it shows.
+    """
+    frames: dict[Split, bytes] = {}
+    for split in SPLITS:
+        starts = [Start(envs.tasks[0], split, 0)] * envs.num_envs
+        frames[split] = envs.reset(starts, starts).images[0].tobytes()
+    for split in SPLITS:
+        if split != "validation" and frames[split] == frames["validation"]:
+            raise ExtensionError(
+                f"the environment shows the same first frame for validation start 0 and {split} start 0 of task "
+                f"{envs.tasks[0]!r}: eval.during_every would measure on {split} starts. Draw starts with "
+                "reachrl.envs.base.start_key(start), which tells the splits apart, or set eval.during_every=0"
+            )
 
 
 def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, step: EnvStep, n: int) -> Turn:
