@@ -266,7 +266,7 @@ def restore(run: Run, keepers: Keepers) -> TrainState:
     if folder is None:
         _forget_after(run, -1)
         return TrainState(warming_up=_starts_in_warm_up(keepers.learner))
-    verify_checkpoint(folder)
+    verify_checkpoint(folder, nested=False)  # a sealed policy is verified as it is read
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     state = TrainState(**saved["train"])
     keepers.learner.load(folder, version=state.iteration)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_policy import adapted, foreign, scores
+from small_policy import adapted, foreign, scores, unseal
 from typer.testing import CliRunner
 
 from reachrl.cli.app import app
@@ -29,7 +29,7 @@ def stored_as(dtype: torch.dtype, base: Path, folder: Path) -> Path:
     state = load_file(folder / "model.safetensors")
     state = {key: value if key.startswith("value_head") else value.to(dtype) for key, value in state.items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return unseal(folder)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_without_merge_peft_reads_what_is_written(base: Path, trained: Path, tmp
     result = CliRunner().invoke(app, ["export", str(trained), "--out", str(tmp_path / "alone")])
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "alone").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     wrapped = PeftModel.from_pretrained(OpenVLAPolicy.from_pretrained(base), str(tmp_path / "alone"))  # pyright: ignore
     assert torch.allclose(scores(wrapped.base_model.model), scores(OpenVLAPolicy.from_pretrained(trained)), atol=1e-6)
 
@@ -127,6 +127,7 @@ def test_what_cannot_be_exported_is_named(base: Path, trained: Path, tmp_path: P
         export.export_merged(base, tmp_path / "merged")
     with pytest.raises(ConfigError, match="exists already"):
         export.export_merged(trained, trained)
+    unseal(trained)
     stored = load_file(trained / "adapter_model.safetensors")
     stored["base_model.model.language_model.other.lora_A.weight"] = torch.zeros(3, 4)
     stored["base_model.model.language_model.other.lora_B.weight"] = torch.zeros(4, 3)

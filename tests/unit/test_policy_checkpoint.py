@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small_policy import unseal
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ConvStage
@@ -51,6 +52,7 @@ def test_round_trip_is_exact(policy: OpenVLAPolicy, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == [
         "config.json",
         "dataset_statistics.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
     ]
@@ -138,6 +140,7 @@ def test_missing_and_truncated_files(policy: OpenVLAPolicy, tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=name):
             OpenVLAPolicy.from_pretrained(folder)
     policy.save_pretrained(folder)
+    unseal(folder)
     (folder / "tokenizer.json").write_text("{}")
     saved = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**saved, "tokenizer": "folder"}))
@@ -164,7 +167,7 @@ def test_weights_that_do_not_fit_are_listed(policy: OpenVLAPolicy, tmp_path: Pat
     weights["projector.extra"] = torch.zeros(1)
     weights["projector.fc1.bias"] = torch.zeros(3)
     del weights["value_head.fc1.weight"]
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, unseal(folder) / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         OpenVLAPolicy.from_pretrained(folder)
     for part in ("1 missing: value_head.fc1.weight", "1 unexpected: projector.extra", "projector.fc1.bias (stored [3]"):

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from small_policy import unseal
 
 from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError
@@ -77,7 +78,7 @@ def test_saved_model_scores_the_same(model, frames, tmp_path):
     loaded = SmallRewardModel.from_pretrained(folder)
     np.testing.assert_array_equal(loaded.score(frames, [TEXTS[1]] * 11), model.score(frames, [TEXTS[1]] * 11))
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
 
 
 def truncate(folder):
@@ -118,6 +119,6 @@ def poison(folder):
 def test_faulty_files_are_checkpoint_errors(model, tmp_path, damage, match):
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    damage(folder)
+    damage(unseal(folder))
     with pytest.raises(CheckpointError, match=match):
         SmallRewardModel.from_pretrained(folder)

@@ -25,6 +25,7 @@ from reachrl.demos.store import TrajectoryStore, Transitions
 from reachrl.errors import CheckpointError, ConfigError, DivergedError
 from reachrl.policies.base import Policy
 from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
+from reachrl.run.manifest import is_sealed, seal, verify
 from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
@@ -210,6 +211,7 @@ class _Training:
             self.policy.save_pretrained(aside / "policy")
             save_optimizer(self.optimizer, aside / "optimizer.safetensors")
             write_json_atomic(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
+            seal(aside)
 
         replace_folder_atomic(self.folder / "checkpoint", write)
         self.resumable_best = self.best
@@ -232,6 +234,8 @@ class _Training:
         checkpoint = self.folder / "checkpoint"
         if not checkpoint.exists():
             return
+        if is_sealed(checkpoint):  # those of earlier versions are not
+            verify(checkpoint, remedy=f"delete {self.folder} to start again", nested=False)
         state = self._read_state(checkpoint / "state.json")
         self.policy.restore(checkpoint / "policy")
         load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")

@@ -1,37 +1,15 @@
 """Checkpoints that are complete or absent, with a digest of every file."""
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from reachrl.errors import CheckpointError
-from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
+from reachrl.run.atomic import recover_tree, replace_folder_atomic
+from reachrl.run.manifest import MANIFEST, seal, verify
 
-MANIFEST = "manifest.json"
 _STEP = re.compile(r"^step_(\d{6,})$")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: Path, **info: object) -> None:
-    """List every file of `folder` with its size and SHA-256 in `manifest.json`.
-
-    Args:
-        folder: A folder whose files are all written.
-        info: Further entries of the manifest, such as the step.
-    """
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
-    write_json_atomic(folder / MANIFEST, {**info, "files": files})
 
 
 def checkpoint_step(path: Path) -> int:
@@ -81,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], *, ke
 
     def fill_and_seal(aside: Path) -> None:
         fill(aside)
-        write_manifest(aside, step=step)
+        seal(aside, step=step)
 
     recover_tree(Path(folder))
     replace_folder_atomic(path, fill_and_seal)
@@ -92,11 +70,13 @@ def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], *, ke
     return path
 
 
-def verify_checkpoint(path: Path) -> dict:
+def verify_checkpoint(path: Path, *, nested: bool = True) -> dict:
     """Check every file against the manifest.
 
     Args:
-        path: A checkpoint folder, or any folder sealed by `write_manifest`.
+        path: A checkpoint folder.
+        nested: Also check folders inside that have a manifest of their own, such as the policy's; False where their
+            reader does it anyway.
 
     Returns:
         The manifest.
@@ -107,24 +87,6 @@ def verify_checkpoint(path: Path) -> dict:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a folder holding {MANIFEST}")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files: dict = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(_broken(path, path / MANIFEST, f"cannot be read ({error})")) from error
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(_broken(path, file, "is missing"))
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(_broken(path, file, f"has {size} bytes where {expected['bytes']} were written"))
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(_broken(path, file, "was altered after it was written (SHA-256 differs)"))
-    return manifest
-
-
-def _broken(checkpoint: Path, file: Path, what: str) -> str:
-    older = [other.name for other in list_checkpoints(checkpoint.parent) if other != checkpoint]
-    remedy = f"delete {checkpoint} to resume from {older[-1]}" if older else "copy it again, or start over"
-    return f"checkpoint file {file} {what}; {remedy}"
+    older = [other.name for other in list_checkpoints(path.parent) if other != path]
+    remedy = f"delete {path} to resume from {older[-1]}" if older else "copy the checkpoint again, or start over"
+    return verify(path, remedy=remedy, nested=nested)

@@ -19,6 +19,7 @@ from reachrl.policies.llama import Contexts
 from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
 from reachrl.run.fingerprint import fingerprint, is_of
+from reachrl.run.stored_weights import check_finite
 
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 CONFIG_FILE = "adapter_config.json"
@@ -246,12 +247,15 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """All matrices in a peft folder, by their names there.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing or damaged, or holds numbers that are not finite.
     """
     path = folder / WEIGHTS_FILE
     try:
-        return load_file(path)
+        stored = load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; adapters are read from safetensors files only") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    for name, tensor in stored.items():
+        check_finite(tensor, name, path)
+    return stored

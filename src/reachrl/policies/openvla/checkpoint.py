@@ -36,6 +36,8 @@ from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
 from reachrl.registry import is_trusted
 from reachrl.run.atomic import replace_folder_atomic
+from reachrl.run.manifest import seal, verify_if_sealed
+from reachrl.run.stored_weights import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,12 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; what was there before is intact.
     """
-    replace_folder_atomic(Path(folder), lambda aside: _write(policy, aside))
+
+    def fill(aside: Path) -> None:
+        _write(policy, aside)
+        seal(aside)
+
+    replace_folder_atomic(Path(folder), fill)
 
 
 def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -139,6 +146,7 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     """
     given, config = Path(folder), policy.config
     folder = locate(given)
+    verify_if_sealed(folder)
     _check_architecture(policy, folder)
     if not adapters.is_adapter(folder):
         _load_whole(policy, folder, device)
@@ -148,6 +156,7 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
             policy.add_adapters(given.resolve() if given.is_dir() else given)
         return
     base, ours = adapters.base_of(folder), (folder / VALUE_FILE).is_file()
+    verify_if_sealed(base)
     _load_whole(policy, base, device)
     adapters.check_base(folder, base)
     if config.lora is None:
@@ -174,6 +183,7 @@ def restore(policy: "OpenVLAPolicy", folder: Path) -> None:
         CheckpointError: a file is missing or truncated, or the folder holds another architecture.
     """
     folder, config = Path(folder), policy.config
+    verify_if_sealed(folder)
     stored = type(policy).architecture_of(read_config(folder))
     _compare(stored, policy.architecture(), folder, set())
     if config.lora is None:
@@ -260,6 +270,8 @@ def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
 def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
     try:
         state = load_file(folder / VALUE_FILE)
+        for name, tensor in state.items():
+            check_finite(tensor, name, folder / VALUE_FILE)
         policy.value_head.load_state_dict({key.removeprefix(_VALUE): tensor for key, tensor in state.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder / VALUE_FILE} is missing, truncated or of another size: {error}") from error

@@ -34,6 +34,7 @@ from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
 from reachrl.policies.openvla.weights import read_json, weight_files
 from reachrl.run.atomic import replace_folder_atomic
+from reachrl.run.manifest import MANIFEST, seal, verify_if_sealed
 
 T = TypeVar("T")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -59,7 +60,7 @@ class Comparison:
 
 
 def export_adapter(folder: Path, out: Path) -> None:
-    """Copy peft's two files of the actor, and nothing of ours.
+    """Copy peft's two files of the actor, and nothing of ours but the manifest.
 
     Raises:
         ConfigError: `folder` holds no adapters, or `out` exists.
@@ -117,16 +118,23 @@ def _write_whole(folder: Path, out: Path, fill: Callable[[Path], T]) -> T:
         raise ConfigError(f"{folder} holds no adapters ({adapters.CONFIG_FILE} is missing): nothing to export")
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
+    verify_if_sealed(folder)
     if (folder / CONFIG_FILE).is_file():
         read_config(folder)  # refuses configurations that disagree: one would be acted by, the other exported
-    return replace_folder_atomic(out, fill)
+
+    def fill_and_seal(aside: Path) -> T:
+        result = fill(aside)
+        seal(aside)
+        return result
+
+    return replace_folder_atomic(out, fill_and_seal)
 
 
 def _copy_surroundings(folder: Path, base: Path, out: Path) -> None:
     """Configuration, tokenizer and statistics: the base's, but for the statistics the adapters were trained with."""
     weights = {path.name for path in weight_files(base)}
     for path in base.iterdir():
-        if path.is_file() and path.name not in weights and path.suffix not in _PICKLES:
+        if path.is_file() and path.name not in (*weights, MANIFEST) and path.suffix not in _PICKLES:
             shutil.copyfile(path, out / path.name)
     if (folder / TOKENIZER_FILE).is_file():
         shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)

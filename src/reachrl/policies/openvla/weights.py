@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.names import canonical_key
+from reachrl.run.stored_weights import check_finite, indexed_files
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,7 +38,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder: one, or the shards its index names.
 
     Raises:
-        CheckpointError: there are none, or a shard is missing.
+        CheckpointError: there are none, or the index names one that is missing or lies elsewhere.
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -50,14 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{SINGLE_FILE} with safetensors.torch.save_file; Prismatic's names may stay as they are"
             )
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a checkpoint folder?")
-    places = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{folder / INDEX_FILE}: weight_map is damaged, expected a file's name for each weight")
-    shards = sorted(set(places.values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing or not shards:
-        raise CheckpointError(f"{folder / INDEX_FILE} names shards that are missing: {missing or 'none named'}")
-    return [folder / name for name in shards]
+    return indexed_files(folder / INDEX_FILE)
 
 
 def read_json(path: Path) -> dict:
@@ -70,7 +64,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} a checkpoint folder?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); the checkpoint is damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
@@ -174,6 +168,9 @@ def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[T
         module: where to.
         folder: where from.
         take: by name, what is given a tensor in place of copying it.
+
+    Raises:
+        CheckpointError: a weight holds numbers that are not finite.
     """
     takers = take or {}
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -183,7 +180,11 @@ def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[T
             for name in names:
                 known = canonical_key(name)
                 target = targets.get(known)
+                if known not in takers and target is None:
+                    continue
+                tensor = file.get_tensor(name)
+                check_finite(tensor, name, path)
                 if known in takers:
-                    takers[known](file.get_tensor(name))
+                    takers[known](tensor)
                 elif target is not None:
-                    target.copy_(file.get_tensor(name))
+                    target.copy_(tensor)

@@ -15,6 +15,7 @@ from reachrl.config.reward_model import RewardModelSection
 from reachrl.errors import CheckpointError
 from reachrl.registry import check_stored, resolve
 from reachrl.run.atomic import replace_folder_atomic, write_json_atomic
+from reachrl.run.manifest import seal, verify_if_sealed
 
 CONFIG_FILE = "config.json"
 REMEDY = "Point to the `model` folder of a finished reward fit, or fit again."
@@ -127,6 +128,7 @@ class RewardModel(nn.Module, ABC):
         def fill(aside: Path) -> None:
             saved = self.write(aside)
             write_json_atomic(aside / CONFIG_FILE, {"kind": self.kind()} | saved)
+            seal(aside)
 
         replace_folder_atomic(folder, fill)
 
@@ -173,6 +175,7 @@ def _saved_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"The reward model in {folder} is damaged or truncated: {error}. {REMEDY}") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("kind"), str):
         raise CheckpointError(f"{path} describes no reward model: it names no `kind`. {REMEDY}")
+    verify_if_sealed(Path(folder))
     return saved
 
 

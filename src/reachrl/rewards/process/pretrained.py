@@ -12,6 +12,7 @@ from torch import nn
 
 from reachrl.errors import CheckpointError, ConfigError, MissingExtra
 from reachrl.registry import trust
+from reachrl.run.stored_weights import check_finite, indexed_files
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +112,11 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
 
     Raises:
         MissingExtra: the model needs a package that is not installed.
-        CheckpointError: a file is missing or damaged, or weights are not there.
+        CheckpointError: a file is missing or damaged, or weights are not there or not finite.
     """
     # For the process: its gradients under a mask are NaN at some lengths (pytorch/pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    weight_files(folder)
     model, found = read_part(
         cls.from_pretrained,
         folder,
@@ -124,6 +126,10 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
         output_loading_info=True,
     )
     missing = sorted(found["missing_keys"])
+    kept = set(missing)
+    for name, tensor in model.state_dict().items():
+        if name not in kept:
+            check_finite(tensor, name, folder)
     if not missing:
         return model
     named = f"{len(missing)} weights, such as {', '.join(missing[:3])}"
@@ -136,19 +142,14 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
     return model
 
 
-def check_finite(model: nn.Module, folder: Path, remedy: str) -> None:
-    """Refuse trained weights that are not finite numbers.
+def weight_files(folder: Path) -> list[Path]:
+    """Every safetensors file of a folder.
 
     Raises:
-        CheckpointError: names the first of them.
+        CheckpointError: an index names one that is missing or lies elsewhere.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise CheckpointError(f"The reward model in {folder} holds numbers that are not finite: {name}. {remedy}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Every safetensors file of a folder."""
+    for index in folder.glob("*.index.json"):
+        indexed_files(index)
     return sorted(folder.glob("*.safetensors"))
 
 

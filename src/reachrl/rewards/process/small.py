@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel
+from reachrl.run.stored_weights import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,6 @@ class SmallRewardModel(RewardModel):
             raise CheckpointError(
                 f"The reward model in {folder} has another architecture: {error}. {REMEDY}"
             ) from error
-        broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise CheckpointError(f"The reward model in {folder} holds numbers that are not finite: {broken}. {REMEDY}")
+        for name, tensor in weights.items():
+            check_finite(tensor, name, folder / "model.safetensors")
         return model

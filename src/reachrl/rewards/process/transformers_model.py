@@ -15,7 +15,7 @@ from reachrl.config.reward_model import TransformersRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError, ReachRLError
 from reachrl.registry import is_trusted, untrusted
 from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel, trust_remedy
-from reachrl.rewards.process.pretrained import check_finite, checkpoint_folder, import_class, read_part, read_weights
+from reachrl.rewards.process.pretrained import checkpoint_folder, import_class, read_part, read_weights
 from reachrl.tokenizer_state import forget_calls
 
 FORMAT = "reachrl-transformers-reward-1"
@@ -231,6 +231,4 @@ class TransformersRewardModel(RewardModel):
             target, where = options[option], f"{folder / CONFIG_FILE}: {option}"
             if not target.startswith(LIBRARY) and not is_trusted(target):
                 raise untrusted(target, where=where, remedy=trust_remedy(option, target))
-        model = cls._read_checkpoint(folder / WEIGHTS_FOLDER, dtype="auto", new_head=False, **options)
-        check_finite(model, folder, REMEDY)
-        return model
+        return cls._read_checkpoint(folder / WEIGHTS_FOLDER, dtype="auto", new_head=False, **options)

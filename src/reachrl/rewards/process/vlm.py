@@ -15,9 +15,10 @@ from torch import Tensor
 from reachrl.config.reward_model import VLMRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.rewards.process.base import CONFIG_FILE, REMEDY, RewardModel
-from reachrl.rewards.process.pretrained import check_finite, checkpoint_folder
+from reachrl.rewards.process.pretrained import checkpoint_folder
 from reachrl.rewards.process.vlm_checkpoint import SUPPORTED, VLMCheckpoint, read_adapters, read_base, read_checkpoint
 from reachrl.rewards.process.vlm_inputs import Prompts
+from reachrl.run.stored_weights import check_finite
 
 FORMAT = "reachrl-vlm-reward-1"
 WEIGHTS_FOLDER = "vlm"  # its config.json is the checkpoint's, so it cannot lie beside ours
@@ -211,7 +212,6 @@ class VLMRewardModel(RewardModel):
                 )
         if adapters is not None:
             model._load_adapters(place)
-        check_finite(model, folder, REMEDY)
         return model
 
     @torch.no_grad()
@@ -233,4 +233,5 @@ class VLMRewardModel(RewardModel):
                 f"differ, such as {differing[0]}. {REMEDY}"
             )
         for name, parameter in own.items():
+            check_finite(stored[name], name, place / ADAPTER_FILE)
             parameter.copy_(stored[name])
