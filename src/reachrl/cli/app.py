@@ -5,13 +5,13 @@ from typing import NoReturn
 
 import typer
 import typer.core
-from rich.console import Console
 from rich.text import Text
 
 from reachrl import __version__, registry, torchrun
 from reachrl.cli import config, demos, eval, export, model, plan, quickstart, report, reward, sft, train
 from reachrl.cli import list as listing
 from reachrl.cli.failures import check_command_line, expected_failure, speak_any_language
+from reachrl.cli.terminal import Terminal, print_warnings, say
 from reachrl.errors import ReachRLError
 from reachrl.home import home_variables
 
@@ -57,12 +57,13 @@ app.add_typer(model.app, name="model", rich_help_panel=LOOK)
 @app.command(rich_help_panel=LOOK)
 def version() -> None:
     """Print the installed version."""
-    typer.echo(f"reachrl {__version__}")
+    say(f"reachrl {__version__}")
 
 
 def main() -> NoReturn:
     """Run the command line; a `ReachRLError` becomes a message on stderr and its own exit code."""
     speak_any_language()
+    print_warnings()
     try:
         check_command_line()
         os.environ.update(home_variables())
@@ -87,4 +88,4 @@ def main() -> NoReturn:
 
 def show_error(error: ReachRLError) -> None:
     """Print what was wrong, in red where the terminal has colours."""
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), (str(error), "red")), soft_wrap=True)
+    Terminal(stderr=True).print(Text.assemble(("error: ", "bold red"), (str(error), "red")), soft_wrap=True)

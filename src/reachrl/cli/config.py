@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from reachrl.cli.stages import OverridesArgument, PresetArgument
+from reachrl.cli.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from reachrl.config.base import Section
@@ -30,7 +30,7 @@ def config(
     from reachrl.config.loading import config_dict, load_config
 
     resolved = load_config(preset, overrides or [])
-    console = Console()
+    console = Terminal()
     if explain:
         console.print(_deviations(preset, overrides or []))
         return
@@ -41,7 +41,7 @@ def config(
     if console.is_terminal:
         console.print(Syntax(text, language, background_color="default", word_wrap=True))
     else:
-        typer.echo(text)
+        say(text)
 
 
 def _deviations(preset: str, overrides: list[str]) -> Table:

@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from reachrl.cli.terminal import Terminal
+
 Field = str | int | float | bool | None
 PLAIN_INTERVAL_S = 5.0
 
@@ -84,7 +86,7 @@ class Display:
         interval_s: float = PLAIN_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console or Console()
+        self.console = console or Terminal()
         self.quiet = quiet
         self.clock = clock
         self._interval_s = interval_s
@@ -178,11 +180,16 @@ class _DisplayHandler(logging.Handler):
 def _progress_bars(console: Console) -> Progress:
     """Columns that fit 100 characters: what, bar, count, figures, time gone, time left."""
     return Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)),
+        TextColumn(
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)
+        ),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn(
-            "{task.fields[figures]}", style="cyan", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            "{task.fields[figures]}",
+            style="cyan",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
         ),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from reachrl.cli.terminal import Terminal
 
 
 def export(
@@ -24,7 +25,7 @@ def export(
     """
     from reachrl.policies.openvla.export import export_adapter, export_merged
 
-    console = Console()
+    console = Terminal()
     if not merge:
         export_adapter(folder, out)
         console.print(f"adapters written to {out}")

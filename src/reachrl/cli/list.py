@@ -4,8 +4,9 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from reachrl.cli.terminal import Terminal
 
 
 class What(StrEnum):
@@ -18,7 +19,7 @@ class What(StrEnum):
 
 def list_(what: Annotated[What | None, typer.Argument(help="Only these.", show_default="all")] = None) -> None:
     """List presets, tasks with their instructions, and the kinds of every extension point."""
-    console = Console()
+    console = Terminal()
     tables = {What.presets: (_presets,), What.tasks: (_tasks, _libero_tasks), What.kinds: (_kinds,)}
     for name, found in tables.items():
         for table in found if what in (None, name) else ():

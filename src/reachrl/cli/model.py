@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from reachrl.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from reachrl.config.towers import TowerConfig
@@ -32,7 +33,7 @@ def info(folder: FolderArgument) -> None:
     """Show sizes, weights, statistics, prompt and memory of a checkpoint. Reads headers only, never the weights."""
     from reachrl.policies.openvla.inspection import AdapterInfo, inspect_folder
 
-    console, found = Console(), inspect_folder(folder)
+    console, found = Terminal(), inspect_folder(folder)
     if isinstance(found, AdapterInfo):
         console.print(_adapter(found))
         if not Path(found.base).is_dir():
@@ -70,10 +71,10 @@ def verify(
             "exact" if exact else f"{check.tolerance:.0e}",
             Text("pass", "green") if check.passed else Text("FAIL", "bold red"),
         )
-    console = Console()
+    console = Terminal()
     console.print(table)
     if result.ignored:
-        console.print(f"Not compared: {', '.join(result.ignored)}", markup=False, highlight=False)
+        console.print(f"Not compared: {', '.join(result.ignored)}", highlight=False)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -88,7 +89,7 @@ def _heads(text: str) -> list[int]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.show_header = any(columns)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -116,7 +117,7 @@ def _facts(found: "CheckpointInfo") -> Table:
     }
     table = _table(f"{found.folder}", "", "")
     for name, fact in facts.items():
-        table.add_row(name, Text(fact))
+        table.add_row(name, fact)
     return table
 
 
@@ -124,7 +125,7 @@ def _parts(found: "CheckpointInfo") -> Table:
     table = _table("\nWeights", "part", "sizes", "stored", "never read")
     sizes = _sizes(found)
     for part in found.parts:
-        table.add_row(part.name, Text(sizes.get(part.name, "")), f"{part.num_weights:,}", f"{part.num_unread:,}")
+        table.add_row(part.name, sizes.get(part.name, ""), f"{part.num_weights:,}", f"{part.num_unread:,}")
     table.add_row(
         "all", f"{found.num_live:,} are read", f"{found.num_weights:,}", f"{found.num_weights - found.num_live:,}"
     )
@@ -181,7 +182,7 @@ def _adapter(found: "AdapterInfo") -> Table:
         "weights": f"{found.num_weights:,}",
         "stored as": _dtypes(found.dtypes),
     }.items():
-        table.add_row(name, Text(fact))
+        table.add_row(name, fact)
     return table
 
 

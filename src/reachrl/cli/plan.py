@@ -4,11 +4,12 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from reachrl.cli.display import format_duration
 from reachrl.cli.stages import OverridesArgument, PresetArgument
+from reachrl.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
@@ -58,7 +59,7 @@ def plan(
             "a number of the configuration or of an option is too large or too small to compute a plan with: "
             "check those that you changed"
         ) from error
-    console = Console(width=min(Console().width, WIDTH))
+    console = Terminal(width=min(Terminal().width, WIDTH))
     console.print(_parameters(config))
     for title, part in _devices(needed, config, machine):
         console.print(_memory(title, part))
@@ -150,7 +151,9 @@ def _time(plan: "TimePlan", config: "TrainConfig") -> Table:
 def _advice(changes: "list[Change]") -> Table:
     table = _table("Changes that would help, each on top of those above it", "change", "saves", "leaves")
     for change in changes:
-        table.add_row(f"[bold]{change.text}[/bold]\n  {change.reason}", _size(change.saves), _size(change.leaves))
+        table.add_row(
+            Text.assemble((change.text, "bold"), f"\n  {change.reason}"), _size(change.saves), _size(change.leaves)
+        )
     return table
 
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from reachrl.cli.terminal import Terminal
 from reachrl.run.formats import task_labels
 
 _LABEL_LENGTH = 34  # leaves room for two columns of figures on 100
@@ -31,7 +31,7 @@ def show_evaluations(run_dir: Path) -> None:
     labels = task_labels(list(after[modes[0]]["per_task"]), _LABEL_LENGTH)
     for task, record in after[modes[0]]["per_task"].items():
         table.add_row(f"{labels[task]}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
-    console = Console()
+    console = Terminal()
     console.print(table)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
     _print_caveats(json.loads((run_dir / "stages.json").read_text(encoding="utf-8"))["eval"]["info"]["caveats"])
@@ -44,7 +44,7 @@ def show_result(result: dict[str, Any] | None, folder: Path) -> None:
         result: What `reachrl.pipeline.measure.measure` returned.
         folder: Where it lies.
     """
-    console = Console()
+    console = Terminal()
     if result is None:
         console.print(f"This shard is done; the one that ends last writes {folder / 'result.json'}", soft_wrap=True)
         return
@@ -64,12 +64,12 @@ def show_result(result: dict[str, Any] | None, folder: Path) -> None:
     console.print("k/n, rate and 95 % Wilson interval.")
     _print_caveats(result["caveats"])
     page = (folder / "result.html").resolve()
-    console.print(f"Page: {page}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"Page: {page}", soft_wrap=True, highlight=False)
 
 
 def _print_caveats(caveats: list[str]) -> None:
     for caveat in caveats:
-        Console().print(f"Note: {caveat}", style="yellow", highlight=False, soft_wrap=True)
+        Terminal().print(f"Note: {caveat}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def success(record: dict[str, Any]) -> str:
@@ -85,4 +85,4 @@ def success(record: dict[str, Any]) -> str:
 def show_report(run_dir: Path) -> None:
     """Print where the report is; it opens in a browser without a network."""
     # Plain print-out, unwrapped: the path is there to be clicked or copied.
-    Console().print(f"Report: {(run_dir / 'report.html').resolve()}", soft_wrap=True, markup=False, highlight=False)
+    Terminal().print(f"Report: {(run_dir / 'report.html').resolve()}", soft_wrap=True, highlight=False)

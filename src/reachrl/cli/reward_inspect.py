@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from reachrl.cli.reward_segments import CameraOption, InstructionOption, SetOption, labelling, stored_section
+from reachrl.cli.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from reachrl.config.reward_model import RewardModelSection
@@ -92,7 +93,7 @@ def inspect(
     what += f"labels: {config.label}"
     write_inspect_page(out, episodes, quality=quality, per_task=per_task, model=what, notes=notes, most=most)
     _print(quality, per_task)
-    typer.echo(f"{out}")
+    say(f"{out}")
 
 
 def find_model(path: Path) -> Path:
@@ -166,7 +167,6 @@ def _episode(trajectory: "Trajectory", result: "ScoredTrajectory", success: bool
 
 def _print(quality: dict[str, Any], per_task: dict[str, dict[str, Any]]) -> None:
     """The figures as a table on the terminal."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     keys = ("successes", "failures", "auc", "rank_correlation", "false_positive_rate", "false_alarm_rate")
@@ -175,7 +175,7 @@ def _print(quality: dict[str, Any], per_task: dict[str, dict[str, Any]]) -> None
     rows: Iterable[tuple[str, dict[str, Any]]] = [*per_task.items(), ("all", quality)]
     for name, figures in rows:
         table.add_row(name, *(_shown(figures.get(key)) for key in keys))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _shown(number: float | None) -> str:

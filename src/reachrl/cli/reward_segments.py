@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reachrl.cli.terminal import say
+
 if TYPE_CHECKING:
     from reachrl.config.reward_model import RewardModelSection
     from reachrl.demos.readers import StateColumns
@@ -77,7 +79,7 @@ def segments(
         reason = notes[0] if notes else "it holds no trajectory."
         raise ConfigError(f"{path}: nothing to draw: {reason}")
     for note in notes:
-        typer.echo(f"warning: {note}", err=True)
+        say(f"warning: {note}", err=True)
     if most and len(rows) + watch.skipped == most and next(stored, None) is not None:
         notes.append(f"Only the first {_counted(most)} of those stored are shown; --max changes that.")
     means = page_facts(rows)
@@ -91,12 +93,12 @@ def segments(
     shown = [*_THRESHOLDS, *sorted(config.model_dump(exclude_defaults=True).keys() - {*_THRESHOLDS, "kind"})]
     options = [(name, f"{getattr(config, name)}") for name in shown]
     write_segments_page(out, rows, source=str(path), facts=facts, options=options, notes=notes)
-    typer.echo(
+    say(
         f"{_counted(len(rows))}: on average {means['segments']:.2f} segments and "
         f"{means['keyframes']:.2f} keyframes, {means['uncut']} without a gripper change; "
         f"labelled in {watch.seconds:.2g} s"
     )
-    typer.echo(f"{out}")
+    say(f"{out}")
 
 
 def stored_section(file: Path, key: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from reachrl import torchrun
 from reachrl.cli.display import Display
+from reachrl.cli.terminal import say
 
 if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
@@ -72,7 +73,7 @@ def interruptible(quiet: bool, folder: Path) -> Iterator[Display]:
         with display.logging():
             yield display
     except KeyboardInterrupt:
-        typer.echo(
+        say(
             f"\nInterrupted; finished work is kept in {folder}. The same command resumes:\n  {_this_command()}",
             err=True,
         )
