@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from small_policy import adapted, assert_apart, foreign, inputs, scores, small
+from small_policy import adapted, assert_apart, foreign, inputs, scores, small, unseal
 
 from reachrl.errors import CheckpointError, ConfigError, ExtensionError
 from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
@@ -314,7 +314,7 @@ def test_a_folder_whose_two_configurations_disagree_is_refused(
     """It would act by one of them and be exported by the other."""
     folder, policy = tmp_path / "policy", adapted(base, critic="adapter")
     policy.save_pretrained(folder)
-    path = folder / where / "adapter_config.json"
+    path = unseal(folder) / where / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     for look in (
         OpenVLAPolicy.from_pretrained,
@@ -329,6 +329,7 @@ def test_a_folder_whose_two_configurations_disagree_is_refused(
 
 def test_adapters_beside_a_configuration_without_are_refused(base: Path, tmp_path: Path) -> None:
     adapted(base).save_pretrained(tmp_path / "policy")
+    unseal(tmp_path / "policy")
     shutil.copyfile(base / "config.json", tmp_path / "policy" / "config.json")
     with pytest.raises(CheckpointError, match="describes a policy without"):
         OpenVLAPolicy.from_pretrained(tmp_path / "policy")

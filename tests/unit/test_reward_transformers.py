@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_policy import unseal
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -253,7 +254,7 @@ def poison(folder):
 )
 def test_faulty_files_are_checkpoint_errors(vit, tmp_path, damage, match):
     build(vit).save_pretrained(tmp_path / "model")
-    damage(tmp_path / "model")
+    damage(unseal(tmp_path / "model"))
     with pytest.raises(CheckpointError, match=match):
         load_reward_model(tmp_path / "model")
 

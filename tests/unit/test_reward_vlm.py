@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_policy import unseal
 from tiny_vlm import KINDS, tokenizer, write_checkpoint
 from tokenizers import Tokenizer
 from torch.nn import functional as F
@@ -460,6 +461,7 @@ def poison(saved):
     ],
 )
 def test_faulty_files_are_checkpoint_errors(saved, damage, match):
+    unseal(saved.folder)
     damage(saved)
     with pytest.raises(CheckpointError, match=match):
         load_reward_model(saved.folder)
