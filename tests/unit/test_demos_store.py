@@ -234,6 +234,40 @@ def test_missing_shard_and_other_files_are_named(folder: Path, tmp_path: Path) -
         list(iter_shard(tmp_path / "other.parquet"))
 
 
+@pytest.mark.parametrize("key", ["shards", "tasks", "num_trajectories", "num_steps", "action_dim", "image_size"])
+def test_a_meta_without_what_reading_needs_is_damaged(folder: Path, key: str) -> None:
+    meta = json.loads((folder / META_FILE).read_text())
+    for changed in ({k: v for k, v in meta.items() if k != key}, {**meta, key: None}, {**meta, key: "text"}):
+        (folder / META_FILE).write_text(json.dumps(changed))
+        with pytest.raises(StorageError, match=rf"meta.json: {key} is .*damaged"):
+            TrajectoryStore(folder)
+    (folder / META_FILE).write_text(json.dumps({**meta, "shards": ["reach.parquet"]}))
+    with pytest.raises(StorageError, match=r"meta.json: shards is .*damaged"):
+        TrajectoryStore(folder)
+    (folder / META_FILE).write_text("[]")
+    with pytest.raises(StorageError, match="format_version is None"):
+        TrajectoryStore(folder)
+
+
+@pytest.mark.parametrize("how", ["filtered", "cut", "joined"])
+def test_rows_that_were_changed_since_they_were_written_are_refused(folder: Path, how: str) -> None:
+    """A row's action belongs to its own frame; counting would pair it with another."""
+    shard = folder / "push.parquet"
+    with pq.ParquetFile(shard) as file:
+        groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+    tables = {
+        "filtered": [groups[0].filter([True, False, True, True, True, True]), groups[1]],
+        "cut": [groups[0].slice(0, 4), groups[1]],
+        "joined": [pa.concat_tables(groups)],
+    }[how]
+    with pq.ParquetWriter(shard, groups[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=len(table))
+    for read in (lambda: list(iter_shard(shard)), lambda: finish_store(folder, ["reach.parquet", "push.parquet"])):
+        with pytest.raises(StorageError, match=r"push.parquet, episode 0: \d+ rows that are not one whole episode"):
+            read()
+
+
 def test_newer_format_is_refused(folder: Path) -> None:
     meta = json.loads((folder / META_FILE).read_text())
     (folder / META_FILE).write_text(json.dumps({**meta, "format_version": 99}))

@@ -1,5 +1,6 @@
 """Reading stored trajectories: files are written here in each layout and compared with what is read."""
 
+import fcntl
 import json
 import sys
 
@@ -93,13 +94,102 @@ def test_a_replayed_file_has_its_sentence_in_its_name_and_frames_before_actions(
     path = tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5"
     written = write_libero(path, own=False)
     first, _ = read_trajectories(path)
-    assert first.instruction == "turn on the stove" and first.start.task == "turn-on-the-stove"
+    assert first.instruction == "turn on the stove" and first.start.task == "KITCHEN_SCENE3_turn_on_the_stove"
     np.testing.assert_array_equal(first.actions, written[0]["actions"][:-1].astype(np.float32))
     said = next(read_trajectories(path, instruction="light it"))
     assert (said.instruction, said.start.task) == ("light it", "light-it")
     other = path.rename(tmp_path / "stove.hdf5")
     with pytest.raises(ConfigError, match=r"no sentence found.*Give an instruction"):
         next(read_trajectories(other))
+
+
+# Names and BDDL sentences of the released files; what an evaluation shows is the file's name in words.
+@pytest.mark.parametrize(
+    ("task", "stored", "shown"),
+    [
+        (
+            "open_the_middle_drawer_of_the_cabinet",
+            "Open the middle layer of the drawer",
+            "open the middle drawer of the cabinet",
+        ),
+        ("put_the_cream_cheese_in_the_bowl", "Put the cream cheese on the bowl", "put the cream cheese in the bowl"),
+        ("turn_on_the_stove", "Turn on the stove", "turn on the stove"),
+        (
+            "pick_up_the_black_bowl_on_the_cookie_box_and_place_it_on_the_plate",
+            "Pick the akita black bowl on the cookies box and place it on the plate",
+            "pick up the black bowl on the cookie box and place it on the plate",
+        ),
+        (
+            "KITCHEN_SCENE2_stack_the_middle_black_bowl_on_the_back_black_bowl",
+            "stack the black bowl in the middle on the black bowl at the front",
+            "stack the middle black bowl on the back black bowl",
+        ),
+    ],
+)
+def test_sentence_and_task_are_those_of_the_evaluation(tmp_path, task, stored, shown):
+    def written(name, **attributes):
+        write_libero(tmp_path / name, lengths=(2,))
+        with h5py.File(tmp_path / name, "a") as file:
+            file["data"].attrs.update({"problem_info": json.dumps({"language_instruction": stored}), **attributes})
+        return next(read_trajectories(tmp_path / name))
+
+    for trajectory in (written(f"{task}_demo.hdf5"), written("mine.h5", bddl_file_name=f"x/libero_goal/{task}.bddl")):
+        assert (trajectory.start.task, trajectory.instruction) == (task, shown)
+
+
+def test_a_file_that_is_named_after_no_task_says_so(tmp_path, caplog):
+    write_libero(tmp_path / "mine_demo.hdf5", lengths=(2,))
+    trajectory = next(read_trajectories(tmp_path / "mine_demo.hdf5"))
+    assert (trajectory.instruction, trajectory.start.task) == (SENTENCE, "put-the-black-bowl-on-the-plate")
+    assert f"mine_demo.hdf5: named after no task of LIBERO's, so its own sentence '{SENTENCE}'" in caplog.text
+
+
+def test_how_frames_are_stored_has_no_default_in_liberos_own_files(tmp_path):
+    path = tmp_path / "a_demo.hdf5"
+    write_libero(path, lengths=(2,))
+    for value in ("opengl2", None):
+        with h5py.File(path, "a") as file:
+            if value is None:
+                del file["data"].attrs["macros_image_convention"]
+            else:
+                file["data"].attrs["macros_image_convention"] = value
+        with pytest.raises(StorageError, match=rf"demo_0: the attribute macros_image_convention .* is {value!r}; exp"):
+            next(read_trajectories(path))
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("key", "place", "message"),
+    [
+        ("actions", (2, 0), "step 2: action is nan in dimension 0"),
+        ("obs/ee_pos", (3, 1), r"step 3: ee_state.* is nan in dimension 1"),
+        ("obs/gripper_states", (1, 0), r"step 1: ee_state.* is nan in dimension 3"),
+        ("rewards", (4,), "the last of rewards or dones is not finite"),
+    ],
+)
+def test_what_is_not_finite_is_refused_with_demonstration_and_step(tmp_path, own, key, place, message):
+    path = tmp_path / "turn_on_the_stove_demo.hdf5"
+    written = write_libero(path, lengths=(5, 5), own=own)
+    values = np.array(written[1][key], np.float64)
+    values[place] = np.nan
+    with h5py.File(path, "a") as file:
+        del file[f"data/demo_1/{key}"]
+        file[f"data/demo_1/{key}"] = values
+    stream = read_trajectories(path)
+    next(stream)
+    with pytest.raises(StorageError, match=rf"stove_demo.hdf5, demo_1(, |: ){message}"):
+        next(stream)
+
+
+def test_a_locked_hdf5_file_is_not_called_damaged(tmp_path):
+    path = tmp_path / "turn_on_the_stove_demo.hdf5"
+    write_libero(path)
+    with path.open("rb+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as HDF5 does for a program that writes
+        with pytest.raises(StorageError, match=r"stove_demo.hdf5: locked: a program has it open for writing") as error:
+            next(read_trajectories(path))
+    assert "damaged" not in str(error.value) and "Fetch" not in str(error.value)
+    next(read_trajectories(path))
 
 
 def test_demonstrations_come_in_numeric_order_and_files_in_that_of_their_names(tmp_path):

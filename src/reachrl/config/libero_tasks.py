@@ -5,6 +5,7 @@ and their order are those of the benchmark (`libero_suite_task_map`, task order 
 """
 
 import re
+from pathlib import PurePosixPath
 
 # Decisions per episode in published evaluations (OpenVLA's `run_libero_eval`, VLA-RL section 8 of its code).
 STEP_LIMITS = {
@@ -157,6 +158,15 @@ SUITES: dict[str, tuple[str, ...]] = {
         "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf",
     ),
 }
+
+
+_TASKS = frozenset(task for tasks in SUITES.values() for task in tasks)
+
+
+def find_task(name: str) -> str | None:
+    """The task that a file is named after (`NAME.bddl`, `NAME_demo.hdf5`, `.../NAME`); None: no suite has it."""
+    stem = PurePosixPath(name).stem.removesuffix("_demo")
+    return stem if stem in _TASKS else None
 
 
 def instruction(task: str) -> str:

@@ -30,8 +30,8 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
+from reachrl.demos.checks import check_rows, check_trajectory
 from reachrl.demos.damage import unreadable
-from reachrl.demos.finite import check_trajectory
 from reachrl.errors import StorageError
 from reachrl.run.atomic import aside, recover, storage_errors
 from reachrl.types import Start, Trajectory
@@ -131,8 +131,10 @@ def table_trajectory(table: pa.Table, where: str) -> Trajectory:
         where: how an error calls this episode.
 
     Raises:
-        StorageError: an action or end-effector state is missing or not finite; names the step.
+        StorageError: the rows are not those of one whole episode, or an action or end-effector state is missing or
+            not finite; names the step.
     """
+    check_rows(table, where)
     column = {name: table[name].to_pylist() for name, _ in _COLUMNS if name not in ("image", "action", "ee_state")}
     images = [decode_frame(image["bytes"]) for image in table["image"].to_pylist()]
     actions, ee_state = table_actions(table, where), table_vectors(table, "ee_state", where)

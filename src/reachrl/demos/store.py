@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 
-from reachrl.demos.finite import check_finite, check_trajectory
+from reachrl.demos.checks import check_finite, check_rows, check_trajectory
+from reachrl.demos.damage import unreadable
 from reachrl.demos.shard import (
     FORMAT_VERSION,
     ShardWriter,
@@ -105,8 +106,9 @@ def _scan(
     """Read a shard once, frames left compressed; adds to the three totals and returns its record in `meta.json`."""
     with open_shard(shard) as file:
         for group in range(file.num_row_groups):
-            table = _columns(file, shard, group, ["task", "action", "ee_state", "image"])
+            table = _columns(file, shard, group, ["task", "step", "is_final", "action", "ee_state", "image"])
             where = f"{shard}, episode {group}"
+            check_rows(table, where)
             values = table_actions(table, where)
             check_trajectory(values, table_vectors(table, "ee_state", where), where)
             task = table["task"][0].as_py()
@@ -152,19 +154,37 @@ class TrajectoryStore:
                 f"{path}: not found, so there is no complete store of trajectories here. Run the demos stage."
             ) from error
         except (OSError, ValueError) as error:
-            raise StorageError(f"{path}: unreadable ({error}). Delete it and run the demos stage again.") from error
-        version = self.meta.get("format_version")
+            raise unreadable(path, error, remedy="Delete it and run the demos stage again.") from error
+        version = self.meta.get("format_version") if isinstance(self.meta, dict) else None
         if version != FORMAT_VERSION:
             raise StorageError(
                 f"{path}: format_version is {version!r}, this version of reachrl reads {FORMAT_VERSION}. "
                 "Collect again, or use the version that wrote it."
             )
+        self._check_meta(path)
         for record in self.meta["shards"]:
             shard = self.folder / record["name"]
             size = shard.stat().st_size if shard.exists() else None
             if size != record["bytes"]:
                 found = "missing" if size is None else f"{size} bytes"
                 raise damaged(shard, OSError(f"{record['bytes']} bytes expected, {found}"))
+
+    def _check_meta(self, path: Path) -> None:
+        """Refuse a `meta.json` without the keys that reading needs."""
+        kinds = {"shards": list, "tasks": dict, "image_size": list} | dict.fromkeys(
+            ("num_trajectories", "num_steps", "action_dim"), int
+        )
+        bad = [key for key, kind in kinds.items() if not isinstance(self.meta.get(key), kind)]
+        if not bad and not all(
+            isinstance(each, dict) and isinstance(each.get("name"), str) and "bytes" in each
+            for each in self.meta["shards"]
+        ):
+            bad = ["shards"]
+        if bad:
+            raise StorageError(
+                f"{path}: {bad[0]} is {str(self.meta.get(bad[0]))[:60]!r}, so this file is damaged. Delete it and run "
+                "the demos stage again: complete shards are kept."
+            )
 
     def __len__(self) -> int:
         return int(self.meta["num_trajectories"])

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64, UInt8
 
+from reachrl.demos.checks import check_trajectory
 from reachrl.demos.damage import unreadable
-from reachrl.demos.finite import check_trajectory
 from reachrl.demos.readers.end_effector import StateColumns, end_effector, flat_names, named_columns
 from reachrl.demos.readers.frames import check_size, decode_picture, slug
 from reachrl.demos.readers.lerobot_columns import scalars, times_of, values, vectors, whole_numbers

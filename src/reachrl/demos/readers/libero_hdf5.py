@@ -8,12 +8,16 @@
 There are as many frames as actions, a trajectory has one frame more: of T frames all are used, of T actions T - 1.
 Which one is left out depends on who wrote the file. LIBERO's script stored what was seen after each action, so the
 first action led to the first frame and falls away. Its replay without idle actions, as it was made for OpenVLA,
-stored what was seen before each action, so the last one falls away; such files bear no attributes, and their
-sentence is in their name.
+stored what was seen before each action, so the last one falls away; such files bear no attributes.
+
+The task is the benchmark's task that the file is named after, and its sentence is that of the evaluation. The stored
+sentence is the one of the task's BDDL file, which words 29 tasks otherwise ("Open the middle layer of the drawer" for
+`open_the_middle_drawer_of_the_cabinet`) and begins with a capital in 5 others.
 """
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +27,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from reachrl.config.libero_tasks import find_task
+from reachrl.config.libero_tasks import instruction as evaluation_sentence
+from reachrl.demos.checks import check_finite
+from reachrl.demos.damage import unreadable
 from reachrl.demos.readers.end_effector import finger_opening
 from reachrl.demos.readers.frames import check_size, slug
 from reachrl.errors import ConfigError, MissingExtra, StorageError
 from reachrl.types import Start, Trajectory
+
+logger = logging.getLogger(__name__)
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 CAMERA = "agentview_rgb"
@@ -38,7 +48,8 @@ def read_libero_hdf5(path: Path, *, instruction: str | None = None, camera: str 
 
     Frames are stored upside down; they are turned by 180 degrees, as OpenVLA's training and evaluation do, which
     also exchanges left and right. Openings come from the two finger joints. A demonstration without `rewards` and
-    `dones` counts as a success.
+    `dones` counts as a success. Task and sentence are the evaluation's; a file that is named after no task of LIBERO
+    keeps its own sentence, with a warning.
 
     Args:
         path: a file, or a folder of `.hdf5` files.
@@ -47,7 +58,8 @@ def read_libero_hdf5(path: Path, *, instruction: str | None = None, camera: str 
 
     Raises:
         MissingExtra: h5py is not installed.
-        StorageError: a file is damaged, or lacks frames, actions, positions or finger joints.
+        StorageError: a file is damaged or locked, lacks frames, actions, positions or finger joints, or holds a number
+            that is not finite; names the demonstration and the step.
         ConfigError: there is no such camera, or no instruction in the file.
     """
     h5py = _h5py()
@@ -78,51 +90,71 @@ def _demos(h5py: ModuleType, path: Path, instruction: str | None, camera: str) -
             numbers = sorted(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))
             if not numbers:
                 raise StorageError(f"{path}: /data holds no demo_0, demo_1, ...; found {sorted(data) or 'nothing'}.")
-        sentence = instruction or _instruction(path, attributes)
+        task, sentence = (slug(instruction), instruction) if instruction else _task(path, attributes)
         for number in numbers:
             with _readable(path):
-                trajectory = _trajectory(path, data[f"demo_{number}"], number, sentence, camera, attributes)
+                demo = data[f"demo_{number}"]
+                trajectory = _trajectory(path, demo, Start(task, "train", number), sentence, camera, attributes)
             yield trajectory
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Say of whatever h5py raises inside that the file is damaged."""
+    """Say of whatever h5py raises inside what is wrong with the file."""
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:
-        raise StorageError(
-            f"{path}: truncated or damaged, or no HDF5 file ({str(error).splitlines()[0]}). Fetch it again."
-        ) from error
+        damage = "truncated or damaged, or no HDF5 file"
+        raise unreadable(path, error, remedy="Fetch it again.", damage=damage) from error
 
 
 def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _instruction(path: Path, attributes: dict[str, Any]) -> str:
-    """The stored sentence, or the one in the file's name."""
-    if "problem_info" in attributes:
-        try:
-            sentence = json.loads(attributes["problem_info"])["language_instruction"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{path}: the attribute problem_info of /data holds no language_instruction ({error!r}). "
-                "Fetch the file again, or give an instruction."
-            ) from error
-        return "".join(sentence).strip().strip('"')
+def _task(path: Path, attributes: dict[str, Any]) -> tuple[str, str]:
+    """The task's name and its sentence."""
+    stored = _stored_sentence(path, attributes)
+    task = find_task(path.name) or find_task(str(attributes.get("bddl_file_name", "")))
+    if task is not None:
+        sentence = evaluation_sentence(task)
+        if stored not in (None, sentence):
+            logger.info("%s: the sentence is %r, as in the evaluation; stored was %r", path, sentence, stored)
+        return task, sentence
+    if stored is not None:
+        logger.warning(
+            "%s: named after no task of LIBERO's, so its own sentence %r is used; an evaluation may word it otherwise",
+            path,
+            stored,
+        )
+        return slug(stored), stored
     if path.stem.endswith("_demo"):
-        return _SCENE.sub("", path.stem.removesuffix("_demo")).replace("_", " ").strip()
+        sentence = _SCENE.sub("", path.stem.removesuffix("_demo")).replace("_", " ").strip()
+        return slug(sentence), sentence
     raise ConfigError(
         f"{path}: no sentence found: /data has no attribute problem_info, and the name does not end in _demo. "
         "Give an instruction."
     )
 
 
+def _stored_sentence(path: Path, attributes: dict[str, Any]) -> str | None:
+    """What LIBERO's own files say is to be done, in the words of the task's BDDL file; None in others."""
+    if "problem_info" not in attributes:
+        return None
+    try:
+        sentence = json.loads(attributes["problem_info"])["language_instruction"]
+        return "".join(sentence).strip().strip('"')
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path}: the attribute problem_info of /data holds no language_instruction ({error!r}). "
+            "Fetch the file again, or give an instruction."
+        ) from error
+
+
 def _trajectory(
-    path: Path, demo: Any, number: int, instruction: str, camera: str, attributes: dict[str, Any]
+    path: Path, demo: Any, start: Start, instruction: str, camera: str, attributes: dict[str, Any]
 ) -> Trajectory:
-    where = f"{path}, demo_{number}"
+    where = f"{path}, demo_{start.index}"
     obs = demo.get("obs")
     if obs is None or "actions" not in demo:
         raise StorageError(f"{where}: found {sorted(demo)}; expected `actions` and `obs`. Fetch the file again.")
@@ -133,17 +165,26 @@ def _trajectory(
             f"{where}: actions {actions.shape}, {len(images)} frames and {len(ee_state)} poses; expected as many of "
             "each, and at least one. Fetch the file again."
         )
-    seen_after = "problem_info" in attributes
-    outcomes = [demo[key] for key in ("rewards", "dones") if key in demo and len(demo[key])]
+    first = 1 if "problem_info" in attributes else 0  # frames were stored after their actions: the first leads nowhere
+    actions = actions[first : len(actions) - 1 + first]
+    check_finite(actions, "action", where, first_step=first)
+    check_finite(ee_state, "ee_state (x, y, z, gripper)", where)
     return Trajectory(
-        start=Start(slug(instruction), "train", number),
+        start=start,
         instruction=instruction,
-        actions=actions[1:] if seen_after else actions[:-1],
+        actions=actions,
         images=images,
         ee_state=ee_state,
-        success=not outcomes or any(float(outcome[-1]) > 0 for outcome in outcomes),
+        success=_success(demo, where),
         source="libero",
     )
+
+
+def _success(demo: Any, where: str) -> bool:
+    outcomes = [np.asarray(demo[key][-1], np.float64) for key in ("rewards", "dones") if key in demo and len(demo[key])]
+    if not np.isfinite(outcomes).all():
+        raise StorageError(f"{where}: the last of rewards or dones is not finite; expected numbers.")
+    return not outcomes or any(outcome > 0 for outcome in outcomes)
 
 
 def _frames(obs: Any, camera: str, where: str, attributes: dict[str, Any]) -> UInt8[np.ndarray, "T H W 3"]:
@@ -156,9 +197,20 @@ def _frames(obs: Any, camera: str, where: str, attributes: dict[str, Any]) -> UI
         raise StorageError(f"{where}: {camera} is {stored.dtype}, expected uint8 frames.")
     num_frames, height, width, _ = stored.shape
     check_size(num_frames, height, width, where)
-    # robosuite's "opencv" convention stores the rows in order; only left and right remain to be exchanged.
-    rows = slice(None) if attributes.get("macros_image_convention") == "opencv" else slice(None, None, -1)
-    return np.ascontiguousarray(stored[()][:, rows, ::-1])
+    return np.ascontiguousarray(stored[()][:, _rows(where, attributes), ::-1])
+
+
+def _rows(where: str, attributes: dict[str, Any]) -> slice:
+    """How rows are taken so that the picture is upright; left and right are exchanged besides."""
+    # A replay without attributes was drawn with robosuite's default, which is "opengl".
+    default = None if "problem_info" in attributes else "opengl"
+    convention = attributes.get("macros_image_convention", default)
+    if convention not in ("opengl", "opencv"):
+        raise StorageError(
+            f"{where}: the attribute macros_image_convention of /data is {convention!r}; expected 'opengl' (frames "
+            "stored upside down) or 'opencv' (rows in order). Fetch the file again, or write the attribute."
+        )
+    return slice(None) if convention == "opencv" else slice(None, None, -1)
 
 
 def _ee_state(obs: Any, where: str) -> Float32[np.ndarray, "T 4"]:

@@ -1,8 +1,9 @@
-"""Refuses numbers that are not finite wherever trajectories come in."""
+"""Refuses episodes that cannot be right: numbers that are not finite, rows that are not one whole episode."""
 
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from reachrl.errors import StorageError
@@ -40,3 +41,18 @@ def check_trajectory(actions: np.ndarray, ee_state: np.ndarray, where: Any) -> N
     """
     check_finite(actions, "action", str(where))
     check_finite(ee_state, "ee_state (x, y, z, gripper)", str(where))
+
+
+def check_rows(table: pa.Table, where: str) -> None:
+    """Refuse rows that were filtered, sorted or joined since they were written: action t belongs to frame t.
+
+    Raises:
+        StorageError: `step` does not count from 0, or `is_final` marks another row than the last.
+    """
+    steps, final = table["step"].to_pylist(), table["is_final"].to_pylist()
+    if steps != list(range(len(table))) or final != [False] * (len(table) - 1) + [True]:
+        raise StorageError(
+            f"{where}: {len(table)} rows that are not one whole episode (step {', '.join(map(str, steps[:6]))}, ...; "
+            f"{sum(map(bool, final))} marked is_final). A row group holds exactly one, whole and in order: write it "
+            "with reachrl.demos.store.write_shard."
+        )
