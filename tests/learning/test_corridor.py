@@ -52,7 +52,7 @@ def success_by_iteration(envs, path, seed, reward):
     actors = LocalActors(policy, [envs], seed=seed, temperature=1.0)
     curriculum = SuccessRateSampler(SuccessRateConfig(), tasks=config.env.tasks, num_starts=30, seed=seed)
     watcher = SimpleNamespace(iteration=lambda record: None)
-    with Run.open(path, {}, config_hash="x", tensorboard=False) as run:
+    with Run.open(path, {}, tensorboard=False) as run:
         train(config, Workers(actors=actors, learner=learner), reward, curriculum, run, watcher)
         records = run.metrics.read("train")
     return [record["success_k"] / max(record["success_n"], 1) for record in records]

@@ -29,7 +29,7 @@ def run_training(config, folder, warm, interrupt_at=None):
     curriculum = build(
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )
-    with Run.open(folder, {}, config_hash="x", tensorboard=False) as run:
+    with Run.open(folder, {}, tensorboard=False) as run:
         try:
             with build("backends", config.backend).open(config, warm) as workers:
                 train(config, workers, TaskReward(), curriculum, run, SimpleNamespace(iteration=iteration))

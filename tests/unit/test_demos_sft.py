@@ -430,7 +430,7 @@ def test_heldout_rows_are_never_trained_on(store_folder: Path, tmp_path: Path) -
 
 def test_no_epochs_keep_the_policy_as_it_is(tmp_path):
     config = load_config("toy", ["sft.epochs=0"])
-    with Run.open(tmp_path / "run", config_dict(config), config_hash="x") as run:
+    with Run.open(tmp_path / "run", config_dict(config)) as run:
         assert run_sft(config, run, Display(quiet=True)) == {"steps": 0}
         kept, fresh = saved_policy(config, run.sft / "policy").state_dict(), new_policy(config).state_dict()
     assert kept.keys() == fresh.keys()
@@ -452,6 +452,6 @@ def test_demonstrations_that_nobody_would_read_are_not_collected(tmp_path, monke
     asked = []
     monkeypatch.setattr(warm_start, "collect_demos", lambda *args, **kwargs: asked.append(args) or [])
     config = load_config("toy", overrides)
-    with Run.open(tmp_path / "run", config_dict(config), config_hash="x", tensorboard=False) as run:
+    with Run.open(tmp_path / "run", config_dict(config), tensorboard=False) as run:
         assert run_demos(config, run, Display(quiet=True)) == {"trajectories": 0}
     assert bool(asked) == collects

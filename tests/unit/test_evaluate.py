@@ -66,7 +66,7 @@ def test_a_start_listed_twice_is_played_twice():
 def test_the_reward_models_episodes_are_sampled_at_the_training_temperature(tmp_path):
     config = toy_config("ppo.temperature=0.02", "reward_model.rollouts_per_task=2", "env.num_train_starts=9")
     policy, display = toy_policy(config), Display(quiet=True)
-    with Run.open(tmp_path / "run", {}, config_hash="x", tensorboard=False) as run:
+    with Run.open(tmp_path / "run", {}, tensorboard=False) as run:
         policy.save_pretrained(run.sft / "policy")
         policy_trajectories(config, run, display)
         found = list(iter_shard(run.reward_model / "rollouts" / "policy.parquet"))

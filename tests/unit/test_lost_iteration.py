@@ -40,7 +40,7 @@ def test_a_run_goes_on_after_an_iteration_without_data(tmp_path, monkeypatch, ca
     curriculum = build("curricula", config.curriculum, tasks=config.env.tasks, num_starts=5, seed=1)
     reward = build("rewards", config.reward, gamma=0.9, bootstrap_truncated=True, model=small_model())
     with (
-        Run.open(tmp_path / "run", {}, config_hash="x", tensorboard=False) as run,
+        Run.open(tmp_path / "run", {}, tensorboard=False) as run,
         LocalBackend(config.backend).open(config, tmp_path / "warm") as workers,
     ):
         train(config, workers, reward, curriculum, run, SimpleNamespace(iteration=lambda record: None))

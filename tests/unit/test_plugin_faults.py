@@ -101,7 +101,7 @@ def test_a_backend_that_collects_with_other_weights(tmp_path, version):
     learner = SimpleNamespace(version=0, config=PPOConfig(), export_weights=lambda: None)
     workers = SimpleNamespace(actors=actors, learner=learner, evaluator=None)
     with (
-        Run.open(tmp_path, {}, config_hash="x", tensorboard=False) as run,
+        Run.open(tmp_path, {}, tensorboard=False) as run,
         pytest.raises(
             ExtensionError, match=f"backend.kind=local gave a rollout of weights that are {-version} updates"
         ),

@@ -82,7 +82,7 @@ def stored(index, *, success=True):
 @pytest.fixture
 def run(tmp_path):
     config = load_config("toy", OPTIONS)
-    with Run.open(tmp_path / "run", {}, config_hash="x", tensorboard=False) as opened:
+    with Run.open(tmp_path / "run", {}, tensorboard=False) as opened:
         opened.demos.mkdir()
         write_shard(opened.demos / "reach.parquet", [stored(i) for i in range(6)])
         finish_store(opened.demos, ["reach.parquet"])

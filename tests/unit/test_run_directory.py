@@ -13,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from reachrl.errors import ConfigError
+from reachrl.errors import ConfigError, StorageError
 from reachrl.run import process_identity
-from reachrl.run.directory import Run, config_differences
+from reachrl.run.configuration import Change, config_changes, read_history
+from reachrl.run.directory import Run
 from reachrl.run.memory import PeakMemory
 from reachrl.run.process_identity import ProcessIdentity
 from reachrl.run.stages import StageRecords
@@ -23,8 +24,8 @@ from reachrl.run.stages import StageRecords
 CONFIG = {"seed": 1, "ppo": {"lr": 1e-5, "epochs": 2}, "tasks": ["a", "b"]}
 
 
-def open_run(path: Path, config: dict = CONFIG, config_hash: str = "h1") -> Run:
-    return Run.open(path, config, config_hash=config_hash, tensorboard=False)
+def open_run(path: Path, config: dict = CONFIG) -> Run:
+    return Run.open(path, config, tensorboard=False)
 
 
 def test_resume_with_the_same_config_and_refusal_of_another(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_resume_with_the_same_config_and_refusal_of_another(tmp_path: Path) -> N
     assert json.loads((tmp_path / "r" / "config.json").read_text()) == CONFIG
     other = {"seed": 1, "ppo": {"lr": 3e-6, "epochs": 2, "clip": 0.2}, "tasks": ["a"]}
     with pytest.raises(ConfigError) as caught:
-        open_run(tmp_path / "r", other, "h2")
+        open_run(tmp_path / "r", other)
     message = str(caught.value)
     assert "ppo.lr: 1e-05 in the run, 3e-06 asked for" in message
     assert "ppo.clip: absent in the run, 0.2 asked for" in message
@@ -52,16 +53,42 @@ def test_a_file_or_a_foreign_folder_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
-def test_differences_are_symmetric_and_empty_for_equal() -> None:
-    assert config_differences(CONFIG, json.loads(json.dumps(CONFIG))) == []
-    assert [key for key, _, _ in config_differences({"a": {"b": 1}}, {"a": 2})] == ["a"]
+def test_changes_are_found_wherever_they_are() -> None:
+    assert config_changes(CONFIG, json.loads(json.dumps(CONFIG))) == []
+    assert config_changes({"a": {"b": 1}}, {"a": 2}) == [Change("a", {"b": 1}, 2)]
+
+
+def test_a_permitted_change_is_written_and_recorded(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    assert read_history(tmp_path) == []
+    (tmp_path / "checkpoints" / "step_000012").mkdir(parents=True)
+    other = {"seed": 1, "ppo": {"lr": 3e-6, "clip": 0.2}, "tasks": ["a", "b"]}
+    judged: list[Change] = []
+    for _ in range(2):  # the second time nothing differs any more
+        Run.open(tmp_path, other, permit=lambda _, found: judged.extend(found), tensorboard=False).close()
+    expected = {"ppo.clip": [None, 0.2], "ppo.epochs": [2, None], "ppo.lr": [1e-5, 3e-6]}
+    assert [change.key for change in judged] == list(expected)
+    assert json.loads((tmp_path / "config.json").read_text()) == other
+    (entry,) = read_history(tmp_path)
+    assert entry["changes"] == expected and entry["iteration"] == 12 and entry["when"].endswith("+00:00")
+
+
+def test_damaged_histories_and_configurations_are_named(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    (tmp_path / "config_history.json").write_text('[{"iteration": 1}]')
+    with pytest.raises(StorageError, match=r"config_history\.json is damaged"):
+        read_history(tmp_path)
+    for damaged in ("{", "[1]", "\xff"):
+        (tmp_path / "config.json").write_bytes(damaged.encode("latin-1"))
+        with pytest.raises(StorageError, match=r"config\.json .*choose another --run"):
+            open_run(tmp_path)
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from reachrl.run.directory import Run
-run = Run.open(Path(sys.argv[1]), {}, config_hash="h", tensorboard=False)
+run = Run.open(Path(sys.argv[1]), {}, tensorboard=False)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -73,10 +100,10 @@ def test_lock_refuses_a_living_owner_and_is_taken_over_from_a_dead_one(tmp_path:
     try:
         assert holder.stdout is not None and holder.stdout.readline().strip() == "held"
         with pytest.raises(ConfigError, match=rf"process {holder.pid} .*another folder \(--run or --out\)"):
-            Run.open(path, {}, config_hash="h", tensorboard=False)
+            Run.open(path, {}, tensorboard=False)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        Run.open(path, {}, config_hash="h", tensorboard=False).close()
+        Run.open(path, {}, tensorboard=False).close()
     finally:
         holder.kill()
         holder.wait()
@@ -179,7 +206,7 @@ def test_a_process_of_another_pid_namespace_holds_its_folder_until_it_ends(tmp_p
         holder.communicate()
     # On a disk the kernel lock tells that the container is gone.
     if os.major(path.stat().st_dev):
-        Run.open(path, {}, config_hash="h", tensorboard=False).close()
+        Run.open(path, {}, tensorboard=False).close()
 
 
 def taken(tmp_path: Path, **changes: object) -> Path:

@@ -105,16 +105,17 @@ def collect_demos(
         on_progress: called after each attempt.
 
     Raises:
-        ConfigError: the expert of a task keeps failing, or `folder` holds data collected with other options.
+        ConfigError: the expert of a task keeps failing, or `folder` holds a whole store collected with other options.
         WorkerError: a worker died, hung or raised.
         StorageError: the disk is full; shards already written are kept.
     """
     folder = Path(folder)
     tasks: tuple[str, ...] = tuple(env_config.tasks)  # pyright: ignore[reportAttributeAccessIssue]
     identity = collection_id(env_config, config, seed)
-    missing = [task for task in tasks if not _has_shard(folder / shard_name(task), identity)]
+    finished = (folder / META_FILE).exists()
+    missing = [task for task in tasks if not _has_shard(folder / shard_name(task), identity, finished=finished)]
     shards = [shard_name(task) for task in tasks]
-    if not missing and (folder / META_FILE).exists():
+    if not missing and finished:
         store = TrajectoryStore(folder)
         if [shard.name for shard in store.shards] == shards:
             return store
@@ -126,10 +127,13 @@ def collect_demos(
     return finish_store(folder, shards, info={**info, "collection_id": identity})
 
 
-def _has_shard(path: Path, identity: str) -> bool:
+def _has_shard(path: Path, identity: str, *, finished: bool) -> bool:
     if not path.exists():
         return False
     found = shard_metadata(path).get("collection_id")
+    if found != identity and not finished:
+        logger.info("%s: of a collection with other options that was never finished; collected anew", path)
+        return False
     if found != identity:
         raise ConfigError(
             f"{path}: collected with other env, demos or seed options (collection_id {found}, now {identity}). "

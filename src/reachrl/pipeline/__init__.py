@@ -3,13 +3,16 @@
 import importlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reachrl import torchrun
 from reachrl.config.loading import config_dict, config_hash
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display
+
+if TYPE_CHECKING:
+    from reachrl.run.directory import Run
 
 # In order; each needs the one before. The values name the function that runs it.
 _RUNNERS = {
@@ -28,7 +31,7 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
 
     Args:
         name: one of `STAGES`.
-        config: the resolved configuration; an existing folder must have been made with the same one.
+        config: the resolved configuration; in an existing folder only what is permitted may differ, and is recorded.
         run_dir: the run folder.
         display: where progress goes.
 
@@ -36,11 +39,12 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         The stage's record in `stages.json`.
 
     Raises:
-        ConfigError: another configuration's folder, an earlier stage has not run, or `torchrun` around another stage
-            than `train`.
+        ConfigError: a configuration that the folder's does not permit, an earlier stage has not run, or `torchrun`
+            around another stage than `train`.
         ReachRLError: whatever the stage itself raises.
     """
     from reachrl.evaluate import protocol_hash
+    from reachrl.pipeline.resumption import permit
     from reachrl.run.directory import Run
     from reachrl.run.provenance import write_provenance
 
@@ -58,24 +62,25 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
 
         follow_train(config)
         return {}
-    with Run.open(run_dir, config_dict(config), config_hash=config_hash(config)) as run:
+    with Run.open(run_dir, config_dict(config), permit=permit(config)) as run:
         write_provenance(
             run.provenance, seed=config.seed, protocol_hash=protocol_hash(config), config_hash=config_hash(config)
         )
         finished = run.stage_done(name)
-        if finished is not None and name != "report":  # the report is redrawn from what lies on disk
+        missing = _missing(config, run)
+        # The report is redrawn from what lies on disk.
+        if finished is not None and name != "report" and name not in missing:
             display.log(f"{name}: already done in {run_dir}")
             if size > 1:
                 from reachrl.backends.data_parallel import dismiss
 
                 dismiss()
             return finished
-        for earlier in STAGES[: STAGES.index(name)]:
-            if run.stage_done(earlier) is None:
-                raise ConfigError(
-                    f"{run_dir}: stage {name!r} needs {earlier!r}, which has not finished there. Run `reachrl "
-                    f"{'reward fit' if earlier == 'reward' else earlier}` with the same preset and --run first."
-                )
+        earlier = next((each for each in STAGES[: STAGES.index(name)] if each in missing), None)
+        if earlier is not None and name == "report":
+            return _interim_report(config, run, display)
+        if earlier is not None:
+            raise ConfigError(_needs(name, earlier, config, run))
         module, _, function = _RUNNERS[name].partition(":")
         runner = getattr(importlib.import_module(module), function)
         with run.stage(name) as clock:
@@ -86,6 +91,57 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         record = run.stage_done(name)
         assert record is not None
         return record
+
+
+def _missing(config: TrainConfig, run: "Run") -> set[str]:
+    """Stages that have not finished, without those that have nothing to do under this configuration."""
+    from reachrl.pipeline.resumption import made_nothing
+    from reachrl.pipeline.warm_start import needs_demos
+
+    idle = {"demos": not needs_demos(config), "reward": not config.fits_reward_model}
+    records = {name: run.stage_done(name) for name in STAGES}
+    return {
+        name
+        for name, record in records.items()
+        if not idle.get(name, False) and (record is None or (name in idle and made_nothing(record)))
+    }
+
+
+def _needs(name: str, earlier: str, config: TrainConfig, run: "Run") -> str:
+    """What to say where a stage cannot run yet."""
+    command = "reward fit" if earlier == "reward" else earlier
+    text = (
+        f"{run.path}: stage {name!r} needs {earlier!r}, which has not finished there. Run `reachrl {command}` with the "
+        "same preset and --run first."
+    )
+    done = trained_iterations(run.path)
+    if earlier == "train" and done:
+        text += (
+            f" {done} of {config.num_iterations} iterations are done: `reachrl train --run {run.path} --until {done}` "
+            "ends it there"
+        )
+        text += ", and `reachrl eval --checkpoint latest` measures what there is." if name == "eval" else "."
+    return text
+
+
+def trained_iterations(path: Path) -> int:
+    """Training iterations in a run's last checkpoint; 0 without one."""
+    from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
+
+    latest = latest_checkpoint(path / "checkpoints")
+    return 0 if latest is None else checkpoint_step(latest)
+
+
+def _interim_report(config: TrainConfig, run: "Run", display: Display) -> dict[str, Any]:
+    """Draw what an unfinished run has so far; the stage stays unfinished."""
+    from reachrl.run.report import write_report
+
+    path = write_report(run.path)
+    display.log(
+        f"report: {path}, of an unfinished run: training has done {trained_iterations(run.path)} of "
+        f"{config.num_iterations} iterations"
+    )
+    return {}
 
 
 def _limit_threads(config: TrainConfig) -> None:

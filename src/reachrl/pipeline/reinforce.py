@@ -17,6 +17,7 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError, LearnerLostError
 from reachrl.pipeline.base import Display, StageProgress
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
+from reachrl.pipeline.resumption import forget_results
 from reachrl.registry import build, resolve
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.base import load_reward_model
@@ -158,6 +159,7 @@ class _TrainDisplay:
 def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Improve the warm-started policy with PPO; the result lands in `policy/`."""
     assert isinstance(config.ppo, PPOConfig)
+    forget_results(run.path)
     backend: Backend = build("backends", config.backend)
     lost = 0
     while True:

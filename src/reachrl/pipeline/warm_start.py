@@ -12,7 +12,7 @@ from reachrl.run.directory import Run
 
 def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Collect demonstrations on training starts into `demos/`, if a later stage reads them."""
-    if not (config.fine_tunes or config.fits_reward_model):
+    if not needs_demos(config):
         display.log("demos: nothing to collect, the policy is kept as it is and no reward model is fitted")
         return {"trajectories": 0}
     total = len(config.env.tasks) * config.demos.episodes_per_task
@@ -26,6 +26,11 @@ def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
 
         store = collect_demos(config.env, config.demos, run.demos, seed=config.seed, on_progress=show)
     return {"trajectories": len(store)}
+
+
+def needs_demos(config: TrainConfig) -> bool:
+    """Whether a later stage reads demonstrations."""
+    return config.fine_tunes or config.fits_reward_model
 
 
 def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """The run folder: its paths, its lock, its stage records and the log the loop writes to."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from reachrl.errors import ConfigError, StorageError
-from reachrl.run.atomic import jsonable, recover_tree, storage_errors, write_bytes_atomic, write_json_atomic
+from reachrl.errors import ConfigError
+from reachrl.run.atomic import jsonable, recover_tree, storage_errors, write_json_atomic
+from reachrl.run.configuration import Permit, claim, refuse
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog
 from reachrl.run.spans import Span, SpanLog
@@ -28,20 +28,22 @@ class Run:
         self.metrics = MetricsLog(path / "metrics.jsonl", path / "tensorboard" if tensorboard else None)
 
     @classmethod
-    def open(cls, path: Path | str, config: dict[str, Any], *, config_hash: str, tensorboard: bool = True) -> Self:
+    def open(
+        cls, path: Path | str, config: dict[str, Any], *, permit: Permit = refuse, tensorboard: bool = True
+    ) -> Self:
         """Create a run folder, or open the one that is there to resume it.
 
         Args:
             path: The run folder.
             config: The resolved configuration, as JSON types.
-            config_hash: Its digest; decides whether an existing folder is the same run.
+            permit: Judges changes of an existing run's configuration; those it lets pass are recorded.
             tensorboard: Whether the metrics also go to TensorBoard.
 
         Returns:
             The run, locked.
 
         Raises:
-            ConfigError: The folder holds another configuration's run, or is in use, or is not a run.
+            ConfigError: The configuration differs where it may not, or the folder is in use, or is not a run.
             StorageError: The folder cannot be written.
         """
         path = Path(path)
@@ -58,7 +60,7 @@ class Run:
         try:
             with storage_errors(path):
                 recover_tree(path)
-            _claim(path, jsonable(config), config_hash)
+            claim(path, jsonable(config), permit)
             return cls(path, lock, tensorboard=tensorboard)
         except BaseException:
             lock.release()
@@ -192,55 +194,3 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _claim(path: Path, config: dict[str, Any], config_hash: str) -> None:
-    """Write config.json into a new run, or check that the existing one is the same run."""
-    file, hash_file = path / "config.json", path / ".config_hash"
-    if not file.exists():
-        write_bytes_atomic(hash_file, config_hash.encode())
-        write_json_atomic(file, config)
-        return
-    if hash_file.exists() and hash_file.read_text(encoding="utf-8") == config_hash:
-        return
-    try:
-        saved_config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(f"{file} is not JSON ({error}); choose another --run") from error
-    # Where it computes may change from one attempt to the next.
-    differing = [each for each in config_differences(saved_config, config) if not each[0].startswith("backend.")]
-    lines = [f"  {key}: {_show(old)} in the run, {_show(new)} asked for" for key, old, new in differing[:20]]
-    if len(differing) > 20:
-        lines.append(f"  ... and {len(differing) - 20} more")
-    raise ConfigError(
-        f"run {path} was started with another configuration:\n"
-        + "\n".join(lines or ["  no key differs, but the hash does: it was written by another version"])
-        + "\nUse the same configuration to resume it, or another --run for a new one."
-    )
-
-
-def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a configuration as {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}.{key}" if prefix else key
-        flat.update(flatten_config(value, name) if isinstance(value, dict) and value else {name: value})
-    return flat
-
-
-_ABSENT = object()
-
-
-def _show(value: Any) -> str:
-    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
-
-
-def config_differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, old value, new value) wherever two configurations differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [(prefix, old, new)]
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        inner = f"{prefix}.{key}" if prefix else key
-        found += config_differences(old.get(key, _ABSENT), new.get(key, _ABSENT), inner)
-    return found

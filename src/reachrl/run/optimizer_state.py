@@ -21,7 +21,9 @@ def _description(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | None = None) -> None:
-    """Write the optimizer's state (moments, step counters) and its options; the file is complete or absent.
+    """Write the optimizer's state (moments, step counters); the file is complete or absent.
+
+    Its options (learning rates, decay) are the configuration's, which may change between two attempts at a run.
 
     Args:
         optimizer: any optimizer whose state is tensors and JSON values (AdamW, Adam, SGD, ...).
@@ -41,16 +43,7 @@ def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | Non
                 tensors[key] = value.detach().cpu().contiguous().clone()
             else:
                 values[key] = value
-    groups = []
-    for number, group in enumerate(state["param_groups"]):
-        options = {}
-        for name, value in group.items():
-            if isinstance(value, torch.Tensor):  # a learning rate may be a tensor
-                tensors[f"group.{number}.{name}"] = value.detach().cpu().contiguous().clone()
-            elif name != "params":
-                options[name] = value
-        groups.append(options)
-    content = {**_description(optimizer), "groups": groups, "values": values, "indices": list(state["state"])}
+    content = {**_description(optimizer), "values": values, "indices": list(state["state"])}
     copy = aside(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +52,6 @@ def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | Non
             os.replace(copy, path)
         finally:
             copy.unlink(missing_ok=True)
-
-
-def _restored(value: Any, like: Any) -> Any:
-    """JSON knows no tuples; options that are tuples now become tuples again."""
-    return tuple(value) if isinstance(like, tuple) and isinstance(value, list) else value
 
 
 def load_optimizer(optimizer: Optimizer, path: Path) -> None:
@@ -77,6 +65,8 @@ def load_optimizer(optimizer: Optimizer, path: Path) -> None:
 
 def read_optimizer(optimizer: Optimizer, path: Path) -> dict[str, Any]:
     """What `save_optimizer` wrote, in the form of `optimizer.state_dict()`, for an optimizer over the same parameters.
+
+    The options in it are those of `optimizer`.
 
     Raises:
         CheckpointError: the file is missing or truncated, or belongs to another optimizer or other parameters.
@@ -97,15 +87,10 @@ def read_optimizer(optimizer: Optimizer, path: Path) -> dict[str, Any]:
     if content["shapes"] != expected["shapes"]:
         raise CheckpointError(f"{path}: {_first_difference(content['shapes'], expected['shapes'])}")
     state: dict[int, dict[str, Any]] = {index: {} for index in content["indices"]}
-    groups = [dict(options) for options in content["groups"]]
     for key, value in [*tensors.items(), *content["values"].items()]:
-        kind, number, name = key.split(".", 2)
-        (state if kind == "state" else groups)[int(number)][name] = value
-    current = optimizer.state_dict()["param_groups"]
-    for group, now in zip(groups, current, strict=True):
-        group.update({name: _restored(value, now.get(name)) for name, value in group.items()})
-        group["params"] = now["params"]
-    return {"state": state, "param_groups": groups}
+        _, index, name = key.split(".", 2)
+        state[int(index)][name] = value
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _first_difference(found: list[list[list[int]]], expected: list[list[list[int]]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from reachrl.errors import StorageError
 from reachrl.run import plots
 from reachrl.run.atomic import utf8, write_bytes_atomic
-from reachrl.run.directory import flatten_config
+from reachrl.run.configuration import flatten_config
 from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page

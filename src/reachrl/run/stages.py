@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class StageRecords:
         """Return the record of a finished stage, or None."""
         record = self.read().get(name)
         return record if record and record["done"] else None
+
+    def reopen(self, names: Iterable[str]) -> None:
+        """Take stages for unfinished that were finished; their seconds so far are kept."""
+        records = self.read()
+        for name in set(names) & records.keys():
+            records[name] = {**records[name], "done": False}
+        with self._writing:
+            write_json_atomic(self.path, records)
 
     def _previous(self, name: str) -> dict[str, Any]:
         """What earlier, interrupted attempts left; nothing if the stage is new or starts over after finishing."""
