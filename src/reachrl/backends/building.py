@@ -1,11 +1,12 @@
 """The configured policy on the configured device, in whichever process asks."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from reachrl import torchrun
-from reachrl.config.named_code import trust_names
+from reachrl.config.marks import Affects, marks
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
@@ -42,25 +43,36 @@ def new_policy(config: TrainConfig) -> Policy:
         return build("policies", config.policy)
 
 
-def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
+def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None = None, **options: Any) -> Policy:
     """The policy saved in `folder`, of the configured class; on `device` instead of the configured one if given.
+
+    Args:
+        config: says which class, and where.
+        folder: written by `save_pretrained`.
+        device: None: the configured one.
+        options: keys of the policy's section that replace the stored ones.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another architecture.
     """
     kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
-    trust_names({"policy": config.policy.model_dump(mode="json")})  # the run's own, also in a process of a cluster
     with torch.device(device_of(config) if device is None else device):
-        return resolve("policies", kind).from_pretrained(folder)
+        return resolve("policies", kind).from_pretrained(folder, **options)
 
 
 def warm_policy(config: TrainConfig, folder: Path, device: torch.device | None = None) -> Policy:
-    """The policy saved in `folder` as training begins from it; see `saved_policy`.
+    """The policy saved in `folder` as training begins from it, computed as the configuration says now.
 
     A critic with a trunk of its own has seen none of a warm start that trained the actor: it begins anew. Where the
     warm start kept the policy as it is, it goes on.
     """
-    policy = saved_policy(config, folder, device).eval()
+    changeable = Affects.TRAINING | Affects.FUTURE
+    options = {
+        key: getattr(config.policy, key)
+        for key, mark in marks(config.policy).items()
+        if "." not in key and changeable in mark
+    }
+    policy = saved_policy(config, folder, device, **options).eval()
     if config.fine_tunes:
         torch.manual_seed(config.seed)  # of a value head that begins anew
         policy.reset_critic()

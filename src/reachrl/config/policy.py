@@ -13,6 +13,8 @@ from reachrl.errors import ConfigError
 
 NUM_ACTION_BINS = 256
 NF4_BLOCK = 64  # weights that share a scale in 4 bits
+# What computes the policy, not which policy it is: a training that goes on may take another.
+_ENGINE = Affects.WARM_START | Affects.TRAINING | Affects.FUTURE
 _FLOAT8_CAPABILITY = (8, 9)  # CUDA's compute capability of the first GPUs that multiply 8-bit numbers
 
 
@@ -152,7 +154,7 @@ class OpenVLAConfig(Section):
     """The trunk."""
     tokenizer: Annotated[Literal["built_in", "folder"], Affects.WARM_START] = "built_in"
     """Words of robot instructions, built here; or `tokenizer.json` beside the weights."""
-    prompt_length: Annotated[int, Affects.WARM_START | Affects.FUTURE] = Field(default=16, gt=0)
+    prompt_length: Annotated[int, _ENGINE] = Field(default=16, gt=0)
     """Tokens prompts are padded to, so that shapes stay fixed; a longer prompt lengthens its batch."""
     vocabulary: Annotated[Literal["actions", "full"], Affects.WARM_START] = "actions"
     """What a token is chosen from: the 256 action tokens, so that every answer is an action; or all tokens, as the
@@ -164,33 +166,33 @@ class OpenVLAConfig(Section):
     second set of adapters on the actor's frozen base (needs `lora`): a critic of its own at nearly no memory."""
     value_hidden_size: Annotated[int, Affects.ARCHITECTURE] = Field(default=128, gt=0)
     """Hidden units of the value head."""
-    value_gradient_to_trunk: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = True
+    value_gradient_to_trunk: Annotated[bool, _ENGINE] = True
     """Whether the value loss may change a shared trunk; `false` detaches the hidden state first."""
     lora: Annotated[LoRAConfig | None, Affects.ARCHITECTURE] = None
     """Train adapters on the frozen weights of `checkpoint`; unset trains the weights themselves."""
-    gradient_checkpointing: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = False
+    gradient_checkpointing: Annotated[bool, _ENGINE] = False
     """Compute each decoder layer again in the backward pass instead of keeping it: less memory, a third more time."""
-    rollout_copy: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = False
+    rollout_copy: Annotated[bool, _ENGINE] = False
     """Decode with a copy of projector and trunk, adapters folded in and projections fused: faster, for the memory of
     a second trunk."""
-    rollout_precision: Annotated[Literal["as_trained", "float8"], Affects.WARM_START | Affects.FUTURE] = "as_trained"
+    rollout_precision: Annotated[Literal["as_trained", "float8"], _ENGINE] = "as_trained"
     """Arithmetic of the copy's decoder layers. `float8` halves their memory and, on GPUs with 8-bit tensor cores (Ada,
     Hopper or later), speeds them up; actions are then drawn from a slightly other distribution, which `engine_kl`
     measures and `ppo.importance_cap`, which is then required, corrects for."""
-    decode_graphs: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = True
+    decode_graphs: Annotated[bool, _ENGINE] = True
     """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
     them in one launch."""
-    compile_prefill: Annotated[bool, Affects.WARM_START | Affects.FUTURE] = False
+    compile_prefill: Annotated[bool, _ENGINE] = False
     """Compile the copy's decoder layers for prompts (`torch.compile`): elementwise work is merged into fewer kernels.
     Takes up to a minute when it begins and when another shape comes; on a CPU it hardly pays."""
-    decoder: Annotated[Literal["own", "vllm"], Affects.WARM_START | Affects.FUTURE] = "own"
+    decoder: Annotated[Literal["own", "vllm"], _ENGINE] = "own"
     """What decodes actions: this package, or a vLLM engine in a process of its own (released vision towers only). vLLM
     draws other samples of the same distribution."""
-    vllm: Annotated[VllmConfig, Affects.WARM_START | Affects.FUTURE] = VllmConfig()
+    vllm: Annotated[VllmConfig, _ENGINE] = VllmConfig()
     """The engine of `decoder="vllm"`."""
     dtype: Annotated[Literal["float32", "bfloat16"], Affects.WARM_START] = "float32"
     """How towers, projector and trunk are stored; adapters and the value head are always float32."""
-    compute_dtype: Annotated[Literal["float32", "bfloat16"] | None, Affects.WARM_START | Affects.FUTURE] = None
+    compute_dtype: Annotated[Literal["float32", "bfloat16"] | None, _ENGINE] = None
     """Arithmetic of towers, projector and trunk; unset means `dtype`. `bfloat16` over `dtype="float32"` computes
     cheaply and keeps float32 master weights."""
     checkpoint: Annotated[Path | None, Affects.WARM_START] = None

@@ -64,8 +64,8 @@ def permit(config: TrainConfig) -> Permit:
         if more < 0:
             raise ConfigError(
                 f"run {path} has trained {progress.iterations} iterations, num_iterations={config.num_iterations} were "
-                f"asked for. `reachrl train --run {path}` goes on with the run's own configuration; `--from` an earlier "
-                "checkpoint starts another run."
+                f"asked for. `reachrl train --run {path}` goes on with the run's own configuration; `--from` an "
+                "earlier checkpoint starts another run."
             )
         extended = more > 0 and "train" in progress.finished
         if extended:

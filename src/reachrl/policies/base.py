@@ -178,6 +178,9 @@ class Policy(nn.Module, ABC):
     def from_pretrained(cls, folder: Path) -> "Policy":
         """Read what `save_pretrained` wrote.
 
+        Where the section marks keys as `Affects.TRAINING | Affects.FUTURE`, these come as keyword arguments, to be
+        taken instead of the stored ones: a run may go on with others.
+
         Raises:
             CheckpointError: a file is missing, truncated or of another architecture.
         """

@@ -9,7 +9,7 @@ from typing import Any
 from reachrl.errors import StorageError
 from reachrl.run import plots
 from reachrl.run.atomic import utf8, write_bytes_atomic
-from reachrl.run.configuration import flatten_config
+from reachrl.run.configuration import flatten_config, read_history
 from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page
@@ -99,8 +99,19 @@ def render_report(run_path: Path) -> str:
         timing=_timing(summary, _read(run_path / "stages.json") or {}, train),
         timeline=timeline_section(run_path),
         config=sorted(flatten_config(config).items()) if config else None,
+        changes=read_history(run_path),
+        origin=provenance.get("from"),
+        unfinished=_unfinished(config, _read(run_path / "stages.json") or {}, train),
         commands=_commands(provenance),
     )
+
+
+def _unfinished(config: dict | None, stages: dict, train: Sequence[dict]) -> dict[str, int] | None:
+    """How far training has come where it has not ended; None where it has, or has not begun."""
+    ended = (stages.get("train") or {}).get("done", False)
+    if ended or not train or not config or "num_iterations" not in config:
+        return None
+    return {"done": train[-1]["iteration"] + 1, "of": config["num_iterations"]}
 
 
 def _commands(provenance: dict) -> list[str]:

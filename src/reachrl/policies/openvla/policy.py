@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import LlamaModel
 
@@ -366,13 +367,24 @@ class OpenVLAPolicy(Policy):
         checkpoint.restore(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "OpenVLAPolicy":
+    def from_pretrained(cls, folder: Path, **options: Any) -> "OpenVLAPolicy":
         """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: the saved policy.
+            options: of the section, instead of the stored ones: how it computes, not which policy it is.
 
         Raises:
             CheckpointError: a file is missing, truncated or of another architecture.
+            ConfigError: the options do not go with the stored ones.
         """
-        return cls(checkpoint.read_config(folder))
+        stored = checkpoint.read_config(folder)
+        if all(getattr(stored, key) == value for key, value in options.items()):
+            return cls(stored)
+        try:
+            return cls(OpenVLAConfig.model_validate(stored.model_dump(exclude_unset=True) | options))
+        except ValidationError as error:
+            raise ConfigError(f"{folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
     @classmethod
     def load_official(

@@ -1,0 +1,230 @@
+"""What may change in a run that has begun: the marks decide, every remedy a message names is permitted."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_run import play, tiny_config, train_lines
+
+import reachrl
+from reachrl.config.backend import RayBackendConfig
+from reachrl.config.loading import load_config
+from reachrl.config.marks import marks
+from reachrl.config.reward_model import TransformersRewardModelConfig
+from reachrl.errors import ConfigError
+from reachrl.pipeline import STAGES
+from reachrl.pipeline.resumption import Progress, check_changes
+from reachrl.run.configuration import Change, config_changes, read_history
+
+FINISHED = {stage: frozenset(STAGES[: STAGES.index(stage)]) for stage in STAGES}
+
+
+def in_stage(stage: str, *, left: bool = True) -> Progress:
+    """A run whose stage `stage` was interrupted; `left`: with something that it goes on from."""
+    return Progress(FINISHED[stage], FINISHED[stage] | ({stage} if left else set()), 4 if left else 0)
+
+
+def change(progress: Progress, override: str, preset: str = "toy") -> None:
+    old, new = load_config(preset), load_config(preset, [override])
+    found = config_changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    assert found
+    check_changes(new, found, progress, where="run r")
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        *(("train", text) for text in ("ppo.lr=1e-5", "num_iterations=60", "env.worker_timeout_s=300", "device=cpu")),
+        *(("train", text) for text in ("checkpoint_every=1", "keep_checkpoints=9", "eval.during_every=2")),
+        *(("train", text) for text in ("backend.kind=ray", "policy.gradient_checkpointing=true", "num_threads=2")),
+        *(("sft", text) for text in ("sft.lr=1e-5", "sft.warmup_steps=5", "ppo.epochs=1", "reward.kind=task")),
+        *(("eval", text) for text in ("env.worker_timeout_s=300", "device=cpu", "eval.num_videos=0")),
+    ],
+)
+def test_what_still_acts_may_change(stage: str, override: str) -> None:
+    change(in_stage(stage), override)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "reason"),
+    [
+        ("train", "seed=2", "it decided what stage 'demos' and stage 'sft' and stage 'reward' and stage 'train' made"),
+        ("train", "sft.lr=1e-5", "it acts in stage 'sft', and that has finished"),
+        ("train", "reward.kind=task", "it decided what stage 'train' made"),
+        ("train", "policy.language_model.num_layers=3", "it decided what stage 'sft' made"),
+        ("sft", "demos.action_noise=0.1", "it decided what stage 'demos' made"),
+        ("sft", "sft.heldout_fraction=0.3", "it decided what stage 'sft' made"),
+        ("eval", "ppo.lr=1e-5", "it acts in stage 'train', and that has finished"),
+        ("eval", "eval.num_starts=3", "it decided what stage 'eval' made"),
+        ("sft", "env.max_steps=9", "it decided what stage 'demos' made"),
+    ],
+)
+def test_what_would_make_something_wrong_is_refused(stage: str, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"asked for ({reason})")):
+        change(in_stage(stage), override)
+
+
+def test_a_key_that_nobody_knows_any_more_is_refused() -> None:
+    config = load_config("toy")
+    now = config.model_dump(mode="json")
+    before = {**now, "ppo": {**now["ppo"], "gone": 3}}
+    with pytest.raises(ConfigError, match=r"ppo\.gone: 3 in the run, absent asked for"):
+        check_changes(config, config_changes(before, now), in_stage("train"), where="run r")
+
+
+# For each key that an error or a warning tells the user to change: the stage that stops with it, and whether that
+# stage then goes on from what it left. Keys of the policy are named before anything is trained.
+REMEDIES = {
+    **dict.fromkeys(("demos.action_noise", "demos.episodes_per_task", "demos.max_attempts_factor"), ("demos", True)),
+    **dict.fromkeys(("env.max_steps", "env.tasks", "env.image_size", "env.mesh_faces", "env.kind"), ("demos", True)),
+    **dict.fromkeys(("sft.lr", "sft.warmup_steps"), ("sft", True)),
+    **dict.fromkeys(("sft.epochs", "policy.checkpoint", "policy.dataset", "policy.language_model"), ("sft", False)),
+    **dict.fromkeys(("policy.lora", "policy.lora.base", "policy.lora.parts", "policy.resize"), ("sft", False)),
+    **dict.fromkeys(("policy.tokenizer", "policy.towers", "policy.num_action_tokens"), ("sft", False)),
+    **dict.fromkeys(("reward_model.rollouts_per_task", "reward_model.num_frames"), ("reward", True)),
+    **dict.fromkeys(("reward_model.prompt", "reward_model.checkpoint", "reward_model.steps"), ("reward", True)),
+    **dict.fromkeys(
+        (f"reward_model.{key}" for key in ("model_class", "processor_class", "positive")), ("reward", True)
+    ),
+    **dict.fromkeys(("reward.checkpoint", "reward.kind", "env.num_envs"), ("train", False)),
+}
+ALWAYS = ("train", True)  # of every other key that is named: a running training is the narrowest
+
+
+def named_keys() -> dict[str, set[str]]:
+    """Keys that raised errors and warnings of the package name, with the files that do."""
+    known = set(marks(load_config("metaworld_quickstart"))) | set(marks(load_config("libero_object")))
+    known |= {f"backend.{key}" for key in RayBackendConfig.model_fields}
+    known |= {f"reward_model.{key}" for key in TransformersRewardModelConfig.model_fields}
+    plain = {"device", "num_steps", "num_iterations", "collect_ahead", "num_threads"}
+    known = {key for key in known if "." in key or key in plain}
+    word = re.compile(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*")
+    found: dict[str, set[str]] = {}
+    root = Path(reachrl.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        if file.relative_to(root).parts[0] in ("config", "plan"):  # said before anything runs
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            warns = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warning"
+            if warns or isinstance(node, ast.Raise):
+                parts = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+                for key in known.intersection(word.findall("".join(parts))):
+                    found.setdefault(key, set()).add(file.name)
+    return found
+
+
+def test_every_remedy_of_a_message_is_permitted() -> None:
+    found = named_keys()
+    assert {"ppo.lr", "ppo.value_lr", "sft.lr", "demos.action_noise", "reward.weight", "device"} <= found.keys()
+    forbidden = []
+    for key, files in found.items():
+        stage, left = REMEDIES.get(key, ALWAYS)
+        # Demonstrations and the fit of a reward model begin anew with other options; the others go on.
+        progress = in_stage(stage, left=left and stage in ("sft", "train", "eval"))
+        preset = "libero_object" if key.startswith(("policy.lora", "env.assets")) else "toy"
+        config = load_config(preset, ["backend.kind=ray"] if key.startswith("backend.") else [])
+        if key.startswith("reward_model.") and key not in marks(config):
+            config = load_config(preset, ["reward_model.kind=transformers"])
+        try:
+            check_changes(config, [Change(key, "old", "new")], progress, where="run")
+        except ConfigError:
+            forbidden.append((key, sorted(files), stage))
+    assert not forbidden, "these messages name a remedy that the run folder refuses"
+
+
+# -- real runs, seconds long ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("begun") / "run"
+    play(tiny_config(), run, "sft")
+    return run
+
+
+@pytest.fixture(scope="module")
+def three(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three iterations and everything after them."""
+    run = tmp_path_factory.mktemp("three") / "run"
+    shutil.copytree(begun, run)
+    play(tiny_config(), run)
+    return run
+
+
+@pytest.fixture
+def copy(three: Path, tmp_path: Path) -> Path:
+    shutil.copytree(three, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_meant_to(begun: Path, copy: Path, tmp_path: Path) -> None:
+    longer = tiny_config("num_iterations=5")
+    play(longer, copy)
+    straight = tmp_path / "straight"
+    shutil.copytree(begun, straight)
+    play(longer, straight)
+    assert len(train_lines(straight)) == 5
+    assert train_lines(copy) == train_lines(straight)
+    weights = Path("policy") / "model.safetensors"
+    assert (copy / weights).read_bytes() == (straight / weights).read_bytes()
+    for file in ("eval/after.json", "eval/before.json", "config.json"):
+        assert json.loads((copy / file).read_text()) == json.loads((straight / file).read_text()), file
+    summary = json.loads((copy / "summary.json").read_text())
+    assert summary["num_env_steps"] == 5 * 4 * 2
+    (entry,) = read_history(copy)
+    assert entry["iteration"] == 3 and entry["changes"] == {"num_iterations": [3, 5]}
+
+
+def test_collecting_ahead_goes_on_from_where_a_longer_run_had_its_checkpoint(begun: Path, tmp_path: Path) -> None:
+    ahead = ("collect_ahead=true", "ppo.importance_cap=2.0")
+    runs = [tmp_path / name for name in ("extended", "straight")]
+    for run in runs:
+        shutil.copytree(begun, run)
+    play(tiny_config(*ahead), runs[0], "reward", "train")
+    for run in runs:
+        play(tiny_config(*ahead, "num_iterations=5"), run, "reward", "train")
+    assert [line["lag"] for line in train_lines(runs[1])] == [0, 1, 0, 1, 0]
+    assert train_lines(runs[0]) == train_lines(runs[1])
+
+
+def test_a_lower_learning_rate_acts_from_the_checkpoint_on(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    play(tiny_config("num_iterations=2"), run, "reward", "train")
+    play(tiny_config("num_iterations=3", "ppo.lr=1e-6", "ppo.value_lr=1e-7"), run, "train")
+    rates = [line["lr"] for line in train_lines(run)]
+    assert rates[1:] == [2e-4, 1e-6]
+    with pytest.raises(ConfigError, match=r"ppo\.lr: 1e-06 in the run, 0\.0002 asked for .*has finished"):
+        play(tiny_config("num_iterations=3", "ppo.value_lr=1e-7"), run, "train")
+
+
+def test_fewer_iterations_than_there_are_is_refused_and_an_early_end_is_not(copy: Path) -> None:
+    with pytest.raises(ConfigError, match="has trained 3 iterations, num_iterations=2 were asked for"):
+        play(tiny_config("num_iterations=2"), copy, "train")
+    (copy / "stages.json").write_text(json.dumps({"sft": json.loads((copy / "stages.json").read_text())["sft"]}))
+    longer = tiny_config("num_iterations=44")
+    (copy / "config.json").write_text(json.dumps(longer.model_dump(mode="json")))
+    with pytest.raises(
+        ConfigError, match=r"3 of 44 iterations are done: .*--until 3` ends it there.*--checkpoint"
+    ):
+        play(longer, copy, "eval")
+    lines = play(longer, copy, "report")
+    assert any("3 of 44 iterations" in line for line in lines)
+    assert "3 of 44" in (copy / "report.html").read_text()
+    play(tiny_config("num_iterations=3"), copy, "train")
+    assert json.loads((copy / "stages.json").read_text())["train"]["info"]["iterations"] == 3
+
+
+def test_training_needs_no_reward_model_where_none_is_fitted(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    play(tiny_config("num_iterations=1"), run, "train")  # neither `demos` nor `reward` has ever run here
+    assert len(train_lines(run)) == 1
+    fitted = tiny_config("num_iterations=1", "reward.kind=process", "reward_model.rollouts_per_task=0")
+    other = tmp_path / "other"
+    shutil.copytree(begun, other)
+    with pytest.raises(ConfigError, match="stage 'train' needs 'demos'"):
+        play(fitted, other, "train")
