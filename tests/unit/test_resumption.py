@@ -90,6 +90,7 @@ REMEDIES = {
         (f"reward_model.{key}" for key in ("model_class", "processor_class", "positive")), ("reward", True)
     ),
     **dict.fromkeys(("reward.checkpoint", "reward.kind", "env.num_envs"), ("train", False)),
+    **dict.fromkeys(("ppo.kind", "ppo.train_vision"), ("train", False)),
 }
 ALWAYS = ("train", True)  # of every other key that is named: a running training is the narrowest
 
@@ -207,9 +208,7 @@ def test_fewer_iterations_than_there_are_is_refused_and_an_early_end_is_not(copy
     (copy / "stages.json").write_text(json.dumps({"sft": json.loads((copy / "stages.json").read_text())["sft"]}))
     longer = tiny_config("num_iterations=44")
     (copy / "config.json").write_text(json.dumps(longer.model_dump(mode="json")))
-    with pytest.raises(
-        ConfigError, match=r"3 of 44 iterations are done: .*--until 3` ends it there.*--checkpoint"
-    ):
+    with pytest.raises(ConfigError, match=r"3 of 44 iterations are done: .*--until 3` ends it there.*--checkpoint"):
         play(longer, copy, "eval")
     lines = play(longer, copy, "report")
     assert any("3 of 44 iterations" in line for line in lines)
