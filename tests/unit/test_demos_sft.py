@@ -455,3 +455,12 @@ def test_demonstrations_that_nobody_would_read_are_not_collected(tmp_path, monke
     with Run.open(tmp_path / "run", config_dict(config), tensorboard=False) as run:
         assert run_demos(config, run, Display(quiet=True)) == {"trajectories": 0}
     assert bool(asked) == collects
+
+
+def test_a_lower_learning_rate_acts_from_the_checkpoint_on(store_folder: Path, tmp_path: Path) -> None:
+    fit(store_folder, tmp_path, stop_after=20)
+    _, _, records = fit(store_folder, tmp_path, CONFIG.model_copy(update={"lr": CONFIG.lr / 100}))
+    first = records[0]
+    assert first["lr"] == pytest.approx(learning_rate(CONFIG, first["step"] - 1, CONFIG.steps or 0) / 100, rel=1e-9)
+    with pytest.raises(CheckpointError, match="batch_size=16 was begun here, now it is 8"):
+        fit(store_folder, tmp_path, CONFIG.model_copy(update={"batch_size": 8}))

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch.optim import AdamW
 
 from reachrl.config.demos import SFTSection
-from reachrl.config.marks import Affects, affecting
+from reachrl.config.marks import Affects, affecting, marks
 from reachrl.demos.augment import augment
 from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
 from reachrl.demos.split import heldout_trajectories
@@ -236,7 +236,8 @@ class _Training:
             return
         if is_sealed(checkpoint):  # those of earlier versions are not
             verify(checkpoint, remedy=f"delete {self.folder} to start again", nested=False)
-        state = self._read_state(checkpoint / "state.json")
+        changeable = {key for key, mark in marks(self.config).items() if Affects.FUTURE in mark}
+        state = self._read_state(checkpoint / "state.json", changeable)
         self.policy.restore(checkpoint / "policy")
         load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")
         self.step, self.best = state["step"], state["best"]
@@ -276,7 +277,8 @@ class _Training:
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
-    def _read_state(self, path: Path) -> dict[str, Any]:
+    def _read_state(self, path: Path, changeable: Set[str] = frozenset()) -> dict[str, Any]:
+        """The state in a file of a training with the same options, those in `changeable` aside."""
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             stored = state["identity"]
@@ -284,7 +286,8 @@ class _Training:
             raise CheckpointError(
                 f"{path}: missing or damaged ({error}); delete {self.folder} to start again."
             ) from error
-        if different := sorted(k for k in {*stored, *self.identity} if stored.get(k) != self.identity.get(k)):
+        compared = {*stored, *self.identity} - changeable
+        if different := sorted(key for key in compared if stored.get(key) != self.identity.get(key)):
             key = different[0]
             raise CheckpointError(
                 f"{path}: a fine-tuning with {key}={stored.get(key)!r} was begun here, now it is "
@@ -298,11 +301,11 @@ def _number(value: float | None) -> float:
 
 
 def _identity(policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int) -> dict[str, Any]:
-    """What a training's numbers rest on from its first step; compared before anything is resumed."""
+    """What decides the numbers of a training; compared before anything is resumed or taken for finished."""
     data = hashlib.sha256(json.dumps(store.meta, sort_keys=True).encode()).hexdigest()[:16]
     architecture = json.loads(json.dumps(policy.architecture()))
     return {
-        **affecting(config, Affects.WARM_START),
+        **affecting(config, Affects.WARM_START, fixed=False),
         "seed": seed,
         "store": data,
         "architecture": architecture,
