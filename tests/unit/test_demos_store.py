@@ -121,6 +121,13 @@ def test_what_is_not_finite_is_not_stored(tmp_path: Path, field: str, value: flo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_episode_without_recorded_poses_is_kept_as_such(tmp_path: Path) -> None:
+    none = dataclasses.replace(trajectory(0), ee_state=np.full((6, 4), np.nan, np.float32))
+    write_shard(tmp_path / "a.parquet", [none])
+    finish_store(tmp_path, ["a.parquet"])
+    assert_same(none, next(iter_trajectories(tmp_path)))
+
+
 def spoil(shard: Path, column: str, episode: int, step: int) -> None:
     """Put a NaN into a shard that was written before anybody looked."""
     with pq.ParquetFile(shard) as file:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64, UInt8
 
-from reachrl.demos.checks import check_trajectory
+from reachrl.demos.checks import check_finite
 from reachrl.demos.damage import unreadable
 from reachrl.demos.readers.end_effector import StateColumns, end_effector, flat_names, named_columns
 from reachrl.demos.readers.frames import check_size, decode_picture, slug
@@ -185,7 +185,8 @@ def _trajectory(
     sentence = instruction or _sentence(index, record, table)
     actions = vectors(table, columns.action, where)[:-1]
     ee_state = end_effector(vectors(table, columns.state, where), columns.numbers, columns.gripper_range, where=where)
-    check_trajectory(actions, ee_state, where)
+    check_finite(actions, "action", where)
+    check_finite(ee_state, "ee_state (x, y, z, gripper)", where)
     times = times_of(table, where)
     return Trajectory(
         start=Start(slug(sentence), "train", record.index),
