@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,8 @@ class Official(PreTrainedModel):
 
     config_class = PretrainedConfig
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, policy: OpenVLAPolicy, base: Path) -> None:
         super().__init__(PretrainedConfig())
-        policy = OpenVLAPolicy.from_pretrained(base)
         self.vision_backbone, self.projector = policy.vision_backbone, policy.projector
         self.language_model = policy.language_model
         self.name_or_path = str(base)
@@ -82,7 +82,14 @@ class Official(PreTrainedModel):
         return self.language_model.lm_head
 
 
-def foreign(base: Path, folder: Path, *, written: dict[str, object] | None = None, **patched: object) -> Path:
+def foreign(
+    base: Path,
+    folder: Path,
+    *,
+    written: dict[str, object] | None = None,
+    read_by: Callable[[Path], OpenVLAPolicy] = OpenVLAPolicy.from_pretrained,
+    **patched: object,
+) -> Path:
     """What another tool writes by peft: adapters of a layer, of the head and of the patch embedding.
 
     Peft adds the head's own weight to the file. `written` are options of peft; `patched` changes its file afterwards.
@@ -92,7 +99,7 @@ def foreign(base: Path, folder: Path, *, written: dict[str, object] | None = Non
     config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": targets, **(written or {})})  # pyright: ignore
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(Official(base), config)
+        model = get_peft_model(Official(read_by(base), base), config)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 torch.nn.init.normal_(parameter, std=1.0 if ".lora_A" in name else 0.1)

@@ -70,6 +70,12 @@ def test_info_names_prismatics_layout(model, tmp_path: Path) -> None:
     assert "Prismatic's own names" in found["layout"] and "2,265,642" in found["all"]
 
 
+def test_info_shows_openvla_oft(model, tmp_path: Path) -> None:
+    write_official(tmp_path, use_proprio=True)
+    code, out, _ = model("info", tmp_path)
+    assert code == 0 and "OpenVLA-OFT by use_proprio in config.json" in rows(out)["layout"]
+
+
 def small() -> OpenVLAPolicy:
     sizes = {
         "image_size": 16,
@@ -220,11 +226,17 @@ def test_padding_is_not_compared_and_nan_is(check) -> None:
     assert check(recorded, "--dataset", "tiny_a")[1]["action_row_logits"] == "FAIL"
 
 
-def test_what_is_there_is_compared(check) -> None:
+def test_part_of_the_outputs_is_compared_and_verifies_nothing(check) -> None:
+    """Another function may share a tensor's name, and its value."""
     recorded = read("io")
     part = {name: recorded[name] for name in ("pixel_values", "projected", "tokens")}
     code, outcome, out = check(part)
-    assert (code, outcome) == (0, {"projected": "pass"}) and "Not compared: tokens" in out
+    assert (code, outcome) == (1, {"projected": "pass"}) and "Not compared: tokens" in out
+    assert "not verified without vision_features, action_row_logits, tokens, tf_action_logits, actions" in " ".join(
+        out.split()
+    )
+    code, outcome, out = check({key: recorded[key] for key in recorded if key != "actions"}, "--dataset", "tiny_a")
+    assert code == 1 and set(outcome.values()) == {"pass"} and "not verified without actions; record" in out
     for nothing in (("tokens", "input_ids"), ("pixel_values", "input_ids"), ("vision_features",)):
         code, _, out = check({name: recorded[name] for name in nothing})
         assert code == 6 and "can be compared" in out and nothing[0] in out

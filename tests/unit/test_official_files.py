@@ -1,6 +1,8 @@
 """What the files of an official checkpoint say is adopted, or refused: nothing of it is silently left out."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,17 @@ import pytest
 import torch
 from official_folder import DATA, HEADS, read, write_official
 from safetensors.numpy import load_file, save_file
+from small_policy import foreign
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import LoRAConfig, OpenVLAConfig
 from reachrl.config.vllm import VllmConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.checkpoint import read_config
+from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.verify import verify
 
 RAW = json.loads((DATA / "config.json").read_text())
 STATS = RAW["norm_stats"]["tiny_a"]
@@ -292,3 +297,82 @@ def test_other_models_are_told_apart(tmp_path: Path, raw: dict[str, str], found:
     for look in (lambda: load(folder), lambda: inspect_folder(folder)):
         with pytest.raises(CheckpointError, match=rf"config\.json: model_type is {found}, expected 'openvla'"):
             look()
+
+
+def test_key_heads_that_are_all_heads_are_the_same_architecture(tmp_path: Path) -> None:
+    """A file may say of every model with plain attention that it has as many key heads as heads."""
+    folder = write_official(tmp_path)
+    assert RAW["text_config"]["num_key_value_heads"] == RAW["text_config"]["num_attention_heads"] == 4
+    sizes = read_config(folder, HEADS).language_model.model_dump()
+    for stated in (None, 4):
+        policy = OpenVLAPolicy(configured(folder, language_model={**sizes, "num_kv_heads": stated}))
+        assert policy.architecture()["language_model"]["num_kv_heads"] is None
+    with pytest.raises(CheckpointError, match=r"num_kv_heads \(checkpoint None, configured 2\)"):
+        OpenVLAPolicy(configured(folder, language_model={**sizes, "num_kv_heads": 2}))
+
+
+def test_an_index_that_names_a_weight_of_no_shard_is_refused(tmp_path: Path) -> None:
+    folder = write_official(tmp_path)
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    names = dict.fromkeys(read("model"), "one.safetensors")
+    put(folder, "model.safetensors.index.json", {"weight_map": names})
+    assert load(folder).origin == folder
+    put(folder, "model.safetensors.index.json", {"weight_map": {**names, "language_model.more": "one.safetensors"}})
+    for look in (load, inspect_folder):
+        with pytest.raises(CheckpointError, match=r"names weights that no shard holds: language_model\.more"):
+            look(folder)
+
+
+# --- OpenVLA-OFT ------------------------------------------------------------------------------------------------
+
+
+def leave(name: str, text: str = "") -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+SIGNALS = [
+    (leave("action_head--150000_checkpoint.pt"), r"the file action_head--150000_checkpoint\.pt"),
+    (leave("proprio_projector--latest_checkpoint.pt"), "the file proprio_projector--latest"),
+    (leave("noisy_action_projector--5_checkpoint.pt"), "the file noisy_action_projector--5"),
+    (leave("vision_backbone--10_checkpoint.pt"), "the file vision_backbone--10"),
+    (lambda folder: (folder / "lora_adapter").mkdir(), "the folder lora_adapter"),
+    (leave("modeling_prismatic.py", "from c import NUM_ACTIONS_CHUNK\n"), r"NUM_ACTIONS_CHUNK in modeling_prismatic"),
+    (lambda folder: put(folder, "config.json", RAW | {"use_proprio": False}), r"use_proprio in config\.json"),
+]
+
+
+@pytest.mark.parametrize(("mark", "says"), SIGNALS)
+def test_each_sign_of_openvla_oft_is_named(tmp_path: Path, mark: Callable[[Path], object], says: str) -> None:
+    folder = write_official(tmp_path / "checkpoint")
+    leave("modeling_prismatic.py", "class OpenVLAForActionPrediction: ...")(folder)  # as plain checkpoints bring it
+    assert inspect_folder(folder).oft_signal is None
+    mark(folder)
+    with pytest.raises(CheckpointError, match=f"OpenVLA-OFT checkpoint by {says}"):
+        load(folder)
+    signal = inspect_folder(folder).oft_signal
+    assert signal is not None and re.search(says, signal)
+
+
+def test_openvla_oft_is_refused_as_plain_openvla_wherever_it_is_loaded(tmp_path: Path) -> None:
+    folder = write_official(tmp_path / "checkpoint")
+    config = configured(folder)
+    adapters = foreign(folder, tmp_path / "adapters", read_by=load)
+    put(folder, "config.json", RAW | {"use_proprio": True})
+    save_file(read("io"), folder / "io.npz")
+    for look in (
+        lambda: OpenVLAPolicy.from_pretrained(folder),
+        lambda: OpenVLAPolicy(config),
+        lambda: OpenVLAPolicy(config.model_copy(update={"lora": LoRAConfig(rank=2)})),
+        lambda: load(adapters),
+        lambda: export_merged(adapters, tmp_path / "merged"),
+        lambda: verify(folder, folder / "io.npz", dataset="tiny_a", tower_heads=HEADS),
+    ):
+        with pytest.raises(CheckpointError, match=r"OpenVLA-OFT checkpoint by use_proprio in config\.json"):
+            look()
+
+
+def test_adapters_of_openvla_oft_are_refused(tmp_path: Path) -> None:
+    adapters = foreign(write_official(tmp_path / "plain"), tmp_path / "lora_adapter", read_by=load)
+    with pytest.raises(CheckpointError, match="OpenVLA-OFT checkpoint by its name, lora_adapter"):
+        load(adapters)
+    assert inspect_folder(adapters).oft_signal == "its name, lora_adapter"

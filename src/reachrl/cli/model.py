@@ -57,7 +57,7 @@ def verify(
         str | None, typer.Option("--tower-heads", metavar="N,N", help="Attention heads of towers never released.")
     ] = None,
 ) -> None:
-    """Compute recorded outputs of the official code again; exit code 1 if one of them does not agree."""
+    """Compute recorded outputs of the official code again; exit code 1 if one does not agree or was not recorded."""
     heads = None if tower_heads is None else _heads(tower_heads)
     from reachrl.policies.openvla.verify import verify
 
@@ -73,6 +73,9 @@ def verify(
         )
     console = Terminal()
     console.print(table)
+    if result.missing:
+        text = f"FAIL: the function is not verified without {', '.join(result.missing)}; record them too"
+        console.print(Text(text, "bold red"))
     if result.ignored:
         console.print(f"Not compared: {', '.join(result.ignored)}", highlight=False)
     if not result.passed:
@@ -107,7 +110,7 @@ def _facts(found: "CheckpointInfo") -> Table:
     config = found.config
     dims = ", ".join(f"{name} ({dim})" for name, dim in found.action_dims.items())
     facts = {
-        "layout": _LAYOUTS[found.layout],
+        "layout": _LAYOUTS[found.layout] + _oft(found.oft_signal),
         "image": f"{config.image_size} x {config.image_size} pixels ({config.resize}), {config.num_patches} patches",
         "stored as": _dtypes(found.dtypes),
         "statistics": f"{dims} action dimensions" if dims else "none",
@@ -175,7 +178,7 @@ def _memory(found: "CheckpointInfo") -> Table:
 def _adapter(found: "AdapterInfo") -> Table:
     table = _table(f"{found.folder}", "", "")
     for name, fact in {
-        "layout": "peft adapters (LoRA), no whole weights",
+        "layout": "peft adapters (LoRA), no whole weights" + _oft(found.oft_signal),
         "base": found.base,
         "rank, alpha": f"{found.rank}, {found.alpha:g}",
         "adapted": ", ".join(found.targets),
@@ -184,6 +187,10 @@ def _adapter(found: "AdapterInfo") -> Table:
     }.items():
         table.add_row(name, fact)
     return table
+
+
+def _oft(signal: str | None) -> str:
+    return "" if signal is None else f"; OpenVLA-OFT by {signal}: another function, it cannot be loaded"
 
 
 def _dtypes(dtypes: dict[str, int]) -> str:

@@ -23,6 +23,7 @@ from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.merging import merge_into
 from reachrl.policies.openvla.official import (
     CONFIG_FILE,
+    HEAD,
     STATS_FILE,
     dataset_of,
     is_dead,
@@ -31,7 +32,9 @@ from reachrl.policies.openvla.official import (
     official_config,
     official_stats,
     problems_of,
+    ties_embeddings,
 )
+from reachrl.policies.openvla.oft import refuse_oft
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
 from reachrl.registry import is_trusted
@@ -46,10 +49,10 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 OUR_STATS = "reachrl"
-_PIXEL_STATISTICS = ("image_mean", "image_std")
+PIXEL_STATISTICS = ("image_mean", "image_std")
 # The critic is ours: an official checkpoint has none and its configuration does not mention it. Its pixel statistics
 # are taken over, not compared.
-_NOT_OFFICIAL = {"critic", "value_hidden_size", "num_action_tokens", *_PIXEL_STATISTICS}
+NOT_OFFICIAL = {"critic", "value_hidden_size", "num_action_tokens", *PIXEL_STATISTICS}
 _VALUE = "value_head."
 
 
@@ -70,9 +73,8 @@ def save(policy: "OpenVLAPolicy", folder: Path) -> None:
 def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     """Whole weights; or, on a frozen base, the adapters and the value head alone."""
     config = policy.config
-    # Of adapters the name of the statistics is kept: folded into an official base, they go under it again.
-    dataset = None if config.lora is None else config.dataset
-    update: dict[str, Path | str | None] = {"checkpoint": None, "dataset": dataset}
+    # What the weights began as, for an export in its layout; reading puts the folder itself in its place.
+    update: dict[str, Path | None] = {"checkpoint": policy.origin}
     if config.lora is None:
         _save_state(policy.state_dict(), folder / SINGLE_FILE)
     else:
@@ -107,8 +109,10 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset:
     """
     given, folder = Path(folder), locate(Path(folder))
     if adapters.is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
+        refuse_oft(folder)
         config = read_config(adapters.base_of(folder), tower_heads, dataset)
     elif is_official(folder):
+        refuse_oft(folder)
         config = official_config(folder, tower_heads, dataset)
     else:
         try:
@@ -148,6 +152,8 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     folder = locate(given)
     verify_if_sealed(folder)
     _check_architecture(policy, folder)
+    whole = adapters.base_name(folder) if adapters.is_adapter(folder) else given
+    policy.origin = origin_of(whole)
     if not adapters.is_adapter(folder):
         _load_whole(policy, folder, device)
         _load_tokenizer(policy, folder)
@@ -176,6 +182,15 @@ def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> No
     _load_stats(policy, folder)
 
 
+def origin_of(whole: Path) -> Path | None:
+    """The official checkpoint that whole weights, official or ours, began as; None where they began as random ones."""
+    folder = locate(whole)
+    if is_official(folder):
+        return folder.resolve() if whole.is_dir() else whole
+    origin = read_json(folder / CONFIG_FILE).get("checkpoint")
+    return None if origin is None else Path(str(origin))
+
+
 def restore(policy: "OpenVLAPolicy", folder: Path) -> None:
     """Read what `save` wrote back into a policy of the same architecture, without building a second one.
 
@@ -185,7 +200,7 @@ def restore(policy: "OpenVLAPolicy", folder: Path) -> None:
     folder, config = Path(folder), policy.config
     verify_if_sealed(folder)
     stored = type(policy).architecture_of(read_config(folder))
-    _compare(stored, policy.architecture(), folder, set())
+    compare_architectures(stored, policy.architecture(), folder, set())
     if config.lora is None:
         own = {key: tuple(value.shape) for key, value in policy.state_dict().items()}
         check_shapes(own, read_shapes(folder), folder)
@@ -203,7 +218,7 @@ def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
     heads = [tower.num_heads if isinstance(tower, ViTTowerConfig) else 1 for tower in config.towers]
     stored = read_config(folder, heads)
     whole = adapters.base_of(folder) if adapters.is_adapter(folder) else folder
-    ignored = set(_NOT_OFFICIAL) if is_official(whole) else set()
+    ignored = set(NOT_OFFICIAL) if is_official(whole) else set()
     if stored.resize != config.resize:
         logger.warning(
             "%s was trained on frames made square by policy.resize=%s, configured is %s",
@@ -220,15 +235,15 @@ def _check_architecture(policy: "OpenVLAPolicy", folder: Path) -> None:
         )  # fmt: skip
     if "adapter" in (stored.critic, config.critic):
         ignored |= {"critic"}
-    _compare(type(policy).architecture_of(stored), policy.architecture(), folder, ignored)
-    if is_official(whole) and set(_PIXEL_STATISTICS) <= stored.model_fields_set:
+    compare_architectures(type(policy).architecture_of(stored), policy.architecture(), folder, ignored)
+    if is_official(whole) and set(PIXEL_STATISTICS) <= stored.model_fields_set:
         _adopt_pixel_statistics(policy, stored, folder)
 
 
 def _adopt_pixel_statistics(policy: "OpenVLAPolicy", stored: OpenVLAConfig, folder: Path) -> None:
     """Normalise frames by the statistics the weights were trained with, whatever is configured."""
     config = policy.config
-    trained = {name: getattr(stored, name) for name in _PIXEL_STATISTICS}
+    trained = {name: getattr(stored, name) for name in PIXEL_STATISTICS}
     if all(getattr(config, name) == value for name, value in trained.items()):
         return
     logger.warning(
@@ -246,12 +261,16 @@ def _adopt_pixel_statistics(policy: "OpenVLAPolicy", stored: OpenVLAConfig, fold
 def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
     """Give the policy storage and the weights of a folder without adapters."""
     official, config = is_official(folder), policy.config
+    if official:
+        refuse_oft(folder)
+    tied = official and ties_embeddings(folder)
+    absent = (_VALUE, "critic.", *((HEAD,) if tied else ()))
     check_shapes(
         {key: tuple(value.shape) for key, value in policy.state_dict().items()},
         read_shapes(folder),
         folder,
         skipped=(lambda key: is_dead(key, config)) if official else (lambda key: False),
-        optional=(lambda key: key.startswith((_VALUE, "critic."))) if official else (lambda key: False),
+        optional=(lambda key: key.startswith(absent)) if official else (lambda key: False),
     )
     take = {}
     if config.four_bit:  # before there is storage: the whole never lies in memory
@@ -262,9 +281,24 @@ def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
             module.__init__(module.config)  # its frequencies are computed, not stored
             module.to(device)
     copy_weights(policy, folder, take)
+    if tied:
+        _tie(policy, folder)
     if official:
         policy.value_head.reset()
         policy.reset_critic()
+
+
+@torch.no_grad()
+def _tie(policy: "OpenVLAPolicy", folder: Path) -> None:
+    """Give the head the rows of the embedding, which it shares by the configuration; from here on they are two."""
+    words, head = policy.language_model.model.embed_tokens.weight, policy.language_model.lm_head.weight
+    if HEAD not in read_shapes(folder):
+        head.copy_(words)
+    elif not torch.equal(head, words):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: text_config.tie_word_embeddings is true, but the weights hold a {HEAD} that is "
+            "not the embedding; set it to false if the head was trained by itself"
+        )
 
 
 def _load_value_head(policy: "OpenVLAPolicy", folder: Path) -> None:
@@ -312,7 +346,7 @@ def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, item in items for k, v in _flatten(item, f"{path}.{key}" if path else str(key)).items()}
 
 
-def _compare(stored: dict[str, Any], expected: dict[str, Any], folder: Path, ignored: set[str]) -> None:
+def compare_architectures(stored: dict[str, Any], expected: dict[str, Any], folder: Path, ignored: set[str]) -> None:
     """Compare two architectures field by field.
 
     Raises:

@@ -101,7 +101,7 @@ def export_merged(folder: Path, out: Path) -> Comparison:
 def _merge(folder: Path, out: Path) -> Comparison:
     base = adapters.base_of(folder)
     adapters.check_base(folder, base)
-    _copy_surroundings(folder, base, out)
+    copy_surroundings(folder, base, out)
     comparison = compare(folder, out, _merge_files(folder, base, out))
     if not comparison.difference <= comparison.tolerance:
         raise CheckpointError(
@@ -113,14 +113,27 @@ def _merge(folder: Path, out: Path) -> Comparison:
 
 
 def _write_whole(folder: Path, out: Path, fill: Callable[[Path], T]) -> T:
-    """Let `fill` write a folder beside `out` that takes its name at the end, or vanishes."""
+    """Let `fill` write what is made of the adapters in `folder`."""
     if not adapters.is_adapter(folder):
-        raise ConfigError(f"{folder} holds no adapters ({adapters.CONFIG_FILE} is missing): nothing to export")
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name a new folder")
+        raise ConfigError(
+            f"{folder} holds no adapters ({adapters.CONFIG_FILE} is missing): there is nothing to merge; without "
+            "--merge its weights are written in the official layout"
+        )
     verify_if_sealed(folder)
     if (folder / CONFIG_FILE).is_file():
         read_config(folder)  # refuses configurations that disagree: one would be acted by, the other exported
+    return write_new(out, fill)
+
+
+def write_new(out: Path, fill: Callable[[Path], T]) -> T:
+    """Let `fill` write a folder beside `out` that takes its name at the end, or vanishes.
+
+    Raises:
+        ConfigError: `out` exists.
+        StorageError: it cannot be written.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a new folder")
 
     def fill_and_seal(aside: Path) -> T:
         result = fill(aside)
@@ -130,8 +143,8 @@ def _write_whole(folder: Path, out: Path, fill: Callable[[Path], T]) -> T:
     return replace_folder_atomic(out, fill_and_seal)
 
 
-def _copy_surroundings(folder: Path, base: Path, out: Path) -> None:
-    """Configuration, tokenizer and statistics: the base's, but for the statistics the adapters were trained with."""
+def copy_surroundings(folder: Path, base: Path, out: Path) -> None:
+    """Write configuration, tokenizer and statistics: the base's, but for the statistics of training."""
     weights = {path.name for path in weight_files(base)}
     for path in base.iterdir():
         if path.is_file() and path.name not in (*weights, MANIFEST) and path.suffix not in _PICKLES:
@@ -143,7 +156,7 @@ def _copy_surroundings(folder: Path, base: Path, out: Path) -> None:
     stats = read_json(folder / STATS_FILE)
     if not is_official(base):  # our layout knows one set, by one name
         stats = {OUR_STATS: stats.get(OUR_STATS, next(iter(stats.values()), None))}
-    elif (folder / VALUE_FILE).is_file():
+    elif (folder / VALUE_FILE).is_file() or not adapters.is_adapter(folder):  # ours
         stats = {read_config(folder).dataset or OUR_STATS: stats.get(OUR_STATS)}
     files = {STATS_FILE: stats}
     if is_official(base):

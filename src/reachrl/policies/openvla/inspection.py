@@ -17,9 +17,11 @@ from reachrl.policies.openvla.official import (
     is_dead,
     is_official,
     norm_stats,
+    official_config,
     official_stats,
     tower_names,
 )
+from reachrl.policies.openvla.oft import oft_signal
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer
 from reachrl.policies.openvla.weights import StoredTensor, read_header, read_headers, read_json
 
@@ -47,6 +49,7 @@ class CheckpointInfo:
     """A folder with whole weights."""
 
     folder: Path
+    oft_signal: str | None  # what shows that it is OpenVLA-OFT, which is not loaded
     layout: Literal["official", "prismatic", "reachrl"]
     config: OpenVLAConfig
     tower_names: tuple[str, ...]  # the official ones; empty for our own checkpoints
@@ -84,6 +87,7 @@ class AdapterInfo:
     """A folder with low-rank adapters in peft's files."""
 
     folder: Path
+    oft_signal: str | None  # what shows that it is of OpenVLA-OFT, which is not loaded
     base: str  # a folder or the name of a model on the hub
     rank: int
     alpha: float
@@ -116,6 +120,7 @@ def _inspect_adapter(folder: Path) -> AdapterInfo:
     targets = raw.get("target_modules") or ()
     return AdapterInfo(
         folder=folder,
+        oft_signal=oft_signal(folder),
         base=str(raw.get("base_model_name_or_path") or "not stated"),
         rank=rank,
         alpha=alpha,
@@ -129,11 +134,14 @@ def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
     official = is_official(folder)
     names = tuple(tower_names(folder)) if official else ()
     # No file states the heads; for towers that were never released any number does, as nothing is computed here.
-    config = read_config(folder, [KNOWN_HEADS.get(name, 1) for name in names] if official else None)
+    # A folder of OpenVLA-OFT is shown as what it is, where `read_config` would refuse it.
+    heads = [KNOWN_HEADS.get(name, 1) for name in names]
+    config = official_config(folder, heads) if official else read_config(folder)
     tensors = read_headers(folder)
     native = any(name != tensor.key for name, tensor in tensors.items())
     return CheckpointInfo(
         folder=folder,
+        oft_signal=oft_signal(folder) if official else None,
         layout="reachrl" if not official else "prismatic" if native else "official",
         config=config,
         tower_names=names,

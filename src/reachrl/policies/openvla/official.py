@@ -24,6 +24,7 @@ KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_
 # With these, blocks that are missing at the end of a file are noticed.
 _KNOWN_DEPTHS = {"vit_large_patch14_reg4_dinov2.lvd142m": 24, "vit_so400m_patch14_siglip_224": 27}
 _EMPTY_TOKEN_ID = 29871
+HEAD = "language_model.lm_head.weight"
 _RESIZES = ("resize-naive", "letterbox")
 
 
@@ -48,6 +49,18 @@ def is_official(folder: Path) -> bool:
             "ReachRL, which says kind='openvla'); give the folder of an OpenVLA checkpoint"
         )
     return official
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Whether the language model's head is its embedding, which safetensors then stores once.
+
+    Only `text_config` counts: the official class asks its language model.
+
+    Raises:
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    text = read_json(folder / CONFIG_FILE).get("text_config")
+    return isinstance(text, dict) and text.get("tie_word_embeddings") is True
 
 
 def is_dead(key: str, config: OpenVLAConfig) -> bool:

@@ -68,6 +68,7 @@ class OpenVLAPolicy(Policy):
         self._rollout: RolloutCopy | None = None
         self._vllm = VllmDecoder(config) if config.decoder == "vllm" else None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
+        self.origin: Path | None = None  # the official checkpoint, a folder or `owner/name`, the weights began as
         self.tokenizer = tokenizer
         if tokenizer is None and config.tokenizer == "built_in":
             self.tokenizer = PromptTokenizer(build_tokenizer(llm), llm)
@@ -442,4 +443,8 @@ class OpenVLAPolicy(Policy):
     @staticmethod
     def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
         """The part of a configuration that decides which weights fit."""
-        return affecting(config, Affects.ARCHITECTURE)
+        architecture = affecting(config, Affects.ARCHITECTURE)
+        llm = architecture["language_model"]
+        if llm["num_kv_heads"] == llm["num_heads"]:  # as if it were not said
+            llm["num_kv_heads"] = None
+        return architecture

@@ -48,15 +48,16 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """All comparisons that a recording allows."""
+    """All comparisons that a recording allows; it proves the function only where none is missing."""
 
     checks: tuple[Check, ...]
+    missing: tuple[str, ...]  # outputs of the function that were not recorded, or not with what they need
     ignored: tuple[str, ...]  # recorded tensors that nothing was compared with
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison passed."""
-        return all(check.passed for check in self.checks)
+        """Whether every output of the function was compared, and agrees."""
+        return not self.missing and all(check.passed for check in self.checks)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def verify(
     Args:
         folder: a checkpoint in the official layout.
         recorded: a safetensors file with `pixel_values` [N, C, S, S], with `input_ids` and `attention_mask` [N, L]
-            padded on the right, and with any of `vision_features` [N, P, F], `projected` [N, P, E],
+            padded on the right, and with `vision_features` [N, P, F], `projected` [N, P, E],
             `action_row_logits` [N, L + P, 256], `tokens` [N, A] (greedy), `tf_action_logits` [N, A, 256] over those
             tokens, and `actions` [N, A] in the environment's units.
         dataset: which action statistics `actions` were made with, when the checkpoint holds several.
@@ -90,6 +91,7 @@ def verify(
         )
     return Verification(
         checks=tuple(_compare(name, ours[name], tensors, recorded) for name in names),
+        missing=tuple(name for name in TOLERANCES if name not in names),
         ignored=tuple(sorted(tensors.keys() - {*names, *_INPUTS})),
     )
 

@@ -94,7 +94,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder by their official names, without reading the tensors.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors, or two tensors stand for one weight.
+        CheckpointError: a file is missing, truncated or not safetensors, two tensors stand for one weight, or the
+            index names a tensor that is in no shard.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
@@ -106,6 +107,13 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
                     f"{tensor.key}. Remove one of them; a checkpoint needs each weight once"
                 )
             tensors[name] = tensor
+    if not (folder / SINGLE_FILE).is_file():
+        listed = read_json(folder / INDEX_FILE)["weight_map"]
+        if absent := [key for key in listed if canonical_key(key) not in tensors]:
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names weights that no shard holds: {', '.join(absent[:_SHOWN])}"
+                f"{', ...' if len(absent) > _SHOWN else ''}; download or copy the shards again"
+            )
     return tensors
 
 
@@ -156,8 +164,17 @@ def check_shapes(
         raise CheckpointError(
             f"the weights in {folder} do not fit this policy's architecture; "
             + "; ".join(lines)
-            + ". Use the policy configuration the checkpoint was trained with"
+            + f". {_remedy(problems['missing'])}"
         )
+
+
+def _remedy(missing: list[str]) -> str:
+    if missing == ["language_model.lm_head.weight"]:
+        return (
+            "A head that is missing alone was tied to the embedding: if it was, set tie_word_embeddings to true in "
+            "text_config of config.json"
+        )
+    return "Use the policy configuration the checkpoint was trained with"
 
 
 @torch.no_grad()
