@@ -23,6 +23,7 @@ from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from reachrl.run.directory import Run
 from reachrl.run.spans import Timelines
+from reachrl.run.weight_change import ALARM
 from reachrl.types import Episode, Rewards, Rollout
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ def train(
             watched |= reward.adapt(rollout, iteration=state.iteration)
         if lag == 0:
             warn_of_engine_gap(config.ppo, state, stats)
+            warn_of_lost_steps(state, stats)
         curriculum.observe(rollout.episodes)
         warming_up = still_warming_up(config.ppo, state, stats)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
@@ -194,6 +196,17 @@ def warn_of_engine_gap(config: PPOConfig, state: TrainState, stats: UpdateStats)
             "same weights, temperature and numeric format, or set ppo.importance_cap",
             state.iteration, stats.engine_kl, config.engine_kl_alarm,
         )  # fmt: skip
+
+
+def warn_of_lost_steps(state: TrainState, stats: UpdateStats) -> None:
+    """Say so when steps are rounded away instead of changing the weights."""
+    for name, share in (("policy", stats.changed_weights), ("critic", stats.value_changed_weights)):
+        if share < ALARM:  # of NaN there is nothing to say
+            log.warning(
+                "iteration %d: the last step changed %.0f %% of the %s's weights that had a gradient; the rest was "
+                "rounded away. Raise its learning rate, or hold its weights in float32",
+                state.iteration, 100 * share, name,
+            )  # fmt: skip
 
 
 def metrics(

@@ -231,6 +231,8 @@ def test_best_weights_are_kept(whole, store_folder: Path) -> None:
     folder, policy, result, records = whole
     curve = {r["step"]: r["heldout_loss"] for r in records if "heldout_loss" in r}
     assert sorted(curve) == [10, 20, 30, 40, 50, 60]
+    changed = {r["step"]: r["changed_weights"] for r in records if "changed_weights" in r}
+    assert changed.keys() == curve.keys() and min(changed.values()) > 0.95
     assert result.best_heldout_loss == min(curve.values()) == curve[result.best_step]
     saved = ToyPolicy.from_pretrained(folder / "policy")
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), saved.parameters(), strict=True))

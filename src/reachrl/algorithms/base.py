@@ -64,6 +64,8 @@ class UpdateStats:
     clip_frac: float
     grad_norm: float
     value_grad_norm: float
+    changed_weights: float
+    value_changed_weights: float
     explained_variance: float
     engine_kl: float
     policy_steps: int

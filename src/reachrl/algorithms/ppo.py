@@ -14,6 +14,7 @@ from reachrl.errors import DivergedError, ExtensionError
 from reachrl.functional.ppo import importance_weights, policy_loss, token_kl, value_loss
 from reachrl.functional.stats import explained_variance
 from reachrl.policies.base import Policy
+from reachrl.run.weight_change import WeightSample, check_float32
 from reachrl.streams import Stream, generator
 
 # How far the very first ratio or its inverse may be above 1: rounding in another batch shape, nothing more.
@@ -41,6 +42,7 @@ class PPO:
         groups = policy.parameter_groups()
         self._policy_parameters = groups["trunk"] + (groups["vision"] if config.train_vision else [])
         self._value_parameters = groups["value"]
+        check_float32([*self._policy_parameters, *self._value_parameters], type(policy).__name__)
         if not config.train_vision:
             policy.freeze(["vision"])
         self.optimizer = torch.optim.AdamW(
@@ -68,6 +70,7 @@ class PPO:
         advantages = self._normalized(batch.advantages)
         self._train_only_critic(not train_policy)
         sums: dict[str, float] = defaultdict(float)
+        weights, value_weights = WeightSample(self._policy_parameters), WeightSample(self._value_parameters)
         policy_steps = value_steps = unchecked = 0
         moving = train_policy
         for epoch in range(self.config.epochs):
@@ -76,6 +79,9 @@ class PPO:
                 stats = self._backward(batch, advantages, rows, train_policy=moving)
                 if moving and policy_steps == 0:
                     self._check_first_ratio(stats["log_ratio_max"])
+                if moving:
+                    weights.remember()
+                value_weights.remember()
                 norms = self._step(train_policy=moving)
                 value_steps += 1
                 sums["value_loss"] += stats["value_loss"]
@@ -99,6 +105,9 @@ class PPO:
         if policy_steps:
             self.optimizer.param_groups[0][_TRAINED] = self._trained_before(iteration) + 1
             sums["kl"] = self._kl_since(batch, iteration, KL_ROWS)
+            sums["changed"] = weights.changed(self.optimizer)
+        if value_steps:
+            sums["value_changed"] = value_weights.changed(self.optimizer)
         return self._summary(batch, sums, policy_steps, value_steps, lr)
 
     def _went_too_far(self, batch: PPOBatch, iteration: int) -> bool:
@@ -283,6 +292,8 @@ class PPO:
             clip_frac=mean("clip_frac", policy_steps),
             grad_norm=mean("grad_norm", policy_steps),
             value_grad_norm=mean("value_grad_norm", value_steps),
+            changed_weights=mean("changed", min(policy_steps, 1)),
+            value_changed_weights=mean("value_changed", min(value_steps, 1)),
             explained_variance=variance,
             engine_kl=token_kl(batch.old_logprobs.double(), batch.behaviour_logprobs.double()).mean().item(),
             policy_steps=policy_steps,

@@ -38,6 +38,7 @@ def plan(
 ) -> None:
     """Predict memory and time of PPO from the configuration alone; exit with 1 if it does not fit."""
     from reachrl.config.loading import load_config
+    from reachrl.config.train import refuse_rounded_training
     from reachrl.errors import ConfigError
     from reachrl.plan.advice import advise
     from reachrl.plan.device import find_device
@@ -48,6 +49,7 @@ def plan(
     if not 0 < rate < math.inf:  # nor is it NaN
         raise ConfigError(f"--decisions-per-second {rate:g}: expected a finite number above 0.")
     config = load_config(preset, overrides or [])
+    refuse_rounded_training(config)
     machine = find_device(device, memory)
     try:
         needed = plan_memory(config, machine)

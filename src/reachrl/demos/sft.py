@@ -27,6 +27,7 @@ from reachrl.policies.base import Policy
 from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
 from reachrl.run.manifest import is_sealed, seal, verify
 from reachrl.run.optimizer_state import load_optimizer, save_optimizer
+from reachrl.run.weight_change import ALARM, WeightSample, check_float32
 from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
 
@@ -76,7 +77,8 @@ def train_sft(
         seed: decides the held-out split, the order of the data and the augmentation.
         folder: where to write.
         on_step: called after each step with `kind`, `step`, `train_loss`, `lr`, `grad_norm`, and after an evaluation
-            `heldout_loss`, `token_accuracy`, `action_error`. Steps since the last checkpoint come again on resumption.
+            `changed_weights`, `heldout_loss`, `token_accuracy`, `action_error`. Steps since the last checkpoint
+            come again on resumption.
 
     Raises:
         DivergedError: a loss or gradient is not finite; nothing is saved after the last good checkpoint.
@@ -139,15 +141,29 @@ class _Training:
                 f"sft step {self.step}: loss {loss}, gradient norm {grad_norm}; both must be finite. Nothing was saved "
                 f"after the last checkpoint. Lower sft.lr (now {self.config.lr}) or raise sft.warmup_steps."
             )
+        weights = WeightSample(self.parameters) if self._evaluates_after(self.step + 1) else None
         self.optimizer.step()
         self.step += 1
         record = {"kind": "sft", "step": self.step, "train_loss": loss, "lr": lr, "grad_norm": grad_norm}
+        if weights is not None:
+            record["changed_weights"] = weights.changed(self.optimizer)
+            self._warn_of_lost_steps(record["changed_weights"], lr)
         record["seconds/step"] = time.perf_counter() - began
-        if len(self.heldout_rows) and (self.step % self.config.eval_every == 0 or self.step == self.steps):
+        if len(self.heldout_rows) and self._evaluates_after(self.step):
             record |= self._evaluate()
         if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
             self.save_checkpoint()
         return record
+
+    def _evaluates_after(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.steps
+
+    def _warn_of_lost_steps(self, changed: float, lr: float) -> None:
+        if changed < ALARM and lr > 0.1 * self.config.lr:  # at the end of the schedule steps may be that small
+            logger.warning(
+                "sft step %d changed %.0f %% of the weights that had a gradient; the rest was rounded away. Raise "
+                "sft.lr, or hold the weights in float32", self.step, 100 * changed,
+            )  # fmt: skip
 
     def _backward(self) -> tuple[float, float]:
         """Gradients of the mean loss over one minibatch, clipped; returns the loss and the norm before clipping."""
@@ -316,6 +332,7 @@ def _optimizer(policy: Policy, config: SFTSection) -> AdamW:
     """AdamW over everything but the value head, which no action token's loss reaches."""
     groups = policy.parameter_groups()
     parameters = [p for role in ("vision", "trunk") for p in groups.get(role, []) if p.requires_grad]
+    check_float32(parameters, type(policy).__name__)
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
     return AdamW(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from reachrl import torchrun
 from reachrl.config.loading import config_dict, config_hash
-from reachrl.config.train import TrainConfig
+from reachrl.config.train import TrainConfig, refuse_rounded_training
 from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display
 
@@ -24,6 +24,7 @@ _RUNNERS = {
     "report": "reachrl.pipeline.assess:run_report",
 }
 STAGES: tuple[str, ...] = tuple(_RUNNERS)
+_TRAINING = ("demos", "sft", "reward", "train")  # what leads up to trained weights
 
 
 def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
     from reachrl.run.directory import Run
     from reachrl.run.provenance import write_provenance
 
+    if name in _TRAINING:
+        refuse_rounded_training(config)
     _limit_threads(config)
     rank, size = torchrun.rank(), torchrun.size()
     if size > 1 and name != "train":

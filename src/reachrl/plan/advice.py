@@ -100,9 +100,9 @@ def _switches(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, A
         yield {"policy.rollout_copy": False, **off}, reason
     if not policy.gradient_checkpointing:
         yield {"policy.gradient_checkpointing": True}, "layers are computed again instead of kept: a third more time"
-    if policy.dtype == "float32":
+    if policy.dtype == "float32" and policy.lora is not None:  # trained weights would lose their small steps
         overrides = {"policy.dtype": "bfloat16", "policy.compute_dtype": None}
-        yield overrides, "half the bytes; small steps of trained weights are rounded away, adapters stay float32"
+        yield overrides, "frozen weights in half the bytes; adapters stay float32"
     crew = crew_of(config)
     if crew.learners > 1 and not crew.sharded and not policy.four_bit:
         yield {"backend.sharding": "full"}, "split weights, gradients and Adam states over the learners; more to send"

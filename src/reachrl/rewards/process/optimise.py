@@ -14,6 +14,7 @@ from reachrl.errors import DivergedError
 from reachrl.rewards.process.base import RewardModel, clip_frames
 from reachrl.rewards.process.label import class_weights
 from reachrl.rewards.process.quality import binary_cross_entropy
+from reachrl.run.weight_change import check_float32
 from reachrl.streams import Stream, generator
 from reachrl.types import Trajectory
 
@@ -170,6 +171,7 @@ def random_shift(
 
 def _optimizer(model: RewardModel, config: RewardModelSection) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check_float32(trained, type(model).__name__)
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
