@@ -1,13 +1,14 @@
 """The result of a run as a small table, and where its report is."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from reachrl.cli.terminal import Terminal
+from reachrl.errors import StorageError
 from reachrl.run.formats import task_labels
+from reachrl.run.records import EvalStage, WholeEvaluation, read_record
 
 _LABEL_LENGTH = 34  # leaves room for two columns of figures on 100
 
@@ -18,9 +19,12 @@ def show_evaluations(run_dir: Path) -> None:
     Args:
         run_dir: A run folder whose `eval` stage is finished.
     """
+    remedy = "delete it and evaluate again"
     before, after = (
-        json.loads((run_dir / "eval" / f"{when}.json").read_text(encoding="utf-8")) for when in ("before", "after")
+        read_record(run_dir / "eval" / f"{when}.json", WholeEvaluation, remedy=remedy) for when in ("before", "after")
     )
+    if any(before.get(mode, {}).get("per_task", {}).keys() != after[mode]["per_task"].keys() for mode in after):
+        raise StorageError(f"{run_dir / 'eval'}: before.json and after.json hold other modes or tasks; {remedy}")
     table = Table(title="Success on held-out start states", title_justify="left", title_style="bold", pad_edge=False)
     for column in ("", "before", "after"):
         table.add_column(column, no_wrap=True)
@@ -34,7 +38,8 @@ def show_evaluations(run_dir: Path) -> None:
     console = Terminal()
     console.print(table)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
-    _print_caveats(json.loads((run_dir / "stages.json").read_text(encoding="utf-8"))["eval"]["info"]["caveats"])
+    stages = read_record(run_dir / "stages.json", EvalStage, remedy="delete it and run the stages again")
+    _print_caveats(stages["eval"]["info"]["caveats"])
 
 
 def show_result(result: dict[str, Any] | None, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import base64
 import copy
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.directory import Run
 from reachrl.run.file_names import file_name
+from reachrl.run.records import Evaluation, RewardQuality, read_record
 from reachrl.run.report import write_report
 from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Observation, Rewards, Rollout, Start
@@ -202,7 +202,8 @@ def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
     """Held-out quality of the reward model this run fitted, or none."""
     if not config.fits_reward_model:
         return None
-    quality = json.loads((run.reward_model / "quality.json").read_text(encoding="utf-8"))["heldout"]
+    remedy = "delete it and the folder `model` beside it, and fit the reward model again"
+    quality = read_record(run.reward_model / "quality.json", RewardQuality, remedy=remedy)["heldout"]
     return quality | {
         "ece": quality["calibration_error"],
         "calibration": [
@@ -213,7 +214,8 @@ def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
 
 
 def _read(run: Run, when: str) -> dict[str, Any]:
-    return json.loads((run.eval / f"{when}.json").read_text(encoding="utf-8"))
+    path = run.eval / f"{when}.json"
+    return read_record(path, Evaluation, remedy="delete it and `eval` in stages.json, and evaluate again")
 
 
 def _headline(config: TrainConfig, record: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One saved policy on one set of start states: shared out to processes and machines, resumable, merged."""
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from reachrl.config.loading import config_dict
 from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import ConfigError, StorageError
+from reachrl.errors import ConfigError
 from reachrl.evaluate import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
@@ -24,6 +23,7 @@ from reachrl.run.fingerprint import fingerprint, is_of
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog, read_metrics
 from reachrl.run.provenance import collect_provenance
+from reachrl.run.records import AnyObject, read_record
 from reachrl.run.result_page import write_result_page
 from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Start
@@ -136,10 +136,7 @@ def _claim(measurement: Measurement) -> None:
     if not file.exists():
         write_json_atomic(file, asked)
         return
-    try:
-        there = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(f"{file} is not JSON ({error}); choose another --out") from error
+    there = read_record(file, AnyObject, remedy="choose another --out")
     if asked["weights"] and there.get("weights") and is_of(there["weights"], weight_files(Path(measurement.weights))):
         asked["weights"] = there["weights"]  # as an earlier version wrote it
     differing = [key for key in asked if key != "policy" and there.get(key) != asked[key]]

@@ -37,14 +37,43 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+            _check(record)
+        except (ValueError, RecursionError) as error:
             raise StorageError(
-                f"{path} line {number} is not JSON ({error}); the file was altered by something else than a kill. "
+                f"{path} line {number} is damaged ({error}); the file was altered by something else than a kill. "
                 "Remove that line to read the rest."
             ) from error
         if kind is None or record.get("kind") == kind:
             records.append(record)
     return records
+
+
+_COUNTS = ("iteration", "step", "k", "n", "success_k", "success_n")
+_NUMBERS = (
+    *("train_loss", "heldout_loss", "env_steps", "entropy", "kl", "approx_kl", "clip_frac", "grad_norm"),
+    *("explained_variance", "engine_kl", "episode_length"),
+)
+
+
+def _check(record: Any) -> None:
+    """Refuse what no version has written: readers compare and add these values.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError("it is no record with a `kind`")
+    for key, value in record.items():
+        if key in _COUNTS and not _is_number(value):
+            raise ValueError(f"{key} is {value!r}, expected a number")
+        if (key in _NUMBERS or "/" in key) and not (value is None or _is_number(value)):
+            raise ValueError(f"{key} is {value!r}, expected a number or null")
+    if record["kind"] == "train" and "iteration" not in record:
+        raise ValueError("it has no iteration")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and value - value == 0
 
 
 class MetricsLog:

@@ -1,7 +1,6 @@
 """Where a run's numbers come from: commit, versions, hardware, seed and command."""
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from typing import Any
 
 import psutil
 
-from reachrl.errors import StorageError
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.cores import available_cores
+from reachrl.run.records import Provenance, read_record
 
 PACKAGES = (
     "reachrl", "torch", "transformers", "numpy", "gymnasium", "metaworld", "mujoco", "tokenizers", "safetensors",
@@ -122,16 +121,11 @@ def write_provenance(path: Path, **facts: Any) -> dict[str, Any]:
         again = all(before.get(key) == record[key] for key in ("command", "commit", "dirty"))
         here = {key: before.get(key) for key in ("started", "command", "commit", "dirty")}
         record["earlier"] = before.get("earlier", []) + ([] if again else [here])
-        record["started"] = before["started"] if again else record["started"]
+        record["started"] = before.get("started") if again else record["started"]
     write_json_atomic(path, record)
     return record
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(
-            f"{path} is not JSON ({error}); it lists the run's earlier commands: repair it, or delete it to go on "
-            "without them"
-        ) from error
+    remedy = "it lists the run's earlier commands: repair it, or delete it to go on without them"
+    return read_record(path, Provenance, remedy=remedy)

@@ -1,10 +1,11 @@
 """The report: one HTML file that needs no network, made from what the run folder holds."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from reachrl.errors import StorageError
 from reachrl.run import plots
@@ -13,6 +14,15 @@ from reachrl.run.configuration import flatten_config, read_history
 from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
 from reachrl.run.pages import drawn, render_page
+from reachrl.run.records import (
+    AnyObject,
+    Conversation,
+    Evaluation,
+    Provenance,
+    Stages,
+    Summary,
+    read_record,
+)
 from reachrl.run.timeline import timeline_section
 from reachrl.run.video import clips_that_fit, films_by_task
 
@@ -43,14 +53,11 @@ ACTION_NAMES = {
 }
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, shape: type[BaseModel]) -> Any:
     """Return a JSON file's content, or None where the stage that writes it has not run."""
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
+    return read_record(path, shape, remedy="delete it and run its stage again")
 
 
 def write_report(run_path: Path | str) -> Path:
@@ -75,11 +82,11 @@ def write_report(run_path: Path | str) -> Path:
 
 def render_report(run_path: Path) -> str:
     """Return the report's HTML for a run folder."""
-    summary = _read(run_path / "summary.json") or {}
-    provenance = _read(run_path / "provenance.json") or {}
-    config = _read(run_path / "config.json")
+    summary = _read(run_path / "summary.json", Summary) or {}
+    provenance = _read(run_path / "provenance.json", Provenance) or {}
+    config = _read(run_path / "config.json", AnyObject)
     train = read_metrics(run_path / "metrics.jsonl", "train")
-    evals = {name: _read(run_path / "eval" / f"{name}.json") or {} for name in ("before", "after")}
+    evals = {name: _read(run_path / "eval" / f"{name}.json", Evaluation) or {} for name in ("before", "after")}
     return render_page(
         "report.html.j2",
         name=run_path.resolve().name,
@@ -90,13 +97,13 @@ def render_report(run_path: Path) -> str:
         learning=_learning(run_path, train, evals),
         tasks=_tasks(evals),
         videos=_videos(run_path, evals),
-        conversation=_conversation(_read(run_path / "conversation.json")),
+        conversation=_conversation(_read(run_path / "conversation.json", Conversation)),
         curriculum=_curriculum(train),
         reward_model=_reward_model(run_path, summary.get("reward_model")),
         alarm=_alarm(run_path, train),
         warm_start=_losses(run_path, "sft", 960),
         panels=_panels(train),
-        timing=_timing(summary, _read(run_path / "stages.json") or {}, train),
+        timing=_timing(summary, _read(run_path / "stages.json", Stages) or {}, train),
         timeline=timeline_section(run_path),
         config=sorted(flatten_config(config).items()) if config else None,
         changes=read_history(run_path),

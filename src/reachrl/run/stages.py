@@ -1,7 +1,6 @@
 """Which stages of a run are finished, how long they took and how much memory they needed."""
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 from reachrl.errors import StorageError
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.memory import PeakMemory
+from reachrl.run.records import Stages, read_record
 
 
 class StageClock:
@@ -38,12 +38,7 @@ class StageRecords:
         """Return every record, in the order the stages first ran."""
         if not self.path.exists():
             return {}
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StorageError(
-                f"{self.path} is not JSON ({error}); delete it and the stages resume from their own files"
-            ) from error
+        return read_record(self.path, Stages, remedy="delete it and the stages resume from their own files")
 
     def done(self, name: str) -> dict[str, Any] | None:
         """Return the record of a finished stage, or None."""

@@ -54,7 +54,7 @@ def read_timeline(path: Path) -> dict[str, Any] | None:
             numbers = entry["rows"], entry["seconds_per_step"] or 0, entry.get("busy") or 0
             if "actor" not in entry or not all(map(math.isfinite, numbers)):
                 raise ValueError(f"{entry} is no actor's balance")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path} is not a timeline ({error}); delete it and the report goes without") from error
     return record
 

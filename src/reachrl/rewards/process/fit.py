@@ -1,7 +1,6 @@
 """Fits a reward model to labelled trajectories and reports its quality on held-out start states."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ import numpy as np
 import torch
 
 from reachrl.config.reward_model import RewardModelSection
-from reachrl.errors import ConfigError
+from reachrl.errors import ConfigError, StorageError
 from reachrl.registry import resolve
 from reachrl.rewards.process.base import RewardModel, clip_frames, load_reward_model
 from reachrl.rewards.process.label import label_trajectory
 from reachrl.rewards.process.optimise import Labels, OnStep, optimise
 from reachrl.rewards.process.quality import ScoredTrajectory, measure
 from reachrl.run.atomic import write_json_atomic
+from reachrl.run.records import RewardQuality, read_record
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
 
@@ -214,8 +214,8 @@ def _read_finished(folder: Path, fingerprint: str) -> FitResult | None:
     if not path.exists():
         return None
     try:
-        quality = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        quality = read_record(path, RewardQuality, remedy="it is written again")
+    except StorageError as error:
         log.warning("%s is unreadable (%s): fitting the reward model again.", path, error)
         return None
     if quality.get("fingerprint") != fingerprint:

@@ -1,0 +1,206 @@
+"""The JSON files of a run, read in one place and checked before anybody looks into them.
+
+Each shape says what readers rely on; what else a file holds is let be, as versions add to it.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from reachrl.errors import StorageError
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Number = float | None  # null is what is not finite
+
+
+class Record(BaseModel):
+    """An object with more keys than these."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class StageRecord(Record):
+    """One stage of `stages.json`."""
+
+    done: bool
+    wall_s: Seconds
+    peak_rss_bytes: Count
+    attempts: Count
+    info: dict[str, Any]
+
+
+class Stages(RootModel[dict[str, StageRecord]]):
+    """`stages.json`."""
+
+
+class _EvalInfo(Record):
+    caveats: list[str]
+
+
+class _EvalStage(Record):
+    info: _EvalInfo
+
+
+class EvalStage(Record):
+    """What stands beside success rates, in `stages.json`."""
+
+    eval: _EvalStage
+
+
+class Rate(Record):
+    """Successes among episodes, with what was computed from them."""
+
+    k: Count
+    n: Count
+    rate: Number = None
+    wilson95: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+
+
+class _Episode(Record):
+    task: str
+    start: int
+    success: bool
+
+
+class Outcome(Rate):
+    """One mode of an evaluation."""
+
+    per_task: dict[str, Rate] = {}
+    episodes: list[_Episode] = []
+
+
+class Evaluation(RootModel[dict[str, Outcome]]):
+    """`eval/before.json` and `eval/after.json`, by mode."""
+
+
+class _WholeRate(Record):
+    k: Count
+    n: Count
+    rate: float
+    wilson95: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _WholeOutcome(_WholeRate):
+    per_task: dict[str, _WholeRate]
+
+
+class WholeEvaluation(RootModel[Annotated[dict[str, _WholeOutcome], Field(min_length=1)]]):
+    """An evaluation with everything that is computed from it."""
+
+
+class _Bin(Record):
+    mean_score: Number
+    mean_label: Number
+    n: Count
+
+
+class _Quality(Record):
+    calibration_error: Number
+    reliability: list[_Bin]
+
+
+class RewardQuality(Record):
+    """`quality.json` of a fitted reward model."""
+
+    fingerprint: str
+    heldout: _Quality
+
+
+class _Calibration(Record):
+    p: Number
+    observed: Number
+    n: Count
+
+
+class _ReportedQuality(Record):
+    auc: Number = None
+    rank_correlation: Number = None
+    accuracy: Number = None
+    ece: Number = None
+    calibration: list[_Calibration] | None = None
+
+
+class Summary(Record):
+    """`summary.json`."""
+
+    caveats: list[str] = []
+    mode: str = "greedy"
+    success_before: Rate | None = None
+    success_after: Rate | None = None
+    success_before_greedy: Rate | None = None
+    success_after_greedy: Rate | None = None
+    success_before_sampled: Rate | None = None
+    success_after_sampled: Rate | None = None
+    paired_test: dict[str, Number] | None = None
+    wall_s: dict[str, Seconds] | None = None
+    peak_rss_bytes: Count | None = None
+    num_env_steps: Count | None = None
+    reward_model: _ReportedQuality | None = None
+
+
+class _Attempt(Record):
+    command: list[str] | None = None
+    commit: str | None = None
+    started: str | None = None
+
+
+class Provenance(_Attempt):
+    """`provenance.json`."""
+
+    earlier: list[_Attempt] = []
+    memory_bytes: Count | None = None
+    gpus: list[Any] | None = None
+    packages: dict[str, str | None] | None = None
+
+
+class _Turn(Record):
+    step: int
+    prompt: str | None = None
+    image_png_base64: str | None = None
+    action: list[float] = []
+    action_tokens: list[int] = []
+    logprob: Number = None
+    value: Number = None
+    rewards: dict[str, Number] | None = None
+
+
+class Conversation(Record):
+    """`conversation.json`."""
+
+    task: str | None = None
+    instruction: str | None = None
+    start: int | None = None
+    success: bool | None = None
+    turns: list[_Turn] = []
+
+
+class AnyObject(Record):
+    """An object of which nothing more is asked."""
+
+
+def read_record(path: Path, shape: type[BaseModel], *, remedy: str) -> Any:
+    """The content of a JSON file, as it lies there, once it has the shape that its readers rely on.
+
+    Args:
+        path: of the file.
+        shape: one of the classes above.
+        remedy: what to do about a damaged file, for the message.
+
+    Raises:
+        StorageError: it is missing, cannot be read, is not JSON or has another shape; names file and place.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        shape.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        raise StorageError(f"{path} is damaged: {where}: {problem['msg']}; {remedy}") from error
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} is missing; {remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged: it is not JSON ({error}); {remedy}") from error
+    return content

@@ -1,0 +1,127 @@
+"""Files of a run that were damaged: each reader names the file and what to do; no traceback, no silent default."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from test_run_report import make_run
+
+from reachrl.cli.results import show_evaluations
+from reachrl.errors import ReachRLError, StorageError
+from reachrl.run.directory import Run
+from reachrl.run.metrics import read_metrics
+from reachrl.run.records import EvalStage, RewardQuality, read_record
+from reachrl.run.report import render_report
+from reachrl.run.stages import StageRecords
+
+DAMAGE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda _: b"",
+    "no text": lambda _: b"\xff\xfe\x00",
+    "list": lambda _: b"[]",
+    "null": lambda _: b"null",
+    "word": lambda _: b'"word"',
+    "deep": lambda _: b"[" * 100_000,
+    "numbers for objects": lambda text: json.dumps(dict.fromkeys(json.loads(text), 3)).encode(),
+    "objects for numbers": lambda text: json.dumps(_wrong(json.loads(text))).encode(),
+}
+
+
+def _wrong(content):
+    """Every number becomes a word."""
+    if isinstance(content, dict):
+        return {key: _wrong(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_wrong(value) for value in content]
+    return "word" if isinstance(content, int | float) else content
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run", iterations=3) or tmp_path_factory.getbasetemp()
+
+
+FILES = ["summary.json", "provenance.json", "stages.json", "conversation.json", "eval/before.json", "eval/after.json"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+@pytest.mark.parametrize("file", FILES)
+def test_the_report_names_what_is_damaged(whole, monkeypatch, file, damage):
+    path = whole / file
+    content = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](content))
+    monkeypatch.setattr("reachrl.run.report.render_page", lambda *_, **__: "")  # what is read, not how it is drawn
+    try:
+        with pytest.raises(StorageError, match=rf"{file} is damaged: .*; delete it and run its stage again"):
+            render_report(whole)
+    finally:
+        path.write_bytes(content)
+    assert render_report(whole) == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"kind": 3}',
+        b'{"kind": "train"}',
+        b'{"kind": "train", "iteration": "x"}',
+        b'{"kind": "train", "iteration": 1, "loss/policy": {}}',
+        b'{"kind": "eval", "iteration": 1, "k": null, "n": 3}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
+    ids=range(10),
+)
+def test_metrics_name_the_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "sft", "step": 1}\n' + line + b'\n{"kind": "sft", "step": 2}\n')
+    with pytest.raises(StorageError, match=r"metrics\.jsonl line 2 is damaged"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+def test_stages_of_a_run_that_goes_on(whole, tmp_path, damage):
+    path = tmp_path / "stages.json"
+    path.write_bytes(DAMAGE[damage]((whole / "stages.json").read_bytes()))
+    with pytest.raises(StorageError, match=r"stages\.json is damaged: .*resume from their own files"):
+        StageRecords(path).done("train")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no text", "word", "deep"])
+def test_a_damaged_hash_is_judged_by_the_configuration_itself(tmp_path, damage):
+    config = {"seed": 1, "ppo": {"lr": 0.5}}
+    Run.open(tmp_path / "run", config, config_hash="abc", tensorboard=False).close()
+    (tmp_path / "run" / ".config_hash").write_bytes(DAMAGE[damage](b"abcabc"))
+    with Run.open(tmp_path / "run", config, config_hash="abc", tensorboard=False):
+        assert (tmp_path / "run" / ".config_hash").read_text() == "abc"
+    (tmp_path / "run" / ".config_hash").write_bytes(b"\xff")
+    with pytest.raises(ReachRLError, match=r"ppo\.lr: 0\.5 in the run"):
+        Run.open(tmp_path / "run", copy.deepcopy(config) | {"ppo": {"lr": 0.25}}, config_hash="x", tensorboard=False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "list", "null", "no text", "deep"])
+def test_a_damaged_configuration_of_a_run(tmp_path, damage):
+    Run.open(tmp_path / "run", {"seed": 1}, config_hash="abc", tensorboard=False).close()
+    file = tmp_path / "run" / "config.json"
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(StorageError, match=r"config\.json is damaged"):
+        Run.open(tmp_path / "run", {"seed": 2}, config_hash="abd", tensorboard=False)
+
+
+@pytest.mark.parametrize("content", [{}, {"heldout": 3}, {"fingerprint": "x", "heldout": {"calibration_error": 0.1}}])
+def test_quality_of_a_reward_model(tmp_path, content):
+    (tmp_path / "quality.json").write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=r"quality\.json is damaged: .*Field required; fit again"):
+        read_record(tmp_path / "quality.json", RewardQuality, remedy="fit again")
+
+
+def test_results_on_the_terminal(whole, tmp_path):
+    with pytest.raises(StorageError, match=r"before\.json is missing; delete it and evaluate again"):
+        show_evaluations(tmp_path)
+    (tmp_path / "stages.json").write_text('{"eval": {"info": {}}}')
+    with pytest.raises(StorageError, match=r"stages\.json is damaged: eval\.info\.caveats: Field required"):
+        read_record(tmp_path / "stages.json", EvalStage, remedy="")
