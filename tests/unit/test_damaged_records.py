@@ -39,21 +39,24 @@ def _wrong(content):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", iterations=3) or tmp_path_factory.getbasetemp()
+    return make_run(tmp_path_factory.mktemp("runs") / "run", iterations=3)
 
 
 FILES = ["summary.json", "provenance.json", "stages.json", "conversation.json", "eval/before.json", "eval/after.json"]
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=str)
-@pytest.mark.parametrize("file", FILES)
+# Of the numbers in provenance.json the report reads none that it computes with.
+PAIRS = [(file, damage) for file in FILES for damage in DAMAGE if (file, damage[:7]) != ("provenance.json", "objects")]
+
+
+@pytest.mark.parametrize(("file", "damage"), PAIRS)
 def test_the_report_names_what_is_damaged(whole, monkeypatch, file, damage):
     path = whole / file
     content = path.read_bytes()
     path.write_bytes(DAMAGE[damage](content))
     monkeypatch.setattr("reachrl.run.report.render_page", lambda *_, **__: "")  # what is read, not how it is drawn
     try:
-        with pytest.raises(StorageError, match=rf"{file} is damaged: .*; delete it and run its stage again"):
+        with pytest.raises(StorageError, match=rf"{file} is (damaged: |not JSON).*; delete it and run its stage again"):
             render_report(whole)
     finally:
         path.write_bytes(content)
@@ -87,7 +90,7 @@ def test_metrics_name_the_line(tmp_path, line):
 def test_stages_of_a_run_that_goes_on(whole, tmp_path, damage):
     path = tmp_path / "stages.json"
     path.write_bytes(DAMAGE[damage]((whole / "stages.json").read_bytes()))
-    with pytest.raises(StorageError, match=r"stages\.json is damaged: .*resume from their own files"):
+    with pytest.raises(StorageError, match=r"stages\.json is (damaged: |not JSON).*resume from their own files"):
         StageRecords(path).done("train")
 
 
@@ -108,7 +111,7 @@ def test_a_damaged_configuration_of_a_run(tmp_path, damage):
     Run.open(tmp_path / "run", {"seed": 1}, config_hash="abc", tensorboard=False).close()
     file = tmp_path / "run" / "config.json"
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    with pytest.raises(StorageError, match=r"config\.json is damaged"):
+    with pytest.raises(StorageError, match=r"config\.json is (damaged|not JSON)"):
         Run.open(tmp_path / "run", {"seed": 2}, config_hash="abd", tensorboard=False)
 
 

@@ -202,5 +202,5 @@ def read_record(path: Path, shape: type[BaseModel], *, remedy: str) -> Any:
     except FileNotFoundError as error:
         raise StorageError(f"{path} is missing; {remedy}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path} is damaged: it is not JSON ({error}); {remedy}") from error
+        raise StorageError(f"{path} is not JSON ({error}); {remedy}") from error
     return content
