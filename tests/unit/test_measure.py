@@ -13,7 +13,7 @@ from reachrl.cli.display import Display
 from reachrl.config.libero_tasks import SUITES
 from reachrl.config.protocols import evaluation_config
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import ConfigError
+from reachrl.errors import ConfigError, StorageError
 from reachrl.evaluate import evaluate, heldout_starts
 from reachrl.pipeline import measure as measuring
 from reachrl.pipeline.measure import Measurement, measure, played
@@ -97,6 +97,42 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(policy, whole, tmp_p
     assert measure(measurement(policy, out, 2, (2, 2)), QUIET)["modes"] == whole["modes"]
     written = [line for file in (out / "episodes").glob("*.jsonl") for line in file.read_text().splitlines()]
     assert sum(line.endswith("}") for line in written) == len(played(out)) == 18
+
+
+def test_an_outcome_is_recorded_once_its_film_stands(policy, tmp_path, monkeypatch):
+    """A kill between the two must leave the episode to be played again, not an outcome without its film."""
+    out = tmp_path / "cut"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "write_video", kill)
+        with pytest.raises(Killed):
+            measure(measurement(policy, out), QUIET)
+    assert ("greedy", "red-square", 0) not in played(out)
+    measure(measurement(policy, out), QUIET)
+    assert [path.name for path in (out / "videos").iterdir()] == ["red-square.mp4"]
+    assert ("greedy", "red-square", 0) in played(out)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "words"),
+    [
+        ("file", ConfigError, "--out .*file is a file; expected a folder"),
+        ("file/below", StorageError, "Not a directory"),
+        ("/proc/out", StorageError, "could not write /proc/out"),
+        ("/proc/out/below", StorageError, "could not write /proc/out/below"),
+        ("x" * 300, StorageError, "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_played(policy, tmp_path, out, error, words):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(error, match=words):
+        measure(measurement(policy, tmp_path / out), QUIET)
 
 
 def test_a_killed_worker_costs_time_and_no_outcome(policy, whole, tmp_path, monkeypatch):

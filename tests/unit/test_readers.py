@@ -402,3 +402,8 @@ def test_imported_trajectories_can_be_stored(tmp_path):
 )
 def test_names_of_tasks(text, name):
     assert slug(text) == name and len(slug(text * 90)) <= 100
+
+
+def test_long_sentences_that_begin_alike_are_two_tasks():
+    first, second = (slug(f"{'put the black bowl on the plate ' * 4}{side}") for side in ("left", "right"))
+    assert first != second and len(first) == len(second) == 100

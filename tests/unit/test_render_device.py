@@ -1,5 +1,7 @@
 """Which device draws: EGL's numbers found from CUDA's, without a GPU in sight."""
 
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from toy_policy import toy_config
 
 from reachrl import child
-from reachrl.envs import render_device
+from reachrl.config.env import MetaworldConfig
+from reachrl.envs import gl, render, render_device
 from reachrl.envs.egl_query import query
-from reachrl.envs.render_device import EglDevice, choose_device, render_variables
+from reachrl.envs.render_device import EglDevice, check_rendering, choose_device, render_variables
 from reachrl.envs.vector import VectorEnv
+from reachrl.errors import ConfigError, MissingExtra
 from reachrl.types import Start
 
 SOFTWARE = EglDevice(index=3, cuda=None, software=True)
@@ -21,8 +25,10 @@ THREE_GPUS = (*(EglDevice(index=i, cuda=c, software=False) for i, c in enumerate
 @pytest.fixture
 def machine(monkeypatch):
     """Fakes what EGL lists, the environment and whether the kernel knows a GPU."""
-    for name in ("MUJOCO_EGL_DEVICE_ID", "MUJOCO_GL", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
+    for name in (*gl.GL_VARIABLES, "CUDA_VISIBLE_DEVICES", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, "")  # so that what a test sets goes again
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(gl, "_loads", lambda library: library.startswith("libEGL"))
     render_device._warn_once.cache_clear()
 
     def fake(devices, *, gpu=False, **environment):
@@ -81,6 +87,69 @@ def test_the_users_own_choice_stands(machine):
     machine(THREE_GPUS, MUJOCO_EGL_DEVICE_ID="1")
     assert render_variables("cuda:0", 0) == {}
     assert choose_device((), None, "cpu", 0) == (None, None)
+
+
+@pytest.mark.parametrize("empty", ["MUJOCO_EGL_DEVICE_ID", "MUJOCO_GL"])
+def test_an_empty_variable_counts_as_unset(machine, monkeypatch, empty):
+    machine(THREE_GPUS, **{empty: ""})
+    assert render_variables("cuda:0", 0) == {"MUJOCO_EGL_DEVICE_ID": "1"}
+    check_rendering()
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    gl.choose_gl()
+    assert empty not in os.environ or os.environ[empty]  # MuJoCo itself would choke on it
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "words"),
+    [
+        ({"MUJOCO_EGL_DEVICE_ID": "5"}, ConfigError, "MUJOCO_EGL_DEVICE_ID=5 .*a number from 0 to 3, or unset it"),
+        ({"MUJOCO_EGL_DEVICE_ID": "abc"}, ConfigError, "MUJOCO_EGL_DEVICE_ID=abc .*a number from 0 to 3"),
+        ({"MUJOCO_EGL_DEVICE_ID": "-1"}, ConfigError, "MUJOCO_EGL_DEVICE_ID=-1 "),
+        ({"MUJOCO_GL": "glfw"}, MissingExtra, "MUJOCO_GL=glfw draws in a window, but there is no display"),
+        ({"MUJOCO_GL": "glx", "DISPLAY": ""}, MissingExtra, "MUJOCO_GL=glx .*no display"),
+        ({"MUJOCO_GL": "wgl"}, MissingExtra, "MUJOCO_GL=wgl names no GL back end; expected egl, osmesa, glfw, glx"),
+        ({"PYOPENGL_PLATFORM": "osmesa"}, MissingExtra, r"osmesa could not be loaded \(PYOPENGL_PLATFORM=osmesa\)"),
+        ({"PYOPENGL_PLATFORM": "osmesa", "MUJOCO_GL": "egl"}, ConfigError, "does not go with MUJOCO_GL=egl; unset"),
+        ({"PYOPENGL_PLATFORM": "x11"}, ConfigError, "PYOPENGL_PLATFORM=x11 does not go with frames.*off screen"),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="back ends of Linux")
+def test_variables_that_cannot_be_followed_are_told_before_any_worker_starts(
+    machine, monkeypatch, variables, error, words
+):
+    machine(THREE_GPUS, **variables)
+    monkeypatch.setattr(child, "subprocess", None)  # no process can be started
+    with pytest.raises(error, match=words) as caught:
+        VectorEnv(MetaworldConfig(tasks=("door-close",)), 2)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "chosen"),
+    [
+        ({}, "egl"),
+        ({"PYOPENGL_PLATFORM": "egl"}, "egl"),
+        ({"MUJOCO_EGL_DEVICE_ID": "3"}, "egl"),
+        ({"MUJOCO_GL": "glfw", "DISPLAY": ":0", "MUJOCO_EGL_DEVICE_ID": "9"}, "glfw"),
+    ],
+    ids=str,
+)
+def test_variables_that_can_be_followed_are(machine, variables, chosen):
+    machine(THREE_GPUS, **variables)
+    check_rendering()
+    assert gl.gl_back_end() == chosen
+
+
+def test_a_context_that_cannot_be_made_is_told_with_the_variables(machine, monkeypatch):
+    machine(THREE_GPUS, MUJOCO_EGL_DEVICE_ID="2")
+
+    def refuse(*_):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(render, "import_mujoco", lambda: SimpleNamespace(GLContext=refuse))
+    with pytest.raises(MissingExtra, match="MUJOCO_EGL_DEVICE_ID=2.*no such device"):
+        render.Renderer(8)
 
 
 def test_this_machines_devices_are_listed_whatever_cuda_may_see(monkeypatch):

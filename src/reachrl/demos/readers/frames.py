@@ -1,5 +1,6 @@
 """What the readers share: names of tasks, the size of an episode, encoded pictures."""
 
+import hashlib
 import io
 import re
 
@@ -16,11 +17,17 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 def slug(text: str, *, longest: int = 100) -> str:
     """A task's name from a sentence or a file's name: lower-case words joined by hyphens.
 
+    Sentences that differ in case and punctuation alone name one task.
+
     Args:
         text: anything; what is neither letter nor digit parts words.
-        longest: characters kept, so that a file can bear the name.
+        longest: characters of the name; of a longer one the end gives way to a digest of the whole.
     """
-    return "-".join(re.findall(r"[^\W_]+", text.lower()))[:longest].strip("-") or "task"
+    name = "-".join(re.findall(r"[^\W_]+", text.lower())) or "task"
+    if len(name) <= longest:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{name[: longest - len(digest) - 1].strip('-')}-{digest}"
 
 
 def check_size(num_frames: int, height: int, width: int, where: str) -> None:
