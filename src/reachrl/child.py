@@ -112,7 +112,7 @@ def signal_name(number: int) -> str:
 def limit_reached(error: BaseException) -> str | None:
     """Which limit of the system an error tells of and what to do about it; None if it tells of none."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.EMFILE, errno.ENFILE):
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):  # of an import, say
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
             f"too many open files (at most {files} in one process). Raise the limit (ulimit -n) or lower "

@@ -10,7 +10,11 @@ from pathlib import Path
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where `getpass.getuser` looks before the password file
 # Libraries that end a process when they find no place for what is merely a cache. Where models and data are kept is
 # not among them: a home that cannot be written may still hold those.
-_CACHES = ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "TRITON_CACHE_DIR")
+_CACHES = {  # by the variable that names the place: the variable and the folder of the home that decide else
+    "NUMBA_CACHE_DIR": ("XDG_CACHE_HOME", ".cache"),
+    "MPLCONFIGDIR": ("XDG_CONFIG_HOME", ".config"),
+    "TRITON_CACHE_DIR": ("TRITON_HOME", ".triton"),
+}
 
 
 def home_variables() -> dict[str, str]:
@@ -23,12 +27,13 @@ def home_variables() -> dict[str, str]:
     if entry is None and not any(os.environ.get(name) for name in _NAMES):
         found["USER"] = f"uid{os.getuid()}"
     home = os.environ.get("HOME") or (entry.pw_dir if entry is not None else "")
-    if not home or not Path(home).is_absolute():
-        found["HOME"] = str(private_folder())
-    elif not os.environ.get("HOME"):
+    if not os.path.isabs(home):
+        home = str(private_folder())
+    if home != os.environ.get("HOME"):
         found["HOME"] = home
-    if not _writable(Path(home)) and "HOME" not in found:
-        found |= {name: str(private_folder() / name.lower()) for name in _CACHES if not os.environ.get(name)}
+    for name, (base, below) in _CACHES.items():
+        if not os.environ.get(name) and not _writable(Path(os.environ.get(base) or Path(home) / below)):
+            found[name] = str(private_folder() / name.lower())
     return found
 
 

@@ -126,6 +126,12 @@ def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
         (OSError(errno.ENFILE, "Too many open files in system"), 2, r"ulimit -n.*env\.num_envs"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2, r"ulimit -u.*env\.num_envs"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, r"ulimit -v.*env\.num_envs"),
+        (
+            ImportError("libtorch.so: cannot open shared object file: Too many open files"),
+            2,
+            r"ulimit -n.*env\.num_envs",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 8, "set TMPDIR"),
         (RuntimeError("can't start new thread"), 2, r"ulimit -u.*env\.num_envs"),
         (PermissionError(errno.EACCES, "Permission denied", "/closed/x"), 8, "/closed/x: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", b"/cd/\xe9"), 8, r"'/cd/\\udce9': Read-only file system"),

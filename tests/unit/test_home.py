@@ -7,13 +7,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reachrl import home
 from reachrl.home import cache_folder, home_variables
 
-VARIABLES = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", *home._CACHES)
+VARIABLES = (
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LNAME",
+    "USERNAME",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "TRITON_HOME",
+    *home._CACHES,
+)
 
 
 @pytest.fixture
@@ -61,6 +72,20 @@ def test_a_home_that_cannot_be_written_stays_and_only_caches_move(nobody, tmp_pa
     assert "HOME" not in found and found["MPLCONFIGDIR"].startswith(private)
     assert found.get("NUMBA_CACHE_DIR", "kept").startswith(private if empty else "kept")
     assert cache_folder().is_relative_to(private)
+
+
+def test_a_home_in_the_password_file_that_is_not_there_is_no_place_for_caches(nobody, tmp_path):
+    nobody.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_dir="/proc/none"))
+    nobody.setattr(home.os, "access", lambda path, mode: not str(path).startswith("/proc"))
+    found = home_variables()
+    assert found["HOME"] == "/proc/none" and found["NUMBA_CACHE_DIR"].startswith(str(tmp_path))
+
+
+def test_one_closed_folder_of_a_home_moves_its_cache_alone(nobody, tmp_path):
+    (tmp_path / "user" / ".cache").mkdir(parents=True)  # made by another user, as images do
+    nobody.setattr(home.os, "access", lambda path, mode: not str(path).endswith(".cache"))
+    nobody.setenv("HOME", str(tmp_path / "user"))
+    assert home_variables().keys() == {"USER", "NUMBA_CACHE_DIR"}
 
 
 def test_caches_lie_where_the_user_keeps_caches(nobody, tmp_path):

@@ -106,7 +106,7 @@ def test_an_outcome_is_recorded_once_its_film_stands(policy, tmp_path, monkeypat
     class Killed(BaseException):
         pass
 
-    def kill(*_):
+    def kill(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:

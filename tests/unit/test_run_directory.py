@@ -84,6 +84,13 @@ def test_damaged_histories_and_configurations_are_named(tmp_path: Path) -> None:
             open_run(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["/proc/run", "/proc/runs/1", "x" * 300, "file/below"])
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not write"):
+        open_run(tmp_path / place)
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

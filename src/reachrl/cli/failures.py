@@ -44,6 +44,8 @@ def expected_failure(error: BaseException) -> ReachRLError | None:
         return ConfigError(f"{_shown(error.object[:200])} has bytes that are no UTF-8; rename it")
     if not isinstance(error, OSError):
         return None
+    if "No usable temporary directory" in str(error):
+        return StorageError(f"{error.strerror or error}; set TMPDIR to a folder that can be written")
     if isinstance(error, FileNotFoundError) and not _working_directory_exists():
         return StorageError(
             "the working directory was deleted while the command ran; files that it had written there went with it. "

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.child import pipe_to_parent
+from reachrl.child import limit_reached, pipe_to_parent
 from reachrl.envs.base import Env
 from reachrl.envs.shared_arrays import SharedArrays
-from reachrl.errors import ReachRLError
+from reachrl.errors import ConfigError, ReachRLError
 from reachrl.registry import build, section_class
 from reachrl.types import SPLITS, Start
 
@@ -99,8 +99,9 @@ def serve(connection: Connection) -> None:
             reply = worker.answer(command)
         except ReachRLError as error:
             reply = {"error": str(error), "kind": type(error).__name__}
-        except Exception:
-            reply = {"error": traceback.format_exc(), "kind": None}
+        except Exception as error:
+            limit = None if isinstance(error, BlockingIOError) else limit_reached(error)
+            reply = {"error": limit or traceback.format_exc(), "kind": ConfigError.__name__ if limit else None}
         try:
             connection.send_bytes(json.dumps(reply).encode())
         except BrokenPipeError:

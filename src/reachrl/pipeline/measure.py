@@ -129,9 +129,11 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
 def _claim(measurement: Measurement) -> None:
     """Write what is measured into a new folder, or check that an existing one is about the same."""
     file, asked = measurement.out / "measurement.json", measurement.describe()
-    if measurement.out.exists() and not measurement.out.is_dir():
-        raise ConfigError(f"--out {measurement.out} is a file; expected a folder, or a name that does not exist yet")
     with storage_errors(measurement.out):
+        if measurement.out.exists() and not measurement.out.is_dir():
+            raise ConfigError(
+                f"--out {measurement.out} is a file; expected a folder, or a name that does not exist yet"
+            )
         measurement.out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         write_json_atomic(file, asked)

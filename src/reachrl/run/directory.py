@@ -47,13 +47,13 @@ class Run:
             StorageError: The folder cannot be written.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--run {path} is a file; expected a folder, or a name that does not exist yet")
-        if path.is_dir() and not (path / "config.json").exists() and (path / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"{path} has a metrics.jsonl but no config.json, so it cannot be resumed; choose another --run"
-            )
         with storage_errors(path):
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"--run {path} is a file; expected a folder, or a name that does not exist yet")
+            if path.is_dir() and not (path / "config.json").exists() and (path / "metrics.jsonl").exists():
+                raise ConfigError(
+                    f"{path} has a metrics.jsonl but no config.json, so it cannot be resumed; choose another --run"
+                )
             path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(path / ".lock")
         lock.acquire()
