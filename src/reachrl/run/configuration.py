@@ -84,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{file} is not JSON ({error}); choose another --run") from error
     if not isinstance(config, dict):
         raise StorageError(f"{file} holds no configuration; choose another --run")
@@ -120,7 +120,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         if all(isinstance(each["changes"], dict) and isinstance(each["iteration"], int) for each in entries):
             return list(entries)
         raise ValueError("an entry without changes")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(
             f"{file} is damaged ({error}); it lists the changes of the run's configuration: repair it, or delete it to "
             "go on without them"

@@ -85,6 +85,7 @@ def render_report(run_path: Path) -> str:
     summary = _read(run_path / "summary.json", Summary) or {}
     provenance = _read(run_path / "provenance.json", Provenance) or {}
     config = _read(run_path / "config.json", AnyObject)
+    stages = _read(run_path / "stages.json", Stages) or {}
     train = read_metrics(run_path / "metrics.jsonl", "train")
     evals = {name: _read(run_path / "eval" / f"{name}.json", Evaluation) or {} for name in ("before", "after")}
     return render_page(
@@ -103,12 +104,12 @@ def render_report(run_path: Path) -> str:
         alarm=_alarm(run_path, train),
         warm_start=_losses(run_path, "sft", 960),
         panels=_panels(train),
-        timing=_timing(summary, _read(run_path / "stages.json", Stages) or {}, train),
+        timing=_timing(summary, stages, train),
         timeline=timeline_section(run_path),
         config=sorted(flatten_config(config).items()) if config else None,
         changes=read_history(run_path),
         origin=provenance.get("from"),
-        unfinished=_unfinished(config, _read(run_path / "stages.json") or {}, train),
+        unfinished=_unfinished(config, stages, train),
         commands=_commands(provenance),
     )
 
