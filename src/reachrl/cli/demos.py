@@ -1,10 +1,13 @@
 """`reachrl demos`: collect demonstrations."""
 
-from reachrl.cli.stages import OverridesArgument, PresetArgument, QuietOption, RunOption, run_command
+from reachrl.cli.stages import OverridesArgument, QuietOption, RunOption, RunPresetArgument, run_command
 
 
 def demos(
-    preset: PresetArgument, overrides: OverridesArgument = None, run: RunOption = None, quiet: QuietOption = False
+    preset: RunPresetArgument = None,
+    overrides: OverridesArgument = None,
+    run: RunOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Collect demonstrations from scripted experts on training start states."""
     run_command("demos", preset, overrides, run, quiet)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from reachrl.cli.results import show_evaluations, show_result
-from reachrl.cli.stages import QuietOption, RunOption, interruptible, run_command
+from reachrl.cli.stages import QuietOption, RunOption, interruptible, named_preset, run_command
 from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ def eval_(
             rich_help_panel=OWN,
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="latest|best|N",
+            help="The policy in a checkpoint of --run: the last, the best by validation, or iteration N.",
+            rich_help_panel=OWN,
+        ),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Play one of N parts; the last to end merges.", rich_help_panel=OWN),
@@ -53,10 +61,11 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Measure success on held-out start states: of a run before and after training, or of any policy."""
-    overrides = list(overrides or [])
-    if preset is not None and "=" in preset:
-        preset, overrides = None, [preset, *overrides]
-    preset = preset or _preset_of(run, policy)
+    if checkpoint is not None:
+        if run is None or policy is not None:
+            raise ConfigError("--checkpoint names one of --run's checkpoints, and goes without --policy")
+        policy = chosen_checkpoint(run, checkpoint) / "policy"
+    preset, overrides = named_preset(preset, overrides, run, policy.parent if policy else None)
     if policy is None and suite is None and protocol is None:
         if shard or out:
             raise ConfigError("--shard and --out go with --protocol heldout or official")
@@ -66,18 +75,44 @@ def eval_(
     from reachrl.pipeline.measure import measure
 
     with interruptible(quiet, measurement.out) as display:
+        if checkpoint is not None and policy is not None:
+            done = int(policy.parent.name.removeprefix("step_"))
+            display.log(f"checkpoint {policy.parent.name}: {done} of {measurement.config.num_iterations} iterations")
         result = measure(measurement, display)
     show_result(result, measurement.out)
 
 
-def _preset_of(run: Path | None, policy: Path | None) -> str:
-    """The configuration of a run, given itself or by the policy it trained."""
-    for folder in (run, policy.parent if policy else None):
-        if folder is not None and (folder / "config.json").is_file():
-            return str(folder / "config.json")
-    raise ConfigError(
-        "reachrl eval needs a preset (see `reachrl list`), or --run or --policy of a run that has its config.json"
-    )
+def chosen_checkpoint(run: Path, which: str) -> Path:
+    """One of a run's checkpoints.
+
+    Args:
+        run: the run folder.
+        which: `latest`, `best` (by the validation curve) or the number of an iteration.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    from reachrl.run.checkpoint import checkpoint_step, list_checkpoints
+    from reachrl.run.metrics import read_metrics
+
+    kept = {checkpoint_step(folder): folder for folder in list_checkpoints(run / "checkpoints")}
+    if not kept:
+        raise ConfigError(f"{run} has no checkpoints: has `reachrl train` begun there?")
+    there = f"there are checkpoints of iterations {', '.join(map(str, kept))}"
+    if which == "latest":
+        return kept[max(kept)]
+    if which == "best":
+        curve = {record["iteration"]: record["rate"] for record in read_metrics(run / "metrics.jsonl", "validation")}
+        judged = {step: curve[step] for step in kept if step in curve}
+        if not judged:
+            raise ConfigError(
+                f"{run}: no checkpoint was judged on validation starts ({there}); best needs eval.during_every, with "
+                "checkpoint_every a multiple of it. Use --checkpoint latest"
+            )
+        return kept[max(judged, key=lambda step: (judged[step], step))]
+    if not which.isdecimal() or int(which[:9]) not in kept:
+        raise ConfigError(f"--checkpoint {which}: expected latest, best or an iteration; {there}")
+    return kept[int(which)]
 
 
 def _measurement(
@@ -104,8 +139,11 @@ def _measurement(
         raise ConfigError("no policy to evaluate: give --policy, --run of a finished run, or policy.checkpoint=...")
     if policy is not None and not policy.is_dir():
         raise ConfigError(f"there is no policy in {policy}: has `reachrl train` finished there?")
-    trained_in = policy.parent if policy and (policy.parent / "config.json").is_file() else None
-    folder = out or (trained_in or Path("runs")) / file_name(getattr(config.env, "suite", config.env.kind), f"-{known}")
+    step = policy.parent.name if policy and policy.parent.parent.name == "checkpoints" else None
+    home = policy.parents[2] if policy and step else policy.parent if policy else None
+    trained_in = home if home and (home / "config.json").is_file() else None
+    ending = f"-{known}" + (f"-{step}" if step else "")
+    folder = out or (trained_in or Path("runs")) / file_name(getattr(config.env, "suite", config.env.kind), ending)
     from reachrl.pipeline.measure import Measurement
 
     return Measurement(config=config, protocol=known, policy=policy, out=folder, shard=_shard(shard))

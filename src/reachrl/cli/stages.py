@@ -12,6 +12,7 @@ import typer
 from reachrl import torchrun
 from reachrl.cli.display import Display
 from reachrl.cli.terminal import say
+from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 PresetArgument = Annotated[
     str,
     typer.Argument(metavar="PRESET", help="A preset's name, a TOML file or a run's config.json; see `reachrl list`."),
+]
+RunPresetArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[PRESET]", help="As for quickstart; left out: that of --run.", show_default=False),
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as ppo.lr=1e-4 seed=1.")
@@ -29,17 +34,26 @@ RunOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the result.")]
 
 
-def run_command(stage: str | None, preset: str, overrides: list[str] | None, run: Path | None, quiet: bool) -> Path:
+def run_command(
+    stage: str | None,
+    preset: str | None,
+    overrides: list[str] | None,
+    run: Path | None,
+    quiet: bool,
+    *,
+    source: Path | None = None,
+) -> Path:
     """Run one stage, or all of them in order, in one run folder.
 
     The configuration is read before torch is imported, so that a mistake in it is told at once.
 
     Args:
         stage: A name of `reachrl.pipeline.STAGES`, or `None` for all.
-        preset: Name or file of the preset.
+        preset: Name or file of the preset, or `None` for the run's own configuration.
         overrides: `key=value` changes.
         run: The run folder, or `None` for `runs/<preset>`.
         quiet: Print only warnings and errors.
+        source: The run, or the checkpoint, that a new run begins from.
 
     Returns:
         The run folder.
@@ -49,12 +63,38 @@ def run_command(stage: str | None, preset: str, overrides: list[str] | None, run
     """
     from reachrl.config.loading import load_config
 
-    config = load_config(preset, overrides or [])
+    preset, overrides = named_preset(preset, overrides, run, source and _run_of(source))
+    config = load_config(preset, overrides)
     run_dir = run or Path("runs") / Path(preset).stem
     follower = torchrun.rank() > 0  # the leader speaks for all
     with interruptible(quiet or follower, run_dir) as display:
+        if source is not None and not follower:
+            from reachrl.pipeline.branch import branch
+
+            branch(source, config, run_dir)
         _run(stage, config, run_dir, display)
     return run_dir
+
+
+def named_preset(preset: str | None, overrides: list[str] | None, *folders: Path | None) -> tuple[str, list[str]]:
+    """The preset and the overrides that were typed; without a preset, the configuration of the first folder with one.
+
+    Raises:
+        ConfigError: neither a preset nor a run that has a configuration.
+    """
+    overrides = list(overrides or [])
+    if preset is not None and "=" in preset:
+        preset, overrides = None, [preset, *overrides]
+    if preset is not None:
+        return preset, overrides
+    for folder in folders:
+        if folder is not None and (folder / "config.json").is_file():
+            return str(folder / "config.json"), overrides
+    raise ConfigError("which configuration? Name a preset (see `reachrl list`), or a --run that has its config.json")
+
+
+def _run_of(source: Path) -> Path:
+    return source.parent.parent if source.parent.name == "checkpoints" else source
 
 
 @contextmanager

@@ -118,9 +118,11 @@ def write_provenance(path: Path, **facts: Any) -> dict[str, Any]:
     record["earlier"] = []
     if Path(path).exists():
         before = _earlier(Path(path))
+        if "from" in before:  # where a branch begins
+            record["from"] = before["from"]
         again = all(before.get(key) == record[key] for key in ("command", "commit", "dirty"))
         here = {key: before.get(key) for key in ("started", "command", "commit", "dirty")}
-        record["earlier"] = before.get("earlier", []) + ([] if again else [here])
+        record["earlier"] = before.get("earlier", []) + ([here] if before.get("command") and not again else [])
         record["started"] = before.get("started") if again else record["started"]
     write_json_atomic(path, record)
     return record
