@@ -18,11 +18,11 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.success_rate import SuccessRateSampler
 from reachrl.envs.vector import VectorEnv
+from reachrl.loop import train
 from reachrl.rewards.task import TaskReward
 from reachrl.run.directory import Run
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.testing.rewards import ShuffledReward
-from reachrl.train import train
 
 PPO_OPTIONS = PPOConfig(
     lr=0.15, value_lr=0.1, gamma=0.95, minibatch_size=64, epochs=2, target_kl=None, warmup_iterations=2

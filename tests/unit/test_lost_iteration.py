@@ -9,11 +9,11 @@ from toy_policy import toy_config, toy_policy
 
 from reachrl.backends.base import Done
 from reachrl.backends.local import LocalActors, LocalBackend
+from reachrl.loop import TrainState, still_warming_up, train
 from reachrl.registry import build
 from reachrl.rewards.process.fit import new_reward_model
 from reachrl.run.directory import Run
 from reachrl.testing.rewards import make_rollout
-from reachrl.train import TrainState, still_warming_up, train
 
 
 def without_data(rollout):

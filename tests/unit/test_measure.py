@@ -14,7 +14,7 @@ from reachrl.config.libero_tasks import SUITES
 from reachrl.config.protocols import evaluation_config
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError, StorageError
-from reachrl.evaluate import evaluate, heldout_starts
+from reachrl.evaluation import evaluate, heldout_starts
 from reachrl.pipeline import measure as measuring
 from reachrl.pipeline.measure import Measurement, measure, played
 from reachrl.run import result_page

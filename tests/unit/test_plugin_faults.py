@@ -12,11 +12,11 @@ from reachrl.backends.learner import LocalLearner
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ExtensionError
+from reachrl.loop import train
 from reachrl.rewards.task import TaskReward
 from reachrl.run.directory import Run
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.testing.rewards import make_rollout
-from reachrl.train import train
 from reachrl.types import Observation
 
 

@@ -20,11 +20,11 @@ from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.config.train import refuse_rounded_training
 from reachrl.demos.sft import _optimizer as sft_optimizer
 from reachrl.errors import ConfigError
+from reachrl.loop import warn_of_lost_steps
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.rewards.process.optimise import _optimizer as reward_optimizer
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.run.weight_change import ALARM, WeightSample
-from reachrl.train import warn_of_lost_steps
 
 
 def step(parameters: list[nn.Parameter], lr: float, *, steps: int = 3) -> tuple[float, list[torch.Tensor]]:

@@ -44,7 +44,7 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
             around another stage than `train`.
         ReachRLError: whatever the stage itself raises.
     """
-    from reachrl.evaluate import protocol_hash
+    from reachrl.evaluation import protocol_hash
     from reachrl.pipeline.resumption import permit
     from reachrl.run.directory import Run
     from reachrl.run.provenance import write_provenance

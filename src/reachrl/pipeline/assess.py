@@ -14,7 +14,7 @@ from reachrl.config.loading import config_hash
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
-from reachrl.evaluate import compare, evaluate, heldout_starts, protocol_hash
+from reachrl.evaluation import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures
 from reachrl.pipeline.reinforce import build_reward, trained_reward

@@ -12,7 +12,7 @@ from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
-from reachrl.evaluate import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
+from reachrl.evaluation import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.pretrained import weight_files

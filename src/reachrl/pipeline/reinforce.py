@@ -15,6 +15,7 @@ from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError, LearnerLostError
+from reachrl.loop import TrainState, Watcher, saved_reward_state, train
 from reachrl.pipeline.base import Display, StageProgress
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.pipeline.resumption import forget_results
@@ -27,7 +28,6 @@ from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
 from reachrl.run.directory import Run
-from reachrl.train import TrainState, Watcher, saved_reward_state, train
 from reachrl.types import Start, Trajectory
 
 log = logging.getLogger(__name__)

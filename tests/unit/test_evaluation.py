@@ -11,7 +11,7 @@ from reachrl.cli.display import Display
 from reachrl.config.train import EvalSection
 from reachrl.demos.shard import iter_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.evaluate import ValidationCurve, compare, evaluate, heldout_starts, protocol_hash
+from reachrl.evaluation import ValidationCurve, compare, evaluate, heldout_starts, protocol_hash
 from reachrl.functional.stats import wilson
 from reachrl.pipeline.reinforce import policy_trajectories
 from reachrl.registry import build

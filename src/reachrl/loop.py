@@ -15,7 +15,7 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import CheckpointError, ExtensionError
-from reachrl.evaluate import ValidationCurve
+from reachrl.evaluation import ValidationCurve
 from reachrl.functional.stats import weighted_rate
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
