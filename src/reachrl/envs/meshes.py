@@ -59,7 +59,8 @@ def _decimated(mesh: Any, faces: int) -> tuple[np.ndarray, np.ndarray]:
         extents = [np.linalg.norm(np.ptp(mesh.vertices[mesh.faces[piece].ravel()], axis=0)) for piece in pieces]
         mesh.update_faces(np.isin(groups, np.flatnonzero(np.array(extents) >= _SMALLEST_PIECE * mesh.scale)))
         mesh.remove_unreferenced_vertices()
-    simple = mesh.simplify_quadric_decimation(face_count=faces, aggression=_CARE)
+    # Without its smallest pieces it may already be as simple as asked; the decimation refuses that.
+    simple = mesh.simplify_quadric_decimation(face_count=faces, aggression=_CARE) if len(mesh.faces) > faces else mesh
     return simple.vertices.astype(np.float32), simple.faces.astype(np.int32)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import instruction
 from reachrl.envs.base import Env, check_start, start_option
+from reachrl.envs.libero.assets import check_assets, find_assets
 from reachrl.envs.libero.experts.expert import Expert
-from reachrl.envs.libero.installation import check_versions, find_assets, stand_in_assets
+from reachrl.envs.libero.installation import check_alone, check_suite, check_versions
 from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
@@ -52,18 +53,17 @@ class LiberoEnv(Env):
 
     @classmethod
     def prepare(cls, config: LiberoConfig) -> None:
-        """Check versions and that frames can be drawn, and have the assets at hand, before workers need them."""
+        """Check what is installed, that frames can be drawn and that assets are the benchmark's, before workers start."""
         check_versions()
+        check_alone()
         check_rendering()
-        find_assets(config.assets)
+        check_suite(config.suite)
+        check_assets(find_assets(config.assets))
 
     @classmethod
     def caveats(cls, config: LiberoConfig) -> tuple[str, ...]:
         """Everything that sets success rates apart from published ones."""
         said = {
-            "stand-in assets: pictures are not the benchmark's, rates do not compare with published ones": (
-                stand_in_assets(find_assets(config.assets))
-            ),
             "trained on evaluation starts (env.split=paper)": config.split == "paper",
             "fast simulation: frames differ a little from the benchmark's (env.simulation=fast)": (
                 config.simulation == "fast"

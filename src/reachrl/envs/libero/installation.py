@@ -12,25 +12,22 @@ import tempfile
 import types
 import zipfile
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reachrl.config.libero_tasks import SUITES
 from reachrl.envs.gl import import_mujoco
 from reachrl.errors import ConfigError, MissingExtra
 
-ASSETS_VARIABLE = "REACHRL_LIBERO_ASSETS"
-HUB_REPOSITORY = "lerobot/libero-assets"
-INSTALL = (
-    "pip install 'reachrl[libero]'  and then\n  pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
-)
+INSTALL = "pip install 'reachrl[libero]' && pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
+INSTALL_AGAIN = "pip install --force-reinstall --no-deps hf-libero==0.1.4"
 # Versions whose physics the benchmark's stored start states and our recorded figures belong to.
 _NEEDED = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "bddl": "1.0.1"}
 _MUJOCO_BELOW = (3, 4)  # from 3.4.0 on a stored libero_spatial state is reported to break; 3.10 changes the API
-_ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 
 
 def check_versions() -> None:
@@ -42,12 +39,12 @@ def check_versions() -> None:
     found = {name: _version(name) for name in (*_NEEDED, "mujoco")}
     missing = [name for name, there in found.items() if there is None]
     if missing:
-        raise MissingExtra(f"LIBERO needs {', '.join(missing)}; run\n  {INSTALL}")
+        raise MissingExtra(f"LIBERO needs {', '.join(missing)}; run  {INSTALL}")
     wrong = [f"{name} {found[name]} (needs {needed})" for name, needed in _NEEDED.items() if found[name] != needed]
     if tuple(int(part) for part in str(found["mujoco"]).split(".")[:2]) >= _MUJOCO_BELOW:
         wrong.append(f"mujoco {found['mujoco']} (needs 3.3; later ones change episodes from stored start states)")
     if wrong:
-        raise MissingExtra(f"LIBERO does not give its published episodes with {', '.join(wrong)}; run\n  {INSTALL}")
+        raise MissingExtra(f"LIBERO does not give its published episodes with {', '.join(wrong)}; run  {INSTALL}")
 
 
 def _version(package: str) -> str | None:
@@ -65,60 +62,48 @@ def package_folder() -> Path:
     """
     spec = find_spec("libero")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtra(f"LIBERO is not installed; run\n  {INSTALL}")
+        raise MissingExtra(f"LIBERO is not installed; run  {INSTALL}")
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
-def find_assets(configured: Path | None) -> Path:
-    """The folder with meshes and textures: configured, from the environment, of an installation, or downloaded.
+def check_alone() -> None:
+    """Refuse a second installation that Python finds under the name `libero`.
 
     Raises:
-        ConfigError: a folder that was named is not one, or nothing was found and the hub cannot be reached.
+        MissingExtra: there is one; which of the two is imported, wholly or in parts, is chance.
+    """
+    claimants = {name.replace("_", "-") for name in packages_distributions().get("libero", ())} - {"hf-libero"}
+    if claimants:
+        names = " ".join(sorted(claimants))
+        raise MissingExtra(
+            f"hf-libero and {names} are both installed as `libero` and overwrite each other's files; "
+            f"run  pip uninstall -y {names} && {INSTALL_AGAIN}"
+        )
+    ours, spec = Path(str(distribution("hf-libero").locate_file("libero"))), find_spec("libero")
+    found = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    others = [str(place) for place in found if place.resolve() != ours.resolve()]
+    if others:
+        raise MissingExtra(
+            f"Python imports `libero` from {', '.join(others)} and not from the installed hf-libero in {ours}; "
+            "start from another folder, with  env -u PYTHONPATH reachrl ..."
+        )
+
+
+def check_suite(suite: str) -> None:
+    """Refuse a suite whose task definitions or stored start states are not there.
+
+    Raises:
+        ConfigError: they are not.
         MissingExtra: LIBERO is not installed.
     """
-    named = {"env.assets": configured, ASSETS_VARIABLE: os.environ.get(ASSETS_VARIABLE)}
-    for name, value in named.items():
-        if value:
-            folder = Path(value).expanduser()
-            if lacking := _lacking(folder):
-                raise ConfigError(
-                    f"{name}={value} is not a folder with LIBERO's assets: it lacks {', '.join(lacking)}; "
-                    "name the folder that holds them, or unset it"
-                )
-            return folder.resolve()
-    installed = (package_folder() / "assets", Path("~/.cache/libero/assets").expanduser())
-    for folder in installed:
-        if not _lacking(folder):
-            return folder
-    return _download(installed)
-
-
-def _lacking(folder: Path) -> list[str]:
-    return [part for part in _ASSET_FOLDERS if not (folder / part).is_dir()]
-
-
-def _download(tried: tuple[Path, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(HUB_REPOSITORY, repo_type="dataset"))  # shows its own progress bar
-    except Exception as error:  # the hub client raises many kinds: no network, no such repository, offline mode
-        raise ConfigError(
-            f"LIBERO's assets were not found: env.assets and {ASSETS_VARIABLE} are unset, there is nothing in "
-            f"{' or '.join(map(str, tried))}, and {HUB_REPOSITORY} could not be downloaded ({_first_line(error)}). "
-            "Give the folder as env.assets=PATH."
-        ) from error
-    return folder / "assets" if (folder / "assets").is_dir() else folder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def stand_in_assets(folder: Path) -> bool:
-    """Whether the folder's own README says that its pictures are not the benchmark's."""
-    readme = folder / "README.md"
-    return readme.is_file() and "not official pictures" in readme.read_text(errors="replace", encoding="utf-8").lower()
+    for part, ending in (("bddl_files", "bddl"), ("init_files", "pruned_init")):
+        folder = package_folder() / part / suite
+        lacking = [task for task in SUITES[suite] if not (folder / f"{task}.{ending}").is_file()]
+        if lacking:
+            raise ConfigError(
+                f"the suite {suite} is not completely installed: {folder} lacks {len(lacking)} of "
+                f"{len(SUITES[suite])} tasks ({lacking[0]}.{ending}); run  {INSTALL_AGAIN}"
+            )
 
 
 def bddl_file(suite: str, task: str) -> Path:
@@ -130,7 +115,7 @@ def bddl_file(suite: str, task: str) -> Path:
     """
     path = package_folder() / "bddl_files" / suite / f"{task}.bddl"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: LIBERO is not completely installed; run\n  {INSTALL}")
+        raise ConfigError(f"{path} is missing: LIBERO is not completely installed; run  {INSTALL_AGAIN}")
     return path
 
 
@@ -152,7 +137,7 @@ def import_upstream(assets: Path) -> Any:
         libero._assets_path_cache = str(assets)
         from libero.libero import envs  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise MissingExtra(f"LIBERO could not be imported ({error}); run\n  {INSTALL}") from error
+        raise MissingExtra(f"LIBERO could not be imported ({error}); run  {INSTALL}") from error
     return envs
 
 
@@ -207,7 +192,7 @@ def stored_starts(suite: str, task: str) -> np.ndarray:
                 states = np.asarray(_ArraysOnly(file).load())
     except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise ConfigError(
-            f"{path} cannot be read as stored start states ({error}); install LIBERO again:\n  {INSTALL}"
+            f"{path} cannot be read as stored start states ({error}); install LIBERO again:  {INSTALL_AGAIN}"
         ) from error
     if states.ndim != 2 or not np.issubdtype(states.dtype, np.floating) or not np.isfinite(states).all():
         raise ConfigError(f"{path} holds {states.dtype}{list(states.shape)}, expected start states as float64[50 K]")
