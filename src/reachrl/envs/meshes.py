@@ -54,14 +54,22 @@ def _trimesh() -> Any:
 
 def _decimated(mesh: Any, faces: int) -> tuple[np.ndarray, np.ndarray]:
     if len(mesh.faces) > _DETAILED * faces:
-        groups = _trimesh().graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
-        pieces = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
-        extents = [np.linalg.norm(np.ptp(mesh.vertices[mesh.faces[piece].ravel()], axis=0)) for piece in pieces]
-        mesh.update_faces(np.isin(groups, np.flatnonzero(np.array(extents) >= _SMALLEST_PIECE * mesh.scale)))
+        mesh.update_faces(_large_pieces(mesh, faces))
         mesh.remove_unreferenced_vertices()
-    # Without its smallest pieces it may already be as simple as asked; the decimation refuses that.
-    simple = mesh.simplify_quadric_decimation(face_count=faces, aggression=_CARE) if len(mesh.faces) > faces else mesh
-    return simple.vertices.astype(np.float32), simple.faces.astype(np.int32)
+    if len(mesh.faces) > faces:
+        mesh = mesh.simplify_quadric_decimation(face_count=faces, aggression=_CARE)
+    return mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32)
+
+
+def _large_pieces(mesh: Any, faces: int) -> np.ndarray:
+    """Which faces belong to the large connected pieces, bool[F]; at least `faces` of them, from the largest on."""
+    groups = _trimesh().graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    pieces = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+    extents = np.array([np.linalg.norm(np.ptp(mesh.vertices[mesh.faces[piece].ravel()], axis=0)) for piece in pieces])
+    order = np.argsort(-extents, kind="stable")
+    before = np.cumsum([0, *(len(pieces[group]) for group in order[:-1])])  # faces in pieces larger than this one
+    kept = order[(extents[order] >= _SMALLEST_PIECE * mesh.scale) | (before < faces)]
+    return np.isin(groups, kept)
 
 
 def picture_coordinates(
