@@ -1,11 +1,12 @@
 """LIBERO: our two simulations against upstream's own environment, step by step and in turns.
 
     python benchmarks/libero_upstream.py speed [--suite libero_object] [--task 0] [--size 128] [--steps 60]
-    python benchmarks/libero_upstream.py parity [--suites libero_spatial libero_object ...] [--start 0]
+    python benchmarks/libero_upstream.py parity --out parity.jsonl [--suites libero_spatial ...] [--start 0]
 
 Each of the three has its own process, as robosuite's renderer and ours disturb each other in one. `speed` pins them to
 one core, where one works at a time. `parity` plays an episode of the scripted expert from a stored start state of every
-task in all three at once and compares joint positions, success, length and frames.
+task in all three at once and compares joint positions, success, length and frames; tasks that are in the file already
+are left out, so it can be stopped and started again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import numpy as np
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.envs.libero import installation
+from reachrl.envs.libero.assets import find_assets
 from reachrl.types import Start
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,7 +46,7 @@ class Stock:
         (Path(folder) / "config.yaml").touch()
         import libero.libero  # pyright: ignore[reportMissingImports]
 
-        libero.libero._assets_path_cache = str(installation.find_assets(None))
+        libero.libero._assets_path_cache = str(find_assets(None))
         self.size, self.env = size, None
 
     def reset(self, suite: str, task: str, start: int) -> None:
@@ -176,32 +178,42 @@ def speed(suite: str, number: int, size: int, steps: int) -> None:
         print(f"{side:9s} {speed_said}; {reset_said}; {memory[side] / 1e9:.2f} GB")
 
 
-def parity(suites: list[str], number: int, size: int, most: int | None) -> None:
+def parity(suites: list[str], number: int, size: int, most: int | None, out: Path) -> None:
     """One expert episode of every task, or the beginning of one, in all three."""
-    pipes, equal, total = start(size, core=None), 0, 0
+    done = {
+        (line["suite"], line["task"]) for line in map(json.loads, out.read_text().splitlines() if out.exists() else ())
+    }
     for suite in suites:
         for index, task in enumerate(SUITES[suite]):
-            ask(pipes, "reset", suite, task, number)
-            gaps, frames, success = {"faithful": 0.0, "fast": 0.0}, {"faithful": 0.0, "fast": 0.0}, dict.fromkeys(SIDES)
-            steps = 0
-            while steps < (most or STEP_LIMITS[suite]) and not any(success.values()):
-                action = ask(pipes, "expert", sides=("fast",))["fast"][0]
-                found = {side: answer[0] for side, answer in ask(pipes, "step", action).items()}
-                success = {side: found[side]["success"] for side in SIDES}
-                for side in gaps:
-                    gap = np.abs(found[side]["positions"] - found["stock"]["positions"]).max()
-                    gaps[side] = max(gaps[side], float(gap))
-                    different = np.abs(found[side]["frame"].astype(float) - found["stock"]["frame"]).mean()
-                    frames[side] = max(frames[side], float(different))
-                steps += 1
-            same = len(set(success.values())) == 1
-            equal, total = equal + same, total + 1
-            line = {"suite": suite, "task": index, "success": success["stock"], "steps": steps, "same_outcome": same}
-            line |= {f"{side}_positions": gaps[side] for side in gaps}
-            line |= {f"{side}_frames": round(frames[side], 3) for side in frames}
+            if (suite, index) in done:
+                continue
+            pipes = start(size, core=None)  # memory of one task at a time
+            line = {"suite": suite, "task": index, **compared(pipes, suite, task, number, most)}
+            stop(pipes)
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
-    stop(pipes)
-    print(f"same success after the same number of steps: {equal} of {total} episodes")
+
+
+def compared(pipes: dict[str, Connection], suite: str, task: str, number: int, most: int | None) -> dict[str, Any]:
+    """Greatest differences of joint positions and, averaged over a frame, of pixels from upstream's."""
+    ask(pipes, "reset", suite, task, number)
+    gaps, frames, success = {"faithful": 0.0, "fast": 0.0}, {"faithful": 0.0, "fast": 0.0}, dict.fromkeys(SIDES)
+    steps, same = 0, True
+    while steps < (most or STEP_LIMITS[suite]) and not any(success.values()):
+        action = ask(pipes, "expert", sides=("fast",))["fast"][0]
+        found = {side: answer[0] for side, answer in ask(pipes, "step", action).items()}
+        success = {side: found[side]["success"] for side in SIDES}
+        same = same and len(set(success.values())) == 1
+        for side in gaps:
+            gap = np.abs(found[side]["positions"] - found["stock"]["positions"]).max()
+            gaps[side] = max(gaps[side], float(gap))
+            different = np.abs(found[side]["frame"].astype(float) - found["stock"]["frame"]).mean()
+            frames[side] = max(frames[side], float(different))
+        steps += 1
+    line = {"success": success["stock"], "steps": steps, "same_outcome": same}
+    line |= {f"{side}_positions": gaps[side] for side in gaps}
+    return line | {f"{side}_frames": round(frames[side], 3) for side in frames}
 
 
 def main() -> None:
@@ -214,7 +226,8 @@ def main() -> None:
     fast.add_argument("--size", type=int, default=128)
     fast.add_argument("--steps", type=int, default=60)
     same = what.add_parser("parity")
-    same.add_argument("--suites", nargs="+", default=[suite for suite in SUITES if suite != "libero_90"])
+    same.add_argument("--suites", nargs="+", default=list(SUITES))
+    same.add_argument("--out", type=Path, required=True, help="file of results, one line a task")
     same.add_argument("--start", type=int, default=0)
     same.add_argument("--size", type=int, default=64)
     same.add_argument("--steps", type=int, help="compare so many at most; unset: whole episodes")
@@ -222,7 +235,7 @@ def main() -> None:
     if asked.what == "speed":
         speed(asked.suite, asked.task, asked.size, asked.steps)
     else:
-        parity(asked.suites, asked.start, asked.size, asked.steps)
+        parity(asked.suites, asked.start, asked.size, asked.steps, asked.out)
     sys.stdout.flush()
 
 

@@ -1,4 +1,4 @@
-"""An installed LIBERO: its files, versions, assets and stored starts are the benchmark's, or one line says what is not."""
+"""An installed LIBERO: files, versions, assets and stored starts are the benchmark's, or one line says what is not."""
 
 import os
 import pickle

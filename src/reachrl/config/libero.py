@@ -50,15 +50,16 @@ class LiberoConfig(EnvSection):
     magnitude, frames with simplified meshes and without smoothed edges."""
 
     mesh_faces: Annotated[int, Affects.EPISODE] = Field(default=200, ge=0)
-    """`simulation=fast`: drawn meshes are simplified to about this many faces; 0 leaves them alone."""
+    """`simulation=fast`: drawn meshes are simplified to about this many faces, scenery to ten times as many; 0 leaves
+    them alone."""
 
     gripper: Annotated[Literal["simulator", "openvla"], Affects.EPISODE] = "simulator"
     """What the last number of an action means: -1 opens and 1 closes (`simulator`), or 1 opens and 0 closes with 0.5
     between, as published OpenVLA checkpoints have it (`openvla`)."""
 
     assets: Annotated[Path | None, Affects.SPEED] = None
-    """Folder with the benchmark's meshes and textures; unset: `REACHRL_LIBERO_ASSETS`, then where an installed LIBERO
-    has them, then the download from its hub."""
+    """Folder with the benchmark's meshes and textures; unset: `REACHRL_LIBERO_ASSETS`, then the assets' packages that
+    `make libero` installs, then where an installed LIBERO has them, then the download from its hub."""
 
     @model_validator(mode="before")
     @classmethod

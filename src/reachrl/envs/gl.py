@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from reachrl.errors import ConfigError, MissingExtra
@@ -94,8 +95,22 @@ def import_mujoco() -> Any:
         MissingExtra: MuJoCo or a GL library is not installed.
     """
     choose_gl()
+    imported = "mujoco" in sys.modules
     try:
         import mujoco
     except ImportError as error:
         raise MissingExtra(f"this environment needs MuJoCo ({error}); run  pip install 'reachrl[metaworld]'") from error
+    if not imported:
+        _keep_no_assets(mujoco)
     return mujoco
+
+
+def _keep_no_assets(mujoco: Any) -> None:
+    """Switch off MuJoCo's cache of compiled meshes and textures: up to 500 MB a process, for scenes compiled once.
+
+    Only while it is empty: shrinking one that holds something ends the process (MuJoCo 3.3.0).
+    """
+    for path in Path(mujoco.__file__).parent.glob("libmujoco.*"):
+        library = ctypes.CDLL(str(path))
+        library.mj_globalCache.restype = ctypes.c_void_p
+        library.mj_setCacheSize(ctypes.c_void_p(library.mj_globalCache()), ctypes.c_size_t(0))

@@ -11,6 +11,7 @@ _CARE = 3  # fast-simplification's aggressiveness: its default of 7 tears holes,
 _DETAILED = 10  # a mesh of more than so many times the wanted faces loses its smallest pieces
 _SMALLEST_PIECE = 0.3  # of the mesh's diagonal; the arm's links hold dozens of screws and hidden parts
 _INWARD = 0.2  # how far from a corner towards the middle of its triangle a picture coordinate is looked up
+_FACING = 0.05  # of the mesh's diagonal; how far away a surface that faces a right angle elsewhere counts as lying
 _STRETCH = 4.0  # a corner's picture coordinate further from the middle's than so many times the usual is across a seam
 
 
@@ -28,16 +29,16 @@ def simplified(path: Path, faces: int) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def simplified_triangles(
-    vertices: np.ndarray, triangles: np.ndarray, faces: int
+    vertices: np.ndarray, triangles: np.ndarray, faces: int, *, all_pieces: bool = False
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Like `simplified`, of a surface in memory: vertices f64[V 3], triangles i[F 3].
+    """Like `simplified`, of a surface in memory: vertices f64[V 3], triangles i[F 3]; none is left out on request.
 
     Raises:
         MissingExtra: the packages that do it are not installed.
     """
     if len(triangles) <= faces:
         return None
-    return _decimated(_trimesh().Trimesh(vertices, triangles, process=True), faces)
+    return _decimated(_trimesh().Trimesh(vertices, triangles, process=True), faces, all_pieces=all_pieces)
 
 
 def _trimesh() -> Any:
@@ -52,8 +53,8 @@ def _trimesh() -> Any:
     return trimesh
 
 
-def _decimated(mesh: Any, faces: int) -> tuple[np.ndarray, np.ndarray]:
-    if len(mesh.faces) > _DETAILED * faces:
+def _decimated(mesh: Any, faces: int, *, all_pieces: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    if len(mesh.faces) > _DETAILED * faces and not all_pieces:
         mesh.update_faces(_large_pieces(mesh, faces))
         mesh.remove_unreferenced_vertices()
     if len(mesh.faces) > faces:
@@ -77,7 +78,8 @@ def picture_coordinates(
 ) -> np.ndarray:
     """Where in its picture each corner of a simplified surface lies: what the nearest point of the original shows.
 
-    A triangle that bridges a seam of the picture would be smeared across it; its corners take the colour of its middle.
+    Nearest among those that face the same way: a dish is thin, and its underside has another picture. A triangle that
+    bridges a seam of the picture would be smeared across it; its corners take the colour of its middle.
 
     Args:
         corners: of the simplified triangles f64[F 3 3].
@@ -94,14 +96,24 @@ def picture_coordinates(
     middles, middle_uv = original.mean(1), coordinates.mean(1)
     inner = original + _INWARD * (middles[:, None] - original)
     inner_uv = coordinates + _INWARD * (middle_uv[:, None] - coordinates)
-    tree = KDTree(np.concatenate([middles, inner.reshape(-1, 3)]))
+    facing = _FACING * np.linalg.norm(np.ptp(vertices, axis=0))
+    points = np.concatenate([middles, inner.reshape(-1, 3)])
+    normals = _normals(original)
+    tree = KDTree(np.concatenate([points, facing * np.concatenate([normals, np.repeat(normals, 3, axis=0)])], axis=1))
     known = np.concatenate([middle_uv, inner_uv.reshape(-1, 2)])
     middle = corners.mean(1, keepdims=True)
     asked = np.concatenate([corners + _INWARD * (middle - corners), middle], axis=1)  # [F 4 3]
-    found = known[tree.query(asked.reshape(-1, 3))[1]].reshape(-1, 4, 2)
+    ways = np.repeat(facing * _normals(corners), 4, axis=0)
+    found = known[tree.query(np.concatenate([asked.reshape(-1, 3), ways], axis=1))[1]].reshape(-1, 4, 2)
     uv, uv_middle = found[:, :3], found[:, 3:]
     lengths = np.linalg.norm(original - np.roll(original, 1, axis=1), axis=-1).sum()
     density = np.linalg.norm(coordinates - np.roll(coordinates, 1, axis=1), axis=-1).sum() / max(lengths, 1e-12)
     reach = np.linalg.norm(asked[:, :3] - asked[:, 3:], axis=-1, keepdims=True)
     torn = np.linalg.norm(uv - uv_middle, axis=-1, keepdims=True) > _STRETCH * density * reach
     return np.where(torn, uv_middle, uv).astype(np.float32)
+
+
+def _normals(corners: np.ndarray) -> np.ndarray:
+    """The unit normals f64[F 3] of triangles f64[F 3 3]; zero where a triangle has no area."""
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)

@@ -17,6 +17,7 @@ import numpy as np
 from reachrl.envs.libero.controller import ArmController
 from reachrl.envs.libero.installation import bddl_file, import_upstream
 from reachrl.envs.libero.slim import HIDDEN_GROUPS, slim_model
+from reachrl.envs.mujoco_memory import release_compilation, release_textures
 from reachrl.envs.render import Renderer
 
 CAMERA = "agentview"
@@ -31,6 +32,17 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
+
+
+def _problem(envs: Any, path: str) -> tuple[str, type]:
+    """Name and class of upstream's that the task file at `path` asks for."""
+    name = envs.env_wrapper.BDDLUtils.get_problem_info(path)["problem_name"]
+    return name, envs.TASK_MAPPING[name]
+
+
+def _extended(base: type, ours: type, **values: Any) -> type:
+    """Upstream's class with `ours` put in front of it, and class attributes for ours."""
+    return type(base.__name__, (ours, base), values)  # the name stays: upstream compares it with the one in the file
 
 
 class Simulation(ABC):
@@ -92,8 +104,43 @@ class Simulation(ABC):
         return np.array([*self.data.site_xpos[robot.eef_site_id], opening], np.float32)
 
 
+class _Kept:
+    """Put in front of an upstream task class: its scene is compiled, and handed to the renderer, once.
+
+    Upstream composes the same scene at every reset, compiles it and loads its textures anew: half of a reset's time.
+    Where the text of the scene is the same the model is kept, without what the last episode wrote into it.
+    """
+
+    sim, _xml = None, ""
+
+    def _initialize_sim(self: Any, xml_string: str | None = None) -> None:
+        xml = xml_string or self.model.get_xml()
+        if xml != self._xml:
+            super()._destroy_sim()  # pyright: ignore[reportAttributeAccessIssue]
+            super()._initialize_sim(xml)  # pyright: ignore[reportAttributeAccessIssue]
+            release_compilation()
+            self._xml, self._pristine = xml, _pristine(self.sim.model._model)
+            return
+        for name, values in self._pristine.items():
+            getattr(self.sim.model, name)[:] = values
+        self.sim.reset()
+        self.sim.forward()
+        self.initialize_time(self.control_freq)
+
+    def _destroy_sim(self) -> None:
+        """Nothing at a reset: the next one may need it."""
+
+    def close(self) -> None:
+        super()._destroy_sim()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pristine(model: Any) -> dict[str, np.ndarray]:
+    """Copies of those arrays of a model that upstream writes into during an episode."""
+    return {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_rgba")}
+
+
 class FaithfulSimulation(Simulation):
-    """Upstream's `OffScreenRenderEnv` as it is.
+    """Upstream's `OffScreenRenderEnv`: its own stepping and drawing, its scene compiled once.
 
     Args:
         suite: of the task.
@@ -105,13 +152,17 @@ class FaithfulSimulation(Simulation):
     def __init__(self, suite: str, task: str, assets: Path, image_size: int):
         envs = import_upstream(assets)
         os.environ.pop("LP_PERF", None)  # what software rendering may leave out
-        self._env = envs.OffScreenRenderEnv(
-            bddl_file_name=str(bddl_file(suite, task)),
-            camera_heights=image_size,
-            camera_widths=image_size,
-            camera_names=[CAMERA],
-        )
+        path = str(bddl_file(suite, task))
+        problem, base = _problem(envs, path)
+        envs.TASK_MAPPING[problem] = _extended(base, _Kept)  # where upstream looks its classes up
+        try:
+            self._env = envs.OffScreenRenderEnv(
+                bddl_file_name=path, camera_heights=image_size, camera_widths=image_size, camera_names=[CAMERA]
+            )
+        finally:
+            envs.TASK_MAPPING[problem] = base
         self.domain = self._env.env
+        release_textures(self.model)
         self._samplers = tuple(self.domain.object_property_initializers)
         self._seen: dict[str, np.ndarray] = {}
 
@@ -152,7 +203,7 @@ class _Lean:
         from robosuite.utils.binding_utils import MjSim  # pyright: ignore[reportMissingImports]
 
         model = slim_model(xml_string or self.model.get_xml(), self.task_name, self.mesh_faces)
-        self.pristine = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_rgba")}
+        self.pristine = _pristine(model)
         self.sim = MjSim(model)
         self.sim.forward()
         self.initialize_time(self.control_freq)
@@ -174,10 +225,8 @@ class FastSimulation(Simulation):
         from robosuite import load_controller_config  # pyright: ignore[reportMissingImports]
 
         path = str(bddl_file(suite, task))
-        base = envs.TASK_MAPPING[envs.env_wrapper.BDDLUtils.get_problem_info(path)["problem_name"]]
-        # The name stays: upstream compares it with the one in the task file.
-        lean = type(base.__name__, (_Lean, base), {"mesh_faces": mesh_faces, "task_name": task})
-        self.domain = lean(
+        _, base = _problem(envs, path)
+        self.domain = _extended(base, _Lean, mesh_faces=mesh_faces, task_name=task)(
             path,
             robots=["Panda"],
             controller_configs=load_controller_config(default_controller="OSC_POSE"),

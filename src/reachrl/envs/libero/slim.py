@@ -15,7 +15,9 @@ from reachrl.envs.meshes import picture_coordinates, simplified_triangles
 from reachrl.envs.scene import cached_model, compiled
 
 HIDDEN_GROUPS = (0,)  # geom group 0 holds collision shapes; upstream does not draw it either
-_FORMAT = 3  # part of the cache key: raise it when the scenes built here change
+_SCENERY_M = 1.5  # a mesh of a longer diagonal is a room, a kitchen, a table: many things in one
+_SCENERY_FACES = 10  # times the faces of others, and no piece left out
+_FORMAT = 4  # part of the cache key: raise it when the scenes built here change
 
 
 def slim_model(xml: str, name: str, mesh_faces: int) -> Any:
@@ -52,7 +54,9 @@ def _build(xml: str, mesh_faces: int) -> Any:
 def _simplify(mujoco: Any, mesh: Any, mesh_faces: int) -> None:
     """Replace the surface of `mesh` by a simpler one, with its picture."""
     vertices, triangles, coordinates = read_mesh(mesh.file, mesh.scale, mesh.refpos, mesh.refquat)
-    simple = simplified_triangles(vertices, triangles, mesh_faces)
+    scenery = np.linalg.norm(np.ptp(vertices, axis=0)) > _SCENERY_M
+    faces = mesh_faces * _SCENERY_FACES if scenery else mesh_faces
+    simple = simplified_triangles(vertices, triangles, faces, all_pieces=bool(scenery))
     if simple is None:
         return
     points, faces = simple
