@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
@@ -120,7 +121,7 @@ def stop(pipes: dict[str, Connection]) -> None:
 
 
 def serve(pipe: Connection, side: str, size: int, core: int | None) -> None:
-    """Do what is asked; answer with the result, wall and CPU seconds, and the greatest memory so far."""
+    """Do what is asked; answer with the result, wall and CPU seconds, memory now and at most."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     actor: Any = Stock(size) if side == "stock" else Ours(size, side)
@@ -128,8 +129,9 @@ def serve(pipe: Connection, side: str, size: int, core: int | None) -> None:
         what, arguments = request
         wall, cpu = time.perf_counter(), time.process_time()
         result = getattr(actor, what)(*arguments)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send((result, time.perf_counter() - wall, time.process_time() - cpu, memory))
+        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send((result, *seconds, (psutil.Process().memory_info().rss, most)))
     os._exit(0)
 
 
@@ -150,14 +152,13 @@ def start(size: int, core: int | None) -> dict[str, Connection]:
 
 
 def speed(suite: str, number: int, size: int, steps: int) -> None:
-    """Rendered steps per second of CPU, one side at a time on one core."""
+    """Seconds of CPU of resets and rendered steps, and memory, one side at a time on one core."""
     pipes, task = start(size, core=0), SUITES[suite][number]
     rng = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     resets: dict[str, list[float]] = {side: [] for side in SIDES}
-    memory: dict[str, float] = {}
-    for side in SIDES:
-        ask(pipes, "reset", suite, task, 0, sides=(side,))
+    memory: dict[str, tuple[float, float]] = {}
+    first = {side: ask(pipes, "reset", suite, task, 0, sides=(side,))[side][2] for side in SIDES}
     for again in range(3):
         for side in SIDES:
             resets[side].append(ask(pipes, "again", suite, task, again, sides=(side,))[side][2])
@@ -166,16 +167,17 @@ def speed(suite: str, number: int, size: int, steps: int) -> None:
             for side in SIDES:
                 _, _, cpu, memory[side] = ask(pipes, "step", action, sides=(side,))[side]
                 seconds[side].append(cpu)
-    print(f"{suite} task {number}, {size} px, {3 * steps} random decisions each, one core")
     stop(pipes)
+    print(f"{suite} task {number}, {size} px, {3 * steps} random decisions each, one core; seconds of CPU")
     stock = statistics.median(seconds["stock"])
     for side in SIDES:
-        median = statistics.median(seconds[side])
-        speed_said = (
-            f"{1000 * median:7.2f} ms CPU a rendered step = {1 / median:6.1f} /s, {stock / median:5.1f} x stock"
+        median, (now, most) = statistics.median(seconds[side]), memory[side]
+        print(
+            f"{side:9s} a rendered step {1000 * median:7.2f} ms = {stock / median:5.1f} x stock; reset and settling "
+            f"{statistics.median(resets[side]):6.3f} s, the first {first[side]:6.3f} s; "
+            f"memory {now / 1e9:.2f} GB, at most {most / 1e9:.2f} GB",
+            flush=True,
         )
-        reset_said = f"reset with ten settling steps {statistics.median(resets[side]):6.3f} s CPU"
-        print(f"{side:9s} {speed_said}; {reset_said}; {memory[side] / 1e9:.2f} GB")
 
 
 def parity(suites: list[str], number: int, size: int, most: int | None, out: Path) -> None:

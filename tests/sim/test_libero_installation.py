@@ -91,7 +91,7 @@ def test_without_assets_and_hub_the_command_to_run_is_told(tmp_path, monkeypatch
     monkeypatch.delenv(assets.ASSETS_VARIABLE, raising=False)
     monkeypatch.setattr(assets, "_packaged", lambda: iter(()))
     monkeypatch.setattr(assets, "package_folder", lambda: tmp_path)
-    monkeypatch.setattr(assets.Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(ConfigError, match=r"^LIBERO's assets are not installed.*run  pip install.*$"):
         assets.find_assets(None)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reachrl.envs.meshes import simplified_triangles
+from reachrl.envs.meshes import picture_coordinates, simplified_triangles
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("fast_simplification")
@@ -30,7 +30,7 @@ def test_fewer_faces_than_asked_are_left_by_the_large_pieces():
 
 
 def test_a_surface_of_small_pieces_alone_does_not_vanish():
-    vertices, faces = simplified_triangles(*pieces(*screws(100, 0.1)), 60)
+    _, faces = simplified_triangles(*pieces(*screws(100, 0.1)), 60)
     assert 12 <= len(faces) <= 60
 
 
@@ -38,5 +38,24 @@ def test_screws_are_left_out_where_large_pieces_fill_what_is_asked():
     sphere = trimesh.creation.icosphere(4, 1.0)
     vertices, faces = simplified_triangles(*pieces(sphere, *screws(100, 0.2)), 200)
     distances = np.linalg.norm(vertices, axis=1)
-    assert 0.9 < distances.min() and distances.max() < 1.1  # nothing of the screws, inside or outside
+    assert distances.min() > 0.9 and distances.max() < 1.1  # nothing of the screws, inside or outside
     assert 150 <= len(faces) < 1000
+
+
+def test_scenery_keeps_all_its_pieces():
+    box = trimesh.creation.box((0.3,) * 3, trimesh.transformations.translation_matrix([1.5, 0, 0]))
+    kitchen = pieces(trimesh.creation.icosphere(4, 1.0), box)
+    reach = [simplified_triangles(*kitchen, 400, all_pieces=kept)[0][:, 0].max() for kept in (False, True)]
+    assert np.allclose(reach, [1.0, 1.65], atol=0.03)
+
+
+def test_the_upper_side_of_a_thin_dish_keeps_its_own_picture():
+    """Two squares 2 mm apart, each with half of a picture; the simplified upper one has sunk to the lower."""
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float)
+    up, down = np.c_[square, np.full(4, 0.001)], np.c_[square, np.full(4, -0.001)]
+    triangles = np.array([[0, 1, 2], [0, 2, 3], [4, 6, 5], [4, 7, 6]])  # the lower ones face down
+    halves = np.where(triangles[:, :, None] < 4, np.array([0.25, 0.5]), np.array([0.75, 0.5]))
+    sunken = np.array([[[0.1, 0.1, -0.002], [0.9, 0.1, -0.002], [0.9, 0.9, -0.002]]])
+    vertices = np.concatenate([up, down])
+    assert np.allclose(picture_coordinates(sunken, vertices, triangles, halves)[..., 0], 0.25)
+    assert np.allclose(picture_coordinates(sunken[:, ::-1], vertices, triangles, halves)[..., 0], 0.75)

@@ -36,7 +36,7 @@ def find_assets(configured: Path | None) -> Path:
             folder = Path(value).expanduser().resolve()
             _refuse(f"{name}={value}", _missing(folder), f"{INSTALL_ASSETS}  and leave {name} unset")
             return folder
-    installed = (*_packaged(), package_folder() / "assets", Path.home() / ".cache" / "libero" / "assets")
+    installed = (*_packaged(), package_folder() / "assets", Path("~/.cache/libero/assets").expanduser())
     folder = next((folder for folder in installed if folder.is_dir()), None) or _download()
     _refuse(str(folder), _missing(folder), INSTALL_ASSETS)
     return folder
@@ -73,7 +73,7 @@ def official_hashes() -> dict[str, str]:
 
     Source: github.com/Lifelong-Robot-Learning/LIBERO, commit 8f1084e, `libero/libero/assets`.
     """
-    lines = Path(__file__).with_name("asset_hashes.txt").read_text().splitlines()
+    lines = Path(__file__).with_name("asset_hashes.txt").read_text(encoding="utf-8").splitlines()
     return {name: blob for blob, name in (line.split("  ", 1) for line in lines)}
 
 

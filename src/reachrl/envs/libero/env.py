@@ -53,7 +53,7 @@ class LiberoEnv(Env):
 
     @classmethod
     def prepare(cls, config: LiberoConfig) -> None:
-        """Check what is installed, that frames can be drawn and that assets are the benchmark's, before workers start."""
+        """Check that all is installed, frames can be drawn and assets are the benchmark's, before workers start."""
         check_versions()
         check_alone()
         check_rendering()

@@ -124,7 +124,8 @@ class _Kept:
         for name, values in self._pristine.items():
             getattr(self.sim.model, name)[:] = values
         self.sim.reset()
-        self.sim.forward()
+        for _ in range(2):  # upstream's new renderer computes it once more, which the solver's next start depends on
+            self.sim.forward()
         self.initialize_time(self.control_freq)
 
     def _destroy_sim(self) -> None:
