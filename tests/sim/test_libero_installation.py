@@ -47,9 +47,12 @@ def test_every_asset_is_the_benchmarks():
     assert theirs.stdout.split() == [assets.official_hashes()[name] for name in names]
 
 
-def test_missing_and_edited_assets_are_named_with_the_command_to_run(copied):
-    assert assets.differences(copied) == {}
+def test_missing_and_edited_assets_are_named_with_the_command_to_run(copied, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     picture, mesh = "articulated_objects/flat_stove/metal.png", "wall_frames.stl"
+    few = {name: assets.official_hashes()[name] for name in (picture, mesh, "wall.xml")}
+    monkeypatch.setattr(assets, "official_hashes", lambda: few)  # to read all 600 MB again would show no more
+    prepare(assets=copied)  # remembered, but not for what comes now
     content = bytearray((ASSETS / picture).read_bytes())
     content[len(content) // 2] ^= 1
     (copied / picture).unlink()
@@ -57,13 +60,26 @@ def test_missing_and_edited_assets_are_named_with_the_command_to_run(copied):
     with pytest.raises(ConfigError) as edited:
         prepare(assets=copied)
     said = str(edited.value)
-    assert "\n" not in said and f"1 of 585 files differ ({picture} is edited); run  pip install" in said
+    assert "\n" not in said and f"1 of 3 files differ ({picture} is edited); run  pip install" in said
     (copied / mesh).unlink()
     assert assets.differences(copied) == {picture: "edited", mesh: "missing"}
     with pytest.raises(ConfigError) as missing:
         prepare(assets=copied)
     said = str(missing.value)
     assert "\n" not in said and f"env.assets={copied}" in said and f"({mesh} is missing); run  pip install" in said
+
+
+def test_assets_that_were_compared_are_not_read_again(copied, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    few = {"wall.xml": assets.official_hashes()["wall.xml"]}
+    monkeypatch.setattr(assets, "official_hashes", lambda: few)
+    assets.check_assets(copied)
+    monkeypatch.setattr(assets, "differences", lambda folder: {"wall.xml": "read"})
+    assets.check_assets(copied)
+    (copied / "wall.xml").unlink()
+    shutil.copyfile(ASSETS / "wall.xml", copied / "wall.xml")
+    with pytest.raises(ConfigError, match="wall.xml is read"):
+        assets.check_assets(copied)
 
 
 def test_an_incomplete_installation_is_not_passed_over(copied, monkeypatch):
@@ -124,7 +140,7 @@ def test_a_suite_that_is_not_installed_is_told(part, tmp_path, monkeypatch):
             if (there, suite) != (part, "libero_90"):
                 os.symlink(installation.package_folder() / there / suite, tmp_path / there / suite)
     monkeypatch.setattr(installation, "package_folder", lambda: tmp_path)
-    prepare(suite="libero_10")
+    installation.check_suite("libero_10")
     with pytest.raises(
         ConfigError, match=r"^the suite libero_90 is not .* lacks 90 of 90 tasks .*; run  pip install.*$"
     ):

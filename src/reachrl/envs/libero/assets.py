@@ -5,6 +5,7 @@ the benchmark's own repository has under its name, so pictures never differ unno
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from reachrl.envs.libero.installation import package_folder
 from reachrl.errors import ConfigError
+from reachrl.home import cache_folder
+
+logger = logging.getLogger(__name__)
 
 ASSETS_VARIABLE = "REACHRL_LIBERO_ASSETS"
 HUB_REPOSITORY = "lerobot/libero-assets"
@@ -42,15 +46,29 @@ def find_assets(configured: Path | None) -> Path:
     return folder
 
 
-@cache
 def check_assets(folder: Path) -> None:
-    """Compare every file with the benchmark's: half a second where the files are in memory.
+    """Compare every file with the benchmark's, once: what was found is remembered until a file's size or time changes.
 
     Raises:
         ConfigError: files are missing or not the benchmark's; the message names them.
     """
+    found = cache_folder() / "libero-assets" / _stamp(folder)  # an empty file: these very files were the benchmark's
+    if found.exists():
+        return
     wrong = [f"{name} is {state}" for name, state in differences(folder).items()]
     _refuse(str(folder), wrong, f"{INSTALL_ASSETS}  and leave env.assets unset")
+    try:
+        found.parent.mkdir(parents=True, exist_ok=True)
+        found.touch()
+    except OSError as error:
+        logger.debug("%s cannot be written (%s): the assets will be compared again", found, error)
+
+
+def _stamp(folder: Path) -> str:
+    """Changes with the folder, with the hashes to be found, and with size or time of any file."""
+    stats = [(name, blob, (folder / name).stat()) for name, blob in official_hashes().items()]
+    said = [f"{folder} {name} {blob} {stat.st_size} {stat.st_mtime_ns}" for name, blob, stat in stats]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def differences(folder: Path) -> dict[str, str]:
