@@ -48,17 +48,15 @@ PAIRS = [(file, damage) for file in FILES for damage in DAMAGE if (file, damage[
 
 
 @pytest.mark.parametrize(("file", "damage"), PAIRS)
-def test_the_report_names_what_is_damaged(whole, monkeypatch, file, damage):
+def test_the_report_names_what_is_damaged(whole, file, damage):
     path = whole / file
     content = path.read_bytes()
     path.write_bytes(DAMAGE[damage](content))
-    monkeypatch.setattr("reachrl.run.report.render_page", lambda *_, **__: "")  # what is read, not how it is drawn
     try:
         with pytest.raises(StorageError, match=rf"{file} is (damaged: |not JSON).*; delete it and run its stage again"):
             render_report(whole)
     finally:
         path.write_bytes(content)
-    assert render_report(whole) == ""
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,9 @@ def render_report(run_path: Path) -> str:
     summary = _read(run_path / "summary.json", Summary) or {}
     provenance = _read(run_path / "provenance.json", Provenance) or {}
     config = _read(run_path / "config.json", AnyObject)
+    # Everything is read, and so checked, before anything is drawn.
     stages = _read(run_path / "stages.json", Stages) or {}
+    turns = _read(run_path / "conversation.json", Conversation)
     train = read_metrics(run_path / "metrics.jsonl", "train")
     evals = {name: _read(run_path / "eval" / f"{name}.json", Evaluation) or {} for name in ("before", "after")}
     return render_page(
@@ -98,7 +100,7 @@ def render_report(run_path: Path) -> str:
         learning=_learning(run_path, train, evals),
         tasks=_tasks(evals),
         videos=_videos(run_path, evals),
-        conversation=_conversation(_read(run_path / "conversation.json", Conversation)),
+        conversation=_conversation(turns),
         curriculum=_curriculum(train),
         reward_model=_reward_model(run_path, summary.get("reward_model")),
         alarm=_alarm(run_path, train),
