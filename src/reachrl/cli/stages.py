@@ -63,6 +63,7 @@ def run_command(
     """
     from reachrl.config.loading import load_config
 
+    torchrun.check()
     preset, overrides = named_preset(preset, overrides, run, source and _run_of(source))
     config = load_config(preset, overrides)
     run_dir = run or Path("runs") / Path(preset).stem

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from reachrl.config.base import Section
+from reachrl.config.base import LARGEST_RATE, Section
 from reachrl.config.marks import Affects
 
 
@@ -43,7 +43,7 @@ class SFTSection(Section):
     micro_batch_size: Annotated[int | None, Affects.SPEED] = Field(default=None, ge=1)
     """Rows per forward pass; unset: the whole batch. Changes memory, not the update."""
 
-    lr: Annotated[float, Affects.FUTURE] = Field(default=5e-4, gt=0.0)
+    lr: Annotated[float, Affects.FUTURE] = Field(default=5e-4, gt=0.0, le=LARGEST_RATE)
     """Peak learning rate of AdamW."""
 
     final_lr_fraction: Annotated[float, Affects.FUTURE] = Field(default=0.05, ge=0.0, le=1.0)

@@ -1,5 +1,6 @@
 """Options of the environments: which tasks, how long an episode, how many workers."""
 
+from collections import Counter
 from difflib import get_close_matches
 from typing import Annotated, ClassVar, Literal
 
@@ -55,9 +56,12 @@ class EnvSection(Section):
     @field_validator("tasks")
     @classmethod
     def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        twice = sorted(task for task, count in Counter(tasks).items() if count > 1)
         if twice:
-            raise ConfigError(f"env.tasks names {', '.join(map(repr, twice))} more than once; name each task once")
+            more = f" and {len(twice) - 5} others" if len(twice) > 5 else ""
+            raise ConfigError(
+                f"env.tasks names {', '.join(map(repr, twice[:5]))}{more} more than once; name each task once"
+            )
         return tasks
 
 
@@ -92,7 +96,7 @@ class MetaworldConfig(EnvSection):
     def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         for task in tasks:
             if task not in INSTRUCTIONS:
-                close = get_close_matches(task.removesuffix("-v3"), INSTRUCTIONS, n=3, cutoff=0.5)
+                close = get_close_matches(task[:100].removesuffix("-v3"), INSTRUCTIONS, n=3, cutoff=0.5)
                 hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`reachrl list` shows all 50"
-                raise ConfigError(f"env.tasks: Meta-World has no task {task!r}; {hint}")
+                raise ConfigError(f"env.tasks: Meta-World has no task {task[:100]!r}; {hint}")
         return tasks

@@ -81,10 +81,10 @@ class LiberoConfig(EnvSection):
         for task in self.tasks:
             if task not in known:
                 elsewhere = [suite for suite, tasks in SUITES.items() if task in tasks]
-                close = get_close_matches(task, known, n=1, cutoff=0.5)
+                close = get_close_matches(task[:100], known, n=1, cutoff=0.5)
                 hint = f"it is one of {elsewhere[0]}: set env.suite" if elsewhere else "`reachrl list tasks` shows all"
                 hint = f"did you mean {close[0]!r}?" if close and not elsewhere else hint
-                raise ValueError(f"env.tasks: {self.suite} has no task {task!r}; {hint}")
+                raise ValueError(f"env.tasks: {self.suite} has no task {task[:100]!r}; {hint}")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,6 +31,9 @@ _SECTION_BASES: dict[str, type[Section]] = {
     "backend": BackendSection,
 }
 PRESETS = files("reachrl.config") / "presets"
+MAX_DEPTH = 20  # of tables in tables, and of presets that build on each other
+MAX_PROBLEMS = 20
+MAX_SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
     """
     data, _ = _layers(preset)
     typed: dict[str, Any] = {}
+    if _depth(data) > MAX_DEPTH:
+        raise ConfigError(f"{_shown(preset)}: tables or lists are nested deeper than {MAX_DEPTH} levels.")
     # Kinds first: the options of a section are those of its kind, whatever order they were typed in.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".kind")):
         _apply(data, override)
@@ -84,7 +90,7 @@ def validate(data: dict[str, Any], *, where: str) -> TrainConfig:
         if not issubclass(cls, _SECTION_BASES.get(key, Section)):
             needed = _SECTION_BASES[key].__name__
             raise ConfigError(
-                f"{where}: {key}.kind={section.get('kind')!r}: its `Config` must be a subclass of {needed}."
+                f"{where}: {key}.kind={_repr(section.get('kind'))}: its `Config` must be a subclass of {needed}."
             )
         try:
             data[key] = cls.model_validate(section)
@@ -137,8 +143,11 @@ def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], d
     Raises:
         ConfigError: a preset that `_read` refuses, presets in a circle, or a wrong `base` or `reasons`.
     """
-    if preset in above:
-        raise ConfigError(f"presets build on each other in a circle: {' -> '.join([*above, preset])}.")
+    chain = " -> ".join(map(_shown, [*above, preset]))
+    if preset in above or any(_same_file(preset, other) for other in above):
+        raise ConfigError(f"presets build on each other in a circle: {chain}.")
+    if len(above) >= MAX_DEPTH:
+        raise ConfigError(f"more than {MAX_DEPTH} presets build on each other: {_shown(chain)}.")
     data = _read(preset)
     base, reasons = data.pop("base", None), _as_section(data.pop("reasons", {}))
     if reasons is None or not all(isinstance(reason, str) for reason in reasons.values()):
@@ -148,7 +157,7 @@ def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], d
     if base is None:
         return data, reasons
     if not isinstance(base, str):
-        raise ConfigError(f"{preset}: base = {base!r}: expected the name or the file of a preset, in quotes.")
+        raise ConfigError(f"{preset}: base = {_repr(base)}: expected the name or the file of a preset, in quotes.")
     if base.endswith(".toml") and preset.endswith(".toml"):
         base = str(Path(preset).parent / base)  # beside the file that names it
     below, below_reasons = _layers(base, (*above, preset))
@@ -163,17 +172,24 @@ def _read(preset: str) -> dict[str, Any]:
     """
     own = preset.endswith((".toml", ".json"))
     file = Path(preset) if own else PRESETS / f"{preset}.toml"
-    if own and not file.is_file():
-        raise ConfigError(f"preset file {preset} does not exist.")
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"preset {_shown(preset)} cannot be looked for: {reason}.") from error
+    if own and not found:
+        raise ConfigError(f"preset file {_shown(preset)} does not exist.")
+    if not found:
         names = [entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")]
         raise ConfigError(
-            f"unknown preset {preset!r}{_close(preset, names)}. Built-in presets: {', '.join(sorted(names))}; "
+            f"unknown preset {_repr(preset)}{_close(preset, names)}. Built-in presets: {', '.join(sorted(names))}; "
             "or give the path of a .toml file, or of a run's config.json."
         )
     try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text) if preset.endswith(".json") else tomllib.loads(text)
+        text = file.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
+        data = json.loads(text, object_pairs_hook=_unique) if preset.endswith(".json") else tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{preset}: tables or lists are nested deeper than {MAX_DEPTH} levels.") from error
     except OSError as error:
         raise ConfigError(f"preset file {preset} cannot be read: {error.strerror}.") from error
     except ValueError as error:  # of both languages, and of bytes that are no UTF-8
@@ -202,12 +218,14 @@ def _as_section(value: Any) -> dict[str, Any] | None:
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, for example ppo.lr=3e-6.")
+        raise ConfigError(f"override {_repr(override)} is not of the form key=value, for example ppo.lr=3e-6.")
     *parents, leaf = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"override {_shown(override)}: a key of {len(parents) + 1} parts; none has so many.")
     for parent in parents:
         node = _as_section(data.setdefault(parent, {}))
         if node is None:
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section.")
+            raise ConfigError(f"override {_repr(override)}: {parent!r} is a value, not a section.")
         data[parent] = dict(node)  # the preset's own dict stays as it is
         data = data[parent]
     value = _value(text)
@@ -226,24 +244,77 @@ def _value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise ConfigError(f"the value {_shown(text)} is too large to be read: {error}.") from error
+    return found["value"] if len(found) == 1 else text  # a line break does not begin another key
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a key may stand once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {_shown(twice)} stands twice in an object")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """Levels of tables and lists, without recursion."""
+    depth, level = 0, [value]
+    while level := [
+        inner
+        for outer in level
+        if isinstance(outer, dict | list)
+        for inner in cast("list[Any]", list(outer.values()) if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            break
+    return depth
+
+
+def _same_file(one: str, other: str) -> bool:
+    """Whether two presets are one file by different paths."""
+    if not (one.endswith((".toml", ".json")) and other.endswith((".toml", ".json"))):
+        return False
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
+def _shown(text: str) -> str:
+    """A text in a message, shortened."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def _repr(value: Any) -> str:
+    """A value in a message, shortened."""
+    try:
+        return _shown(repr(value))
+    except ValueError:  # thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def _problems(error: ValidationError, cls: type[Section], prefix: str) -> list[str]:
     lines: list[str] = []
-    for item in error.errors():
+    found = error.errors(include_url=False)
+    for item in found[:MAX_PROBLEMS]:
         path = [str(part) for part in item["loc"]]
         key = ".".join(part for part in [prefix, *path] if part)
         if item["type"] == "extra_forbidden":
             known = _known(cls, path[:-1])
-            lines.append(f"unknown key {key!r}{_close(path[-1], known)}. Known here: {', '.join(known)}.")
+            lines.append(f"unknown key {_repr(key)}{_close(path[-1], known)}. Known here: {', '.join(known)}.")
         else:
             said = item["msg"].removeprefix("Value error, ")
             # A check across options fails for the whole section, which is too long to print.
             whole = isinstance(item.get("input"), dict | Section)
-            lines.append(f"{key or 'options'}: {said}." if whole else f"{key} = {item.get('input')!r}: {said}.")
+            lines.append(f"{key or 'options'}: {said}." if whole else f"{key} = {_repr(item.get('input'))}: {said}.")
+    if len(found) > MAX_PROBLEMS:
+        lines.append(f"... and {len(found) - MAX_PROBLEMS} more in {prefix or 'the options'}.")
     return lines
 
 
@@ -258,7 +329,7 @@ def _known(cls: type[Section], path: list[str]) -> list[str]:
 
 
 def _close(word: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
+    match = difflib.get_close_matches(word[:MAX_SHOWN], known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 

@@ -4,10 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reachrl.config.base import Section
+from reachrl.config.base import LARGEST_RATE, Section
 from reachrl.config.marks import Affects
 
 Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 # Measuring a KL costs a third of training on as many rows; its standard error is about 4 % of 512 rows, 8 % of 128.
@@ -45,9 +46,9 @@ class PPOConfig(Section):
     """Rows per forward and backward pass at most; gradients add up to those of the minibatch exactly."""
     score_batch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256
     """Rows per pass without gradients, when a rollout's log-probs and values are scored."""
-    lr: Annotated[Positive, Affects.FUTURE] = 2e-4
+    lr: Annotated[Rate, Affects.FUTURE] = 2e-4
     """Learning rate of the policy (language model, projector and, if trained, vision)."""
-    value_lr: Annotated[Positive, Affects.FUTURE] = 1e-3
+    value_lr: Annotated[Rate, Affects.FUTURE] = 1e-3
     """Learning rate of the value head (and of the separate critic)."""
     lr_warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 0
     """Iterations over which the policy's learning rate rises linearly, from the first that trains it on."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from reachrl.config.base import Section
+from reachrl.config.base import LARGEST_RATE, Section
 from reachrl.config.marks import Affects
 
 ProgressMeasure = Literal["time", "distance", "segments"]
@@ -79,7 +79,9 @@ class RewardModelSection(Section):
     batch_size: Annotated[int, Affects.REWARD_MODEL | Affects.TRAINING | Affects.FUTURE] = Field(default=64, ge=2)
     """Frames a step."""
 
-    lr: Annotated[float, Affects.REWARD_MODEL | Affects.TRAINING | Affects.FUTURE] = Field(default=1e-3, gt=0)
+    lr: Annotated[float, Affects.REWARD_MODEL | Affects.TRAINING | Affects.FUTURE] = Field(
+        default=1e-3, gt=0, le=LARGEST_RATE
+    )
     """Peak learning rate; it warms up over the first tenth of the steps and falls along a cosine."""
 
     weight_decay: Annotated[float, Affects.REWARD_MODEL | Affects.TRAINING | Affects.FUTURE] = Field(default=0.05, ge=0)
@@ -157,7 +159,7 @@ class VLMRewardModelConfig(RewardModelSection):
     lora_alpha: Annotated[float, Affects.REWARD_MODEL] = Field(default=32.0, gt=0)
     """Scale of the adapters: their product is multiplied by alpha / rank."""
 
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0, le=LARGEST_RATE)
     """Peak learning rate; it warms up over the first tenth of the steps and falls along a cosine."""
 
     batch_size: int = Field(default=8, ge=2)
@@ -190,7 +192,7 @@ class TransformersRewardModelConfig(RewardModelSection):
     steps: int = Field(default=0, ge=0)
     """Optimiser steps of a fit of all its weights; 0: it is used as it is."""
 
-    lr: float = Field(default=1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0, le=LARGEST_RATE)
     """Peak learning rate; it warms up over the first tenth of the steps and falls along a cosine."""
 
     positive: Annotated[int, Affects.REWARD_MODEL] = Field(default=0, ge=0)
