@@ -4,7 +4,7 @@ Dimension names used everywhere: `T` steps per env, `N` envs, `A` action tokens 
 dimensions, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
 
 Everything here is numpy, so that an environment worker never imports torch. The torch-side records
-(`PolicyInput`, `ActionSample`, `PPOBatch`) live beside the interface that produces them.
+(`PolicyInputs`, `ActionSample`, `PPOBatch`) live beside the interface that produces them.
 """
 
 from dataclasses import dataclass, field

@@ -13,7 +13,7 @@ from reachrl.registry import BUILTINS, resolve, section_class
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.testing.conformance_policy import check_policy
 from reachrl.testing.conformance_reward_model import check_reward_model
-from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.testing.policies import TableInputs, TablePolicy, TablePolicyConfig
 from reachrl.types import Observation
 
 TEXTS = ["open the drawer", "press the button on top of the box"]
@@ -101,6 +101,22 @@ class RowsInteract(TablePolicy):
         return ActionSample(action_ids=ids, logprobs=sample.logprobs, values=sample.values)
 
 
+class Shuffled(TableInputs):
+    @classmethod
+    def concat(cls, parts):
+        return super().concat(parts[::-1])
+
+
+class JoinsInAnotherOrder(TablePolicy):
+    def encode(self, observation):
+        return Shuffled(pixels=super().encode(observation).pixels)
+
+
+class CachesAnotherContext(TablePolicy):
+    def cache(self, inputs):
+        return TableInputs(features=super().cache(inputs).features + 1)
+
+
 class ForgetsItsCritic(TablePolicy):
     def parameter_groups(self):
         return super().parameter_groups() | {"value": []}
@@ -111,6 +127,8 @@ class ForgetsItsCritic(TablePolicy):
     [
         (OtherTemperature, "not those evaluate"),
         (RowsInteract, "rows must not interact"),
+        (JoinsInAnotherOrder, "rows of encode taken with `rows` and joined with `concat`"),
+        (CachesAnotherContext, "log-probs from cached rows"),
         (ForgetsItsCritic, "exactly once"),
     ],
 )

@@ -13,9 +13,9 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
-from reachrl.policies.base import PolicyInput
 from reachrl.policies.decoding import action_logits
 from reachrl.policies.llama import last_hidden
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.official import official_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import as_in_rlds, center_crop, fit_frames, normalise_pixels, resize_naive
@@ -50,8 +50,8 @@ def io() -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(value) for key, value in load("io").items()}
 
 
-def inputs_of(io: dict[str, torch.Tensor]) -> PolicyInput:
-    return PolicyInput(
+def inputs_of(io: dict[str, torch.Tensor]) -> OpenVLAInputs:
+    return OpenVLAInputs(
         prompt_ids=io["input_ids"], prompt_mask=io["attention_mask"].bool(), pixel_values=io["pixel_values"]
     )
 
@@ -143,7 +143,7 @@ def scattered(ids: list[int], width: int) -> list[int]:
 def test_padding_changes_nothing(policy: OpenVLAPolicy, io: dict[str, torch.Tensor], place, width: int) -> None:
     rows = [ids[:length].tolist() for ids, length in zip(io["input_ids"], io["prompt_len"], strict=True)]
     ids = torch.tensor([place(row, width) for row in rows])
-    inputs = PolicyInput(prompt_ids=ids, prompt_mask=ids != 32000, pixel_values=io["pixel_values"])
+    inputs = OpenVLAInputs(prompt_ids=ids, prompt_mask=ids != 32000, pixel_values=io["pixel_values"])
     sample = policy.act(inputs)
     assert torch.equal(sample.action_ids, io["tokens"])
     scored = policy.evaluate(inputs, io["tokens"])

@@ -25,7 +25,8 @@ from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import WorkerError
-from reachrl.policies.base import ActionSample, PolicyInput
+from reachrl.policies.base import ActionSample
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation, Start
 
@@ -77,7 +78,7 @@ def adapt(policy: OpenVLAPolicy, prefix: str, seed: int = 1) -> None:
 
 
 @pytest.fixture(scope="module")
-def inputs(policy: OpenVLAPolicy) -> PolicyInput:
+def inputs(policy: OpenVLAPolicy) -> OpenVLAInputs:
     rng = np.random.default_rng(0)
     rough = rng.integers(0, 256, (2, 7, 7, 3), dtype=np.uint8)
     return policy.encode(Observation(images=rough.repeat(32, 1).repeat(32, 2), instructions=INSTRUCTIONS))
@@ -90,7 +91,7 @@ def noise(seed: int, rows: int = 2) -> torch.Tensor:
 _SEEN: dict[tuple[int, ...], torch.Tensor] = {}
 
 
-def seen(policy: OpenVLAPolicy, inputs: PolicyInput) -> PolicyInput:
+def seen(policy: OpenVLAPolicy, inputs: OpenVLAInputs) -> OpenVLAInputs:
     """The same rows for our own decoder, whose towers need not look twice."""
     assert inputs.pixel_values is not None
     key = (id(inputs.pixel_values), *(p._version for p in policy.vision_backbone.parameters()))
@@ -109,7 +110,7 @@ def own_decoder(policy: OpenVLAPolicy) -> Iterator[None]:
         policy._vllm = engine
 
 
-def check_agreement(policy: OpenVLAPolicy, inputs: PolicyInput, temperature: float) -> ActionSample:
+def check_agreement(policy: OpenVLAPolicy, inputs: OpenVLAInputs, temperature: float) -> ActionSample:
     """Greedy tokens are equal, and log-probs on both paths those of teacher forcing."""
     theirs = policy.act(inputs, temperature=temperature, with_values=False)
     with own_decoder(policy):
@@ -122,7 +123,7 @@ def check_agreement(policy: OpenVLAPolicy, inputs: PolicyInput, temperature: flo
     return theirs
 
 
-def scored(policy: OpenVLAPolicy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> torch.Tensor:
+def scored(policy: OpenVLAPolicy, inputs: OpenVLAInputs, sample: ActionSample, temperature: float) -> torch.Tensor:
     with torch.no_grad():
         return policy.evaluate(seen(policy, inputs), sample.action_ids, temperature=temperature).logprobs
 

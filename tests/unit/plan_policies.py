@@ -16,7 +16,7 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.plan.activations import features_row
 from reachrl.plan.device import Device
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 SIZES = {
@@ -81,14 +81,14 @@ def build(config: OpenVLAConfig) -> OpenVLAPolicy:
     return policy
 
 
-def rows_of(policy: OpenVLAPolicy, rows: int = ROWS) -> tuple[PolicyInput, PolicyInput, torch.Tensor]:
+def rows_of(policy: OpenVLAPolicy, rows: int = ROWS) -> tuple[OpenVLAInputs, OpenVLAInputs, torch.Tensor]:
     """Frames, the same with cached features, and actions; one prompt is shorter, so that a mask is needed."""
     config = policy.config
     mask = torch.ones(rows, config.prompt_length, dtype=torch.bool)
     mask[0, -2:] = False
     ids = torch.randint(3, 100, mask.shape)
     pixels = torch.randn(rows, 3 * len(config.towers), config.image_size, config.image_size)
-    seen = PolicyInput(prompt_ids=ids, prompt_mask=mask, pixel_values=pixels)
+    seen = OpenVLAInputs(prompt_ids=ids, prompt_mask=mask, pixel_values=pixels)
     with torch.no_grad():
         cached = replace(seen, pixel_values=None, vision_features=policy.vision_features(pixels))
     return seen, cached, torch.full((rows, config.num_action_tokens), policy.first_action_id)
@@ -115,7 +115,7 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def train(policy: OpenVLAPolicy, inputs: PolicyInput, actions: torch.Tensor) -> None:
+def train(policy: OpenVLAPolicy, inputs: OpenVLAInputs, actions: torch.Tensor) -> None:
     out = policy.evaluate(inputs, actions)
     (out.logprobs.sum() + out.entropy.sum() + out.values.square().sum()).backward()
 
@@ -152,7 +152,7 @@ class Live(TorchDispatchMode):
         return out
 
 
-def tensors(policy: OpenVLAPolicy, inputs: PolicyInput, actions: torch.Tensor) -> list[torch.Tensor]:
+def tensors(policy: OpenVLAPolicy, inputs: OpenVLAInputs, actions: torch.Tensor) -> list[torch.Tensor]:
     given = [inputs.prompt_ids, inputs.prompt_mask, inputs.pixel_values, inputs.vision_features, actions]
     gradients = [parameter.grad for parameter in policy.parameters()]
     rest = [tensor for tensor in [*given, *gradients] if tensor is not None]

@@ -18,7 +18,7 @@ from toy_policy import toy_config, toy_policy
 from reachrl.backends import sharding
 from reachrl.backends.group import Group
 from reachrl.plan.memory import micro_rows
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 
 
 def allocated(run: Callable[[], object]) -> int:
@@ -46,11 +46,11 @@ def main(learners: int, overrides: list[str]) -> None:
     mask = torch.ones(rows, options.prompt_length, dtype=torch.bool)
     mask[0, -2:] = False
     pixels = torch.randn(rows, 3 * len(options.towers), options.image_size, options.image_size)
-    seen = PolicyInput(prompt_ids=torch.randint(3, 100, mask.shape), prompt_mask=mask, pixel_values=pixels)
+    seen = OpenVLAInputs(prompt_ids=torch.randint(3, 100, mask.shape), prompt_mask=mask, pixel_values=pixels)
     actions = torch.full((rows, options.num_action_tokens), policy.first_action_id)
 
     @torch.no_grad()
-    def score() -> PolicyInput:
+    def score() -> OpenVLAInputs:
         cached = replace(seen, pixel_values=None, vision_features=policy.vision_features(pixels))
         policy.evaluate(cached, actions)
         return cached

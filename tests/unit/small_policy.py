@@ -14,7 +14,7 @@ from reachrl.backends.learner import LocalLearner
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation
 
@@ -109,7 +109,7 @@ def foreign(
     return folder
 
 
-def inputs(policy: OpenVLAPolicy) -> PolicyInput:
+def inputs(policy: OpenVLAPolicy) -> OpenVLAInputs:
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     return policy.encode(Observation(images=images, instructions=("push the puck", "close it", "open the window")))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from toy_policy import toy_config, toy_policy
 
-from reachrl.backends.learner import LocalLearner, _concatenate
+from reachrl.backends.learner import LocalLearner
 from reachrl.backends.local import LocalActors
 from reachrl.config.ppo import PPOConfig
 from reachrl.envs.vector import VectorEnv
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.registry import build
 from reachrl.rollout.collector import Collector
 from reachrl.rollout.join import join_rollouts
@@ -178,14 +178,10 @@ def test_parts_with_longer_instructions_are_padded_together(setting):
     images = rng.integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
     parts = []
     for n in range(2):
-        inputs = policy.encode(Observation(images=images[n][None], instructions=texts[n : n + 1]))
-        features = policy.vision_features(inputs.pixel_values).detach()
-        parts.append(
-            PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
-        )
+        parts.append(policy.cache(policy.encode(Observation(images=images[n][None], instructions=texts[n : n + 1]))))
     assert parts[0].prompt_ids.shape != parts[1].prompt_ids.shape
     ids = policy.encode_actions(np.zeros((2, 4), np.float32))
-    together = policy.evaluate(_concatenate(parts), ids)
+    together = policy.evaluate(OpenVLAInputs.concat(parts), ids)
     for n in range(2):
         alone = policy.evaluate(parts[n], ids[n : n + 1])
         torch.testing.assert_close(together.logprobs[n], alone.logprobs[0], atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,18 @@ from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import CheckpointError, DivergedError, StorageError
 from reachrl.pipeline import warm_start
 from reachrl.pipeline.warm_start import run_demos, run_sft
-from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
+from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInputs
 from reachrl.run.directory import Run
 from reachrl.types import Observation, Start, Trajectory
 
 SIZE = 12
 SENTENCES = ("go up", "go down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyInputs(PolicyInputs):
+    words: Tensor
+    pixels: Tensor
 
 
 class ToyPolicy(Policy):
@@ -53,33 +60,29 @@ class ToyPolicy(Policy):
     def prompt(self, instruction: str) -> str:
         return instruction
 
-    def encode(self, observation: Observation) -> PolicyInput:
+    def encode(self, observation: Observation) -> ToyInputs:
         assert observation.images.dtype == np.uint8
         ids = torch.tensor([[SENTENCES.index(s)] for s in observation.instructions])
         pixels = torch.from_numpy(observation.images).float().permute(0, 3, 1, 2) / 127.5 - 1
-        return PolicyInput(prompt_ids=ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool), pixel_values=pixels)
+        return ToyInputs(words=ids[:, 0], pixels=pixels)
 
-    def vision_features(self, pixel_values: Tensor) -> Tensor:
-        return self.pixels(pixel_values.flatten(1))[:, None]
-
-    def _logits(self, inputs: PolicyInput) -> tuple[Tensor, Tensor]:
-        assert inputs.pixel_values is not None
-        mixed = self.vision_features(inputs.pixel_values)[:, 0] + self.words(inputs.prompt_ids[:, 0])
+    def _logits(self, inputs: ToyInputs) -> tuple[Tensor, Tensor]:
+        mixed = self.pixels(inputs.pixels.flatten(1)) + self.words(inputs.words)
         hidden = self.dropout(torch.relu(mixed))
         return self.out(hidden).view(-1, 2, 256), self.value(hidden)[:, 0]
 
     @torch.no_grad()
-    def act(self, inputs: PolicyInput, *, temperature: float = 1.0, gumbel: Tensor | None = None) -> ActionSample:
+    def act(self, inputs: ToyInputs, *, temperature: float = 1.0, gumbel: Tensor | None = None) -> ActionSample:
         logits, values = self._logits(inputs)
         ids = logits.argmax(-1)
         return ActionSample(action_ids=ids, logprobs=torch.zeros_like(ids, dtype=torch.float32), values=values)
 
-    def evaluate(self, inputs: PolicyInput, action_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
+    def evaluate(self, inputs: ToyInputs, action_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
         logits, values = self._logits(inputs)
         logprobs = logits.log_softmax(-1).gather(-1, action_ids[..., None])[..., 0]
         return Evaluation(logprobs=logprobs, entropy=torch.zeros_like(logprobs), values=values)
 
-    def values(self, inputs: PolicyInput) -> Tensor:
+    def values(self, inputs: ToyInputs) -> Tensor:
         return self._logits(inputs)[1]
 
     def decode_actions(self, action_ids: Tensor) -> np.ndarray:
@@ -330,7 +333,7 @@ def test_micro_batches_leave_the_update_as_it_is(whole, store_folder: Path, tmp_
 def test_first_loss_and_gradient_equal_a_plain_formula(store_folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     config = CONFIG.model_copy(update={"brightness": 0.0, "contrast": 0.0, "colour": 0.0, "steps": 1})
-    seen: list[tuple[PolicyInput, Tensor]] = []
+    seen: list[tuple[ToyInputs, Tensor]] = []
     evaluate = ToyPolicy.evaluate
 
     def spy(self, inputs, action_ids, **kwargs):

@@ -35,13 +35,6 @@ class DropoutPolicy(TablePolicy):
         return replace(out, logprobs=out.logprobs + 0.1 * torch.randn_like(out.logprobs))
 
 
-class BlindPolicy(TablePolicy):
-    """Sees no pictures."""
-
-    def encode(self, observation):
-        return replace(super().encode(observation), pixel_values=None)
-
-
 class ForeignConfig(PPOConfig):
     """Options derived from PPO's, of an algorithm that is not."""
 
@@ -80,13 +73,6 @@ def test_a_policy_that_scores_by_chance():
     scored = learner.score(rollout).result()
     with pytest.raises(ExtensionError, match=r"ratio of 1\.\d+ or its inverse.*DropoutPolicy.*dropout"):
         learner.update(rollout, TaskReward()(rollout), scored, iteration=0, train_policy=True)
-
-
-def test_a_policy_without_pixels_to_cache_features_of():
-    policy = BlindPolicy(TablePolicyConfig())
-    learner = LocalLearner(policy, PPOConfig(), seed=0)
-    with pytest.raises(ExtensionError, match=r"BlindPolicy\.encode gave no pixel_values.*ppo\.train_vision=true"):
-        learner.score(rollout_of(policy))
 
 
 def test_an_algorithm_that_is_no_ppo():

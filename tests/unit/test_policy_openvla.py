@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import ConfigError
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation
 
@@ -66,7 +66,7 @@ def gumbel_noise(batch: int, num_tokens: int = 4, seed: int = 0) -> torch.Tensor
     return torch.from_numpy(-np.log(-np.log(uniform))).float()
 
 
-def reference_logits(policy: OpenVLAPolicy, inputs: PolicyInput, action_ids: torch.Tensor) -> torch.Tensor:
+def reference_logits(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: torch.Tensor) -> torch.Tensor:
     """Full-vocabulary logits of transformers' own forward pass, one unpadded row at a time."""
     llama: LlamaForCausalLM = policy.language_model
     rows = []
@@ -130,7 +130,7 @@ def test_sampling_frequencies_follow_the_softmax() -> None:
     policy = build(num_action_tokens=1)
     inputs = policy.encode(observe(1))
     num_draws, temperature = 6000, 1.5
-    many = PolicyInput(
+    many = OpenVLAInputs(
         prompt_ids=inputs.prompt_ids.expand(num_draws, -1),
         prompt_mask=inputs.prompt_mask.expand(num_draws, -1),
         vision_features=policy.vision_features(inputs.pixel_values).detach().expand(num_draws, -1, -1),

@@ -9,7 +9,8 @@ from small_policy import adapted, inputs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from reachrl.config.policy import recorded_rows
-from reachrl.policies.base import ActionSample, PolicyInput
+from reachrl.policies.base import ActionSample
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.recordings import Recordings
 
@@ -28,7 +29,7 @@ class Traces:
         return lambda: trace()
 
 
-def rows(policy: OpenVLAPolicy, *index: int) -> PolicyInput:
+def rows(policy: OpenVLAPolicy, *index: int) -> OpenVLAInputs:
     return inputs(policy).rows(torch.tensor(index))
 
 

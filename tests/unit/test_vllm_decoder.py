@@ -29,8 +29,8 @@ from reachrl.config.vllm import VllmConfig
 from reachrl.errors import ConfigError, MissingExtra, StorageError, WorkerError
 from reachrl.plan.device import find_device
 from reachrl.plan.memory import plan_memory
-from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla import vllm_decoder, vllm_process, vllm_server, vllm_weights
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
 from reachrl.policies.openvla.vllm_decoder import check, frames_of, prompts, row_seeds
@@ -91,9 +91,9 @@ def test_frames_come_back_from_pixels_exactly():
     assert np.array_equal(frames_of(with_pixels(pixels), config), frames)
 
 
-def with_pixels(pixels: torch.Tensor | None, features: torch.Tensor | None = None) -> PolicyInput:
+def with_pixels(pixels: torch.Tensor | None, features: torch.Tensor | None = None) -> OpenVLAInputs:
     ids = torch.ones((2, 3), dtype=torch.int64)
-    return PolicyInput(prompt_ids=ids, prompt_mask=ids.bool(), pixel_values=pixels, vision_features=features)
+    return OpenVLAInputs(prompt_ids=ids, prompt_mask=ids.bool(), pixel_values=pixels, vision_features=features)
 
 
 def test_what_are_no_frames_is_refused():
@@ -108,11 +108,11 @@ def test_prompts_lose_their_padding_and_must_begin_with_bos():
     config = OpenVLAConfig.openvla_7b(vllm={"max_prompt": 3})
     ids = torch.tensor([[1, 7, 8, 0], [0, 1, 9, 0]])
     mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
-    assert prompts(PolicyInput(prompt_ids=ids, prompt_mask=mask), config) == [[1, 7, 8], [1, 9]]
+    assert prompts(OpenVLAInputs(prompt_ids=ids, prompt_mask=mask), config) == [[1, 7, 8], [1, 9]]
     with pytest.raises(ValueError, match="begin with BOS"):
-        prompts(PolicyInput(prompt_ids=ids + 1, prompt_mask=mask), config)
+        prompts(OpenVLAInputs(prompt_ids=ids + 1, prompt_mask=mask), config)
     with pytest.raises(ConfigError, match="policy.vllm.max_prompt=3; set it to 4"):
-        prompts(PolicyInput(prompt_ids=ids[:1], prompt_mask=mask[:1] | True), config)
+        prompts(OpenVLAInputs(prompt_ids=ids[:1], prompt_mask=mask[:1] | True), config)
 
 
 def test_seeds_belong_to_rows():
@@ -160,7 +160,7 @@ def decoded_by(python: Path, base: Path, **changes: Any) -> OpenVLAPolicy:
     return policy
 
 
-def rows_of(policy: OpenVLAPolicy, count: int = 3) -> PolicyInput:
+def rows_of(policy: OpenVLAPolicy, count: int = 3) -> OpenVLAInputs:
     images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     words = ("pick up the red block", "open the drawer", "push")
     return policy.encode(Observation(images=images, instructions=tuple(words[i % 3] for i in range(count))))

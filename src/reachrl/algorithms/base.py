@@ -7,19 +7,19 @@ from typing import Protocol
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.base import PolicyInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOBatch:
     """The valid decisions of one iteration, flattened to `B` rows.
 
-    `inputs(rows)` gives model-ready rows i64[b]: from cached vision features, or from uint8 frames that stay
-    uint8 until then. Where several processes share the rows, `own` says which are this one's; a gradient is the sum
+    `inputs(rows)` gives model-ready rows i64[b]: cached ones, or encoded from uint8 frames that stay uint8 until
+    then. Where several processes share the rows, `own` says which are this one's; a gradient is the sum
     over the processes.
     """
 
-    inputs: Callable[[Int64[Tensor, "b"]], PolicyInput]
+    inputs: Callable[[Int64[Tensor, "b"]], PolicyInputs]
     action_ids: Int64[Tensor, "B A"]
     behaviour_logprobs: Float[Tensor, "B A"]
     old_logprobs: Float[Tensor, "B A"]

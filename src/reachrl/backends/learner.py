@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 
 from reachrl.algorithms.base import PPOBatch, UpdateStats
 from reachrl.algorithms.ppo import PPO
@@ -20,7 +19,7 @@ from reachrl.backends.weights import PackedWeights, acting_parameters, learner_a
 from reachrl.config.ppo import PPOConfig
 from reachrl.errors import ExtensionError
 from reachrl.functional.gae import gae
-from reachrl.policies.base import Policy, PolicyInput
+from reachrl.policies.base import Policy, PolicyInputs
 from reachrl.registry import build
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
@@ -66,7 +65,7 @@ class LocalLearner:
         self.version = 0
         self._log = SpanLog("learner")
         self._read_state: dict[str, Any] | None = None  # of a checkpoint, until it is shared
-        self._inputs: PolicyInput | None = None  # of its block of the last scored rollout, vision features cached
+        self._inputs: PolicyInputs | None = None  # of its block of the last scored rollout, vision features cached
 
     def export_weights(self) -> SharedWeights:
         """The current version of the shared policy."""
@@ -116,7 +115,7 @@ class LocalLearner:
             values.append(out.values.float().cpu())
             cached.append(inputs)
         self._pass_with_the_others(flat, ids, block, made=len(cached))
-        self._inputs = None if self.config.train_vision else _concatenate(cached)
+        self._inputs = None if self.config.train_vision else type(cached[0]).concat(cached)
         last = self._values(rollout.last_observation)
         finals = np.zeros((steps, envs), dtype=np.float32)
         if len(rollout.final_rows):
@@ -247,21 +246,10 @@ class LocalLearner:
                 inputs = self._encode(flat, rows)
                 self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.config.temperature)
 
-    def _encode(self, observation: Observation, rows: slice) -> PolicyInput:
+    def _encode(self, observation: Observation, rows: slice) -> PolicyInputs:
         part = Observation(images=observation.images[rows], instructions=observation.instructions[rows])
         inputs = self.policy.encode(part)
-        if self.config.train_vision:
-            return inputs
-        if inputs.pixel_values is None:
-            raise ExtensionError(
-                f"{type(self.policy).__name__}.encode gave no pixel_values, from which vision features are computed "
-                "once an iteration: return them, or set ppo.train_vision=true, which caches nothing"
-            )
-        return PolicyInput(
-            prompt_ids=inputs.prompt_ids,
-            prompt_mask=inputs.prompt_mask,
-            vision_features=self.policy.vision_features(inputs.pixel_values),
-        )
+        return inputs if self.config.train_vision else self.policy.cache(inputs)
 
     def _values(self, observation: Observation) -> np.ndarray:
         count, batch = len(observation.images), self.config.score_batch_size
@@ -271,33 +259,18 @@ class LocalLearner:
         ]
         return torch.cat(parts).float().cpu().numpy()
 
-    def _rows(self, rollout: Rollout, keep: Tensor) -> Callable[[Tensor], PolicyInput]:
+    def _rows(self, rollout: Rollout, keep: Tensor) -> Callable[[Tensor], PolicyInputs]:
         cached = self._inputs
         if cached is not None:
             first = self.group.block(rollout.valid.size).start
-            last = len(cached.prompt_ids) - 1
+            last = len(cached) - 1
             # A row of another process's block only stands in for none: see `PPO._scores`.
             return lambda rows: cached.rows((keep[rows] - first).clamp(0, last))
         images = rollout.images.reshape(-1, *rollout.images.shape[2:])
         texts = [text for row in rollout.instructions for text in row]
 
-        def encode(rows: Tensor) -> PolicyInput:
+        def encode(rows: Tensor) -> PolicyInputs:
             index = keep[rows].numpy()
             return self.policy.encode(Observation(images=images[index], instructions=tuple(texts[i] for i in index)))
 
         return encode
-
-
-def _concatenate(parts: list[PolicyInput]) -> PolicyInput:
-    assert all(part.vision_features is not None for part in parts)
-    # A long instruction lengthens its own part only; padding changes no answer.
-    length = max(part.prompt_ids.shape[1] for part in parts)
-
-    def padded(tensor: Tensor) -> Tensor:
-        return functional.pad(tensor, (0, length - tensor.shape[1]))
-
-    return PolicyInput(
-        prompt_ids=torch.cat([padded(part.prompt_ids) for part in parts]),
-        prompt_mask=torch.cat([padded(part.prompt_mask) for part in parts]),
-        vision_features=torch.cat([part.vision_features for part in parts if part.vision_features is not None]),
-    )

@@ -29,7 +29,7 @@ def shard(policy: Policy, group: Group) -> None:
     for unit in policy.sharding_units():
         fully_shard(unit, mesh=mesh)
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
-    for method in ("evaluate", "values", "vision_features"):  # what the learner calls
+    for method in ("evaluate", "values", "cache"):  # what the learner calls
         register_fsdp_forward_method(policy, method)
 
 

@@ -1,14 +1,14 @@
 """What the learner and the collector ask of a policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
@@ -16,23 +16,39 @@ from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.types import Observation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyInput:
-    """Model-ready rows. Either `pixel_values` or (frozen vision) the cached `vision_features`."""
+class PolicyInputs:
+    """Model-ready rows, as a policy's `encode` makes them: what is in them only the policy knows.
 
-    prompt_ids: Int64[Tensor, "B L"]
-    prompt_mask: Bool[Tensor, "B L"]
-    pixel_values: Float[Tensor, "B C H W"] | None = None
-    vision_features: Float[Tensor, "B P F"] | None = None
+    Derive a frozen dataclass whose fields are tensors with one row for each of `B` decisions, or None. Override
+    `concat` where parts differ in more than their number of rows, as prompts padded to different lengths do.
+    """
 
-    def rows(self, index: Int64[Tensor, "b"]) -> "PolicyInput":
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PolicyInputs":
+        return type(self)(**{name: None if each is None else change(each) for name, each in self._tensors().items()})
+
+    def __len__(self) -> int:
+        return next(len(each) for each in self._tensors().values() if each is not None)
+
+    def rows(self, index: Int64[Tensor, "b"]) -> "PolicyInputs":
         """The rows `index`, in that order."""
-        pixels, features = self.pixel_values, self.vision_features
-        return PolicyInput(
-            prompt_ids=self.prompt_ids[index],
-            prompt_mask=self.prompt_mask[index],
-            pixel_values=None if pixels is None else pixels[index],
-            vision_features=None if features is None else features[index],
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> "PolicyInputs":
+        """The same rows on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Any]) -> "PolicyInputs":
+        """The rows of all `parts`, one part after the other."""
+        columns = {name: [each._tensors()[name] for each in parts] for name in parts[0]._tensors()}
+        return cls(
+            **{
+                name: None if column[0] is None else torch.cat([each for each in column if each is not None])
+                for name, column in columns.items()
+            }
         )
 
 
@@ -60,7 +76,10 @@ class Evaluation:
 
 
 class Policy(nn.Module, ABC):
-    """An autoregressive vision-language-action policy with a value head."""
+    """An autoregressive vision-language-action policy with a value head.
+
+    `inputs` are the `PolicyInputs` that `encode` or `cache` returned.
+    """
 
     Config: ClassVar[type[Section]]
     num_action_tokens: int
@@ -87,17 +106,21 @@ class Policy(nn.Module, ABC):
         """What the policy is asked in words, for people to read."""
 
     @abstractmethod
-    def encode(self, observation: Observation) -> PolicyInput:
-        """Turn frames and instructions into prompt tokens and pixels, on the policy's device."""
+    def encode(self, observation: Observation) -> PolicyInputs:
+        """Turn observations into model-ready rows, on the policy's device."""
 
-    @abstractmethod
-    def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
-        """The vision towers' output: what may be cached while the towers are frozen."""
+    def cache(self, inputs: Any) -> Any:
+        """Rows in which pixels have given way to what the frozen vision towers make of them.
+
+        The learner calls it once for every decision of a rollout and keeps the rows for the update, unless the towers
+        are trained. The default keeps `inputs` as they are, pixels included.
+        """
+        return inputs
 
     @abstractmethod
     def act(
         self,
-        inputs: PolicyInput,
+        inputs: Any,
         *,
         temperature: float = 1.0,
         gumbel: Float[Tensor, "B A V"] | None = None,
@@ -113,7 +136,7 @@ class Policy(nn.Module, ABC):
 
     @torch.no_grad()
     def acting_logprobs(
-        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self, inputs: Any, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
     ) -> Float[Tensor, "B A"]:
         """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token.
 
@@ -141,13 +164,11 @@ class Policy(nn.Module, ABC):
         """Let go of what acting holds beside the weights, as processes; acting again brings it back."""
 
     @abstractmethod
-    def evaluate(
-        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
-    ) -> Evaluation:
+    def evaluate(self, inputs: Any, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0) -> Evaluation:
         """Score given actions over the action positions only, with gradients."""
 
     @abstractmethod
-    def values(self, inputs: PolicyInput) -> Float[Tensor, "B"]:
+    def values(self, inputs: Any) -> Float[Tensor, "B"]:
         """State values; the same number that `act` and `evaluate` return for the same state."""
 
     @abstractmethod

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from reachrl.errors import ExtensionError
-from reachrl.policies.base import ActionSample, Policy, PolicyInput
+from reachrl.policies.base import ActionSample, Policy, PolicyInputs
 from reachrl.types import Observation
 
 _TOLERANCE = 1e-4  # between a decoder with a cache and one teacher-forced pass, in float32
@@ -35,12 +35,13 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     _check_scores(policy, inputs, sample, temperature)
     _check_rows_alone(policy, inputs, sample, gumbel, temperature)
     _check_cached_vision(policy, inputs, sample, temperature)
+    _check_batches(policy, inputs, sample, temperature)
     _check_actions(policy, sample)
     _check_groups(policy)
 
 
 @torch.no_grad()
-def _check_scores(policy: Policy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> None:
+def _check_scores(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
     scored = policy.evaluate(inputs, sample.action_ids, temperature=temperature)
     _same(sample.logprobs, scored.logprobs, "act's log-probs are not those evaluate gives the same actions")
     if sample.values is None:
@@ -53,7 +54,7 @@ def _check_scores(policy: Policy, inputs: PolicyInput, sample: ActionSample, tem
 
 @torch.no_grad()
 def _check_rows_alone(
-    policy: Policy, inputs: PolicyInput, sample: ActionSample, gumbel: torch.Tensor, temperature: float
+    policy: Policy, inputs: PolicyInputs, sample: ActionSample, gumbel: torch.Tensor, temperature: float
 ) -> None:
     for row in range(len(sample.action_ids)):
         index = torch.tensor([row], device=policy.device)
@@ -64,18 +65,24 @@ def _check_rows_alone(
 
 
 @torch.no_grad()
-def _check_cached_vision(policy: Policy, inputs: PolicyInput, sample: ActionSample, temperature: float) -> None:
-    if inputs.pixel_values is None:
-        raise ExtensionError(
-            "encode returned no pixel_values; vision features are cached by the learner, not by encode."
-        )
-    cached = PolicyInput(
-        prompt_ids=inputs.prompt_ids,
-        prompt_mask=inputs.prompt_mask,
-        vision_features=policy.vision_features(inputs.pixel_values),
-    )
-    scored = policy.evaluate(cached, sample.action_ids, temperature=temperature)
-    _same(sample.logprobs, scored.logprobs, "log-probs from cached vision features differ from those from pixels")
+def _check_cached_vision(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
+    scored = policy.evaluate(policy.cache(inputs), sample.action_ids, temperature=temperature)
+    _same(sample.logprobs, scored.logprobs, "log-probs from cached rows differ from those from the rows of encode")
+
+
+@torch.no_grad()
+def _check_batches(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
+    """Rows survive being taken apart, put together and moved, before and after `cache`."""
+    count = len(sample.action_ids)
+    if len(inputs) != count:
+        raise ExtensionError(f"encode's rows say they are {len(inputs)}; {count} were observed.")
+    backwards = torch.arange(count - 1, -1, -1)
+    expected = policy.evaluate(inputs, sample.action_ids, temperature=temperature).logprobs[backwards]
+    for each, of in ((inputs, "encode"), (policy.cache(inputs), "cache")):
+        parts = [each.rows(index) for index in backwards.split(max(1, count // 2))]
+        together = type(each).concat([part.to("cpu").to(policy.device) for part in parts])
+        scored = policy.evaluate(together, sample.action_ids[backwards], temperature=temperature)
+        _same(expected, scored.logprobs, f"rows of {of} taken with `rows` and joined with `concat` get other log-probs")
 
 
 def _check_actions(policy: Policy, sample: ActionSample) -> None:

@@ -1,14 +1,16 @@
 """The smallest policy that keeps the contract: a table of logits by context, for testing algorithms."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
-from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
+from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInputs
 from reachrl.types import Observation
 
 
@@ -21,6 +23,14 @@ class TablePolicyConfig(Section):
     """Rows of the table; an observation's first pixel says which row applies."""
     num_action_tokens: int = 2
     """Tokens per action, each independent of the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableInputs(PolicyInputs):
+    """The first pixel of each row, or what the one vision weight makes of it."""
+
+    pixels: Float[Tensor, "B 1"] | None = None
+    features: Float[Tensor, "B 1"] | None = None
 
 
 class TablePolicy(Policy):
@@ -40,29 +50,28 @@ class TablePolicy(Policy):
         """The instruction itself."""
         return instruction
 
-    def encode(self, observation: Observation) -> PolicyInput:
+    def encode(self, observation: Observation) -> TableInputs:
         """The context is the first pixel."""
         context = torch.from_numpy(observation.images[:, 0, 0, 0].astype(np.int64))
-        pixels = context.float()[:, None, None, None]
-        return PolicyInput(
-            prompt_ids=context[:, None], prompt_mask=torch.ones_like(context[:, None]) > 0, pixel_values=pixels
-        )
+        return TableInputs(pixels=context.float()[:, None])
 
-    def vision_features(self, pixel_values: Tensor) -> Tensor:
-        """The context again, scaled by the one vision weight."""
-        return pixel_values.flatten(1)[:, None] * self.features
+    def cache(self, inputs: TableInputs) -> TableInputs:
+        """The context, scaled by the one vision weight."""
+        return TableInputs(features=self._features(inputs))
 
-    def _contexts(self, inputs: PolicyInput) -> Tensor:
-        features = inputs.vision_features
-        if features is None:
-            assert inputs.pixel_values is not None
-            features = self.vision_features(inputs.pixel_values)
-        return features[:, 0, 0].round().long()
+    def _features(self, inputs: TableInputs) -> Tensor:
+        if inputs.features is not None:
+            return inputs.features
+        assert inputs.pixels is not None
+        return inputs.pixels * self.features
+
+    def _contexts(self, inputs: TableInputs) -> Tensor:
+        return self._features(inputs)[:, 0].round().long()
 
     @torch.no_grad()
     def act(
         self,
-        inputs: PolicyInput,
+        inputs: TableInputs,
         *,
         temperature: float = 1.0,
         gumbel: Tensor | None = None,
@@ -74,14 +83,14 @@ class TablePolicy(Policy):
         logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
         return ActionSample(action_ids=ids, logprobs=logprobs, values=self.values(inputs))
 
-    def evaluate(self, inputs: PolicyInput, action_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
+    def evaluate(self, inputs: TableInputs, action_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
         """Look the logits up."""
         table = (self.logits[self._contexts(inputs)] / temperature).log_softmax(-1)
         logprobs = table.gather(-1, action_ids[..., None]).squeeze(-1)
         entropy = -(table.exp() * table).sum(-1)
         return Evaluation(logprobs=logprobs, entropy=entropy, values=self.values(inputs))
 
-    def values(self, inputs: PolicyInput) -> Tensor:
+    def values(self, inputs: TableInputs) -> Tensor:
         """Look the value up."""
         return self.value[self._contexts(inputs)]
 

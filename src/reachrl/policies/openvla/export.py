@@ -16,7 +16,6 @@ from torch import Tensor
 
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla import adapters, peft_merge
 from reachrl.policies.openvla.adapter_files import deltas
 from reachrl.policies.openvla.adapters import VALUE_FILE
@@ -27,6 +26,7 @@ from reachrl.policies.openvla.checkpoint import (
     TOKENIZER_FILE,
     read_config,
 )
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.merging import folded
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, norm_stats
@@ -238,7 +238,7 @@ def _scores(policy: OpenVLAPolicy) -> tuple[Float[Tensor, "B A V"], Int64[Tensor
     # Words by number: a tokenizer may lie beside the adapters, beside the base or nowhere.
     prompts = rng.integers(0, first, (_ROWS, config.prompt_length))
     prompts[:, 0] = config.language_model.bos_token_id
-    inputs = PolicyInput(
+    inputs = OpenVLAInputs(
         prompt_ids=torch.from_numpy(prompts).to(policy.device),
         prompt_mask=torch.ones(prompts.shape, dtype=torch.bool, device=policy.device),
         pixel_values=normalise_pixels(images, config.image_mean, config.image_std, policy.device),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,12 +20,13 @@ from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
-from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInput
+from reachrl.policies.base import ActionSample, Evaluation, Policy
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding import action_logits, decode
 from reachrl.policies.llama import PLAIN, build_llama, decoder_layers, last_hidden
 from reachrl.policies.openvla import adapters, checkpoint
 from reachrl.policies.openvla.initialise import initialise
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.rollout_copy import RolloutCopy
 from reachrl.policies.openvla.sequence import embed, pad
@@ -123,7 +125,7 @@ class OpenVLAPolicy(Policy):
         """What the policy is asked in words, for people to read."""
         return PROMPT.format(instruction=instruction.lower())
 
-    def encode(self, observation: Observation) -> PolicyInput:
+    def encode(self, observation: Observation) -> OpenVLAInputs:
         """Turn frames and instructions into prompt tokens and pixels, on the policy's device.
 
         Raises:
@@ -133,7 +135,7 @@ class OpenVLAPolicy(Policy):
         prompt_ids, prompt_mask = self.encode_prompts(observation.instructions)
         images = fit_frames(observation.images, config)
         pixels = normalise_pixels(images, config.image_mean, config.image_std, self.device)
-        return PolicyInput(prompt_ids=prompt_ids, prompt_mask=prompt_mask, pixel_values=pixels)
+        return OpenVLAInputs(prompt_ids=prompt_ids, prompt_mask=prompt_mask, pixel_values=pixels)
 
     def encode_prompts(self, instructions: tuple[str, ...]) -> tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Prompt tokens alone, padded on the right: what rows with cached vision features need.
@@ -149,6 +151,10 @@ class OpenVLAPolicy(Policy):
         rows = [self.tokenizer.prompt_ids(instruction) for instruction in instructions]
         ids, mask = pad(rows, self.config.prompt_length, self.config.language_model.pad_token_id)
         return ids.to(self.device), mask.to(self.device)
+
+    def cache(self, inputs: OpenVLAInputs) -> OpenVLAInputs:
+        """Rows with the vision towers' output instead of pixels."""
+        return replace(inputs, pixel_values=None, vision_features=self._features(inputs))
 
     def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
         """The vision towers' output: what may be cached while the towers are frozen."""
@@ -182,11 +188,11 @@ class OpenVLAPolicy(Policy):
 
     # --- sequences ---------------------------------------------------------------------------------------------
 
-    def _features(self, inputs: PolicyInput) -> Float[Tensor, "B P F"]:
+    def _features(self, inputs: OpenVLAInputs) -> Float[Tensor, "B P F"]:
         if inputs.vision_features is not None:
             return inputs.vision_features.to(self.projector.fc1.weight.dtype)
         if inputs.pixel_values is None:
-            raise ValueError("PolicyInput needs pixel_values or vision_features")
+            raise ValueError("OpenVLAInputs needs pixel_values or vision_features")
         return self._see(inputs.pixel_values)
 
     def _head(self) -> Float[Tensor, "V E"]:
@@ -194,7 +200,7 @@ class OpenVLAPolicy(Policy):
         return self.language_model.lm_head.weight[self._first_choice : self._first_choice + self.num_choices]
 
     def _value(
-        self, features: Float[Tensor, "B P F"], inputs: PolicyInput, first_hidden: Float[Tensor, "B E"] | None
+        self, features: Float[Tensor, "B P F"], inputs: OpenVLAInputs, first_hidden: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B"]:
         """The value at the first action position, from the actor's hidden state or the critic's own trunk."""
         model, projector = self.language_model.model, self.projector
@@ -215,7 +221,7 @@ class OpenVLAPolicy(Policy):
     @torch.no_grad()
     def act(
         self,
-        inputs: PolicyInput,
+        inputs: OpenVLAInputs,
         *,
         temperature: float = 1.0,
         gumbel: Float[Tensor, "B A V"] | None = None,
@@ -251,7 +257,7 @@ class OpenVLAPolicy(Policy):
         return ActionSample(action_ids=decoded.action_ids, logprobs=decoded.logprobs, values=values)
 
     def acting_logprobs(
-        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self, inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
     ) -> Float[Tensor, "B A"]:
         """Log-probs of given tokens on the path that `act` takes."""
         if self._vllm is not None:
@@ -264,7 +270,7 @@ class OpenVLAPolicy(Policy):
             self._vllm.close()
 
     def action_logits(
-        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self, inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
     ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"]]:
         """Teacher-forced logits of the tokens that may be chosen at each action position, and the values."""
         features = self._features(inputs)
@@ -276,7 +282,7 @@ class OpenVLAPolicy(Policy):
             return logits, self._value(features, inputs, hidden[:, 0])
 
     def evaluate(
-        self, inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self, inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
     ) -> Evaluation:
         """Score given actions over the action positions only, with gradients."""
         logits, values = self.action_logits(inputs, action_ids, temperature=temperature)
@@ -284,7 +290,7 @@ class OpenVLAPolicy(Policy):
         chosen = logprobs.gather(-1, (action_ids - self._first_choice).unsqueeze(-1)).squeeze(-1)
         return Evaluation(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1), values=values)
 
-    def values(self, inputs: PolicyInput) -> Float[Tensor, "B"]:
+    def values(self, inputs: OpenVLAInputs) -> Float[Tensor, "B"]:
         """State values; the same number that `act` and `evaluate` return for the same state."""
         with self._arithmetic():
             return self._value(self._features(inputs), inputs, None)

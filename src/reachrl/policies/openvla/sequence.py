@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, filler: int) -> tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]:
@@ -26,7 +26,7 @@ def embed(
     projector: nn.Module,
     model: LlamaModel,
     features: Float[Tensor, "B P F"],
-    inputs: PolicyInput,
+    inputs: OpenVLAInputs,
     action_ids: Int64[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
     """Embed rows, whatever padding their prompts come with, and say which positions are real.

@@ -13,9 +13,9 @@ from torch import Tensor
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import unit_from_tokens
-from reachrl.policies.base import PolicyInput
 from reachrl.policies.decoding import action_logits
 from reachrl.policies.llama import last_hidden
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 # Float32 kernels differ by some ulps between machines: of features around 4, of logits up to about 30.
@@ -142,7 +142,7 @@ def _compute(policy: OpenVLAPolicy, tensors: dict[str, Tensor]) -> dict[str, Ten
     ours = {"vision_features": features, "projected": policy.projector(features)}
     if tensors.keys() >= _PROMPTS:
         ids, mask = tensors["input_ids"].long(), tensors["attention_mask"].bool()
-        inputs = PolicyInput(prompt_ids=ids, prompt_mask=mask, vision_features=features)
+        inputs = OpenVLAInputs(prompt_ids=ids, prompt_mask=mask, vision_features=features)
         ours["action_row_logits"] = _row_logits(policy, inputs, ours["projected"])
         ours["tokens"] = policy.act(inputs).action_ids
         if "actions" in tensors:
@@ -154,7 +154,7 @@ def _compute(policy: OpenVLAPolicy, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _row_logits(
-    policy: OpenVLAPolicy, inputs: PolicyInput, patches: Float[Tensor, "N P E"]
+    policy: OpenVLAPolicy, inputs: OpenVLAInputs, patches: Float[Tensor, "N P E"]
 ) -> Float[Tensor, "N T 256"]:
     """Logits of the action tokens at every position, computed row by row without padding; zero at padding."""
     llama, first = policy.language_model, policy.first_action_id

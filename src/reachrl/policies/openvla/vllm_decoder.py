@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import ConfigError, StorageError, WorkerError
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.vllm_process import FILE_BYTES, EngineProcess
 from reachrl.policies.openvla.vllm_weights import PARTS, versions, write_description, write_weights
 
@@ -65,7 +65,7 @@ class VllmDecoder:
         self._sent = {}
 
     def act(
-        self, policy: "OpenVLAPolicy", inputs: PolicyInput, temperature: float, gumbel: Float[Tensor, "B A V"] | None
+        self, policy: "OpenVLAPolicy", inputs: OpenVLAInputs, temperature: float, gumbel: Float[Tensor, "B A V"] | None
     ) -> tuple[Int64[Tensor, "B A"], Float[Tensor, "B A"]]:
         """Decode all rows; greedy when `gumbel` is None.
 
@@ -90,7 +90,7 @@ class VllmDecoder:
         return ids, logprobs
 
     def score(
-        self, policy: "OpenVLAPolicy", inputs: PolicyInput, action_ids: Int64[Tensor, "B A"], temperature: float
+        self, policy: "OpenVLAPolicy", inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], temperature: float
     ) -> Float[Tensor, "B A"]:
         """Log-probs of given tokens under the sampling distribution.
 
@@ -108,7 +108,7 @@ class VllmDecoder:
         logprobs = (logprobs.view(*action_ids.shape, NUM_ACTION_BINS) / temperature).log_softmax(-1)
         return logprobs.gather(-1, (action_ids - policy.first_action_id).unsqueeze(-1)).squeeze(-1)
 
-    def _decode(self, policy: "OpenVLAPolicy", inputs: PolicyInput, job: dict[str, Any]) -> dict[str, Any]:
+    def _decode(self, policy: "OpenVLAPolicy", inputs: OpenVLAInputs, job: dict[str, Any]) -> dict[str, Any]:
         frames = frames_of(inputs, self._config)
         allowed = (policy.first_action_id, policy.first_action_id + NUM_ACTION_BINS)
         job |= {"op": "decode", "shape": list(frames.shape), "allowed": allowed}
@@ -214,7 +214,7 @@ def row_seeds(gumbel: Float[Tensor, "B A V"]) -> list[int]:
     return [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little") >> 1 for row in rows]
 
 
-def prompts(inputs: PolicyInput, config: OpenVLAConfig) -> list[list[int]]:
+def prompts(inputs: OpenVLAInputs, config: OpenVLAConfig) -> list[list[int]]:
     """The rows' tokens without padding; the image comes behind the first.
 
     Raises:
@@ -230,7 +230,7 @@ def prompts(inputs: PolicyInput, config: OpenVLAConfig) -> list[list[int]]:
     return rows
 
 
-def frames_of(inputs: PolicyInput, config: OpenVLAConfig) -> UInt8[np.ndarray, "B S S 3"]:
+def frames_of(inputs: OpenVLAInputs, config: OpenVLAConfig) -> UInt8[np.ndarray, "B S S 3"]:
     """The frames that `normalise_pixels` made the pixels of: vLLM wants to normalise them itself.
 
     Raises:
@@ -238,7 +238,7 @@ def frames_of(inputs: PolicyInput, config: OpenVLAConfig) -> UInt8[np.ndarray, "
     """
     if inputs.pixel_values is None:
         raise ValueError(
-            'policy.decoder="vllm" looks at frames itself: PolicyInput needs pixel_values, vision_features cannot be '
+            'policy.decoder="vllm" looks at frames itself: OpenVLAInputs needs pixel_values, vision_features cannot be '
             "handed over"
         )
     pixels = inputs.pixel_values[:, :3].float()
