@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_policy import adapted, inputs, small
 
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.official_export import export_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -37,7 +37,7 @@ def live(policy: OpenVLAPolicy) -> dict[str, torch.Tensor]:
 
 def greedy(policy: OpenVLAPolicy) -> tuple[torch.Tensor, torch.Tensor]:
     io = {key: torch.from_numpy(value) for key, value in read("io").items()}
-    rows = PolicyInput(
+    rows = OpenVLAInputs(
         prompt_ids=io["input_ids"].long(), prompt_mask=io["attention_mask"].bool(), pixel_values=io["pixel_values"]
     )
     sample = policy.act(rows, with_values=False)
