@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 _TOWER = ViTTowerConfig(width=64, depth=2, num_heads=2, mlp_width=64)
@@ -36,11 +36,11 @@ _CONFIG = OpenVLAConfig(
 _FIRST = _CONFIG.language_model.vocab_end - NUM_ACTION_BINS
 
 
-def build(batch: int) -> tuple[OpenVLAPolicy, PolicyInput, torch.Tensor]:
+def build(batch: int) -> tuple[OpenVLAPolicy, OpenVLAInputs, torch.Tensor]:
     """A random policy, cached vision features, prompts of 20 tokens and actions to score."""
     torch.manual_seed(0)
     policy = OpenVLAPolicy(_CONFIG)
-    inputs = PolicyInput(
+    inputs = OpenVLAInputs(
         prompt_ids=torch.randint(3, 1000, (batch, 20)),
         prompt_mask=torch.ones(batch, 20, dtype=torch.bool),
         vision_features=torch.randn(batch, _CONFIG.num_patches, _CONFIG.vision_width),
@@ -48,11 +48,11 @@ def build(batch: int) -> tuple[OpenVLAPolicy, PolicyInput, torch.Tensor]:
     return policy, inputs, torch.randint(_FIRST, _FIRST + NUM_ACTION_BINS, (batch, 7))
 
 
-def restricted(policy: OpenVLAPolicy, inputs: PolicyInput, action_ids: torch.Tensor) -> torch.Tensor:
+def restricted(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: torch.Tensor) -> torch.Tensor:
     return policy.evaluate(inputs, action_ids).logprobs
 
 
-def full(policy: OpenVLAPolicy, inputs: PolicyInput, action_ids: torch.Tensor) -> torch.Tensor:
+def full(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: torch.Tensor) -> torch.Tensor:
     llama = policy.language_model
     assert inputs.vision_features is not None
     text = llama.model.embed_tokens(torch.cat([inputs.prompt_ids, action_ids[:, :-1]], 1))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 _LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_layers": 6, "num_heads": 4}
@@ -44,13 +44,13 @@ def build(size: str, folder: Path) -> dict[str, OpenVLAPolicy]:
     return policies
 
 
-def prompts(policy: OpenVLAPolicy, batch: int) -> PolicyInput:
+def prompts(policy: OpenVLAPolicy, batch: int) -> OpenVLAInputs:
     """Random features of a frozen vision tower and a prompt without padding."""
     torch.manual_seed(2)
     config = policy.config
     shape = (batch, config.prompt_length)
     features = torch.randn(batch, config.num_patches, config.vision_width)
-    return PolicyInput(
+    return OpenVLAInputs(
         prompt_ids=torch.randint(3, 500, shape),
         prompt_mask=torch.ones(shape, dtype=torch.bool),
         vision_features=features,

@@ -25,7 +25,7 @@ import torch
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.plan.parameters import adapter_parameters, layer_parameters, weights
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 ROWS = 4
@@ -70,11 +70,11 @@ def configure(folder: Path, dtype: str, base: str) -> OpenVLAConfig:
     return OpenVLAConfig.model_validate({**SIZES, **changes})
 
 
-def given(policy: OpenVLAPolicy) -> tuple[PolicyInput, torch.Tensor]:
+def given(policy: OpenVLAPolicy) -> tuple[OpenVLAInputs, torch.Tensor]:
     """Random features of a frozen vision tower, prompts and action tokens."""
     torch.manual_seed(2)
     config, shape = policy.config, (ROWS, policy.config.prompt_length)
-    inputs = PolicyInput(
+    inputs = OpenVLAInputs(
         prompt_ids=torch.randint(3, 500, shape),
         prompt_mask=torch.ones(shape, dtype=torch.bool),
         vision_features=torch.randn(ROWS, config.num_patches, config.vision_width),

@@ -11,21 +11,21 @@ from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.config.ppo import PPOConfig
 from reachrl.functional.gae import gae
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
 
 SCORE_ROWS = 256  # rows per no-gradient forward pass, as the learner's default
 
 
-def make_inputs(policy: OpenVLAPolicy, batch: int, *, cached: bool) -> PolicyInput:
+def make_inputs(policy: OpenVLAPolicy, batch: int, *, cached: bool) -> OpenVLAInputs:
     """Prompts without padding and random pixels, or random vision features in their place."""
     config, device = policy.config, policy.device
     prompt_ids = torch.randint(3, policy.first_action_id, (batch, config.prompt_length), device=device)
     prompt_ids[:, 0] = config.language_model.bos_token_id
     size = (batch, 3 * len(config.towers), config.image_size, config.image_size)
     patches = (batch, config.num_patches, config.vision_width)
-    return PolicyInput(
+    return OpenVLAInputs(
         prompt_ids=prompt_ids,
         prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
         pixel_values=None if cached else torch.randn(size, device=device),
@@ -58,10 +58,10 @@ class Iteration:
         shape = (self.steps, self.envs, self.policy.num_action_tokens)
         self.ids, self.behaviour = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
 
-    def pixels(self, images: np.ndarray) -> PolicyInput:
+    def pixels(self, images: np.ndarray) -> OpenVLAInputs:
         """Frames and the one prompt as the policy's own `encode` makes them."""
         config, rows = self.policy.config, len(images)
-        return PolicyInput(
+        return OpenVLAInputs(
             prompt_ids=self.prompt.prompt_ids.expand(rows, -1),
             prompt_mask=self.prompt.prompt_mask.expand(rows, -1),
             pixel_values=normalise_pixels(images, config.image_mean, config.image_std, self.policy.device),
@@ -95,16 +95,16 @@ class Iteration:
         self.old_logprobs, self.values = torch.cat(logprobs), torch.cat(values).reshape(self.steps + 1, self.envs)
         self.features = torch.cat(features)
 
-    def cached(self, inputs: PolicyInput) -> PolicyInput:
+    def cached(self, inputs: OpenVLAInputs) -> OpenVLAInputs:
         """Vision features in place of pixels."""
         assert inputs.pixel_values is not None
         features = self.policy.vision_features(inputs.pixel_values)
-        return PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
+        return OpenVLAInputs(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
 
-    def rows(self, rows: Tensor) -> PolicyInput:
+    def rows(self, rows: Tensor) -> OpenVLAInputs:
         """Model-ready rows of the batch."""
         expand = (len(rows), -1)
-        return PolicyInput(
+        return OpenVLAInputs(
             prompt_ids=self.prompt.prompt_ids.expand(expand),
             prompt_mask=self.prompt.prompt_mask.expand(expand),
             vision_features=self.features[rows],

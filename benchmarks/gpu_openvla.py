@@ -42,7 +42,7 @@ from gpu_bench import HEADER, Bench, Result
 from gpu_floors import decode_floor
 from gpu_iteration import SCORE_ROWS, Iteration, make_inputs
 from reachrl.config.policy import NUM_ACTION_BINS
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 SECTIONS = ("decode", "train", "critic", "rollout", "ppo", "coarse")
@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, list[int] | int]] = {
 
 
 @torch.no_grad()
-def generate(policy: OpenVLAPolicy, inputs: PolicyInput) -> Tensor:
+def generate(policy: OpenVLAPolicy, inputs: OpenVLAInputs) -> Tensor:
     """Action tokens by the library's own loop."""
     assert inputs.pixel_values is not None
     llama, tokens = policy.language_model, policy.num_action_tokens
@@ -75,7 +75,7 @@ def generate(policy: OpenVLAPolicy, inputs: PolicyInput) -> Tensor:
     )
 
 
-def decode_ours(bench: Bench, inputs: PolicyInput) -> Result:
+def decode_ours(bench: Bench, inputs: OpenVLAInputs) -> Result:
     """`act`, and where its time goes."""
     policy, batch = bench.policy, len(inputs.prompt_ids)
     assert inputs.pixel_values is not None
@@ -83,7 +83,7 @@ def decode_ours(bench: Bench, inputs: PolicyInput) -> Result:
     with torch.no_grad():
         vision = bench.median(lambda: policy.vision_features(pixels))
         features = policy.vision_features(pixels)
-    cached = PolicyInput(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
+    cached = OpenVLAInputs(prompt_ids=inputs.prompt_ids, prompt_mask=inputs.prompt_mask, vision_features=features)
     policy.num_action_tokens = 1
     try:
         prefill = bench.median(lambda: policy.act(cached))
@@ -109,7 +109,7 @@ def run_decode(bench: Bench) -> None:
         bench.configure(rollout_copy=True)
         ours = bench.case("decode", f"act, batch {batch}", lambda i=inputs: decode_ours(bench, i))
 
-        def library(inputs: PolicyInput = inputs, ours: Result | None = ours) -> Result:
+        def library(inputs: OpenVLAInputs = inputs, ours: Result | None = ours) -> Result:
             equal = (generate(policy, inputs) == policy.act(inputs).action_ids).float().mean(0)
             seconds = bench.median(lambda: generate(policy, inputs))
             shares = f"{equal.mean():.0%} of the tokens are equal, {equal[0]:.0%} of the first ones"
@@ -284,7 +284,7 @@ def run_coarse(bench: Bench) -> None:
             bench.configure(**{"compile_prefill": False, "rollout_precision": "as_trained", **changes})
             torch.compiler.reset()  # each variant begins with no program
 
-            def run(inputs: PolicyInput = inputs, exact: Tensor = exact, noise: Tensor = noise) -> Result:
+            def run(inputs: OpenVLAInputs = inputs, exact: Tensor = exact, noise: Tensor = noise) -> Result:
                 begun = bench.once(lambda: policy.act(inputs, gumbel=noise))
                 result = decode_ours(bench, inputs)
                 gap = (exact - policy.act(inputs, gumbel=noise).logprobs.float()).sum(-1)

@@ -36,7 +36,7 @@ from reachrl.plan.device import Device, find_device
 from reachrl.plan.memory import plan_memory
 from reachrl.plan.parameters import weights
 from reachrl.plan.timing import plan_time
-from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 _TOWER = ViTTowerConfig(width=384, depth=8, num_heads=6, mlp_width=1536)
@@ -95,7 +95,7 @@ def build(config: OpenVLAConfig) -> OpenVLAPolicy:
     return policy
 
 
-def rows_of(policy: OpenVLAPolicy, rows: int) -> tuple[PolicyInput, PolicyInput, Tensor]:
+def rows_of(policy: OpenVLAPolicy, rows: int) -> tuple[OpenVLAInputs, OpenVLAInputs, Tensor]:
     """Frames to act on, their vision features, and actions to score; one prompt is shorter, so that masks are used."""
     config = policy.config
     mask = torch.ones(rows, config.prompt_length, dtype=torch.bool)
@@ -104,8 +104,8 @@ def rows_of(policy: OpenVLAPolicy, rows: int) -> tuple[PolicyInput, PolicyInput,
     pixels = torch.randn(rows, 3 * len(config.towers), config.image_size, config.image_size)
     features = torch.randn(rows, config.num_patches, config.vision_width, dtype=policy.projector.fc1.weight.dtype)
     actions = torch.randint(0, 256, (rows, config.num_action_tokens)) + policy.first_action_id
-    seen = PolicyInput(prompt_ids=ids, prompt_mask=mask, pixel_values=pixels)
-    cached = PolicyInput(prompt_ids=ids, prompt_mask=mask, vision_features=features)
+    seen = OpenVLAInputs(prompt_ids=ids, prompt_mask=mask, pixel_values=pixels)
+    cached = OpenVLAInputs(prompt_ids=ids, prompt_mask=mask, vision_features=features)
     return seen, cached, actions
 
 
