@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reachrl.algorithms.base import PPOBatch
+from reachrl.algorithms.base import Batch
 from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.config.ppo import PPOConfig
@@ -47,10 +47,11 @@ class Iteration:
             epochs=arguments.epochs,
             minibatch_size=arguments.minibatch,
             micro_batch_size=arguments.micro_batches[0],
+            warmup_iterations=0,
         )
         # Adapters are float32 on a trunk that may be rounded to bfloat16: the ratio is measured below instead.
         FIRST_RATIO_TOLERANCE[torch.float32] = FIRST_RATIO_TOLERANCE[dtype_of(self.policy)]
-        self.algorithm = PPO(self.config, self.policy, seed=0)
+        self.algorithm = PPO(self.config, self.policy, seed=0, temperature=1.0)
         self.rng = np.random.default_rng(0)
         self.prompt = make_inputs(self.policy, 1, cached=True)
         size = self.policy.config.image_size
@@ -131,7 +132,8 @@ class Iteration:
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
         )
-        self.batch = PPOBatch(
+        self.batch = Batch(
+            rows=torch.arange(self.steps * self.envs),
             inputs=self.rows,
             action_ids=self.ids.flatten(0, 1),
             behaviour_logprobs=self.behaviour.flatten(0, 1),
@@ -143,5 +145,5 @@ class Iteration:
 
     def update(self) -> str:
         """Train the actor and the critic; how it went."""
-        stats = self.algorithm.update(self.batch, iteration=0, train_policy=True)
-        return f"{stats.policy_steps} steps, KL {stats.kl:.1e}, sampler's KL {stats.engine_kl:.1e}"
+        stats = self.algorithm.update(self.batch, iteration=0)
+        return f"{stats['policy_steps']} steps, KL {stats['kl']:.1e}"

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.rollout import RolloutSection
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
@@ -202,9 +203,9 @@ def run_of(policy: OpenVLAConfig, rows: int, passes: int = 1) -> TrainConfig:
     """A run whose iteration is one decision in each of `rows` environments, or several, and a pass over each."""
     return TrainConfig(
         env=MetaworldConfig(num_envs=rows),
-        num_steps=passes,
+        rollout=RolloutSection(num_steps=passes),
         policy=policy,
-        ppo=PPOConfig(epochs=1, minibatch_size=passes * rows, micro_batch_size=rows),
+        algorithm=PPOConfig(epochs=1, minibatch_size=passes * rows, micro_batch_size=rows),
     )
 
 

@@ -42,7 +42,7 @@ POLICY = [f"policy.language_model.{size}" for size in ("num_layers=4", "hidden_s
 
 def configuration(*changes: str) -> TrainConfig:
     """The toy preset with a simulator that takes its time and a policy that does, too."""
-    options = ["env.kind=busy_env:BusyEnv", "num_threads=1", f"num_steps={STEPS}", "backend.kind=ray", *POLICY]
+    options = ["env.kind=busy_env:BusyEnv", "num_threads=1", f"rollout.num_steps={STEPS}", "backend.kind=ray", *POLICY]
     return load_config("toy", [*options, "env.max_steps=15", "env.image_size=48", *changes])
 
 
@@ -177,7 +177,7 @@ def iterations(config: TrainConfig, found: Workers, repeats: int) -> dict[str, f
         if config.collect_ahead:
             ahead = collect()
         scored = found.learner.score(rollout).result()
-        found.learner.update(rollout, reward(rollout), scored, iteration=iteration, train_policy=True)
+        found.learner.update(rollout, reward(rollout), scored, iteration=iteration)
         took.append(time.perf_counter() - began)
         spans += found.learner.take_spans() if iteration else []
         if iteration == repeats + 1:
@@ -191,7 +191,12 @@ def iterations(config: TrainConfig, found: Workers, repeats: int) -> dict[str, f
 def compare_ahead(repeats: int) -> None:
     """Collecting the next rollout while the learner works on the last one."""
     rows = 4
-    options = [f"env.num_envs={rows}", "ppo.importance_cap=2.0", "reward.kind=task", "ppo.minibatch_size=80"]
+    options = [
+        f"env.num_envs={rows}",
+        "algorithm.importance_cap=2.0",
+        "reward.kind=task",
+        "algorithm.minibatch_size=80",
+    ]
     config = configuration(*options)
     policy = new_policy(config).eval()
     with workers(config) as found:
@@ -212,12 +217,12 @@ def compare_ahead(repeats: int) -> None:
         fed = replace(
             told(stages, config),
             score_row_s=alone["score"] / decisions,
-            update_row_s=alone["update"] / decisions / config.ppo.epochs,  # pyright: ignore
+            update_row_s=alone["update"] / decisions / config.algorithm.epochs,  # pyright: ignore
             sync_fixed_s=max(0.0, transport),
         )
         layout = Layout(
             rows=(rows,), num_steps=STEPS, cores=os.cpu_count() or 1, decode_on_cpu=True, ahead=ahead,
-            epochs=config.ppo.epochs, minibatch=80,  # pyright: ignore
+            epochs=config.algorithm.epochs, minibatch=80,  # pyright: ignore
         )  # fmt: skip
         line(f"ahead {ahead}", seconds, simulate(fed, layout).iteration_s, decisions)
         base = base or seconds
@@ -236,10 +241,10 @@ def openvla_stages(rows: int) -> tuple[Stages, TrainConfig]:
         name: (seconds[rows][name] - seconds[rows // 2][name]) / (rows - rows // 2)
         for name in ("prefill", "decode steps")
     }
-    decode_row = sum(per_row.values()) / config.num_steps
-    decode = (seconds[rows]["prefill"] + seconds[rows]["decode steps"]) / config.num_steps
-    decisions = rows * config.num_steps
-    epochs = config.ppo.epochs  # pyright: ignore[reportAttributeAccessIssue]
+    decode_row = sum(per_row.values()) / config.rollout.num_steps
+    decode = (seconds[rows]["prefill"] + seconds[rows]["decode steps"]) / config.rollout.num_steps
+    decisions = rows * config.rollout.num_steps
+    epochs = config.algorithm.epochs  # pyright: ignore[reportAttributeAccessIssue]
     policy, ppo = sections(config)
     adapters = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)
     return (
@@ -265,14 +270,15 @@ def print_table(_: int) -> None:
     """OpenVLA-7B from 8 to 512 GPUs: predictions from predictions."""
     rows = 64
     stages, config = openvla_stages(rows)
-    print(f"\nOpenVLA-7B with adapters on H200s, predicted; {rows} environments an actor, {config.num_steps} steps")
+    steps = config.rollout.num_steps
+    print(f"\nOpenVLA-7B with adapters on H200s, predicted; {rows} environments an actor, {steps} steps")
     print(f"{stages}\n")
     table_openvla(
         stages,
         rows=rows,
-        num_steps=config.num_steps,
+        num_steps=config.rollout.num_steps,
         node_cores=192,
-        epochs=config.ppo.epochs,  # pyright: ignore[reportAttributeAccessIssue]
+        epochs=config.algorithm.epochs,  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 

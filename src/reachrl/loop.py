@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from reachrl.algorithms.base import UpdateStats
+from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Actors, Learner, Pending, Workers
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import CheckpointError, ExtensionError
@@ -36,16 +35,14 @@ class TrainState:
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
-    warming_up: bool = True
 
-    def advance(self, rollout: Rollout, *, warming_up: bool) -> "TrainState":
+    def advance(self, rollout: Rollout) -> "TrainState":
         """The state after one more iteration."""
         return replace(
             self,
             iteration=self.iteration + 1,
             env_steps=self.env_steps + rollout.num_env_steps,
             episodes=self.episodes + len(rollout.episodes),
-            warming_up=warming_up,
         )
 
 
@@ -85,7 +82,7 @@ def train(
     run: Run,
     watcher: Watcher,
 ) -> TrainState:
-    """Improve one policy with online PPO, from the run's last checkpoint if it has one.
+    """Improve one policy online, from the run's last checkpoint if it has one.
 
     The same loop whoever the workers are and wherever: this process, or many on a cluster.
 
@@ -95,7 +92,6 @@ def train(
         WorkerError: an environment, or an actor, keeps failing.
         LearnerLostError: a process that trains is gone.
     """
-    assert isinstance(config.ppo, PPOConfig)
     actors, learner = workers.actors, workers.learner
     audit = RewardAudit(config.audit, run.videos)
     keepers = Keepers(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
@@ -110,7 +106,7 @@ def train(
         with run.span("evaluate"):
             validation.begin(weights)
         with run.span("rollout"):
-            return actors.collect(curriculum.draw, config.num_steps)
+            return actors.collect(curriculum.draw, config.rollout.num_steps)
 
     ahead: Pending[Rollout] | None = None
     timelines = Timelines()
@@ -137,14 +133,13 @@ def train(
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
             watched |= reward.adapt(rollout, iteration=state.iteration)
         if lag == 0:
-            warn_of_engine_gap(config.ppo, state, stats)
+            warn_of_engine_gap(config, state, stats)
             warn_of_lost_steps(state, stats)
         curriculum.observe(rollout.episodes)
-        warming_up = still_warming_up(config.ppo, state, stats)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
         watcher.iteration(run.log(record))
         timelines.note(state.iteration, run.spans.take(), workers.take_spans())
-        due, state = checkpoint_due(config, state), state.advance(rollout, warming_up=warming_up)
+        due, state = checkpoint_due(config, state), state.advance(rollout)
         if due:
             validation.finish()
             audit.finish()
@@ -153,9 +148,7 @@ def train(
     return state
 
 
-def learn(
-    run: Run, state: TrainState, learner: Learner, reward: Reward, rollout: Rollout
-) -> tuple[Rewards, UpdateStats]:
+def learn(run: Run, state: TrainState, learner: Learner, reward: Reward, rollout: Rollout) -> tuple[Rewards, Stats]:
     """Reward, score and update; frames are scored by the reward while the learner scores decisions."""
     with run.span("score"):
         scoring = learner.score(rollout)
@@ -164,7 +157,7 @@ def learn(
     with run.span("score"):
         scored = scoring.result()
     with run.span("update"):
-        stats = learner.update(rollout, rewards, scored, iteration=state.iteration, train_policy=not state.warming_up)
+        stats = learner.update(rollout, rewards, scored, iteration=state.iteration)
     return rewards, stats
 
 
@@ -174,34 +167,21 @@ def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:
     return done % config.checkpoint_every == 0 or done == config.num_iterations
 
 
-def still_warming_up(config: PPOConfig, state: TrainState, stats: UpdateStats) -> bool:
-    """Whether the next iteration trains the critic only.
-
-    Warm-up lasts `warmup_iterations`, then on until the critic explains enough of the returns' variance, but
-    not beyond `warmup_max_iterations`; once over, it never returns.
-    """
-    done = state.iteration + 1
-    if not state.warming_up or done < config.warmup_iterations:
-        return state.warming_up
-    target = config.warmup_explained_variance
-    # An iteration without data explains nothing (NaN): no reason to end.
-    return target is not None and not stats.explained_variance >= target and done < config.warmup_max_iterations
-
-
-def warn_of_engine_gap(config: PPOConfig, state: TrainState, stats: UpdateStats) -> None:
+def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> None:
     """Say so when the sampler's log-probs part from the learner's: the ratio then rests on the wrong policy."""
-    if stats.engine_kl > config.engine_kl_alarm:
+    gap, alarm = stats["engine_kl"], config.rollout.engine_kl_alarm
+    if gap > alarm:
         log.warning(
             "iteration %d: sampler and learner log-probs differ (engine_kl %.4f > %.4f); check that both use the "
-            "same weights, temperature and numeric format, or set ppo.importance_cap",
-            state.iteration, stats.engine_kl, config.engine_kl_alarm,
+            "same weights, temperature and numeric format, or set algorithm.importance_cap",
+            state.iteration, gap, alarm,
         )  # fmt: skip
 
 
-def warn_of_lost_steps(state: TrainState, stats: UpdateStats) -> None:
+def warn_of_lost_steps(state: TrainState, stats: Stats) -> None:
     """Say so when steps are rounded away instead of changing the weights."""
-    for name, share in (("policy", stats.changed_weights), ("critic", stats.value_changed_weights)):
-        if share < ALARM:  # of NaN there is nothing to say
+    for name, share in (("policy", stats.get("changed_weights")), ("critic", stats.get("value_changed_weights"))):
+        if share is not None and share < ALARM:  # of NaN there is nothing to say
             log.warning(
                 "iteration %d: the last step changed %.0f %% of the %s's weights that had a gradient; the rest was "
                 "rounded away. Raise its learning rate, or hold its weights in float32",
@@ -213,7 +193,7 @@ def metrics(
     state: TrainState,
     rollout: Rollout,
     rewards: Rewards,
-    stats: UpdateStats,
+    stats: Stats,
     curriculum: TaskSampler,
 ) -> dict[str, Any]:
     """One iteration's line of `metrics.jsonl`."""
@@ -229,10 +209,9 @@ def metrics(
             "success_n": len(episodes),
             "success": sum(episode.success for episode in episodes) / len(episodes) if episodes else None,
             "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
-            "warming_up": state.warming_up,
         }
         | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}
-        | stats.metrics()
+        | stats
         | uniform_success(episodes, curriculum)
         | curriculum.metrics()
     )
@@ -278,7 +257,7 @@ def restore(run: Run, keepers: Keepers) -> TrainState:
     folder = latest_checkpoint(run.checkpoints)
     if folder is None:
         _forget_after(run, -1)
-        return TrainState(warming_up=_starts_in_warm_up(keepers.learner))
+        return TrainState()
     verify_checkpoint(folder, nested=False)  # a sealed policy is verified as it is read
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     state = TrainState(**saved["train"])
@@ -311,7 +290,3 @@ def saved_reward_state(run: Run) -> dict[str, Any]:
 def _forget_after(run: Run, iteration: int) -> None:
     for kind in ("train", "validation"):
         run.metrics.truncate_after(kind, "iteration", iteration)
-
-
-def _starts_in_warm_up(learner: Learner) -> bool:
-    return learner.config.warmup_iterations > 0 or learner.config.warmup_explained_variance is not None

@@ -4,7 +4,7 @@ Dimension names used everywhere: `T` steps per env, `N` envs, `A` action tokens 
 dimensions, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
 
 Everything here is numpy, so that an environment worker never imports torch. The torch-side records
-(`PolicyInputs`, `ActionSample`, `PPOBatch`) live beside the interface that produces them.
+(`PolicyInputs`, `ActionSample`, `Batch`) live beside the interface that produces them.
 """
 
 from dataclasses import dataclass, field
@@ -115,8 +115,8 @@ class Scored:
     """One no-gradient pass of the weights about to be trained over a rollout."""
 
     old_logprobs: Float32[np.ndarray, "T N A"]
-    values: Float32[np.ndarray, "T+1 N"]
-    final_values: Float32[np.ndarray, "T N"]  # value of the true final frame where an episode ended
+    values: Float32[np.ndarray, "T+1 N"] | None  # none: the algorithm needs none
+    final_values: Float32[np.ndarray, "T N"] | None  # value of the true final frame where an episode ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

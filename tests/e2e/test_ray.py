@@ -138,7 +138,7 @@ def test_bad_layouts_are_refused_before_anything_starts(warm, tmp_path):
         (["backend.kind=ray", "backend.address=127.0.0.1:1"], "no Ray cluster answers there, or"),
         (["backend.kind=ray", "backend.actors=2", "backend.placement=colocated"], "set them equal"),
         (["backend.env_groups=5"], "backend.env_groups=5 groups need as many"),
-        (["collect_ahead=true"], "set ppo.importance_cap"),
+        (["collect_ahead=true"], "set algorithm.importance_cap"),
     ):
         process = start("train", *OPTIONS, *changes, "--run", str(folder))
         said, _ = process.communicate(timeout=120)

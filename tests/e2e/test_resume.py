@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 # Two iterations between checkpoints, so that a kill loses finished iterations that must be run again.
 OVERRIDES = [
     "num_iterations=5",
-    "num_steps=20",
+    "rollout.num_steps=20",
     "demos.episodes_per_task=4",
     "sft.epochs=2",
     "reward_model.steps=10",
@@ -118,7 +118,7 @@ def test_the_story_ends_with_a_summary_and_a_report(uninterrupted):
 
 def test_another_configuration_is_refused_in_the_same_folder(uninterrupted):
     done = subprocess.run(
-        [*command("train", uninterrupted), "ppo.lr=0.5"],
+        [*command("train", uninterrupted), "algorithm.lr=0.5"],
         env=ENV,
         capture_output=True,
         text=True,
@@ -126,7 +126,7 @@ def test_another_configuration_is_refused_in_the_same_folder(uninterrupted):
         check=False,
     )
     assert done.returncode == 2
-    assert "ppo.lr" in done.stderr and "0.5" in done.stderr and "Traceback" not in done.stderr
+    assert "algorithm.lr" in done.stderr and "0.5" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "architecture"])

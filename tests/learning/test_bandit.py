@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reachrl.algorithms.base import PPOBatch
+from reachrl.algorithms.base import Batch
 from reachrl.algorithms.ppo import PPO
 from reachrl.config.ppo import PPOConfig
 from reachrl.streams import Stream, generator
@@ -23,8 +23,8 @@ def succeeds(contexts, action_ids):
 def final_success(seed, *, shuffled, level="action"):
     torch.manual_seed(seed)
     policy = TablePolicy(TablePolicyConfig())
-    config = PPOConfig(lr=0.05, value_lr=0.05, epochs=2, minibatch_size=64, ratio_level=level)
-    algorithm = PPO(config, policy, seed=seed)
+    config = PPOConfig(lr=0.05, value_lr=0.05, epochs=2, minibatch_size=64, ratio_level=level, warmup_iterations=0)
+    algorithm = PPO(config, policy, seed=seed, temperature=1.0)
     rng = np.random.default_rng(seed)
     rate = 0.0
     for iteration in range(ITERATIONS):
@@ -40,8 +40,9 @@ def final_success(seed, *, shuffled, level="action"):
         rewards = success.float()
         if shuffled:
             rewards = rewards[torch.from_numpy(rng.permutation(ROWS))]
-        batch = PPOBatch(
+        batch = Batch(
             inputs=inputs.rows,
+            rows=torch.arange(ROWS),
             action_ids=sample.action_ids,
             behaviour_logprobs=sample.logprobs,
             old_logprobs=sample.logprobs,
@@ -49,7 +50,7 @@ def final_success(seed, *, shuffled, level="action"):
             advantages=rewards - sample.values,
             returns=rewards,
         )
-        algorithm.update(batch, iteration=iteration, train_policy=True)
+        algorithm.update(batch, iteration=iteration)
     return rate
 
 

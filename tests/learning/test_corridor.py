@@ -15,6 +15,7 @@ from reachrl.backends.learner import LocalLearner
 from reachrl.backends.local import LocalActors
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.success_rate import SuccessRateSampler
 from reachrl.envs.vector import VectorEnv
@@ -42,13 +43,13 @@ def success_by_iteration(envs, path, seed, reward):
     config = TrainConfig(
         seed=seed,
         num_iterations=30,
-        num_steps=128,
+        rollout=RolloutSection(num_steps=128),
         checkpoint_every=100,
         env=CorridorConfig(),
         policy=policy.config,
-        ppo=PPO_OPTIONS,
+        algorithm=PPO_OPTIONS,
     )
-    learner = LocalLearner(policy, PPO_OPTIONS, seed=seed)
+    learner = LocalLearner(policy, PPO_OPTIONS, seed=seed, temperature=1.0)
     actors = LocalActors(policy, [envs], seed=seed, temperature=1.0)
     curriculum = SuccessRateSampler(SuccessRateConfig(), tasks=config.env.tasks, num_starts=30, seed=seed)
     watcher = SimpleNamespace(iteration=lambda record: None)

@@ -241,7 +241,7 @@ def test_changed_whole_weights_are_followed_and_a_trained_critic_is_not(policy, 
 
 
 def test_the_learners_probe_finds_no_gap(policy, inputs):
-    learner = LocalLearner(policy, PPOConfig(temperature=1.2), seed=3)
+    learner = LocalLearner(policy, PPOConfig(), seed=3, temperature=1.2)
     packed = learner.pack_weights(image_size=224)
     gap = actor_gap(policy, packed, seed=3, image_size=224, temperature=1.2)
     figures.info(f"probe: {gap:.1e} nats")
@@ -252,7 +252,7 @@ def test_a_rollout_is_scored_as_it_was_acted(policy, monkeypatch):
     """The loop's own path: collector and learner around the engine, with the toy environment's frames resized."""
     env = load_config("toy", ["env.num_envs=2"]).env
     monkeypatch.setattr(policy, "decode_actions", lambda ids: OpenVLAPolicy.decode_actions(policy, ids)[:, :4])
-    learner = LocalLearner(policy, PPOConfig(temperature=1.4), seed=0)
+    learner = LocalLearner(policy, PPOConfig(), seed=0, temperature=1.4)
     with VectorEnv(env, 2) as envs:
         actors = LocalActors(policy, [envs], seed=0, temperature=1.4)
         actors.load_weights(SharedWeights(version=0, policy=policy))

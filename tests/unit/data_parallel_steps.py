@@ -26,11 +26,11 @@ from reachrl.rewards.task import TaskReward
 def main(out: Path, overrides: list[str]) -> None:
     """Leader and followers; the leader writes its figures, everyone its weights."""
     torch.set_num_threads(1)
-    config = toy_config("env.num_envs=3", "ppo.target_kl=none", *overrides)
+    config = toy_config("env.num_envs=3", "algorithm.target_kl=none", "algorithm.warmup_iterations=1", *overrides)
     group = Group.from_environment(sharded=config.backend.sharding == "full")
     policy = toy_policy(config, seed=group.rank)  # followers begin elsewhere: the leader's weights must reach them
     whole = toy_policy(config) if group.sharded and group.rank == 0 else None
-    local = LocalLearner(policy, config.ppo, seed=1, group=group, whole=whole)
+    local = LocalLearner(policy, config.algorithm, seed=1, temperature=1.0, group=group, whole=whole)
     if group.rank > 0:
         follow(local, group)
     else:
@@ -43,7 +43,7 @@ def main(out: Path, overrides: list[str]) -> None:
             [VectorEnv(config.env, 3)],
             seed=1,
             temperature=1.0,
-            train_vision=config.ppo.train_vision,
+            train_vision=config.algorithm.train_vision,
         )
         actors.load_weights(learner.export_weights())
         rollout = actors.collect(curriculum.assign, 20).result()
@@ -55,8 +55,8 @@ def main(out: Path, overrides: list[str]) -> None:
         rewards = replace(rewards, total=rewards.total + np.float32(0.1) * rollout.ee_state[..., 0])
         for iteration in range(3):
             scored = learner.score(rollout).result()
-            stats = learner.update(rollout, rewards, scored, iteration=iteration, train_policy=iteration > 0)
-            figures.append(stats.metrics() | {"value_mean": float(scored.values.mean())})
+            stats = learner.update(rollout, rewards, scored, iteration=iteration)
+            figures.append(stats | {"value_mean": float(scored.values.mean())})
             if iteration == 1:  # a checkpoint in between, read back at once, changes nothing
                 learner.save(out / "saved")
                 learner.load(out / "saved", version=2)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
 from reachrl.plan.activations import features_row
 from reachrl.plan.device import Device
@@ -97,14 +98,18 @@ def rows_of(policy: OpenVLAPolicy, rows: int = ROWS) -> tuple[OpenVLAInputs, Ope
 def run_of(policy: OpenVLAConfig, *, passes: int = 1) -> TrainConfig:
     """One decision in each of `ROWS` environments for every pass of the minibatch that they make."""
     ppo = PPOConfig(importance_cap=2.0, epochs=1, minibatch_size=passes * ROWS, micro_batch_size=ROWS)
-    return TrainConfig(env=MetaworldConfig(num_envs=ROWS), num_steps=passes, policy=policy, ppo=ppo)
+    return TrainConfig(
+        env=MetaworldConfig(num_envs=ROWS), rollout=RolloutSection(num_steps=passes), policy=policy, algorithm=ppo
+    )
 
 
 def large(**changes: object) -> TrainConfig:
     """The 7B policy in a run of 2,048 decisions an iteration, 16 rows a pass."""
     policy = OpenVLAConfig.openvla_7b(**{"checkpoint": "openvla-7b", **changes})
     ppo = PPOConfig(micro_batch_size=16)
-    return TrainConfig(env=MetaworldConfig(num_envs=16), num_steps=128, policy=policy, ppo=ppo)
+    return TrainConfig(
+        env=MetaworldConfig(num_envs=16), rollout=RolloutSection(num_steps=128), policy=policy, algorithm=ppo
+    )
 
 
 @contextmanager

@@ -134,5 +134,5 @@ def assert_apart(policy: OpenVLAPolicy) -> None:
 
 
 def packed(policy: OpenVLAPolicy, **changes: object) -> PackedWeights:
-    learner = LocalLearner(policy, PPOConfig(temperature=1.2, **changes), seed=3)  # pyright: ignore[reportArgumentType]
+    learner = LocalLearner(policy, PPOConfig(**changes), seed=3, temperature=1.2)  # pyright: ignore[reportArgumentType]
     return learner.pack_weights(image_size=16)

@@ -407,7 +407,7 @@ def test_the_first_ratio_is_judged_by_the_arithmetic_not_by_the_adapters_type(ba
     for changes in ({"dtype": "bfloat16"}, {"compute_dtype": "bfloat16"}):
         policy = adapted(base, **changes)
         assert policy.compute_dtype == torch.bfloat16
-        algorithm = PPO(PPOConfig(), policy, seed=0)
+        algorithm = PPO(PPOConfig(), policy, seed=0, temperature=1.0)
         algorithm._check_first_ratio(math.log(1.05))
     with pytest.raises(ExtensionError, match=r"ratio of 1\.0500 or its inverse"):
-        PPO(PPOConfig(), adapted(base), seed=0)._check_first_ratio(math.log(1.05))
+        PPO(PPOConfig(), adapted(base), seed=0, temperature=1.0)._check_first_ratio(math.log(1.05))

@@ -35,12 +35,12 @@ def typed(*words: str | Path) -> str:
 
 def test_a_branch_trains_on_from_the_warm_start_or_a_checkpoint(source: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
-    typed("train", "--from", source / "checkpoints" / "step_000002", "--run", new, "--until", "3", "ppo.lr=1e-6")
+    typed("train", "--from", source / "checkpoints" / "step_000002", "--run", new, "--until", "3", "algorithm.lr=1e-6")
     assert train_lines(new)[:2] == train_lines(source)[:2]
     assert [line["lr"] for line in train_lines(new)] == [train_lines(source)[0]["lr"], 2e-4, 1e-6]
     origin = json.loads((new / "provenance.json").read_text())["from"]
     assert (origin["run"], origin["checkpoint"], origin["iteration"]) == (str(source), "step_000002", 2)
-    assert origin["changes"] == {"num_iterations": [44, 3], "ppo.lr": [2e-4, 1e-6]}
+    assert origin["changes"] == {"num_iterations": [44, 3], "algorithm.lr": [2e-4, 1e-6]}
     assert (source / "checkpoints" / "step_000002").is_dir() and len(train_lines(source)) == 4
     from_the_start = tmp_path / "again"
     typed("train", "--from", source, "--run", from_the_start, "--until", "1")

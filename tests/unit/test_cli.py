@@ -61,7 +61,9 @@ def test_a_mistake_is_told_on_stderr_with_its_exit_code_and_no_traceback(reachrl
     assert "Traceback" not in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("override", ["env.num_env=3", "ppo.lr=fast", "nonsense", "env.tasks=door-clos", "env.kind=x"])
+@pytest.mark.parametrize(
+    "override", ["env.num_env=3", "algorithm.lr=fast", "nonsense", "env.tasks=door-clos", "env.kind=x"]
+)
 def test_a_wrong_override_fails_before_anything_runs(reachrl, stages_run, tmp_path, override):
     code, _, err = reachrl("train", "metaworld_quickstart", override, "--run", str(tmp_path / "run"))
     assert code == 2 and override.partition("=")[0].split(".")[-1] in err
@@ -214,11 +216,11 @@ def test_usage_errors_exit_with_2(reachrl):
     ],
 )
 def test_a_stage_command_runs_its_stage(reachrl, stages_run, tmp_path, command, stage):
-    code, _, err = reachrl(*command, "toy", "seed=7", "ppo.lr=1e-3", "--run", str(tmp_path / "run"))
+    code, _, err = reachrl(*command, "toy", "seed=7", "algorithm.lr=1e-3", "--run", str(tmp_path / "run"))
     assert (code, err) == (0, "")
     [(name, config, run_dir)] = stages_run
     assert (name, run_dir) == (stage, tmp_path / "run")
-    assert (config.seed, config.ppo.lr, config.env.kind) == (7, 1e-3, "reach_toy")
+    assert (config.seed, config.algorithm.lr, config.env.kind) == (7, 1e-3, "reach_toy")
 
 
 def test_options_may_stand_anywhere_and_the_run_folder_has_a_default(reachrl, stages_run):
@@ -288,8 +290,8 @@ def test_explain_lists_each_deviation_once_with_its_reason(reachrl):
     _, out, _ = reachrl("config", "paper", "--explain")
     rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in out.splitlines() if "│" in line]
     assert differing <= {row[0] for row in rows}
-    first = next(row for row in rows if row[0] == "ppo.gamma")
-    assert first[1:3] == ["0.99", str(robust["ppo.gamma"])] and first[3]
+    first = next(row for row in rows if row[0] == "algorithm.gamma")
+    assert first[1:3] == ["0.99", str(robust["algorithm.gamma"])] and first[3]
     assert rows == [
         [cell.strip() for cell in line.strip("│┃").split("│")]
         for line in reachrl("config", "robust", "--explain")[1].splitlines()

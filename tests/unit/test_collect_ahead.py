@@ -12,7 +12,13 @@ from reachrl.rewards.task import TaskReward
 from reachrl.run.directory import Run
 from reachrl.run.spans import Span, Timelines
 
-OPTIONS = ("num_iterations=6", "checkpoint_every=3", "num_steps=20", "env.radius=0.2", "ppo.warmup_iterations=0")
+OPTIONS = (
+    "num_iterations=6",
+    "checkpoint_every=3",
+    "rollout.num_steps=20",
+    "env.radius=0.2",
+    "algorithm.warmup_iterations=0",
+)
 
 
 class Interrupted(Exception):
@@ -50,7 +56,7 @@ def warm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(warm, tmp_path_factory):
-    config = toy_config(*OPTIONS, "collect_ahead=true", "ppo.importance_cap=2.0", "ppo.lr=1e-3")
+    config = toy_config(*OPTIONS, "collect_ahead=true", "algorithm.importance_cap=2.0", "algorithm.lr=1e-3")
     folder = tmp_path_factory.mktemp("whole") / "run"
     return config, run_training(config, folder, warm), folder
 

@@ -75,7 +75,7 @@ def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
     rollout = Collector(policy, envs, seed=4, temperature=1.3).collect(
         assigner(config.env.tasks), STEPS, policy_version=0
     )
-    learner = LocalLearner(policy, PPOConfig(temperature=1.3), seed=0)
+    learner = LocalLearner(policy, PPOConfig(), seed=0, temperature=1.3)
     scored = learner.score(rollout).result()
     np.testing.assert_allclose(scored.old_logprobs, rollout.behaviour_logprobs, atol=1e-5)
     # An independent pass: one row at a time, full distribution.
@@ -158,7 +158,7 @@ def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(sett
     rows = torch.arange(10)
     grads = []
     for train_vision in (False, True):
-        learner = LocalLearner(policy, PPOConfig(train_vision=train_vision), seed=0)
+        learner = LocalLearner(policy, PPOConfig(train_vision=train_vision), seed=0, temperature=1.0)
         scored = learner.score(rollout).result()
         inputs = learner._rows(rollout, rows)(rows)
         assert (inputs.vision_features is None) == train_vision

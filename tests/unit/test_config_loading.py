@@ -16,30 +16,41 @@ def test_every_preset_loads_and_explains_every_deviation_from_the_paper(preset):
 
 def test_the_paper_preset_is_the_paper():
     """Values of the published script of the day before the submission, and of the paper's text."""
-    ppo = load_config("paper").ppo
-    assert (ppo.gamma, ppo.gae_lambda, ppo.clip_eps_low, ppo.clip_eps_high) == (0.99, 0.95, 0.2, 0.2)
-    assert (ppo.temperature, ppo.warmup_iterations, ppo.lr, ppo.epochs) == (1.5, 5, 2e-5, 1)
-    assert ppo.ratio_level == "action" and not ppo.bootstrap_truncated and not ppo.normalize_advantages
+    paper = load_config("paper")
+    algorithm = paper.algorithm
+    assert (algorithm.gamma, algorithm.gae_lambda) == (0.99, 0.95)
+    assert (algorithm.clip_eps_low, algorithm.clip_eps_high) == (0.2, 0.2)
+    assert (paper.rollout.temperature, algorithm.warmup_iterations, algorithm.lr, algorithm.epochs) == (1.5, 5, 2e-5, 1)
+    assert (
+        algorithm.ratio_level == "action" and not algorithm.bootstrap_truncated and not algorithm.normalize_advantages
+    )
     assert load_config("paper").reward.mode == "sum" and load_config("paper").reward.weight == 1.0
     assert explain("paper") == []
 
 
 def test_overrides_reach_their_fields_and_change_the_hash():
     plain = load_config("metaworld_quickstart")
-    changed = load_config("metaworld_quickstart", ["ppo.lr=3e-6", "env.tasks=reach,push", "ppo.target_kl=none"])
-    assert changed.ppo.lr == 3e-6 and changed.env.tasks == ("reach", "push") and changed.ppo.target_kl is None
-    assert plain.ppo.lr != 3e-6 and config_hash(plain) != config_hash(changed)
+    changed = load_config(
+        "metaworld_quickstart", ["algorithm.lr=3e-6", "env.tasks=reach,push", "algorithm.target_kl=none"]
+    )
+    assert (
+        changed.algorithm.lr == 3e-6 and changed.env.tasks == ("reach", "push") and changed.algorithm.target_kl is None
+    )
+    assert plain.algorithm.lr != 3e-6 and config_hash(plain) != config_hash(changed)
     assert config_hash(plain) == config_hash(load_config("metaworld_quickstart"))
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ppo.lrr=1", "unknown key 'ppo.lrr' (did you mean 'lr'?)"),
-        ("pppo.lr=1", "unknown key 'pppo' (did you mean 'ppo'?)"),
-        ("ppo.lr=fast", "ppo.lr = 'fast': Input should be a valid number"),
-        ("ppo.lr=-1", "ppo.lr = -1: Input should be greater than 0"),
-        ("ppo=3", "'ppo' is a section"),
+        ("algorithm.lrr=1", "unknown key 'algorithm.lrr' (did you mean 'lr'?)"),
+        ("algoritm.lr=1", "unknown key 'algoritm' (did you mean 'algorithm'?)"),
+        ("ppo.lr=1", "unknown key 'ppo.lr' (did you mean 'algorithm.lr'?)"),
+        ("ppo.temperature=1", "unknown key 'ppo.temperature' (did you mean 'rollout.temperature'?)"),
+        ("num_steps=3", "unknown key 'num_steps' (did you mean 'rollout.num_steps'?)"),
+        ("algorithm.lr=fast", "algorithm.lr = 'fast': Input should be a valid number"),
+        ("algorithm.lr=-1", "algorithm.lr = -1: Input should be greater than 0"),
+        ("algorithm=3", "'algorithm' is a section"),
         ("seed", "not of the form key=value"),
         ("eval.num_starts=51", "eval.num_starts=51 exceeds env.num_eval_starts=50"),
         ("eval.modes=", "eval.modes = []"),
@@ -48,7 +59,7 @@ def test_overrides_reach_their_fields_and_change_the_hash():
         ("env.tasks=drawer-opn", "no task 'drawer-opn'"),
         ("seed.x=1", "'seed' is a value, not a section"),
         ("num_iterations=0", "num_iterations = 0: Input should be greater than or equal to 1"),
-        ("ppo.lr=inf", "ppo.lr = inf: Input should be a finite number"),
+        ("algorithm.lr=inf", "algorithm.lr = inf: Input should be a finite number"),
     ],
 )
 def test_mistakes_name_the_key_and_what_was_expected(override, message):
@@ -60,17 +71,17 @@ def test_mistakes_name_the_key_and_what_was_expected(override, message):
 
 def test_every_mistake_is_told_at_once():
     with pytest.raises(ConfigError) as error:
-        load_config("metaworld_quickstart", ["ppo.lrr=1", "sft.batch_size=none", "num_steps=0"])
-    for key in ("ppo.lrr", "sft.batch_size", "num_steps"):
+        load_config("metaworld_quickstart", ["algorithm.lrr=1", "sft.batch_size=none", "rollout.num_steps=0"])
+    for key in ("algorithm.lrr", "sft.batch_size", "rollout.num_steps"):
         assert key in str(error.value)
 
 
 def test_a_preset_file_builds_on_another(tmp_path):
     mine = tmp_path / "mine.toml"
-    mine.write_text('base = "robust"\nseed = 7\n[ppo]\nlr = 1e-5\n')
+    mine.write_text('base = "robust"\nseed = 7\n[algorithm]\nlr = 1e-5\n')
     config = load_config(str(mine))
-    assert (config.seed, config.ppo.lr) == (7, 1e-5)
-    assert config.ppo.target_kl == load_config("robust").ppo.target_kl
+    assert (config.seed, config.algorithm.lr) == (7, 1e-5)
+    assert config.algorithm.target_kl == load_config("robust").algorithm.target_kl
     mine.write_text("seed = = 7")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(str(mine))
@@ -121,8 +132,11 @@ def test_a_preset_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     ("overrides", "line"),
     [
         (["reward_model.shuffled_negatives=0.2"], "reward_model: shuffled_negatives needs num_frames"),
-        (["reward_model.refit_every=1", "num_steps=3"], "options: reward_model.refit_every=1 needs episodes"),
-        (["ppo.gamma=0", "reward.pay=segments"], "options: reward.pay=segments divides the potential by ppo.gamma=0"),
+        (["reward_model.refit_every=1", "rollout.num_steps=3"], "options: reward_model.refit_every=1 needs episodes"),
+        (
+            ["algorithm.gamma=0", "reward.pay=segments"],
+            "options: reward.pay=segments divides the potential by algorithm.gamma=0",
+        ),
         (["reward_model.rollouts_per_task=9", "env.num_train_starts=8"], "rollouts_per_task=9 exceeds env.num_train"),
     ],
 )
@@ -135,9 +149,9 @@ def test_a_check_across_options_gives_its_reason_and_not_the_whole_section(overr
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["ppo.gamma=0"],  # paid at steps
-        ["ppo.gamma=0", "reward.pay=segments", "reward.mode=sum"],  # scores, which nothing discounts
-        ["ppo.gamma=0", "reward.pay=segments", "env.max_steps=1"],
+        ["algorithm.gamma=0"],  # paid at steps
+        ["algorithm.gamma=0", "reward.pay=segments", "reward.mode=sum"],  # scores, which nothing discounts
+        ["algorithm.gamma=0", "reward.pay=segments", "env.max_steps=1"],
         ["env.num_train_starts=1", "reward.kind=task"],  # no reward model is fitted
         ["env.num_train_starts=1", "reward.checkpoint=mine"],
     ],

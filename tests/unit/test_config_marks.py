@@ -68,7 +68,7 @@ def test_the_configuration_hash_leaves_out_what_decides_no_number() -> None:
     plain = config_hash(load_config("toy"))
     for same in ("description=x", "keep_checkpoints=3", "env.worker_timeout_s=9", "backend.env_groups=2"):
         assert config_hash(load_config("toy", [same])) == plain, same
-    for other in ("ppo.lr=1e-9", "num_iterations=7", "device=cpu", "seed=2", "eval.temperature=0.5"):
+    for other in ("algorithm.lr=1e-9", "num_iterations=7", "device=cpu", "seed=2", "eval.temperature=0.5"):
         assert config_hash(load_config("toy", [other])) != plain, other
 
 
@@ -100,7 +100,7 @@ def test_a_plug_in_s_unmarked_keys_take_the_mark_of_their_section() -> None:
 
 def test_a_mark_of_the_future_alone_adds_to_that_of_the_section() -> None:
     found = marks(load_config("toy"))
-    assert found["ppo.lr"] == Affects.TRAINING | Affects.FUTURE
+    assert found["algorithm.lr"] == Affects.TRAINING | Affects.FUTURE
     assert found["sft.lr"] == Affects.WARM_START | Affects.FUTURE
     assert marks(PPOConfig())["lr"] == Affects.EVERYTHING | Affects.FUTURE  # a section by itself
     with_adapters = OpenVLAConfig.model_validate({"checkpoint": "base", "lora": LoRAConfig(rank=4)})

@@ -64,7 +64,7 @@ def test_a_start_listed_twice_is_played_twice():
 
 
 def test_the_reward_models_episodes_are_sampled_at_the_training_temperature(tmp_path):
-    config = toy_config("ppo.temperature=0.02", "reward_model.rollouts_per_task=2", "env.num_train_starts=9")
+    config = toy_config("rollout.temperature=0.02", "reward_model.rollouts_per_task=2", "env.num_train_starts=9")
     policy, display = toy_policy(config), Display(quiet=True)
     with Run.open(tmp_path / "run", {}, tensorboard=False) as run:
         policy.save_pretrained(run.sft / "policy")
@@ -153,7 +153,7 @@ def test_noise_knows_the_split():
 
 def test_the_protocol_hash_covers_what_decides_an_outcome_and_nothing_else():
     base = protocol_hash(toy_config())
-    for same in ("env.num_envs=7", "env.worker_timeout_s=5", "ppo.lr=1e-5", "seed=9", "env.num_train_starts=10"):
+    for same in ("env.num_envs=7", "env.worker_timeout_s=5", "algorithm.lr=1e-5", "seed=9", "env.num_train_starts=10"):
         assert protocol_hash(toy_config(same)) == base, same
     for other in (
         "env.max_steps=20",

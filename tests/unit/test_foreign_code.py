@@ -85,7 +85,7 @@ def edit(file: Path, **changes: object) -> Path:
     return file.parent
 
 
-SECTIONS = ["env", "policy", "reward", "reward_model", "curriculum", "ppo", "backend"]
+SECTIONS = ["env", "policy", "reward", "reward_model", "curriculum", "algorithm", "backend"]
 
 
 @pytest.mark.parametrize("section", SECTIONS)

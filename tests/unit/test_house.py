@@ -60,7 +60,7 @@ def test_looking_around_imports_neither_torch_nor_a_simulator(arguments):
 
 
 def test_a_wrong_configuration_is_told_before_torch_is_imported():
-    code = command("train", "metaworld_quickstart", "ppo.lrr=1")
+    code = command("train", "metaworld_quickstart", "algorithm.lrr=1")
     assert heavy_modules_after(f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept SystemExit: pass") == set()
 
 

@@ -60,7 +60,7 @@ def test_the_7b_preset_of_a_suite_is_the_papers(suite):
     from reachrl.config.policy import OpenVLAConfig
 
     config = load_config(suite)
-    env, policy, ppo = config.env, config.policy, config.ppo
+    env, policy, algorithm = config.env, config.policy, config.algorithm
     assert (env.suite, env.tasks, env.max_steps, env.gripper) == (suite, SUITES[suite], STEP_LIMITS[suite], "openvla")
     assert (policy.dataset, str(policy.checkpoint)) == (
         suite,
@@ -69,8 +69,14 @@ def test_the_7b_preset_of_a_suite_is_the_papers(suite):
     sizes = OpenVLAConfig.openvla_7b()
     for name in ("towers", "language_model", "image_size", "num_action_tokens", "projector_expansion", "prompt_length"):
         assert getattr(policy, name) == getattr(sizes, name), name
-    assert (ppo.lr, ppo.temperature, ppo.gamma, ppo.gae_lambda, ppo.minibatch_size) == (2e-5, 1.5, 0.99, 0.95, 16)
-    assert (ppo.clip_eps_low, ppo.clip_eps_high, ppo.warmup_iterations, ppo.epochs) == (0.2, 0.2, 5, 1)
+    assert (algorithm.lr, algorithm.gamma, algorithm.gae_lambda, algorithm.minibatch_size) == (2e-5, 0.99, 0.95, 16)
+    assert config.rollout.temperature == 1.5
+    assert (algorithm.clip_eps_low, algorithm.clip_eps_high, algorithm.warmup_iterations, algorithm.epochs) == (
+        0.2,
+        0.2,
+        5,
+        1,
+    )
     assert (config.reward.mode, config.reward.weight, config.curriculum.weighting) == ("sum", 1.0, "paper")
     # 10,000 optimiser steps.
-    assert config.num_iterations * config.num_steps * env.num_envs == 10_000 * ppo.minibatch_size
+    assert config.num_iterations * config.rollout.num_steps * env.num_envs == 10_000 * algorithm.minibatch_size

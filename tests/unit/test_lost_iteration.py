@@ -1,5 +1,6 @@
 """Iterations in which every environment was lost in every step: no data, and the run goes on."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,13 +8,18 @@ import numpy as np
 import pytest
 from toy_policy import toy_config, toy_policy
 
+from reachrl.algorithms.ppo import PPO
 from reachrl.backends.base import Done
 from reachrl.backends.local import LocalActors, LocalBackend
-from reachrl.loop import TrainState, still_warming_up, train
+from reachrl.config.ppo import PPOConfig
+from reachrl.loop import train
 from reachrl.registry import build
 from reachrl.rewards.process.fit import new_reward_model
 from reachrl.run.directory import Run
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.testing.rewards import make_rollout
+
+EXPLAINED = [(float("nan"), True), (0.2, True), (0.3, False), (0.9, False)]  # against a target of 0.3
 
 
 def without_data(rollout):
@@ -25,7 +31,7 @@ def without_data(rollout):
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_run_goes_on_after_an_iteration_without_data(tmp_path, monkeypatch, caplog, lost):
-    config = toy_config("num_iterations=4", "num_steps=6", "ppo.warmup_iterations=1", "ppo.lr=1e-6")
+    config = toy_config("num_iterations=4", "rollout.num_steps=6", "algorithm.warmup_iterations=1", "algorithm.lr=1e-6")
     toy_policy(config).save_pretrained(tmp_path / "warm")
     collect, saved = LocalActors.collect, []
 
@@ -65,9 +71,21 @@ def test_a_process_reward_of_no_data_is_zero():
 
 
 def test_warm_up_until_the_critic_explains_enough_outlasts_an_iteration_without_data():
-    config = toy_config("ppo.warmup_explained_variance=0.3", "ppo.warmup_iterations=1").ppo
-    explained = [(float("nan"), True), (0.2, True), (0.3, False), (0.9, False)]
-    for variance, expected in explained:
-        stats = SimpleNamespace(explained_variance=variance)
-        assert still_warming_up(config, TrainState(iteration=2), stats) is expected
-    assert not still_warming_up(config, TrainState(iteration=9), SimpleNamespace(explained_variance=float("nan")))
+    config = toy_config("algorithm.warmup_explained_variance=0.3", "algorithm.warmup_iterations=1").algorithm
+    for done, variance, expected in [
+        *((3, variance, expected) for variance, expected in EXPLAINED),
+        (10, float("nan"), False),  # the longest there is
+    ]:
+        algorithm = PPO(config, TablePolicy(TablePolicyConfig()), seed=0, temperature=1.0)
+        assert algorithm.warming_up
+        assert algorithm._still_warming_up(done, variance) is expected
+
+
+def test_warm_up_that_ended_or_not_is_in_the_state():
+    policy = TablePolicy(TablePolicyConfig())
+    warm, cold = (PPO(PPOConfig(warmup_iterations=n), policy, seed=0, temperature=1.0) for n in (0, 1))
+    assert (warm.warming_up, cold.warming_up) == (False, True)
+    states = [json.loads(json.dumps(each.state_dict())) for each in (warm, cold)]
+    for each, state in zip((cold, warm), states, strict=True):
+        each.load_state_dict(state)
+    assert (warm.warming_up, cold.warming_up) == (True, False)

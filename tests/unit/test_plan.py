@@ -24,6 +24,7 @@ from plan_policies import (
 
 from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
 from reachrl.plan.activations import cache_row, features_row, head_copy, layer_row, training_row
 from reachrl.plan.advice import apply
@@ -170,9 +171,9 @@ def test_recorded_steps_keep_their_cache() -> None:
 
 MORE = [
     {"env.num_envs": 32},
-    {"num_steps": 256},
-    {"ppo.micro_batch_size": 32},
-    {"ppo.train_vision": True},
+    {"rollout.num_steps": 256},
+    {"algorithm.micro_batch_size": 32},
+    {"algorithm.train_vision": True},
     {"policy.lora.rank": 64},
     {"policy.critic": "adapter"},
     {"policy.prompt_length": 64},
@@ -186,7 +187,7 @@ MORE = [
 def test_more_of_something_takes_more_memory(more: dict[str, object]) -> None:
     config = large(lora={"rank": 32})
     before, after = plan_memory(config, DEVICES["h200"]), plan_memory(apply(config, more), DEVICES["h200"])
-    if "ppo.train_vision" in more:  # towers without adapters: nothing is trained, but nothing is cached either
+    if "algorithm.train_vision" in more:  # towers without adapters: nothing is trained, but nothing is cached either
         assert after.of("always") < before.of("always") and after.of("update") > before.of("update")
         return
     phases = ("always", "rollout", "scoring", "update", "optimiser step")
@@ -211,7 +212,7 @@ def test_time_agrees_with_arithmetic_done_by_hand() -> None:
     # each reads 13 GB of weights.
     shares = {"forward_share": 790 / 989, "bandwidth_share": 4.3 / 4.8, "layer_call_s": 0.0}
     floor = replace(DEVICES["h200"], **shares)
-    config = large().model_copy(update={"num_steps": 1})
+    config = large().model_copy(update={"rollout": RolloutSection(num_steps=1)})
     taken = {part.name: part.seconds for part in plan_time(config, floor, 1e9).stretches}
     assert taken["prefill"] == pytest.approx(0.084, rel=0.02)
     assert taken["decode steps"] == pytest.approx(0.0215, rel=0.05)
@@ -227,11 +228,11 @@ def test_time_scales_with_work_and_machine() -> None:
     twice = seconds(config, replace(device, bf16=2 * device.bf16, bandwidth=2 * device.bandwidth, layer_call_s=0))
     assert twice["prefill"] == pytest.approx(base["prefill"] / 2)
     assert twice["environment steps"] == base["environment steps"] == pytest.approx(2048 / 360)
-    longer = seconds(apply(config, {"ppo.epochs": 3}), device)
+    longer = seconds(apply(config, {"algorithm.epochs": 3}), device)
     assert longer["PPO, 3 epochs"] == pytest.approx(1.5 * base["PPO, 2 epochs"])
     # 2,048 decisions in minibatches of 256: 512 rows after the last step, 128 at each of 15 looks of a stop before it.
     flops = {part.name: part.flops for part in plan_time(config, device).stretches}
-    stopping = apply(config, {"ppo.target_kl": 0.01})
+    stopping = apply(config, {"algorithm.target_kl": 0.01})
     stopped = {part.name: part.flops for part in plan_time(stopping, device).stretches}
     assert stopped["KL of the update"] == pytest.approx((512 + 15 * 128) / 512 * flops["KL of the update"])
     assert flops["PPO, 2 epochs"] > 2 * 2048 / 512 * 2 * flops["KL of the update"]  # a step is a pass and more

@@ -41,10 +41,10 @@ def test_the_released_model_fits_as_adapters_and_not_as_a_whole() -> None:
         large(critic="separate"),
         large(dtype="float32"),
         large(lora={"rank": 32}, critic="adapter", rollout_copy=True),
-        large().model_copy(update={"ppo": PPOConfig(train_vision=True)}),
+        large().model_copy(update={"algorithm": PPOConfig(train_vision=True)}),
         load_config("robust", ["policy.critic=separate"]),
         large(rollout_copy=True, compile_prefill=True),
-        apply(large(rollout_copy=True), {"policy.rollout_precision": "float8", "ppo.importance_cap": 2.0}),
+        apply(large(rollout_copy=True), {"policy.rollout_precision": "float8", "algorithm.importance_cap": 2.0}),
     ],
     ids=["separate", "float32", "adapters", "vision", "robust", "compiled copy", "copy in 8 bits"],
 )
@@ -67,7 +67,7 @@ def test_advised_changes_save_what_they_say_and_stop_when_it_fits(config: TrainC
 def test_the_first_change_saves_most_of_all() -> None:
     config, device = large(critic="separate"), DEVICES["a100-40"]
     changes = advise(config, device)
-    for other in ({"policy.gradient_checkpointing": True}, {"env.num_envs": 8}, {"ppo.micro_batch_size": 4}):
+    for other in ({"policy.gradient_checkpointing": True}, {"env.num_envs": 8}, {"algorithm.micro_batch_size": 4}):
         saved = plan_memory(config, device).peak - plan_memory(apply(config, other), device).peak
         assert changes[0].saves >= saved
 
@@ -97,7 +97,7 @@ def test_a_plan_that_fits_ends_with_0_and_one_line(reachrl) -> None:
 
 
 def test_a_plan_that_does_not_fit_ends_with_1_and_changes_that_make_it_fit(reachrl) -> None:
-    arguments = ("plan", "robust", "--memory", "4", "ppo.micro_batch_size=256")
+    arguments = ("plan", "robust", "--memory", "4", "algorithm.micro_batch_size=256")
     code, out, err = reachrl(*arguments)
     assert (code, err) == (1, "")
     assert out.splitlines()[-1].startswith("Does not fit: ") and "would, at" in out.splitlines()[-1]
@@ -116,7 +116,7 @@ def test_where_nothing_helps_it_says_so(reachrl) -> None:
     ("arguments", "words"),
     [
         (["--device", "h300"], "unknown device 'h300' (did you mean 'h200'?). Known devices: cpu, h200"),
-        (["ppo.lrr=1"], "unknown key 'ppo.lrr'"),
+        (["algorithm.lrr=1"], "unknown key 'algorithm.lrr'"),
         (["--device", "h200", "--memory", "-1"], "--memory -1"),
         (["--device", "h200", "--decisions-per-second", "0"], "--decisions-per-second 0"),
     ],

@@ -21,7 +21,7 @@ from reachrl.plan.memory import MemoryPlan, plan_memory
 from reachrl.plan.parameters import total_parameters
 from reachrl.plan.timing import plan_time
 
-IN_8_BITS = ["policy.rollout_copy=true", "policy.rollout_precision=float8", "ppo.importance_cap=2"]
+IN_8_BITS = ["policy.rollout_copy=true", "policy.rollout_precision=float8", "algorithm.importance_cap=2"]
 H100 = DEVICES["h100"]
 CPU = Device(name="cpu", memory=64, bf16=0.1, fp32=0.1, bandwidth=20)
 SCRIPT = Path(__file__).with_name("sharded_memory.py")
@@ -71,7 +71,7 @@ def test_amounts_that_are_none_are_refused(reachrl, option: str, amount: str) ->
     "arguments",
     [
         [f"env.num_envs=1{400 * '0'}"],
-        [f"ppo.epochs=1{400 * '0'}"],
+        [f"algorithm.epochs=1{400 * '0'}"],
         ["--decisions-per-second", "1e-320"],
     ],
     ids=["memory", "time", "rate"],
@@ -86,8 +86,8 @@ def test_an_algorithm_from_outside_is_not_guessed_at() -> None:
         kind: str = "mine"
         """Its kind."""
 
-    config = load_config("robust").model_copy(update={"ppo": Other()})
-    with pytest.raises(ConfigError, match=r"ppo.kind='mine'"):
+    config = load_config("robust").model_copy(update={"algorithm": Other()})
+    with pytest.raises(ConfigError, match=r"algorithm.kind='mine'"):
         plan_memory(config, H100)
 
 
@@ -106,7 +106,12 @@ def test_an_algorithm_from_outside_is_not_guessed_at() -> None:
 def test_a_learner_with_a_piece_holds_what_really_sharded_learners_do(tmp_path, learners: int, changes) -> None:
     llm = {"hidden_size": 256, "intermediate_size": 688, "num_layers": 6, "num_heads": 4}
     sizes = [f"policy.language_model.{key}={value}" for key, value in llm.items()]
-    rows = ["ppo.micro_batch_size=4", "ppo.score_batch_size=4", "ppo.minibatch_size=16", "num_steps=32"]
+    rows = [
+        "algorithm.micro_batch_size=4",
+        "algorithm.score_batch_size=4",
+        "algorithm.minibatch_size=16",
+        "rollout.num_steps=32",
+    ]
     if "policy.lora.rank=4" in changes:
         toy_policy(toy_config(*sizes)).save_pretrained(tmp_path / "base")
         changes += (f"policy.checkpoint={tmp_path / 'base'}",)

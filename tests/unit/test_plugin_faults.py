@@ -69,15 +69,15 @@ def test_a_policy_that_ignores_the_noise():
 def test_a_policy_that_scores_by_chance():
     torch.manual_seed(0)
     policy = DropoutPolicy(TablePolicyConfig())
-    learner, rollout = LocalLearner(policy, PPOConfig(), seed=0), rollout_of(policy)
+    learner, rollout = LocalLearner(policy, PPOConfig(warmup_iterations=0), seed=0, temperature=1.0), rollout_of(policy)
     scored = learner.score(rollout).result()
     with pytest.raises(ExtensionError, match=r"ratio of 1\.\d+ or its inverse.*DropoutPolicy.*dropout"):
-        learner.update(rollout, TaskReward()(rollout), scored, iteration=0, train_policy=True)
+        learner.update(rollout, TaskReward()(rollout), scored, iteration=0)
 
 
-def test_an_algorithm_that_is_no_ppo():
-    with pytest.raises(ExtensionError, match=r"ForeignAlgorithm is no subclass of reachrl\.algorithms\.ppo\.PPO"):
-        LocalLearner(TablePolicy(TablePolicyConfig()), ForeignConfig(), seed=0)
+def test_an_algorithm_that_keeps_no_contract():
+    with pytest.raises(ExtensionError, match=r"ForeignAlgorithm: .* subclass of reachrl\.algorithms\.base\.Algorithm"):
+        LocalLearner(TablePolicy(TablePolicyConfig()), ForeignConfig(), seed=0, temperature=1.0)
 
 
 @pytest.mark.parametrize("version", [1, -1])

@@ -233,7 +233,7 @@ def test_a_missing_or_damaged_checkpoint_is_told_before_anything_is_shown(run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["num_steps=10"], r"env\.max_steps=15 exceeds num_steps=10"),
+        (["rollout.num_steps=10"], r"env\.max_steps=15 exceeds rollout.num_steps=10"),
         (["reward.kind=task"], r"refit_every=2 refits the model that this run fits"),
         (["reward.weight=0"], r"refit_every=2 refits the model that this run fits"),
         (["reward.checkpoint=somewhere"], r"refit_every=2 refits the model that this run fits"),

@@ -37,10 +37,13 @@ def change(progress: Progress, override: str, preset: str = "toy") -> None:
 @pytest.mark.parametrize(
     ("stage", "override"),
     [
-        *(("train", text) for text in ("ppo.lr=1e-5", "num_iterations=60", "env.worker_timeout_s=300", "device=cpu")),
+        *(
+            ("train", text)
+            for text in ("algorithm.lr=1e-5", "num_iterations=60", "env.worker_timeout_s=300", "device=cpu")
+        ),
         *(("train", text) for text in ("checkpoint_every=1", "keep_checkpoints=9", "eval.during_every=2")),
         *(("train", text) for text in ("backend.kind=ray", "policy.gradient_checkpointing=true", "num_threads=2")),
-        *(("sft", text) for text in ("sft.lr=1e-5", "sft.warmup_steps=5", "ppo.epochs=1", "reward.kind=task")),
+        *(("sft", text) for text in ("sft.lr=1e-5", "sft.warmup_steps=5", "algorithm.epochs=1", "reward.kind=task")),
         *(("eval", text) for text in ("env.worker_timeout_s=300", "device=cpu", "eval.num_videos=0")),
     ],
 )
@@ -57,7 +60,7 @@ def test_what_still_acts_may_change(stage: str, override: str) -> None:
         ("train", "policy.language_model.num_layers=3", "it decided what stage 'sft' made"),
         ("sft", "demos.action_noise=0.1", "it decided what stage 'demos' made"),
         ("sft", "sft.heldout_fraction=0.3", "it decided what stage 'sft' made"),
-        ("eval", "ppo.lr=1e-5", "it acts in stage 'train', and that has finished"),
+        ("eval", "algorithm.lr=1e-5", "it acts in stage 'train', and that has finished"),
         ("eval", "eval.num_starts=3", "it decided what stage 'eval' made"),
         ("sft", "env.max_steps=9", "it decided what stage 'demos' made"),
     ],
@@ -70,8 +73,8 @@ def test_what_would_make_something_wrong_is_refused(stage: str, override: str, r
 def test_a_key_that_nobody_knows_any_more_is_refused() -> None:
     config = load_config("toy")
     now = config.model_dump(mode="json")
-    before = {**now, "ppo": {**now["ppo"], "gone": 3}}
-    with pytest.raises(ConfigError, match=r"ppo\.gone: 3 in the run, absent asked for"):
+    before = {**now, "algorithm": {**now["algorithm"], "gone": 3}}
+    with pytest.raises(ConfigError, match=r"algorithm\.gone: 3 in the run, absent asked for"):
         check_changes(config, config_changes(before, now), in_stage("train"), where="run r")
 
 
@@ -90,7 +93,7 @@ REMEDIES = {
         (f"reward_model.{key}" for key in ("model_class", "processor_class", "positive")), ("reward", True)
     ),
     **dict.fromkeys(("reward.checkpoint", "reward.kind", "env.num_envs"), ("train", False)),
-    **dict.fromkeys(("ppo.kind", "ppo.train_vision"), ("train", False)),
+    **dict.fromkeys(("algorithm.kind", "algorithm.train_vision"), ("train", False)),
 }
 ALWAYS = ("train", True)  # of every other key that is named: a running training is the narrowest
 
@@ -100,7 +103,7 @@ def named_keys() -> dict[str, set[str]]:
     known = set(marks(load_config("metaworld_quickstart"))) | set(marks(load_config("libero_object")))
     known |= {f"backend.{key}" for key in RayBackendConfig.model_fields}
     known |= {f"reward_model.{key}" for key in TransformersRewardModelConfig.model_fields}
-    plain = {"device", "num_steps", "num_iterations", "collect_ahead", "num_threads"}
+    plain = {"device", "rollout.num_steps", "num_iterations", "collect_ahead", "num_threads"}
     known = {key for key in known if "." in key or key in plain}
     word = re.compile(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*")
     found: dict[str, set[str]] = {}
@@ -119,7 +122,14 @@ def named_keys() -> dict[str, set[str]]:
 
 def test_every_remedy_of_a_message_is_permitted() -> None:
     found = named_keys()
-    assert {"ppo.lr", "ppo.value_lr", "sft.lr", "demos.action_noise", "reward.weight", "device"} <= found.keys()
+    assert {
+        "algorithm.lr",
+        "algorithm.value_lr",
+        "sft.lr",
+        "demos.action_noise",
+        "reward.weight",
+        "device",
+    } <= found.keys()
     forbidden = []
     for key, files in found.items():
         stage, left = REMEDIES.get(key, ALWAYS)
@@ -180,7 +190,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_meant_to(begun: Path, copy: Pa
 
 
 def test_collecting_ahead_goes_on_from_where_a_longer_run_had_its_checkpoint(begun: Path, tmp_path: Path) -> None:
-    ahead = ("collect_ahead=true", "ppo.importance_cap=2.0")
+    ahead = ("collect_ahead=true", "algorithm.importance_cap=2.0")
     runs = [tmp_path / name for name in ("extended", "straight")]
     for run in runs:
         shutil.copytree(begun, run)
@@ -195,11 +205,11 @@ def test_a_lower_learning_rate_acts_from_the_checkpoint_on(begun: Path, tmp_path
     run = tmp_path / "run"
     shutil.copytree(begun, run)
     play(tiny_config("num_iterations=2"), run, "reward", "train")
-    play(tiny_config("num_iterations=3", "ppo.lr=1e-6", "ppo.value_lr=1e-7"), run, "train")
+    play(tiny_config("num_iterations=3", "algorithm.lr=1e-6", "algorithm.value_lr=1e-7"), run, "train")
     rates = [line["lr"] for line in train_lines(run)]
     assert rates[1:] == [2e-4, 1e-6]
-    with pytest.raises(ConfigError, match=r"ppo\.lr: 1e-06 in the run, 0\.0002 asked for .*has finished"):
-        play(tiny_config("num_iterations=3", "ppo.value_lr=1e-7"), run, "train")
+    with pytest.raises(ConfigError, match=r"algorithm\.lr: 1e-06 in the run, 0\.0002 asked for .*has finished"):
+        play(tiny_config("num_iterations=3", "algorithm.value_lr=1e-7"), run, "train")
 
 
 def test_fewer_iterations_than_there_are_is_refused_and_an_early_end_is_not(copy: Path) -> None:

@@ -125,9 +125,9 @@ def test_a_discount_is_refused_where_segments_would_pay_infinities(gamma):
     scores, end = np.ones(31, np.float32), np.array([29])
     with np.errstate(over="ignore", divide="ignore"):
         paid = pay_at_ends(scores, end, potential=True, gamma=gamma, terminal=True)
-    changes = ["reward.pay=segments", "env.max_steps=30", f"ppo.gamma={gamma}"]
+    changes = ["reward.pay=segments", "env.max_steps=30", f"algorithm.gamma={gamma}"]
     if np.isfinite(paid).all():
-        assert load_config("toy", changes).ppo.gamma == gamma == 0.05
+        assert load_config("toy", changes).algorithm.gamma == gamma == 0.05
     else:
         with pytest.raises(ConfigError, match="no longer a finite number over env.max_steps=30"):
             load_config("toy", changes)

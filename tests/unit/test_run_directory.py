@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from reachrl.config.loading import load_config
 from reachrl.errors import ConfigError, StorageError
 from reachrl.run import process_identity
 from reachrl.run.configuration import Change, config_changes, read_history
@@ -21,7 +22,7 @@ from reachrl.run.memory import PeakMemory
 from reachrl.run.process_identity import ProcessIdentity
 from reachrl.run.stages import StageRecords
 
-CONFIG = {"seed": 1, "ppo": {"lr": 1e-5, "epochs": 2}, "tasks": ["a", "b"]}
+CONFIG = {"seed": 1, "algorithm": {"lr": 1e-5, "epochs": 2}, "tasks": ["a", "b"]}
 
 
 def open_run(path: Path, config: dict = CONFIG) -> Run:
@@ -32,16 +33,37 @@ def test_resume_with_the_same_config_and_refusal_of_another(tmp_path: Path) -> N
     open_run(tmp_path / "r").close()
     open_run(tmp_path / "r").close()
     assert json.loads((tmp_path / "r" / "config.json").read_text()) == CONFIG
-    other = {"seed": 1, "ppo": {"lr": 3e-6, "epochs": 2, "clip": 0.2}, "tasks": ["a"]}
+    other = {"seed": 1, "algorithm": {"lr": 3e-6, "epochs": 2, "clip": 0.2}, "tasks": ["a"]}
     with pytest.raises(ConfigError) as caught:
         open_run(tmp_path / "r", other)
     message = str(caught.value)
-    assert "ppo.lr: 1e-05 in the run, 3e-06 asked for" in message
-    assert "ppo.clip: absent in the run, 0.2 asked for" in message
+    assert "algorithm.lr: 1e-05 in the run, 3e-06 asked for" in message
+    assert "algorithm.clip: absent in the run, 0.2 asked for" in message
     assert 'tasks: ["a", "b"] in the run, ["a"] asked for' in message
     assert "seed" not in message and "epochs" not in message and "--run" in message
     assert (tmp_path / "r" / ".lock").read_text() == ""  # the refusal gave the lock back
     open_run(tmp_path / "r").close()  # and changed nothing
+
+
+@pytest.mark.parametrize(
+    ("facts", "writer"),
+    [
+        (
+            {"packages": {"reachrl": "0.1.0"}, "commit": "0123456789abcdef0123"},
+            r"ReachRL 0\.1\.0 \(commit 0123456789ab\)",
+        ),
+        ({"packages": {"reachrl": "0.1.0"}, "commit": None}, r"ReachRL 0\.1\.0, whose"),
+        (None, "an earlier version of ReachRL"),
+    ],
+)
+def test_a_run_of_the_time_before_algorithm_sections_is_refused_by_its_version(tmp_path: Path, facts, writer) -> None:
+    config = {"seed": 1, "num_steps": 3, "ppo": {"lr": 1e-5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if facts:
+        (tmp_path / "provenance.json").write_text(json.dumps(facts))
+    for open_old in (lambda: open_run(tmp_path), lambda: load_config(str(tmp_path / "config.json"))):
+        with pytest.raises(ConfigError, match=rf"run .* was written by {writer}.*`algorithm` and `rollout`"):
+            open_old()
 
 
 def test_a_file_or_a_foreign_folder_is_refused(tmp_path: Path) -> None:
@@ -62,11 +84,11 @@ def test_a_permitted_change_is_written_and_recorded(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     assert read_history(tmp_path) == []
     (tmp_path / "checkpoints" / "step_000012").mkdir(parents=True)
-    other = {"seed": 1, "ppo": {"lr": 3e-6, "clip": 0.2}, "tasks": ["a", "b"]}
+    other = {"seed": 1, "algorithm": {"lr": 3e-6, "clip": 0.2}, "tasks": ["a", "b"]}
     judged: list[Change] = []
     for _ in range(2):  # the second time nothing differs any more
         Run.open(tmp_path, other, permit=lambda _, found: judged.extend(found), tensorboard=False).close()
-    expected = {"ppo.clip": [None, 0.2], "ppo.epochs": [2, None], "ppo.lr": [1e-5, 3e-6]}
+    expected = {"algorithm.clip": [None, 0.2], "algorithm.epochs": [2, None], "algorithm.lr": [1e-5, 3e-6]}
     assert [change.key for change in judged] == list(expected)
     assert json.loads((tmp_path / "config.json").read_text()) == other
     (entry,) = read_history(tmp_path)

@@ -111,7 +111,9 @@ def make_run(path: Path, *, iterations: int = 40) -> Path:
     stages = {s: {"done": True, "wall_s": w, "peak_rss_bytes": 3 * 2**30, "attempts": 1, "info": {}}
               for s, w in summary["wall_s"].items() if s != "total"}  # fmt: skip
     write_json_atomic(path / "stages.json", stages)
-    write_json_atomic(path / "config.json", {"seed": 7, "ppo": {"lr": 1e-5, "note": "<script>"}, "tasks": list(TASKS)})
+    write_json_atomic(
+        path / "config.json", {"seed": 7, "algorithm": {"lr": 1e-5, "note": "<script>"}, "tasks": list(TASKS)}
+    )
     facts = {"commit": "0123456789abcdef0123", "dirty": True, "command": ["reachrl", "quickstart", "a b=1"], "seed": 7}
     facts |= {"python": "3.12", "cpu": "a cpu", "packages": {"torch": "2.13"}, "started": "2026-01-02T03:04:05+00:00"}
     write_json_atomic(path / "provenance.json", facts)

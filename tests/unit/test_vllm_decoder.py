@@ -277,7 +277,7 @@ def test_the_engine_sees_the_policys_gpu(fake, monkeypatch):
 def test_the_fixed_batch_asks_the_engine(fake, base):
     """The stand-in knows nothing of the weights, so the probe of what acts must say so."""
     policy = decoded_by(fake, base)
-    packed = LocalLearner(policy, PPOConfig(temperature=1.2), seed=3).pack_weights(image_size=16)
+    packed = LocalLearner(policy, PPOConfig(), seed=3, temperature=1.2).pack_weights(image_size=16)
     with pytest.raises(WorkerError, match="does not act with the weights"):
         actor_gap(policy, packed, seed=3, image_size=16, temperature=1.2)
     policy.close()

@@ -111,7 +111,7 @@ def test_the_probe_looks_at_the_temperature_too() -> None:
     policy = toy_policy(toy_config(), seed=1)
     with torch.no_grad():
         policy.language_model.lm_head.weight.normal_(std=1.0)
-    learner = LocalLearner(policy, PPOConfig(temperature=1.2), seed=3)
+    learner = LocalLearner(policy, PPOConfig(), seed=3, temperature=1.2)
     weights = learner.pack_weights(image_size=24)
     assert actor_gap(policy, weights, seed=3, image_size=24, temperature=1.2) < 1e-5
     with pytest.raises(WorkerError):

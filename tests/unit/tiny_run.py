@@ -11,8 +11,21 @@ from reachrl.config.train import TrainConfig
 from reachrl.pipeline import STAGES, run_stage
 
 OVERRIDES = (
-    *("env.num_envs=2", "env.max_steps=4", "num_steps=4", "num_iterations=3", "checkpoint_every=2", "num_threads=1"),
-    *("sft.epochs=0", "reward.kind=task", "ppo.minibatch_size=8", "ppo.micro_batch_size=8", "ppo.warmup_iterations=1"),
+    *(
+        "env.num_envs=2",
+        "env.max_steps=4",
+        "rollout.num_steps=4",
+        "num_iterations=3",
+        "checkpoint_every=2",
+        "num_threads=1",
+    ),
+    *(
+        "sft.epochs=0",
+        "reward.kind=task",
+        "algorithm.minibatch_size=8",
+        "algorithm.micro_batch_size=8",
+        "algorithm.warmup_iterations=1",
+    ),
     *("eval.num_starts=1", "eval.num_videos=0"),
 )
 

@@ -1,31 +1,49 @@
-"""What an algorithm receives and returns."""
+"""What an algorithm is asked for, what it receives and what it returns."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from reachrl.policies.base import PolicyInputs
+from reachrl.config.algorithm import AlgorithmSection
+from reachrl.policies.base import Policy, PolicyInputs
+from reachrl.types import Rewards, Rollout, Scored
+
+Stats = dict[str, float]
+"""Figures of one update, by the names they have in `metrics.jsonl`; NaN: there was nothing to measure."""
+
+
+def _no_inputs(rows: Int64[Tensor, "b"]) -> PolicyInputs:
+    raise AssertionError("the learner gives a batch its inputs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PPOBatch:
-    """The valid decisions of one iteration, flattened to `B` rows.
+class Batch:
+    """The decisions that an update learns from, flattened to `B` rows.
 
-    `inputs(rows)` gives model-ready rows i64[b]: cached ones, or encoded from uint8 frames that stay uint8 until
-    then. Where several processes share the rows, `own` says which are this one's; a gradient is the sum
-    over the processes.
+    `rows` are their places in the rollout (decision `t` of environment `n` of `N` is row `t * N + n`). The learner adds
+    `inputs`, which gives model-ready rows i64[b]: cached ones, or encoded from uint8 frames that stay uint8 until then.
+    Where several processes share the rows, `own` says which are this one's; a gradient is the sum over the processes.
     """
 
-    inputs: Callable[[Int64[Tensor, "b"]], PolicyInputs]
+    rows: Int64[Tensor, "B"]
     action_ids: Int64[Tensor, "B A"]
     behaviour_logprobs: Float[Tensor, "B A"]
     old_logprobs: Float[Tensor, "B A"]
-    old_values: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
-    returns: Float[Tensor, "B"]
+    returns: Float[Tensor, "B"] | None = None
+    """What the values are trained towards; None without a critic."""
+    old_values: Float[Tensor, "B"] | None = None
+    weights: Float[Tensor, "B"] | None = None
+    """Weight of each row in the loss; None: all weigh 1."""
+    stats: Stats | None = None
+    """Figures about the making of the batch."""
+    inputs: Callable[[Int64[Tensor, "b"]], PolicyInputs] = _no_inputs
     own: Bool[Tensor, "B"] | None = None
 
 
@@ -47,43 +65,78 @@ class Group(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateStats:
-    """How one update went; means over the optimiser steps taken unless said otherwise.
+class Algorithm(ABC):
+    """Turns rewards into credit for decisions, and improves a policy by it.
 
-    `kl` is KL(before || after the update), measured on the batch with the weights that the update ended with;
-    `engine_kl` is KL(sampler || learner) of the same actions before the update; both in nats per action token.
-    `clip_frac` is the share of ratios whose gradient the clip cut. `explained_variance` is that of the old values.
-    Without a step of the policy (critic warm-up) or of the critic (no rows) its figures are NaN.
+    What it needs of the collector and of the learner its section says (`AlgorithmSection.needs`).
+
+    Args:
+        config: its section.
+        policy: what is trained, in place.
+        seed: of whatever it draws; with the number of the iteration mixed in, a resumed run needs no RNG state.
+        temperature: of the distribution that actions are sampled from and scored by.
     """
 
-    policy_loss: float
-    value_loss: float
-    entropy: float
-    kl: float
-    clip_frac: float
-    grad_norm: float
-    value_grad_norm: float
-    changed_weights: float
-    value_changed_weights: float
-    explained_variance: float
-    engine_kl: float
-    policy_steps: int
-    value_steps: int
-    lr: float
+    Config: ClassVar[type[AlgorithmSection]]
+    optimizer: torch.optim.Optimizer
+    """Of the trained parameters; the learner saves, moves and shares its state."""
+    group: Group | None = None
+    """The processes that share each batch; None: this one alone."""
 
-    def metrics(self) -> dict[str, float]:
-        """By the names used in `metrics.jsonl`."""
-        record = asdict(self)
-        return {
-            "loss/policy": record.pop("policy_loss"),
-            "loss/value": record.pop("value_loss"),
-        } | record
+    def __init__(self, config: Any, policy: Policy, *, seed: int, temperature: float) -> None:
+        self.config, self.policy, self.seed, self.temperature = config, policy, seed, temperature
+
+    @abstractmethod
+    def batch(self, rollout: Rollout, rewards: Rewards, scored: Scored) -> Batch:
+        """Credit of every decision that is to be learned from.
+
+        Args:
+            rollout: what was collected.
+            rewards: of each step, f32[T N].
+            scored: log-probs under the weights about to be trained; values if the section's `needs` ask for them.
+        """
+
+    @abstractmethod
+    def update(self, batch: Batch, *, iteration: int) -> Stats:
+        """One iteration's optimiser steps.
+
+        Args:
+            batch: what `batch` made, with its inputs; it may have no rows.
+            iteration: number of the iteration.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; no step was taken with it.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the optimiser's state; JSON-ready."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (nothing to do is a good answer)
+        """Continue from `state_dict`'s answer."""
 
 
-class Algorithm(Protocol):
-    """Improves a policy from one batch."""
+def decisions(rollout: Rollout, scored: Scored, keep: Int64[Tensor, "B"], **credit: np.ndarray) -> dict[str, Any]:
+    """The rows `keep` of what every batch holds, as arguments of `Batch`.
 
-    def update(self, batch: PPOBatch, *, iteration: int, train_policy: bool) -> UpdateStats:
-        """One iteration's optimiser steps; with `train_policy` false only the critic moves."""
-        ...
+    Args:
+        rollout: [T N ...].
+        scored: of the same rollout.
+        keep: rows, see `Batch`.
+        credit: further arrays [T N ...] by name, such as `advantages`.
+    """
+    arrays = {
+        "action_ids": rollout.action_ids,
+        "behaviour_logprobs": rollout.behaviour_logprobs,
+        "old_logprobs": scored.old_logprobs,
+    } | credit
+
+    def flat(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.reshape(rollout.valid.size, *array.shape[2:]))[keep]
+
+    return {"rows": keep} | {name: flat(array) for name, array in arrays.items()}
+
+
+def valid_rows(rollout: Rollout) -> Int64[Tensor, "B"]:
+    """Rows of the decisions that are data."""
+    return torch.from_numpy(np.flatnonzero(rollout.valid))

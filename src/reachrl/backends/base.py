@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from reachrl.algorithms.base import UpdateStats
+from reachrl.algorithms.base import Stats
 from reachrl.config.backend import BackendSection
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.scorer import FrameScoring
@@ -79,8 +78,6 @@ class Actors(Protocol):
 class Learner(Protocol):
     """The weights in training with their optimiser."""
 
-    config: PPOConfig
-
     @property
     def version(self) -> int:
         """Of the weights; grows by one with each update."""
@@ -94,10 +91,8 @@ class Learner(Protocol):
         """Begin to compute log-probs and values of a rollout under the weights about to be trained."""
         ...
 
-    def update(
-        self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
-    ) -> UpdateStats:
-        """One iteration of the algorithm on the rollout that was scored last."""
+    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
+        """One iteration of the algorithm on the rollout that was scored last; its figures, with `engine_kl`."""
         ...
 
     def take_spans(self) -> list[Span]:
@@ -105,7 +100,7 @@ class Learner(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write `policy/` and the optimiser's state, in the same files however many processes share the work."""
+        """Write `policy/` and the algorithm's state, in the same files however many processes share the work."""
         ...
 
     def load(self, folder: Path, *, version: int) -> None:

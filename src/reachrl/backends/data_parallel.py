@@ -9,7 +9,7 @@ group is sharded, each has its part of them.
 from pathlib import Path
 from typing import Any, Protocol
 
-from reachrl.algorithms.base import UpdateStats
+from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
@@ -39,7 +39,6 @@ class LeadingLearner:
 
     def __init__(self, learner: LocalLearner, group: Group, *, image_size: int) -> None:
         self.learner, self.group, self.image_size = learner, group, image_size
-        self.config = learner.config
         self._together("share")
 
     @property
@@ -65,12 +64,9 @@ class LeadingLearner:
         self.group.send(("score_now", {"rollout": told or rollout}))
         return Done(self.learner.score_now(rollout))
 
-    def update(
-        self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
-    ) -> UpdateStats:
+    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
         """One iteration of the algorithm, by all processes; the followers have the rollout from scoring it."""
-        arguments: dict[str, Any] = {"rewards": rewards, "scored": scored}
-        arguments |= {"iteration": iteration, "train_policy": train_policy}
+        arguments: dict[str, Any] = {"rewards": rewards, "scored": scored, "iteration": iteration}
         self.group.send(("update", arguments))
         return self.learner.update(rollout, **arguments)
 

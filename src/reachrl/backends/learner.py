@@ -1,7 +1,9 @@
 """The learner of one process: scores rollouts and updates the policy, alone or together with others."""
 
+import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from reachrl.algorithms.base import PPOBatch, UpdateStats
-from reachrl.algorithms.ppo import PPO
+from reachrl.algorithms.base import Algorithm, Stats
 from reachrl.backends import sharding
 from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
 from reachrl.backends.weights import PackedWeights, acting_parameters, learner_answer, pack
-from reachrl.config.ppo import PPOConfig
-from reachrl.errors import ExtensionError
-from reachrl.functional.gae import gae
+from reachrl.config.algorithm import AlgorithmSection
+from reachrl.config.train import TrainConfig
+from reachrl.errors import CheckpointError, ExtensionError
+from reachrl.functional.ppo import token_kl
 from reachrl.policies.base import Policy, PolicyInputs
-from reachrl.registry import build
+from reachrl.registry import resolve
+from reachrl.run.atomic import write_json_atomic
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Observation, Rewards, Rollout, Scored
@@ -31,35 +34,32 @@ class LocalLearner:
 
     Args:
         policy: what is trained.
-        config: the `ppo` section.
+        config: the `algorithm` section.
         seed: of the shuffles.
+        temperature: of the sampling distribution.
         group: who shares the work; each process calls the same methods with the same rollouts.
         whole: where the group is sharded, the leader's second copy of the policy, in one piece: what is saved and
             loaded. `policy` is split here and takes the leader's weights with the first `share`.
 
     Raises:
-        ExtensionError: an algorithm of another kind that is no `PPO`.
+        ExtensionError: an algorithm that is no `Algorithm`.
     """
 
     def __init__(
         self,
         policy: Policy,
-        config: PPOConfig,
+        config: AlgorithmSection,
         *,
         seed: int,
+        temperature: float,
         group: Group | None = None,
         whole: Policy | None = None,
     ) -> None:
         self.policy, self.config, self.group = policy, config, group or Group()
-        self.seed, self._whole = seed, whole
+        self.seed, self.temperature, self._whole = seed, temperature, whole
         if self.group.sharded:
             sharding.shard(policy, self.group)
-        self.algorithm: PPO = build("algorithms", config, policy, seed=seed)
-        if not isinstance(self.algorithm, PPO):
-            raise ExtensionError(
-                f"ppo.kind={config.kind}: {type(self.algorithm).__name__} is no subclass of "
-                "reachrl.algorithms.ppo.PPO, whose optimiser the learner saves; derive it"
-            )
+        self.algorithm = new_algorithm(config, policy, seed=seed, temperature=temperature)
         if not self.group.alone:
             self.algorithm.group = self.group
         self.version = 0
@@ -81,7 +81,7 @@ class LocalLearner:
             acting = acting_parameters(self.policy, train_vision=self.config.train_vision)
             buckets = pack(sharding.whole_tensors(acting), keep=self.group.rank == 0)
             ids, logprobs = learner_answer(
-                self.policy, seed=self.seed, image_size=image_size, temperature=self.config.temperature
+                self.policy, seed=self.seed, image_size=image_size, temperature=self.temperature
             )
         return PackedWeights(self.version, buckets, ids, logprobs)
 
@@ -110,7 +110,7 @@ class LocalLearner:
         for first in range(block.start, block.stop, batch):
             rows = slice(first, min(first + batch, block.stop))
             inputs = self._encode(flat, rows)
-            out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.config.temperature)
+            out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.temperature)
             logprobs.append(out.logprobs.float().cpu())
             values.append(out.values.float().cpu())
             cached.append(inputs)
@@ -130,39 +130,21 @@ class LocalLearner:
         self._log.add("score", began)
         return scored
 
-    def update(
-        self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
-    ) -> UpdateStats:
-        """Advantages, then the algorithm's epochs over the valid decisions."""
+    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
+        """The algorithm's batch, then its optimiser steps.
+
+        Beside its figures, `engine_kl` is KL(sampler || learner) of the valid decisions before the update, in nats per
+        action token.
+        """
         began = time.time()
-        advantages, returns = gae(
-            rewards.total,
-            scored.values,
-            scored.final_values,
-            rollout.terminated,
-            rollout.truncated,
-            rollout.valid,
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-            bootstrap_truncated=self.config.bootstrap_truncated,
-        )
-        keep = torch.from_numpy(np.flatnonzero(rollout.valid))
+        batch = self.algorithm.batch(rollout, rewards, scored)
         block = self.group.block(rollout.valid.size)
-
-        def flat(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array.reshape(rollout.valid.size, *array.shape[2:]))[keep]
-
-        batch = PPOBatch(
-            inputs=self._rows(rollout, keep),
-            action_ids=flat(rollout.action_ids),
-            behaviour_logprobs=flat(rollout.behaviour_logprobs),
-            old_logprobs=flat(scored.old_logprobs),
-            old_values=flat(scored.values[:-1]),
-            advantages=flat(advantages),
-            returns=flat(returns),
-            own=None if self.group.alone else (keep >= block.start) & (keep < block.stop),
+        batch = replace(
+            batch,
+            inputs=self._rows(rollout, batch.rows),
+            own=None if self.group.alone else (batch.rows >= block.start) & (batch.rows < block.stop),
         )
-        stats = self.algorithm.update(batch, iteration=iteration, train_policy=train_policy)
+        stats = self.algorithm.update(batch, iteration=iteration) | {"engine_kl": _engine_kl(rollout, scored)}
         self.version += 1
         self._log.add("update", began)
         return stats
@@ -172,7 +154,7 @@ class LocalLearner:
         return self._log.take()
 
     def save(self, folder: Path) -> None:
-        """Write `policy/` and `optimizer.safetensors`; every process of a sharded group must call it.
+        """Write `policy/`, `optimizer.safetensors` and `algorithm.json`; every process of a sharded group must call it.
 
         Raises:
             StorageError: the disk is full or the folder cannot be written.
@@ -184,6 +166,7 @@ class LocalLearner:
             state = sharding.whole_optimizer_state(self.algorithm.optimizer, keep=leads)
         if leads:
             save_optimizer(self.algorithm.optimizer, folder / "optimizer.safetensors", state)
+            write_json_atomic(folder / "algorithm.json", self.algorithm.state_dict())
 
     @torch.no_grad()
     def save_policy(self, folder: Path) -> None:
@@ -197,13 +180,14 @@ class LocalLearner:
             (self._whole or self.policy).save_pretrained(folder)
 
     def load(self, folder: Path, *, version: int) -> None:
-        """Read `policy/` and `optimizer.safetensors` into the objects in use; in a group the leader, then all `share`.
+        """Read what `save` wrote into the objects in use; in a group the leader, then all `share`.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another architecture.
         """
         self.version = version
         (self._whole or self.policy).restore(folder / "policy")
+        self.algorithm.load_state_dict(_read_state(folder / "algorithm.json"))
         state = read_optimizer(self.algorithm.optimizer, folder / "optimizer.safetensors")
         if self.group.sharded:
             self._read_state = state
@@ -217,6 +201,8 @@ class LocalLearner:
         state = (self._read_state or optimizer.state_dict()) if leads else None
         self._read_state = None
         sharding.share_optimizer_state(optimizer, state, self.group)
+        if not self.group.alone:
+            self.algorithm.load_state_dict(self.group.agree(self.algorithm.state_dict()))
 
     def hand_over(self) -> None:
         """Give the accelerator's memory to whoever acts there, until the next rollout is scored.
@@ -244,7 +230,7 @@ class LocalLearner:
             rows = slice(block.start, block.start + 1)
             for _ in range(self.group.passes(len(ids), self.config.score_batch_size) - made):
                 inputs = self._encode(flat, rows)
-                self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.config.temperature)
+                self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.temperature)
 
     def _encode(self, observation: Observation, rows: slice) -> PolicyInputs:
         part = Observation(images=observation.images[rows], instructions=observation.instructions[rows])
@@ -264,7 +250,7 @@ class LocalLearner:
         if cached is not None:
             first = self.group.block(rollout.valid.size).start
             last = len(cached) - 1
-            # A row of another process's block only stands in for none: see `PPO._scores`.
+            # A row of another process's block only stands in for none: see `PolicyGradient._scores`.
             return lambda rows: cached.rows((keep[rows] - first).clamp(0, last))
         images = rollout.images.reshape(-1, *rollout.images.shape[2:])
         texts = [text for row in rollout.instructions for text in row]
@@ -274,3 +260,40 @@ class LocalLearner:
             return self.policy.encode(Observation(images=images[index], instructions=tuple(texts[i] for i in index)))
 
         return encode
+
+
+def new_algorithm(config: AlgorithmSection, policy: Policy, *, seed: int, temperature: float) -> Algorithm:
+    """The configured algorithm.
+
+    Raises:
+        ExtensionError: it is no `Algorithm`.
+    """
+    kind: str = config.kind  # pyright: ignore[reportAttributeAccessIssue]
+    cls = resolve("algorithms", kind)
+    if not issubclass(cls, Algorithm):
+        raise ExtensionError(
+            f"{cls.__name__}: an algorithm must be a subclass of reachrl.algorithms.base.Algorithm, which says what "
+            "the learner calls and saves; derive it"
+        )
+    return cls(config, policy, seed=seed, temperature=temperature)
+
+
+def new_learner(config: TrainConfig, policy: Policy, group: Group, whole: Policy | None = None) -> LocalLearner:
+    """The learner of a run, in this process; see `LocalLearner`."""
+    temperature = config.rollout.temperature
+    return LocalLearner(policy, config.algorithm, seed=config.seed, temperature=temperature, group=group, whole=whole)
+
+
+def _engine_kl(rollout: Rollout, scored: Scored) -> float:
+    """KL(sampler || learner) in nats per action token; NaN without a valid decision."""
+    old, behaviour = (
+        torch.from_numpy(each[rollout.valid]) for each in (scored.old_logprobs, rollout.behaviour_logprobs)
+    )
+    return token_kl(old.double(), behaviour.double()).mean().item()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or damaged ({error}); resume from another checkpoint.") from error

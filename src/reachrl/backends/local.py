@@ -9,12 +9,11 @@ from reachrl.backends.base import Backend, Done, Pending, SharedWeights, Weights
 from reachrl.backends.building import new_policy, warm_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
-from reachrl.backends.learner import LocalLearner
+from reachrl.backends.learner import new_learner
 from reachrl.backends.shares import even_shares
 from reachrl.backends.weights import PackedWeights, actor_gap, load_packed
 from reachrl.config.backend import LocalBackendConfig
 from reachrl.config.env import EnvSection
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
@@ -198,19 +197,18 @@ class LocalBackend(Backend):
     @contextmanager
     def open(self, config: TrainConfig, warm: Path) -> Iterator[Workers]:
         """Make policy, learner and environments in this process."""
-        assert isinstance(config.ppo, PPOConfig)
         group = Group.from_environment(sharded=self.config.sharding == "full")
         policy = warm_policy(config, warm)
         # Of a split policy the learner keeps a part; acting and saving need all of it.
         whole = warm_policy(config, warm) if group.sharded else None
-        own = LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole)
+        own = new_learner(config, policy, group, whole)
         learner = own if group.alone else LeadingLearner(own, group, image_size=config.env.image_size)
         actors = LocalActors(
             whole or policy,
             open_groups(config.env, config.env.num_envs, self.config.env_groups),
             seed=config.seed,
-            temperature=config.ppo.temperature,
-            train_vision=config.ppo.train_vision,
+            temperature=config.rollout.temperature,
+            train_vision=config.algorithm.train_vision,
         )
         try:
             yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
@@ -221,6 +219,5 @@ class LocalBackend(Backend):
 
     def follow(self, config: TrainConfig) -> None:
         """Share the learner's work with the process that `torchrun` numbers 0, until its training ends."""
-        assert isinstance(config.ppo, PPOConfig)
         group = Group.from_environment(sharded=self.config.sharding == "full")
-        follow(LocalLearner(new_policy(config).eval(), config.ppo, seed=config.seed, group=group), group)
+        follow(new_learner(config, new_policy(config).eval(), group), group)

@@ -140,7 +140,7 @@ def _memory(title: str, plan: "MemoryPlan") -> Table:
 
 
 def _time(plan: "TimePlan", config: "TrainConfig") -> Table:
-    decisions = config.num_steps * config.env.num_envs
+    decisions = config.rollout.num_steps * config.env.num_envs
     table = _table(f"Time of an iteration of {decisions:,} decisions", "part", "TFLOP", "GB moved", "seconds", "share")
     for part in plan.stretches:
         work = ("", "") if not part.flops else (_figure(part.flops / 1e12), _figure(part.bytes / 1e9))

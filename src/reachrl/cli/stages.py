@@ -26,7 +26,8 @@ RunPresetArgument = Annotated[
     typer.Argument(metavar="[PRESET]", help="As for quickstart; left out: that of --run.", show_default=False),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as ppo.lr=1e-4 seed=1.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as algorithm.lr=1e-4 seed=1."),
 ]
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run folder.", show_default="runs/PRESET")

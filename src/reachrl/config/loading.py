@@ -12,12 +12,12 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.backend import BackendSection
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
 from reachrl.config.marks import Affects, affecting
 from reachrl.config.named_code import check_names, trust_names
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
 from reachrl.errors import ConfigError
@@ -27,8 +27,15 @@ from reachrl.registry import section_class
 _SECTION_BASES: dict[str, type[Section]] = {
     "env": EnvSection,
     "reward_model": RewardModelSection,
-    "ppo": PPOConfig,
+    "algorithm": AlgorithmSection,
     "backend": BackendSection,
+}
+# Former names of sections and keys, before releases: where each is now.
+_MOVED = {
+    "num_steps": "rollout.num_steps",
+    "ppo.temperature": "rollout.temperature",
+    "ppo.engine_kl_alarm": "rollout.engine_kl_alarm",
+    "ppo": "algorithm",
 }
 PRESETS = files("reachrl.config") / "presets"
 MAX_DEPTH = 20  # of tables in tables, and of presets that build on each other
@@ -53,7 +60,7 @@ def list_presets() -> dict[str, str]:
 
 
 def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Resolve a preset (built-in name, TOML file, or a run's `config.json`) and overrides such as `ppo.lr=3e-6`.
+    """Resolve a preset (built-in name, TOML file, or a run's `config.json`) and overrides such as `algorithm.lr=3e-6`.
 
     A TOML file and the overrides are the user's word and may name plug-ins and programs; a JSON file is stored data and
     may not, unless they name the same.
@@ -151,7 +158,9 @@ def _layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], d
     data = _read(preset)
     base, reasons = data.pop("base", None), _as_section(data.pop("reasons", {}))
     if reasons is None or not all(isinstance(reason, str) for reason in reasons.values()):
-        raise ConfigError(f'{preset}: reasons is a table of keys and sentences, such as "ppo.lr" = "why it differs".')
+        raise ConfigError(
+            f'{preset}: reasons is a table of keys and sentences, such as "algorithm.lr" = "why it differs".'
+        )
     if not any(file.endswith(".json") for file in (*above, preset)):
         trust_names(data)
     if base is None:
@@ -197,7 +206,30 @@ def _read(preset: str) -> dict[str, Any]:
     section = _as_section(data)
     if section is None:
         raise ConfigError(f"{preset}: expected an object such as a run's config.json, found {type(data).__name__}.")
+    if preset.endswith(".json"):
+        refuse_earlier(section, Path(preset).parent)
     return section
+
+
+def refuse_earlier(config: dict[str, Any], run: Path) -> None:
+    """Refuse the stored configuration of a run from before the sections `algorithm` and `rollout`.
+
+    Raises:
+        ConfigError: names the version that wrote the run.
+    """
+    if "ppo" not in config or "algorithm" in config:
+        return
+    writer = "an earlier version of ReachRL"
+    try:
+        facts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+        commit = facts["commit"]
+        writer = f"ReachRL {facts['packages']['reachrl']}" + (f" (commit {commit[:12]})" if commit else "")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a run without provenance is refused all the same
+    raise ConfigError(
+        f"run {run} was written by {writer}, whose configuration has a section `ppo`; this version has `algorithm` and "
+        "`rollout` instead. Use the version that wrote it, or begin another run with this one."
+    )
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +250,7 @@ def _as_section(value: Any) -> dict[str, Any] | None:
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {_repr(override)} is not of the form key=value, for example ppo.lr=3e-6.")
+        raise ConfigError(f"override {_repr(override)} is not of the form key=value, for example algorithm.lr=3e-6.")
     *parents, leaf = key.split(".")
     if len(parents) >= MAX_DEPTH:
         raise ConfigError(f"override {_shown(override)}: a key of {len(parents) + 1} parts; none has so many.")
@@ -307,7 +339,15 @@ def _problems(error: ValidationError, cls: type[Section], prefix: str) -> list[s
         key = ".".join(part for part in [prefix, *path] if part)
         if item["type"] == "extra_forbidden":
             known = _known(cls, path[:-1])
-            lines.append(f"unknown key {_repr(key)}{_close(path[-1], known)}. Known here: {', '.join(known)}.")
+            inner = _as_section(item.get("input")) if key in _MOVED else None
+            if inner:
+                lines += [
+                    f"unknown key {_repr(f'{key}.{each}')} (did you mean {_moved(f'{key}.{each}')!r}?)."
+                    for each in inner
+                ]
+                continue
+            hint = f" (did you mean {_MOVED[key]!r}?)" if key in _MOVED else _close(path[-1], known)
+            lines.append(f"unknown key {_repr(key)}{hint}. Known here: {', '.join(known)}.")
         else:
             said = item["msg"].removeprefix("Value error, ")
             # A check across options fails for the whole section, which is too long to print.
@@ -316,6 +356,12 @@ def _problems(error: ValidationError, cls: type[Section], prefix: str) -> list[s
     if len(found) > MAX_PROBLEMS:
         lines.append(f"... and {len(found) - MAX_PROBLEMS} more in {prefix or 'the options'}.")
     return lines
+
+
+def _moved(key: str) -> str:
+    """The present name of a key that has moved."""
+    section, _, leaf = key.partition(".")
+    return _MOVED.get(key, f"{_MOVED[section]}.{leaf}")
 
 
 def _known(cls: type[Section], path: list[str]) -> list[str]:

@@ -178,7 +178,7 @@ class OpenVLAConfig(Section):
     rollout_precision: Annotated[Literal["as_trained", "float8"], _ENGINE] = "as_trained"
     """Arithmetic of the copy's decoder layers. `float8` halves their memory and, on GPUs with 8-bit tensor cores (Ada,
     Hopper or later), speeds them up; actions are then drawn from a slightly other distribution, which `engine_kl`
-    measures and `ppo.importance_cap`, which is then required, corrects for."""
+    measures and `algorithm.importance_cap`, which is then required, corrects for."""
     decode_graphs: Annotated[bool, _ENGINE] = True
     """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
     them in one launch."""

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.audit import AuditSection
 from reachrl.config.backend import BackendSection, LocalBackendConfig, RayBackendConfig
 from reachrl.config.base import Section
@@ -15,6 +16,7 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.config.reward_model import RewardModelSection, SmallRewardModelConfig
+from reachrl.config.rollout import RolloutSection
 from reachrl.errors import ConfigError
 
 # Configuration key -> registry group of the sections that are chosen by `kind`.
@@ -24,7 +26,7 @@ KIND_SECTIONS = {
     "reward": "rewards",
     "reward_model": "reward_models",
     "curriculum": "curricula",
-    "ppo": "algorithms",
+    "algorithm": "algorithms",
     "backend": "backends",
 }
 
@@ -67,16 +69,14 @@ class TrainConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Affects.COMPUTATION | Affects.FUTURE] = "auto"
     """Where the policy computes: `cpu`, `cuda`, `cuda:1`; `auto` takes the first GPU if there is one."""
     num_iterations: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 30
-    """PPO iterations."""
-    num_steps: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 120
-    """Decisions per environment and iteration."""
+    """Training iterations."""
     checkpoint_every: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 5
     """Iterations between checkpoints; one is always written at the end."""
     keep_checkpoints: Annotated[int, Field(ge=1), Affects.SPEED] = 2
     """Checkpoints kept on disk."""
     collect_ahead: Annotated[bool, Affects.TRAINING | Affects.FUTURE] = False
     """Collect the next rollout while the learner works on the last one. Its weights are then one update old, which
-    `ppo.importance_cap` must correct for; before a checkpoint they never are."""
+    `algorithm.importance_cap` must correct for; before a checkpoint they never are."""
     env: Annotated[SerializeAsAny[EnvSection], Affects.EPISODE] = MetaworldConfig()
     """The simulator and its tasks."""
     policy: Annotated[SerializeAsAny[Section], Affects.ARCHITECTURE] = OpenVLAConfig()
@@ -93,8 +93,10 @@ class TrainConfig(Section):
     """When the dense reward and true success are said to have parted."""
     curriculum: Annotated[SerializeAsAny[Section], Affects.TRAINING] = SuccessRateConfig()
     """Which task and start state the next episode gets."""
-    ppo: Annotated[SerializeAsAny[Section], Affects.TRAINING] = PPOConfig()
-    """The algorithm."""
+    rollout: Annotated[RolloutSection, Affects.TRAINING] = RolloutSection()
+    """What is collected in an iteration."""
+    algorithm: Annotated[SerializeAsAny[AlgorithmSection], Affects.TRAINING] = PPOConfig()
+    """What learns from it."""
     eval: Annotated[EvalSection, Affects.EVALUATION] = EvalSection()
     """Held-out evaluation."""
     backend: Annotated[SerializeAsAny[BackendSection], Affects.SPEED] = LocalBackendConfig()
@@ -138,20 +140,20 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _stale_rollouts_are_corrected(self) -> Self:
-        if self.collect_ahead and isinstance(self.ppo, PPOConfig) and self.ppo.importance_cap is None:
+        if self.collect_ahead and not self.algorithm.corrects_sampler:
             raise ValueError(
                 "collect_ahead=true trains on rollouts of weights that are one update old, which nothing corrects for: "
-                "set ppo.importance_cap (2.0 is a common bound)"
+                "set algorithm.importance_cap (2.0 is a common bound)"
             )
         return self
 
     @model_validator(mode="after")
     def _coarse_rollouts_are_corrected(self) -> Self:
         coarse = isinstance(self.policy, OpenVLAConfig) and self.policy.rollout_precision != "as_trained"
-        if coarse and isinstance(self.ppo, PPOConfig) and self.ppo.importance_cap is None:
+        if coarse and not self.algorithm.corrects_sampler:
             raise ValueError(
                 "policy.rollout_precision=float8 draws actions from a slightly other distribution than is trained, "
-                "which nothing corrects for: set ppo.importance_cap (2.0 is a common bound)"
+                "which nothing corrects for: set algorithm.importance_cap (2.0 is a common bound)"
             )
         return self
 
@@ -163,24 +165,22 @@ class TrainConfig(Section):
                 f"reward_model.refit_every={every} refits the model that this run fits and scores with: set "
                 "reward.kind=process with a weight above 0 and no reward.checkpoint, or refit_every=0"
             )
-        if every and self.env.max_steps > self.num_steps:
+        if every and self.env.max_steps > self.rollout.num_steps:
             raise ValueError(
                 f"reward_model.refit_every={every} needs episodes that fit into one rollout, but env.max_steps="
-                f"{self.env.max_steps} exceeds num_steps={self.num_steps}: raise num_steps"
+                f"{self.env.max_steps} exceeds rollout.num_steps={self.rollout.num_steps}: raise rollout.num_steps"
             )
         return self
 
     @model_validator(mode="after")
     def _segments_can_be_paid(self) -> Self:
-        reward, ppo = self.reward, self.ppo
+        reward, discount = self.reward, self.algorithm.discount
         by_segments = isinstance(reward, ProcessRewardConfig) and (reward.mode, reward.pay) == ("potential", "segments")
-        if not (by_segments and isinstance(ppo, PPOConfig)):
-            return self
-        if ppo.gamma ** (self.env.max_steps - 1) < SMALLEST_DISCOUNT:
+        if by_segments and discount ** (self.env.max_steps - 1) < SMALLEST_DISCOUNT:
             raise ValueError(
-                f"reward.pay=segments divides the potential by ppo.gamma={ppo.gamma:g} once for each further decision "
-                f"of a segment, which is no longer a finite number over env.max_steps={self.env.max_steps}: raise "
-                "ppo.gamma, or set reward.pay=steps"
+                f"reward.pay=segments divides the potential by algorithm.gamma={discount:g} once for each further "
+                f"decision of a segment, which is no longer a finite number over env.max_steps={self.env.max_steps}: "
+                "raise algorithm.gamma, or set reward.pay=steps"
             )
         return self
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 from reachrl.backends.building import saved_policy
 from reachrl.config.loading import config_hash
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluation import compare, evaluate, heldout_starts, protocol_hash
@@ -185,7 +184,6 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
 
 
 def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode, when: str) -> None:
-    assert isinstance(config.ppo, PPOConfig)
     parts = episode_rewards(config, reward, episode).parts
     frames = draw_overlay(
         episode.frames(),

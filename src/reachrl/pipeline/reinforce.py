@@ -9,7 +9,6 @@ import torch
 from reachrl.backends.base import Backend
 from reachrl.backends.building import device_of, saved_policy
 from reachrl.backends.local import LocalBackend
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
@@ -72,17 +71,16 @@ def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None
     """Play episodes of the warm-started policy on training starts into `reward_model/rollouts/`.
 
     The last numbered starts are used: demonstrations took the first. Actions are sampled as in training, at
-    `ppo.temperature`: the model is to know the frames that training will show it.
+    `rollout.temperature`: the model is to know the frames that training will show it.
     """
     count = config.reward_model.rollouts_per_task
     if count == 0:
         return
-    assert isinstance(config.ppo, PPOConfig)
     policy = saved_policy(config, run.sft / "policy").eval()
     numbers = range(config.env.num_train_starts - count, config.env.num_train_starts)
     starts = [Start(task, "train", index) for index in numbers for task in config.env.tasks]
     with VectorEnv(config.env, config.env.num_envs) as envs:
-        player = EpisodePlayer(policy, envs, mode="sampled", temperature=config.ppo.temperature, seed=config.seed)
+        player = EpisodePlayer(policy, envs, mode="sampled", temperature=config.rollout.temperature, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
     write_shard(run.reward_model / "rollouts" / "policy.parquet", [_trajectory(episode) for episode in episodes])
@@ -99,8 +97,7 @@ def build_reward(config: TrainConfig, run: Run, *, scoring: FrameScoring | None 
     Raises:
         ExtensionError: a plug-in that is no `Reward`.
     """
-    assert isinstance(config.ppo, PPOConfig)
-    shaping = {"gamma": config.ppo.gamma, "bootstrap_truncated": config.ppo.bootstrap_truncated}
+    shaping = {"gamma": config.algorithm.discount, "bootstrap_truncated": config.algorithm.bootstraps_truncated}
     if isinstance(config.reward, OracleRewardConfig):
         return build("rewards", config.reward, **shaping)
     if not isinstance(config.reward, ProcessRewardConfig):
@@ -151,14 +148,13 @@ class _TrainDisplay:
             1,
             success=f"{record['success_k']}/{record['success_n']}",
             success_uniform=None if uniform is None else f"{100 * uniform:.0f}%",
-            kl=record["kl"],  # none while only the critic trains
-            ev=record["explained_variance"],
+            kl=record.get("kl"),  # none while only a critic trains
+            ev=record.get("explained_variance"),
         )
 
 
 def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
-    """Improve the warm-started policy with PPO; the result lands in `policy/`."""
-    assert isinstance(config.ppo, PPOConfig)
+    """Improve the warm-started policy; the result lands in `policy/`."""
     forget_results(run.path)
     backend: Backend = build("backends", config.backend)
     lost = 0
@@ -166,7 +162,7 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
         latest = latest_checkpoint(run.checkpoints)
         done = 0 if latest is None else checkpoint_step(latest)
         try:
-            with display.stage("train", config.num_iterations, "PPO", completed=done) as progress:
+            with display.stage("train", config.num_iterations, "online RL", completed=done) as progress:
                 state = _train_once(config, backend, run, _TrainDisplay(progress))
             return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
         except LearnerLostError as error:

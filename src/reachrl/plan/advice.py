@@ -81,7 +81,7 @@ def _candidates(
 
 def _switches(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes of what is computed, and how."""
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     if policy.lora is None and policy.checkpoint is not None:
         adapters: dict[str, Any] = {"policy.lora.rank": _NO_LORA_RANK}
         if policy.critic == "separate":  # would copy what adapters leave frozen
@@ -106,16 +106,21 @@ def _switches(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, A
     crew = crew_of(config)
     if crew.learners > 1 and not crew.sharded and not policy.four_bit:
         yield {"backend.sharding": "full"}, "split weights, gradients and Adam states over the learners; more to send"
-    if ppo.train_vision:
-        yield {"ppo.train_vision": False}, "freeze the towers and keep their features instead of training them"
+    if algorithm.train_vision:
+        yield {"algorithm.train_vision": False}, "freeze the towers and keep their features instead of training them"
 
 
 def _row_counts(config: TrainConfig) -> Iterator[tuple[str, int, int, str]]:
     """What may be halved: its key, rows at once as it is, the least of them, and what fewer do."""
     least = max(_LEAST_ROWS, least_environments(config))
     scored, envs = score_rows(config), config.env.num_envs
-    yield "ppo.micro_batch_size", micro_rows(config), _LEAST_ROWS, "fewer rows in a pass; gradients add up to the same"
-    yield "ppo.score_batch_size", scored, _LEAST_ROWS, "fewer rows in a pass that scores; the same scores"
+    yield (
+        "algorithm.micro_batch_size",
+        micro_rows(config),
+        _LEAST_ROWS,
+        "fewer rows in a pass; gradients add up to the same",
+    )
+    yield "algorithm.score_batch_size", scored, _LEAST_ROWS, "fewer rows in a pass that scores; the same scores"
     yield "env.num_envs", envs, least, "fewer rows to decode and to keep, and fewer decisions an iteration"
 
 
@@ -124,11 +129,11 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
 
     Elsewhere it is not advised, since it changes the function that is trained and the other changes hardly do.
     """
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     possible = policy.lora is not None and not policy.four_bit and config.backend.sharding == "none"
     if not possible or not policy.language_model.has_widths_of(NF4_BLOCK):
         return False
-    frozen = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is None)
+    frozen = sum(part.bytes for part in weights(policy, algorithm) if part.trained_by is None)
     return frozen > usable(device) / 2
 
 

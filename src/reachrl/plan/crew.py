@@ -42,7 +42,7 @@ def least_environments(config: TrainConfig) -> int:
     backend, learners, actors = config.backend, 1, 1
     if isinstance(backend, RayBackendConfig):
         learners, actors = backend.learners, backend.actors
-    return max(actors * backend.env_groups, math.ceil(learners / config.num_steps))
+    return max(actors * backend.env_groups, math.ceil(learners / config.rollout.num_steps))
 
 
 def crew_of(config: TrainConfig) -> Crew:
@@ -59,7 +59,7 @@ def crew_of(config: TrainConfig) -> Crew:
         )
     crew = Crew(
         environments=config.env.num_envs,
-        decisions=config.num_steps * config.env.num_envs,
+        decisions=config.rollout.num_steps * config.env.num_envs,
         groups=backend.env_groups,
     )
     if not isinstance(backend, RayBackendConfig):

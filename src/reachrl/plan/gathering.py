@@ -6,8 +6,8 @@ are gathered before it computes and let go afterwards; what is in no unit is gat
 
 from dataclasses import dataclass
 
+from reachrl.config.algorithm import PolicyGradientSection
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.config.ppo import PPOConfig
 from reachrl.plan.parameters import (
     BYTES,
     adapter_parameters,
@@ -29,11 +29,11 @@ class Unit:
         return Unit(self.weights + other.weights, self.gradients + other.gradients)
 
 
-def towers(policy: OpenVLAConfig, ppo: PPOConfig) -> Unit:
+def towers(policy: OpenVLAConfig, algorithm: PolicyGradientSection) -> Unit:
     """The vision towers, one unit together."""
     adapters = 4 * adapter_parameters(policy, "vision")
     whole = BYTES[policy.dtype] * vision_parameters(policy)
-    return Unit(whole + adapters, ppo.train_vision * (adapters + whole * (policy.lora is None)))
+    return Unit(whole + adapters, algorithm.train_vision * (adapters + whole * (policy.lora is None)))
 
 
 def units(policy: OpenVLAConfig) -> tuple[Unit, ...]:
@@ -72,7 +72,7 @@ def _mapped(policy: OpenVLAConfig, part: str) -> Unit:
     return Unit(whole + adapters, adapters + whole * trained)
 
 
-def gathered_weights(policy: OpenVLAConfig, ppo: PPOConfig, *, scoring: bool) -> int:
+def gathered_weights(policy: OpenVLAConfig, algorithm: PolicyGradientSection, *, scoring: bool) -> int:
     """Bytes gathered at the widest moment of a pass: what is in no unit, and beside it the largest unit twice.
 
     Pieces arrive in a buffer, from which the weights are copied; in the backward pass the next unit's buffer is filled
@@ -80,12 +80,12 @@ def gathered_weights(policy: OpenVLAConfig, ppo: PPOConfig, *, scoring: bool) ->
     weights are copied.
     """
     always = rest(policy).weights
-    used = [*units(policy), *([towers(policy, ppo)] if scoring or ppo.train_vision else [])]
+    used = [*units(policy), *([towers(policy, algorithm)] if scoring or algorithm.train_vision else [])]
     layers = 3 * _mapped(policy, "language_model").weights * scoring
     return always + max(always, 2 * max(unit.weights for unit in used), layers)
 
 
-def gathered_gradients(policy: OpenVLAConfig, ppo: PPOConfig, kept: float) -> float:
+def gathered_gradients(policy: OpenVLAConfig, algorithm: PolicyGradientSection, kept: float) -> float:
     """Bytes of gradients that are not in pieces yet, at the widest moment of a backward pass.
 
     A unit's are copied into a buffer to be summed over the learners. Those in no unit stay to the end of the pass, when
@@ -93,9 +93,9 @@ def gathered_gradients(policy: OpenVLAConfig, ppo: PPOConfig, kept: float) -> fl
 
     Args:
         policy: the section.
-        ppo: the section.
+        algorithm: the section.
         kept: bytes of activations.
     """
     always = rest(policy).gradients
-    used = [*units(policy), towers(policy, ppo)]
+    used = [*units(policy), towers(policy, algorithm)]
     return max(always + 2 * max(unit.gradients for unit in used), 2 * always - kept)

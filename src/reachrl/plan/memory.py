@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from reachrl.config.algorithm import PolicyGradientSection
 from reachrl.config.policy import OpenVLAConfig, check_float8, recorded_rows
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.plan import activations
@@ -80,7 +80,7 @@ def usable(device: Device) -> float:
     return (1 - HEADROOM) * device.memory * GIB
 
 
-def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
+def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PolicyGradientSection]:
     """The policy's and the algorithm's section.
 
     Raises:
@@ -94,10 +94,12 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PPOConfig]:
             f'policy.decoder="{config.policy.decoder}": a plan knows the own decoder only, not what an engine needs. '
             'Plan with policy.decoder="own" and keep room for a second copy of the weights'
         )
-    if not isinstance(config.ppo, PPOConfig):
-        kind = getattr(config.ppo, "kind", "?")
-        raise ConfigError(f"ppo.kind={kind!r}: a plan knows what `ppo` computes, and no other algorithm.")
-    return config.policy, config.ppo
+    if not isinstance(config.algorithm, PolicyGradientSection):
+        kind = getattr(config.algorithm, "kind", "?")
+        raise ConfigError(
+            f"algorithm.kind={kind!r}: a plan knows clipped policy gradients such as `ppo`, and nothing else."
+        )
+    return config.policy, config.algorithm
 
 
 def micro_rows(config: TrainConfig) -> int:
@@ -105,15 +107,15 @@ def micro_rows(config: TrainConfig) -> int:
 
     Minibatches are drawn at random: now and then most of one falls into a single learner's block.
     """
-    _, ppo = sections(config)
-    return min(ppo.micro_batch_size, ppo.minibatch_size, crew_of(config).block)
+    _, algorithm = sections(config)
+    return min(algorithm.micro_batch_size, algorithm.minibatch_size, crew_of(config).block)
 
 
 def score_rows(config: TrainConfig) -> int:
     """Rows that are scored together: of a learner's block, or of the last frames, which every learner scores."""
-    _, ppo = sections(config)
+    _, algorithm = sections(config)
     crew = crew_of(config)
-    return min(ppo.score_batch_size, max(crew.block, crew.environments))
+    return min(algorithm.score_batch_size, max(crew.block, crew.environments))
 
 
 def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
@@ -129,7 +131,7 @@ def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
         ConfigError: policy or algorithm is a plug-in, the device cannot multiply as the policy asks, or there are too
             few environments for all processes.
     """
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     if policy.rollout_precision == "float8" and device.capability is not None:
         check_float8(device.name, device.capability)
     crew = crew_of(config)
@@ -140,7 +142,7 @@ def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
     elif crew.alone:
         parts = [*learner, *actor, Part(_CUDA_NAME, _CUDA * GIB)]
     elif crew.colocated:
-        handed = Part("handed over to the actor", -_handed_over(policy, ppo, crew), "rollout")
+        handed = Part("handed over to the actor", -_handed_over(policy, algorithm, crew), "rollout")
         passing = [replace(part, phase="rollout") for part in actor]  # in main memory at other times
         parts = [*learner, *passing, handed, Part(f"twice {_CUDA_NAME}", 2 * _CUDA * GIB)]
     else:
@@ -160,10 +162,10 @@ def _times(count: int, parts: list[Part]) -> list[Part]:
 
 
 def _learner(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
-    policy, ppo = sections(config)
-    held = weights(policy, ppo)
+    policy, algorithm = sections(config)
+    held = weights(policy, algorithm)
     trained = [part for part in held if part.trained_by is not None]
-    features = _features(policy, ppo, crew)
+    features = _features(policy, algorithm, crew)
     always = [*_held(held, crew), Part("vision features of an iteration", features)]
     parts = [*always, *_scoring(config, crew), *_update(config, crew, sum(part.bytes for part in trained))]
     parts += _optimiser_step(policy, held, device, crew)
@@ -177,22 +179,22 @@ def _learner(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
 
 def _actor(config: TrainConfig, device: Device, crew: Crew) -> list[Part]:
     """What acting needs; beside a learner in the same process its weights are there already."""
-    policy, ppo = sections(config)
-    own = 0 if crew.alone else sum(part.bytes for part in weights(policy, ppo))
+    policy, algorithm = sections(config)
+    own = 0 if crew.alone else sum(part.bytes for part in weights(policy, algorithm))
     copied = Part("copy to decode with", _copied(policy))
     return [Part("weights to act with", own), copied, *_rollout(policy, crew.decoded_rows, device)]
 
 
-def _handed_over(policy: OpenVLAConfig, ppo: PPOConfig, crew: Crew) -> float:
+def _handed_over(policy: OpenVLAConfig, algorithm: PolicyGradientSection, crew: Crew) -> float:
     """Bytes of a learner that are not on its device during the rollout; an optimiser in pieces stays there."""
-    held = {part.name: part.bytes for part in _held(weights(policy, ppo), crew)}
-    features = _features(policy, ppo, crew)
+    held = {part.name: part.bytes for part in _held(weights(policy, algorithm), crew)}
+    features = _features(policy, algorithm, crew)
     return held["gradients"] + features + (0 if crew.sharded else held["Adam states"])
 
 
-def _features(policy: OpenVLAConfig, ppo: PPOConfig, crew: Crew) -> int:
+def _features(policy: OpenVLAConfig, algorithm: PolicyGradientSection, crew: Crew) -> int:
     """Bytes of the vision features that a learner keeps of an iteration."""
-    return 0 if ppo.train_vision else crew.block * activations.features_row(policy)
+    return 0 if algorithm.train_vision else crew.block * activations.features_row(policy)
 
 
 def _held(held: tuple[Weights, ...], crew: Crew) -> list[Part]:
@@ -259,7 +261,7 @@ def _rollout(policy: OpenVLAConfig, envs: int, device: Device) -> list[Part]:
 
 def _scoring(config: TrainConfig, crew: Crew) -> list[Part]:
     """One pass over the rollout; the old features stay until the new ones are joined into one tensor."""
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     batch = score_rows(config)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = max(
@@ -267,31 +269,31 @@ def _scoring(config: TrainConfig, crew: Crew) -> list[Part]:
         activations.vision_working_row(policy) + activations.pixels_row(policy),
     )
     passing = max(batch * working, activations.head_copy(policy)) + _cast_weights(policy, training=False)
-    features = _features(policy, ppo, crew)
+    features = _features(policy, algorithm, crew)
     return [
         Part("new vision features", features, "scoring"),
         Part(f"a pass of {batch} rows, or joining the features", max(passing, features), "scoring"),
-        Part("weights gathered", crew.sharded * gathered_weights(policy, ppo, scoring=True), "scoring"),
+        Part("weights gathered", crew.sharded * gathered_weights(policy, algorithm, scoring=True), "scoring"),
     ]
 
 
 def _update(config: TrainConfig, crew: Crew, gradients: float) -> list[Part]:
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     rows = micro_rows(config)
-    row = activations.training_row(policy, train_vision=ppo.train_vision)
+    row = activations.training_row(policy, train_vision=algorithm.train_vision)
     names = {
         "vision": "vision towers",
         "actor": "the actor",
         "critic": "the critic",
         "logits": f"{choices(policy)} logits",
     }
-    inputs = activations.pixels_row(policy) if ppo.train_vision else activations.features_row(policy)
+    inputs = activations.pixels_row(policy) if algorithm.train_vision else activations.features_row(policy)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     again = rows * activations.layer_row(policy, tokens) if policy.gradient_checkpointing else 0
     kept = rows * sum(row.values())
-    several = rows < min(ppo.minibatch_size, crew.block)
+    several = rows < min(algorithm.minibatch_size, crew.block)
     if crew.sharded:
-        coming = gathered_gradients(policy, ppo, kept)
+        coming = gathered_gradients(policy, algorithm, kept)
     else:
         coming = _gradients_on_their_way(policy, gradients, kept, again, several)
     return [
@@ -301,7 +303,7 @@ def _update(config: TrainConfig, crew: Crew, gradients: float) -> list[Part]:
         Part("inputs of the micro-batch", rows * inputs, "update"),
         Part("weights cast or decoded for the pass", _cast_weights(policy, training=True), "update"),
         Part("the head in float32", activations.head_copy(policy), "update"),
-        Part("weights gathered", crew.sharded * gathered_weights(policy, ppo, scoring=False), "update"),
+        Part("weights gathered", crew.sharded * gathered_weights(policy, algorithm, scoring=False), "update"),
     ]
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from reachrl.config.algorithm import PolicyGradientSection
 from reachrl.config.policy import NF4_BLOCK, NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.towers import ConvTowerConfig, TowerConfig, ViTTowerConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -182,10 +182,10 @@ class Weights:
         return round(self.count * self.width)
 
 
-def weights(policy: OpenVLAConfig, ppo: PPOConfig) -> tuple[Weights, ...]:
+def weights(policy: OpenVLAConfig, algorithm: PolicyGradientSection) -> tuple[Weights, ...]:
     """Everything the policy holds, in the order in which it is used; adapters and value head are float32."""
     full, stored = policy.lora is None, BYTES[policy.dtype]
-    vision = "policy" if ppo.train_vision else None
+    vision = "policy" if algorithm.train_vision else None
     actor = "policy" if full else None
     llm = policy.language_model
     trunk = projector_parameters(policy) + trunk_parameters(llm)
@@ -207,4 +207,4 @@ def weights(policy: OpenVLAConfig, ppo: PPOConfig) -> tuple[Weights, ...]:
 
 def total_parameters(policy: OpenVLAConfig) -> int:
     """Every parameter of the policy."""
-    return sum(part.count for part in weights(policy, PPOConfig()))
+    return sum(part.count for part in weights(policy, PolicyGradientSection()))

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from reachrl.config.algorithm import KL_ROWS, STOP_ROWS
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.config.ppo import KL_ROWS, STOP_ROWS
 from reachrl.config.train import TrainConfig
 from reachrl.plan import activations, compute
 from reachrl.plan.crew import crew_of
@@ -59,7 +59,7 @@ def plan_time(config: TrainConfig, device: Device, decisions_per_second: float =
     Raises:
         ConfigError: policy or algorithm is a plug-in.
     """
-    decisions = config.num_steps * config.env.num_envs
+    decisions = config.rollout.num_steps * config.env.num_envs
     simulators = Stretch(name="environment steps", seconds=decisions / decisions_per_second)
     learning = _scoring(config, device), _update(config, device), _kl(config, device)
     return TimePlan((simulators, *_acting(config, device), *learning))
@@ -92,9 +92,9 @@ def _layer_calls(policy: OpenVLAConfig) -> int:
 
 def _read_weights(config: TrainConfig, *, acting: bool = False) -> float:
     """Bytes of the weights that a whole pass reads, and writes where it decodes them."""
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     unread = (head_parameters(policy.language_model) * 2) * activations.numbers(policy)[0]  # tables: few rows are read
-    held = sum(part.bytes for part in weights(policy, ppo)) - unread
+    held = sum(part.bytes for part in weights(policy, algorithm)) - unread
     return held + policy.four_bit * (_read_maps(policy, acting=acting) - NF4_BYTES * layer_parameters(policy))
 
 
@@ -114,7 +114,7 @@ def _read_maps(policy: OpenVLAConfig, *, acting: bool) -> float:
 
 def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
     policy, crew = sections(config)[0], crew_of(config)
-    rows, calls = crew.decoded_rows, config.num_steps * crew.groups
+    rows, calls = crew.decoded_rows, config.rollout.num_steps * crew.groups
     llm = policy.language_model
     tokens = activations.prompt_tokens(policy)
     flops = float(rows * compute.prefill(policy))
@@ -138,15 +138,15 @@ def _acting(config: TrainConfig, device: Device) -> list[Stretch]:
 
 def _scoring(config: TrainConfig, device: Device) -> Stretch:
     """Old log-probabilities and values of a learner's decisions, values of all frames that follow the last ones."""
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     crew = crew_of(config)
     rows = crew.block
-    row = compute.vision(policy).forward + compute.evaluation(policy, train_vision=ppo.train_vision).forward
+    row = compute.vision(policy).forward + compute.evaluation(policy, train_vision=algorithm.train_vision).forward
     last = crew.environments + crew.decisions / config.env.max_steps  # bootstraps, and episodes that end at their limit
     flops = rows * row + last * compute.values(policy)
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = 2 * policy.language_model.num_layers * activations.working_row(policy, tokens, decoding=False)
-    batches = math.ceil(rows / ppo.score_batch_size) + math.ceil(last / ppo.score_batch_size)
+    batches = math.ceil(rows / algorithm.score_batch_size) + math.ceil(last / algorithm.score_batch_size)
     moved = batches * _read_weights(config) + (rows + last) * working
     seconds = pass_seconds(policy, device, flops=flops, moved=moved, layers=batches * _layer_calls(policy))
     return Stretch(name="scoring", seconds=seconds, flops=flops, bytes=moved)
@@ -154,14 +154,14 @@ def _scoring(config: TrainConfig, device: Device) -> Stretch:
 
 def _kl(config: TrainConfig, device: Device) -> Stretch:
     """The KL of the update, without gradients: after the last step and, where it can stop training, amid them."""
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     crew = crew_of(config)
-    row = compute.evaluation(policy, train_vision=ppo.train_vision).forward
-    row += compute.vision(policy).forward * ppo.train_vision
+    row = compute.evaluation(policy, train_vision=algorithm.train_vision).forward
+    row += compute.vision(policy).forward * algorithm.train_vision
     rows, looks = min(KL_ROWS, crew.decisions), 0
-    if ppo.target_kl is not None:
-        looks = ppo.epochs * math.ceil(crew.decisions / max(STOP_ROWS, ppo.minibatch_size)) - 1
-    passes = math.ceil(rows / crew.learners / ppo.score_batch_size) + looks
+    if algorithm.target_kl is not None:
+        looks = algorithm.epochs * math.ceil(crew.decisions / max(STOP_ROWS, algorithm.minibatch_size)) - 1
+    passes = math.ceil(rows / crew.learners / algorithm.score_batch_size) + looks
     rows = (rows + looks * min(STOP_ROWS, crew.decisions)) / crew.learners
     tokens = activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     working = 2 * policy.language_model.num_layers * activations.working_row(policy, tokens, decoding=False)
@@ -172,23 +172,23 @@ def _kl(config: TrainConfig, device: Device) -> Stretch:
 
 
 def _update(config: TrainConfig, device: Device) -> Stretch:
-    policy, ppo = sections(config)
+    policy, algorithm = sections(config)
     crew = crew_of(config)
     rows = crew.decisions / crew.learners
-    row = compute.evaluation(policy, train_vision=ppo.train_vision).total
-    row += compute.vision(policy).total * ppo.train_vision
-    flops = float(ppo.epochs * rows * row)
-    steps = ppo.epochs * math.ceil(crew.decisions / ppo.minibatch_size)
-    passes = steps * math.ceil(min(ppo.minibatch_size, crew.decisions) / crew.learners / micro_rows(config))
-    trained = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)
-    saved = sum(activations.training_row(policy, train_vision=ppo.train_vision).values())
+    row = compute.evaluation(policy, train_vision=algorithm.train_vision).total
+    row += compute.vision(policy).total * algorithm.train_vision
+    flops = float(algorithm.epochs * rows * row)
+    steps = algorithm.epochs * math.ceil(crew.decisions / algorithm.minibatch_size)
+    passes = steps * math.ceil(min(algorithm.minibatch_size, crew.decisions) / crew.learners / micro_rows(config))
+    trained = sum(part.bytes for part in weights(policy, algorithm) if part.trained_by is not None)
+    saved = sum(activations.training_row(policy, train_vision=algorithm.train_vision).values())
     again = policy.language_model.num_layers * activations.layer_row(
         policy, activations.prompt_tokens(policy) + policy.num_action_tokens - 1
     )
     # Kept tensors are written, read by the next operation, read again, and as much goes through as gradients.
-    tensors = ppo.epochs * rows * 4 * (saved + again * policy.gradient_checkpointing)
+    tensors = algorithm.epochs * rows * 4 * (saved + again * policy.gradient_checkpointing)
     # Forward and backward read the weights; a gradient is written; AdamW reads 4 and writes 3 numbers a parameter.
     moved = tensors + passes * (2 * _read_weights(config) + trained) + steps * 7 * trained / crew.pieces
     layers = passes * _layer_calls(policy) * (3 + policy.gradient_checkpointing)
     seconds = pass_seconds(policy, device, flops=flops, moved=moved, layers=layers, training=True)
-    return Stretch(name=f"PPO, {ppo.epochs} epochs", seconds=seconds, flops=flops, bytes=moved)
+    return Stretch(name=f"PPO, {algorithm.epochs} epochs", seconds=seconds, flops=flops, bytes=moved)

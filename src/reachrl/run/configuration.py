@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from reachrl.config.loading import refuse_earlier
 from reachrl.errors import ConfigError, StorageError
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
@@ -79,6 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The stored configuration of a run.
 
     Raises:
+        ConfigError: an earlier version wrote it, with other sections.
         StorageError: it is damaged.
     """
     file = path / CONFIG
@@ -88,6 +90,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise StorageError(f"{file} is not JSON ({error}); choose another --run") from error
     if not isinstance(config, dict):
         raise StorageError(f"{file} holds no configuration; choose another --run")
+    refuse_earlier(config, path)
     return config
 
 

@@ -15,7 +15,6 @@ from reachrl.backends.cluster.transfer import fetched
 from reachrl.backends.local import LocalActors, open_groups
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
 from reachrl.rollout.collector import Assign
@@ -59,7 +58,6 @@ class ActorProcess:
             The name of this machine.
         """
         config = self._config
-        assert isinstance(config.ppo, PPOConfig)
         if self._policy is None:
             limit_threads(config)
             self._policy = saved_policy(config, self._warm).eval()
@@ -69,8 +67,8 @@ class ActorProcess:
             self._policy,
             open_groups(config.env, count, config.backend.env_groups),
             seed=config.seed,
-            temperature=config.ppo.temperature,
-            train_vision=config.ppo.train_vision,
+            temperature=config.rollout.temperature,
+            train_vision=config.algorithm.train_vision,
             first=first,
             total=config.env.num_envs,
             name=f"actor {self._number}",

@@ -27,7 +27,6 @@ from reachrl.backends.cluster.reward_process import RewardProcess
 from reachrl.backends.cluster.rewards import ClusterScoring
 from reachrl.child import search_path
 from reachrl.config.backend import RayBackendConfig
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError, LearnerLostError
 from reachrl.home import home_variables
@@ -51,16 +50,15 @@ class RayBackend(Backend):
     @contextmanager
     def open(self, config: TrainConfig, warm: Path) -> Iterator[Workers]:
         """Start everyone; on leaving, everyone is ended, and Ray too if it was started here."""
-        assert isinstance(config.ppo, PPOConfig)
         least = self.config.actors * self.config.env_groups
         if config.env.num_envs < least:
             raise ConfigError(
                 f"backend.actors={self.config.actors} with backend.env_groups={self.config.env_groups} need {least} "
                 f"environments, but env.num_envs={config.env.num_envs}: raise it, or lower one of the others"
             )
-        if config.num_steps * config.env.num_envs < self.config.learners:
+        if config.rollout.num_steps * config.env.num_envs < self.config.learners:
             raise ConfigError(
-                f"backend.learners={self.config.learners}, but an iteration has {config.num_steps} x "
+                f"backend.learners={self.config.learners}, but an iteration has {config.rollout.num_steps} x "
                 f"{config.env.num_envs} decisions to share out among them: lower it"
             )
         bundles = reservation(self.config, gpus=False, evaluator=True)
@@ -68,7 +66,7 @@ class RayBackend(Backend):
         crew: _Crew | None = None
         try:
             crew = _Crew(config, self.config, warm.absolute())
-            yield crew.workers(config.ppo)
+            yield crew.workers()
         finally:
             if crew is not None:
                 crew.close()
@@ -110,7 +108,7 @@ class _Crew:
         self._group = self._reserve()
         self._started: list[ClusterActors | ClusterLearner] = []
 
-    def workers(self, ppo: PPOConfig) -> Workers:
+    def workers(self) -> Workers:
         """Everyone, ready to work.
 
         Raises:
@@ -124,7 +122,7 @@ class _Crew:
             collecting = [self._actor(number) for number in range(backend.actors)]
             scorers = [self._reward_worker(number) for number in range(backend.reward_workers)]
             self._check_storage(learners[0])
-            learner = ClusterLearner(learners, ppo)
+            learner = ClusterLearner(learners)
             actors = ClusterActors(
                 collecting,
                 self._actor,

@@ -8,7 +8,6 @@ from reachrl.backends.cluster.transfer import fetched
 from reachrl.backends.local import LocalEvaluator
 from reachrl.backends.weights import PackedWeights, load_packed
 from reachrl.config.backend import RayBackendConfig
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
 from reachrl.rollout.episodes import Mode, PlayedEpisode
@@ -31,11 +30,11 @@ class EvaluatorProcess:
     def play(self, weights: PackedWeights, starts: Sequence[Start], mode: Mode) -> tuple[list[PlayedEpisode], Span]:
         """Play every start once with weights whose buckets lie in the object store."""
         config = self._config
-        assert isinstance(config.backend, RayBackendConfig) and isinstance(config.ppo, PPOConfig)
+        assert isinstance(config.backend, RayBackendConfig)
         if self._policy is None:
             limit_threads(config)
             self._policy = saved_policy(config, self._warm).eval()
-        load_packed(self._policy, fetched(weights), train_vision=config.ppo.train_vision)
+        load_packed(self._policy, fetched(weights), train_vision=config.algorithm.train_vision)
         evaluator = LocalEvaluator(self._policy, config)
         episodes = evaluator.play_now(starts, mode, min(config.backend.evaluator_envs, len(starts)))
         return episodes, evaluator.take_spans()[0]

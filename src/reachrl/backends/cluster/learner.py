@@ -8,11 +8,10 @@ from typing import Any
 
 import ray
 
-from reachrl.algorithms.base import UpdateStats
+from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Pending
 from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
 from reachrl.backends.weights import PackedWeights
-from reachrl.config.ppo import PPOConfig
 from reachrl.errors import LearnerLostError
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Rewards, Rollout, Scored
@@ -28,14 +27,13 @@ class ClusterLearner:
 
     Args:
         processes: the leader first.
-        config: the `ppo` section.
 
     Raises:
         LearnerLostError: here and in every method: a process died or hung.
     """
 
-    def __init__(self, processes: Sequence[Remote], config: PPOConfig) -> None:
-        self.config, self.version = config, 0
+    def __init__(self, processes: Sequence[Remote]) -> None:
+        self.version = 0
         self._leader, *self._others = processes
         self._following: list[Call] = []
         self._log = SpanLog("learner")
@@ -58,11 +56,9 @@ class ClusterLearner:
             self._wait(offer)
         return Later(partial(self._wait, self._leader.begin("score", self._offered)))
 
-    def update(
-        self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int, train_policy: bool
-    ) -> UpdateStats:
+    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
         """One iteration of the algorithm on the rollout that was scored last."""
-        stats, spans = self._ask("update", rewards, scored, iteration, train_policy)
+        stats, spans = self._ask("update", rewards, scored, iteration)
         self.version += 1
         self._log.extend(spans)
         return stats

@@ -9,14 +9,13 @@ from pathlib import Path
 import ray
 import torch
 
-from reachrl.algorithms.base import UpdateStats
+from reachrl.algorithms.base import Stats
 from reachrl.backends.building import limit_threads, warm_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
-from reachrl.backends.learner import LocalLearner
+from reachrl.backends.learner import LocalLearner, new_learner
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
-from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import LearnerLostError
 from reachrl.run.spans import Span
@@ -99,7 +98,6 @@ class LearnerProcess:
 
     def _join(self, address: tuple[str, int]) -> tuple[LocalLearner, Group]:
         config = self._config
-        assert isinstance(config.ppo, PPOConfig)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._size)}
         os.environ |= {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
         group = Group.from_environment(sharded=config.backend.sharding == "full")
@@ -107,7 +105,7 @@ class LearnerProcess:
         whole = None
         if group.sharded and self._rank == 0:  # what is saved: in main memory, where there is room
             whole = warm_policy(config, self._warm, torch.device("cpu"))
-        return LocalLearner(policy, config.ppo, seed=config.seed, group=group, whole=whole), group
+        return new_learner(config, policy, group, whole), group
 
     def pack_weights(self) -> PackedWeights:
         """The weights with their buckets in the object store."""
@@ -135,12 +133,10 @@ class LearnerProcess:
             return self._learner.score(self._rollout, told=Offered(number)).result()
         return self._learner.score(self._rollout).result()
 
-    def update(
-        self, rewards: Rewards, scored: Scored, iteration: int, train_policy: bool
-    ) -> tuple[UpdateStats, list[Span]]:
+    def update(self, rewards: Rewards, scored: Scored, iteration: int) -> tuple[Stats, list[Span]]:
         """One iteration of the algorithm on the rollout that was scored last."""
         assert self._learner is not None and self._rollout is not None
-        stats = self._learner.update(self._rollout, rewards, scored, iteration=iteration, train_policy=train_policy)
+        stats = self._learner.update(self._rollout, rewards, scored, iteration=iteration)
         self._rollout = None
         return stats, self._learner.take_spans()
 

@@ -1,0 +1,339 @@
+"""Clipped policy gradients: epochs over minibatches, exact gradient accumulation, KL stop; alone or on shared rows."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from reachrl.algorithms.base import Algorithm, Batch, Group, Stats
+from reachrl.config.algorithm import KL_ROWS, STOP_ROWS, PolicyGradientSection
+from reachrl.errors import DivergedError, ExtensionError
+from reachrl.functional.ppo import importance_weights, policy_loss, token_kl
+from reachrl.policies.base import Evaluation, Policy, PolicyInputs
+from reachrl.run.weight_change import WeightSample, check_float32
+from reachrl.streams import Stream, generator
+
+# How far the very first ratio or its inverse may be above 1: rounding in another batch shape, nothing more.
+FIRST_RATIO_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+_FIGURES = ("policy_loss", "entropy", "clip_frac", "value_loss")  # means over rows; log_ratio_max beside them
+
+
+class PolicyGradient(Algorithm):
+    """Owns an AdamW optimiser of the policy's parameters, and of a critic's if its section needs values.
+
+    A subclass makes the batch. One with a critic also overrides `_critic_loss` and `_learning_rates`, and may train the
+    critic alone for an iteration (`_trains_policy`).
+
+    Args:
+        config: the section.
+        policy: what is trained.
+        seed: of the minibatch shuffles; iteration and epoch are mixed in, so resume needs no RNG state.
+        temperature: of the sampling distribution.
+    """
+
+    Config: ClassVar[type[PolicyGradientSection]]
+    config: PolicyGradientSection
+
+    def __init__(self, config: PolicyGradientSection, policy: Policy, *, seed: int, temperature: float) -> None:
+        super().__init__(config, policy, seed=seed, temperature=temperature)
+        groups = policy.parameter_groups()
+        self._policy_parameters = groups["trunk"] + (groups["vision"] if config.train_vision else [])
+        self._value_parameters = groups["value"] if config.needs.values else []
+        check_float32([*self._policy_parameters, *self._value_parameters], type(policy).__name__)
+        if not config.train_vision:
+            policy.freeze(["vision"])
+        if not config.needs.values:
+            policy.freeze(["value"])
+        trained = [self._policy_parameters, self._value_parameters]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": config.lr} for parameters in trained if parameters],
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+        self._trained = 0  # iterations that moved the policy
+
+    def update(self, batch: Batch, *, iteration: int) -> Stats:
+        """Train on one iteration's batch; without rows, nothing is trained.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; the weights are those before that step.
+            ExtensionError: the policy scores actions otherwise than a moment ago with the same weights.
+        """
+        lr = self._set_options()
+        train_policy = self._trains_policy()
+        self._train_only_critic(not train_policy)
+        sums: dict[str, float] = defaultdict(float)
+        weights, value_weights = WeightSample(self._policy_parameters), WeightSample(self._value_parameters)
+        policy_steps = value_steps = unchecked = 0
+        moving, critic = train_policy, bool(self._value_parameters)
+        for epoch in range(self.config.epochs):
+            minibatches = self._minibatches(len(batch.rows), iteration, epoch)
+            for number, rows in enumerate(minibatches, start=1):
+                if not (moving or critic):
+                    break
+                stats = self._backward(batch, rows, train_policy=moving)
+                if moving and policy_steps == 0:
+                    self._check_first_ratio(stats["log_ratio_max"])
+                if moving:
+                    weights.remember()
+                if critic:
+                    value_weights.remember()
+                norms = self._step(train_policy=moving)
+                if critic:
+                    value_steps += 1
+                    sums["value_loss"] += stats["value_loss"]
+                    sums["value_grad_norm"] += norms[1]
+                if not moving:
+                    continue
+                policy_steps += 1
+                sums["grad_norm"] += norms[0]
+                for name in ("policy_loss", "entropy", "clip_frac"):
+                    sums[name] += stats[name]
+                unchecked += len(rows)
+                ends_epoch = number == len(minibatches)
+                if ends_epoch and epoch + 1 == self.config.epochs:
+                    continue  # nothing is left to stop
+                if unchecked >= STOP_ROWS or ends_epoch:
+                    moving, unchecked = not self._went_too_far(batch, iteration), 0
+                    self._train_only_critic(not moving)  # for what is left of the epoch
+            if train_policy and not moving:
+                break
+        self._train_only_critic(False)
+        if policy_steps:
+            self._trained += 1
+            sums["kl"] = self._kl_since(batch, iteration, KL_ROWS)
+            sums["changed"] = weights.changed(self.optimizer)
+        if value_steps:
+            sums["value_changed"] = value_weights.changed(self.optimizer)
+        return self._summary(sums, policy_steps, value_steps) | {"lr": lr} | (batch.stats or {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many iterations moved the policy."""
+        return {"trained": self._trained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        self._trained = int(state["trained"])
+
+    def _trains_policy(self) -> bool:
+        """Whether this iteration moves the policy, not the critic alone."""
+        return True
+
+    def _critic_loss(self, values: Tensor, batch: Batch, rows: Tensor) -> tuple[Tensor, float]:
+        """Mean loss of the values of `rows`, and its weight against the policy's; for subclasses with a critic."""
+        raise NotImplementedError(
+            f"{type(self).__name__} needs values, but has no loss for them: override _critic_loss"
+        )
+
+    def _learning_rates(self) -> Sequence[float]:
+        """Of the optimiser's groups, before warm-up."""
+        return (self.config.lr,)
+
+    def _went_too_far(self, batch: Batch, iteration: int) -> bool:
+        """Whether the steps so far have moved the policy by more than `target_kl`."""
+        target = self.config.target_kl
+        return target is not None and self._kl_since(batch, iteration, STOP_ROWS) > target
+
+    def _set_options(self) -> float:
+        """Give the optimiser the configured options, whatever a checkpoint has it do; returns the policy's rate."""
+        config = self.config
+        factor = min(1.0, (self._trained + 1) / (config.lr_warmup_iterations + 1))
+        rates = [rate * factor if number == 0 else rate for number, rate in enumerate(self._learning_rates())]
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group |= {"lr": lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+        return rates[0]
+
+    def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> tuple[Tensor, ...]:
+        order = generator(self.seed, Stream.MINIBATCHES, iteration, epoch).permutation(num_rows)
+        return equal_parts(torch.from_numpy(order), self.config.minibatch_size)
+
+    def _train_only_critic(self, only: bool) -> None:
+        for parameter in self._policy_parameters:
+            parameter.requires_grad_(not only)
+            if only:
+                parameter.grad = None
+
+    def _backward(self, batch: Batch, rows: Tensor, *, train_policy: bool) -> dict[str, float]:
+        """Accumulate the minibatch's mean-loss gradient over micro-batches; returns row means."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = defaultdict(float)
+        mine = rows if batch.own is None else rows[batch.own[rows]]
+        micros = equal_parts(mine, self.config.micro_batch_size)
+        group = self.group
+        scale = group.size if group is not None and group.sharded else 1  # from the mean over processes to their sum
+        idle = self._passes_of_the_others(len(micros))
+        for micro in micros:
+            share = len(micro) / len(rows)
+            inputs, device = batch.inputs(micro), self.policy.device
+            loss = torch.zeros((), device=device)
+            values: Tensor | None = None
+            if train_policy:
+                out = self._evaluate(inputs, batch.action_ids[micro])
+                values = out.values
+                loss = self._policy_loss(out, batch, micro, share, sums)
+            elif self._value_parameters:
+                values = self.policy.values(inputs)
+            if self._value_parameters:
+                assert values is not None
+                error, weight = self._critic_loss(values, batch, micro)
+                sums["value_loss"] += share * error.item()
+                loss = loss + weight * error
+            (loss * (share * scale)).backward()
+        for _ in range(idle):
+            (self._scores(batch, rows[:1], with_policy=train_policy) * 0).backward()
+        figures = self._over_processes(sums)
+        if not all(np.isfinite(value) for value in figures.values()):
+            raise DivergedError(
+                f"a loss is not finite: {figures}. Weights were not changed by it; resume from the last "
+                f"checkpoint with a lower algorithm.lr{' or algorithm.value_lr' if self._value_parameters else ''}."
+            )
+        return figures
+
+    def _policy_loss(
+        self, out: Evaluation, batch: Batch, micro: Tensor, share: float, sums: dict[str, float]
+    ) -> Tensor:
+        """Mean clipped surrogate of the rows, minus the entropy bonus; adds their figures to `sums`."""
+        config, device = self.config, self.policy.device
+        old_logprobs = batch.old_logprobs[micro].to(device)
+        importance = None
+        if config.importance_cap is not None:
+            behaviour = batch.behaviour_logprobs[micro].to(device)
+            importance = importance_weights(old_logprobs, behaviour, config.importance_cap)
+        if batch.weights is not None:
+            weights = batch.weights[micro].to(device)
+            importance = weights if importance is None else importance * weights
+        surrogate, ratio_stats = policy_loss(
+            out.logprobs,
+            old_logprobs,
+            batch.advantages[micro].to(device),
+            clip_eps_low=config.clip_eps_low,
+            clip_eps_high=config.clip_eps_high,
+            ratio_level=config.ratio_level,
+            importance=importance,
+        )
+        sums["policy_loss"] += share * surrogate.mean().item()
+        sums["entropy"] += share * out.entropy.mean().item()
+        sums["clip_frac"] += share * ratio_stats["clip_frac"].item()
+        sums["log_ratio_max"] = max(sums["log_ratio_max"], ratio_stats["log_ratio_max"].item())
+        return surrogate.mean() - config.entropy_coef * out.entropy.mean()
+
+    def _evaluate(self, inputs: PolicyInputs, action_ids: Tensor) -> Evaluation:
+        """Score given actions."""
+        return self.policy.evaluate(inputs, action_ids.to(self.policy.device), temperature=self.temperature)
+
+    def _passes_of_the_others(self, own: int) -> int:
+        """How many more passes some other process makes over this minibatch, where all must make as many."""
+        if self.group is None or not self.group.sharded:
+            return 0
+        most = torch.tensor([own])
+        self.group.max_(most)
+        return int(most) - own
+
+    def _scores(self, batch: Batch, rows: Tensor, *, with_policy: bool) -> Tensor:
+        """A sum over all outputs for `rows`: a pass that keeps FSDP's collectives in step on every process."""
+        inputs = batch.inputs(rows)
+        if not with_policy:
+            return self.policy.values(inputs).sum()
+        out = self._evaluate(inputs, batch.action_ids[rows])
+        total = out.logprobs.sum() + out.entropy.sum()
+        return total if out.values is None else total + out.values.sum()
+
+    @torch.no_grad()
+    def _kl_since(self, batch: Batch, iteration: int, most: int) -> float:
+        """KL(old || current policy) in nats per token: the mean over the batch, or over `most` random rows of it."""
+        order = generator(self.seed, Stream.KL_ROWS, iteration).permutation(len(batch.action_ids))
+        rows = torch.from_numpy(order[:most])
+        parts = equal_parts(rows if batch.own is None else rows[batch.own[rows]], self.config.score_batch_size)
+        idle = self._passes_of_the_others(len(parts))
+        total = torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            out = self._evaluate(batch.inputs(part), batch.action_ids[part])
+            total += token_kl(out.logprobs.cpu().double(), batch.old_logprobs[part].double()).sum()
+        for _ in range(idle):
+            self._scores(batch, rows[:1], with_policy=True)
+        if self.group is not None:
+            self.group.sum_([total])
+        return total.item() / len(rows)
+
+    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
+        """The figures of the whole minibatch; its gradient is put into the parameters."""
+        if self.group is None:
+            return dict(sums)
+        if not self.group.sharded:
+            self._sum_gradients(self.group)
+        figures = torch.tensor([sums[name] for name in _FIGURES], dtype=torch.float64)
+        greatest = torch.tensor([sums["log_ratio_max"]], dtype=torch.float64)
+        self.group.sum_([figures])
+        self.group.max_(greatest)
+        return dict(zip(_FIGURES, figures.tolist(), strict=True)) | {"log_ratio_max": greatest.item()}
+
+    def _sum_gradients(self, group: Group) -> None:
+        parameters = [parameter for options in self.optimizer.param_groups for parameter in options["params"]]
+        reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        group.max_(reached)  # by some process: with few rows it need not be this one
+        moved = [parameter for parameter, known in zip(parameters, reached.tolist(), strict=True) if known]
+        for parameter in moved:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        group.sum_([parameter.grad for parameter in moved if parameter.grad is not None])
+
+    def _step(self, *, train_policy: bool) -> tuple[float, float]:
+        norms = (
+            self._clip(self._policy_parameters) if train_policy else 0.0,
+            self._clip(self._value_parameters) if self._value_parameters else 0.0,
+        )
+        if not np.isfinite(norms).all():
+            raise DivergedError(f"a gradient is not finite (norms {norms}); no step was taken. Lower algorithm.lr.")
+        self.optimizer.step()
+        return norms
+
+    def _clip(self, parameters: list[nn.Parameter]) -> float:
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def _check_first_ratio(self, log_ratio_max: float) -> None:
+        if log_ratio_max > math.log1p(FIRST_RATIO_TOLERANCE[self.policy.compute_dtype]):
+            raise ExtensionError(
+                f"the first minibatch has a probability ratio of {math.exp(log_ratio_max):.4f} or its inverse, "
+                f"expected 1: {type(self.policy).__name__} gave the same actions other log-probs a moment ago with "
+                "the same weights. Its `evaluate` must answer the same with and without gradients, in batches of any "
+                "size, without chance (dropout); where only rounding is to blame, compute in float32"
+            )
+
+    def _summary(self, sums: dict[str, float], policy_steps: int, value_steps: int) -> Stats:
+        """Means over the steps taken; `kl` is KL(before || after the update), in nats per action token.
+
+        Without a step of the policy (critic warm-up, no rows) or of the critic its figures are NaN.
+        """
+
+        def mean(name: str, steps: int) -> float:
+            return sums[name] / steps if steps else math.nan  # not looked at is not 0
+
+        figures = {
+            "loss/policy": mean("policy_loss", policy_steps),
+            "entropy": mean("entropy", policy_steps),
+            "kl": sums["kl"] if policy_steps else math.nan,
+            "clip_frac": mean("clip_frac", policy_steps),
+            "grad_norm": mean("grad_norm", policy_steps),
+            "changed_weights": mean("changed", min(policy_steps, 1)),
+            "policy_steps": policy_steps,
+        }
+        if self._value_parameters:
+            figures |= {
+                "loss/value": mean("value_loss", value_steps),
+                "value_grad_norm": mean("value_grad_norm", value_steps),
+                "value_changed_weights": mean("value_changed", min(value_steps, 1)),
+                "value_steps": value_steps,
+            }
+        return figures
+
+
+def equal_parts(rows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Split rows into as few parts of at most `most` as it takes, with sizes that differ by one at most."""
+    return rows.tensor_split(math.ceil(len(rows) / most)) if len(rows) else ()
