@@ -178,7 +178,7 @@ def kl_per_token(policy, batch):
     """Between the batch's old policy and the one there is now, with numpy alone."""
     table = policy.logits.detach().double().numpy()
     table = table - np.log(np.exp(table).sum(-1, keepdims=True))
-    contexts = batch.inputs(torch.arange(len(batch.action_ids))).prompt_ids[:, 0].numpy()
+    contexts = batch.inputs(torch.arange(len(batch.action_ids))).pixels[:, 0].long().numpy()
     ids = batch.action_ids.numpy()
     new = table[contexts[:, None], np.arange(ids.shape[1])[None], ids]
     gap = new - batch.old_logprobs.double().numpy()
