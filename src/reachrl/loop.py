@@ -17,7 +17,7 @@ from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.evaluation import ValidationCurve
 from reachrl.functional.stats import weighted_rate
 from reachrl.rewards.audit import RewardAudit
-from reachrl.rewards.base import Reward
+from reachrl.rewards.base import Reward, check_finite
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from reachrl.run.directory import Run
@@ -154,6 +154,7 @@ def learn(run: Run, state: TrainState, learner: Learner, reward: Reward, rollout
         scoring = learner.score(rollout)
     with run.span("reward"):
         rewards = reward(rollout)
+        check_finite(rewards, rollout, type(reward).__name__)
     with run.span("score"):
         scored = scoring.result()
     with run.span("update"):

@@ -10,7 +10,7 @@ _OF_A_CALL = (
 
 
 def forget_calls(reader: Any) -> None:
-    """Switch off truncation, padding and BPE's dropout; every call must ask for what it wants.
+    """Switch off truncation, padding and sampling of pieces; every call must ask for what it wants.
 
     Args:
         reader: a tokenizer of the package tokenizers, or a tokenizer or processor of `transformers`; what holds no
@@ -24,5 +24,6 @@ def forget_calls(reader: Any) -> None:
         return
     backend.no_truncation()
     backend.no_padding()
-    if getattr(backend.model, "dropout", None) is not None:  # of BPE: other tokens at every call
-        backend.model.dropout = None
+    for key in ("dropout", "alpha"):  # of BPE, of Unigram: other tokens at every call
+        if getattr(backend.model, key, None) is not None:
+            setattr(backend.model, key, None)

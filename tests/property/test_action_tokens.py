@@ -108,3 +108,13 @@ def test_what_cannot_be_encoded_is_refused() -> None:
     with pytest.raises(ValueError, match=r"action at \[1, 1\] is 1.57 in a dimension without statistics"):
         stats.normalise(np.array([[5.0, -1.0], [0.0, 1.57]]))
     assert stats.normalise(np.array([0.5, 0.25])).tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("count", [150, 300, 350, 1000])
+def test_moves_in_one_step_of_a_hundred_keep_their_range(count: int) -> None:
+    """An interpolated quantile lies on the way to them, so that they would decode to a hundredth of themselves."""
+    for sign in (1.0, -1.0):
+        actions = np.zeros((count, 1))
+        actions[: count - 1 - int(0.99 * (count - 1)), 0] = 0.3 * sign
+        assert np.quantile(actions, 0.99 if sign > 0 else 0.01) not in (0.0, 0.3 * sign)
+        assert np.abs(coded(actions) - actions).max() <= 0.3 / 255 / 2 + 1e-9

@@ -287,9 +287,17 @@ def test_adapters_that_change_nothing_are_refused(base: Path, tmp_path: Path) ->
     """They would pass for trained ones under their name; ours may, where only a critic was trained."""
     path = foreign(base, tmp_path / "foreign") / "adapter_model.safetensors"
     save_file({k: v * (".lora_B." not in k) for k, v in load_file(path).items() if ".lora_" in k}, path)
-    for look in (OpenVLAPolicy.from_pretrained, lambda folder: export_merged(folder, tmp_path / "merged")):
+    for look in (
+        OpenVLAPolicy.from_pretrained,
+        lambda folder: export_merged(folder, tmp_path / "merged"),
+        lambda folder: export_adapter(folder, tmp_path / "copied"),
+    ):
         with pytest.raises(CheckpointError, match="adapters that change nothing"):
             look(tmp_path / "foreign")
+    faint = foreign(base, tmp_path / "faint", lora_alpha=1e-12)
+    for look in (OpenVLAPolicy.from_pretrained, lambda folder: export_merged(folder, tmp_path / "merged")):
+        with pytest.raises(CheckpointError, match=r"change \d+ of the 39,424 weights they are folded into"):
+            look(faint)
     adapted(base, seed=None).save_pretrained(tmp_path / "ours")
     whole = OpenVLAPolicy(small(checkpoint=tmp_path / "ours"))
     assert torch.equal(scores(whole), scores(OpenVLAPolicy.from_pretrained(base)))

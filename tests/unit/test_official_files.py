@@ -338,7 +338,40 @@ SIGNALS = [
     (lambda folder: (folder / "lora_adapter").mkdir(), "the folder lora_adapter"),
     (leave("modeling_prismatic.py", "from c import NUM_ACTIONS_CHUNK\n"), r"NUM_ACTIONS_CHUNK in modeling_prismatic"),
     (lambda folder: put(folder, "config.json", RAW | {"use_proprio": False}), r"use_proprio in config\.json"),
+    (leave("action_head.safetensors"), r"the file action_head\.safetensors"),
+    (lambda folder: code(folder / "prismatic/vla/constants.py"), r"NUM_ACTIONS_CHUNK in constants\.py"),
+    (
+        lambda folder: put(folder, "config.json", RAW | {"auto_map": {"AutoModel": "m.OpenVLAOFTForAction"}}),
+        r"auto_map in config\.json",
+    ),
+    (
+        lambda folder: put(folder, "config.json", RAW | {"_name_or_path": "moojink/openvla-7b-oft-finetuned"}),
+        r"_name_or_path in config\.json",
+    ),
 ]
+
+
+def code(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("NUM_ACTIONS_CHUNK = 8\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("Openvla-oft-SFT-libero10", "Openvla-oft-SFT-libero10"),
+        ("models--RLinf--RLinf-OpenVLAOFT-ManiSkill/snapshots/abc", "models--RLinf--RLinf-OpenVLAOFT-ManiSkill"),
+        ("soft-robot", None),
+        ("openvla-often", None),
+    ],
+)
+def test_the_name_of_a_checkpoint_may_be_its_only_sign(tmp_path: Path, name: str, refused: str | None) -> None:
+    folder = write_official(tmp_path / name)
+    if refused is None:
+        load(folder)
+        return
+    with pytest.raises(CheckpointError, match=f"OpenVLA-OFT checkpoint by its name, {refused}:.*under another name"):
+        load(folder)
 
 
 @pytest.mark.parametrize(("mark", "says"), SIGNALS)

@@ -13,11 +13,12 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ExtensionError
 from reachrl.loop import train
+from reachrl.rewards.base import check_finite
 from reachrl.rewards.task import TaskReward
 from reachrl.run.directory import Run
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 from reachrl.testing.rewards import make_rollout
-from reachrl.types import Observation
+from reachrl.types import Observation, Rewards
 
 
 class GreedyPolicy(TablePolicy):
@@ -93,3 +94,14 @@ def test_a_backend_that_collects_with_other_weights(tmp_path, version):
         ),
     ):
         train(TrainConfig(), workers, TaskReward(), SimpleNamespace(draw=None), run, None)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_reward_that_is_no_number(number):
+    """In the advantages it would be that of every step, and the advice would be a lower learning rate."""
+    rollout = rollout_of(TablePolicy(TablePolicyConfig()))
+    total = np.zeros(rollout.valid.shape, np.float32)
+    total[2, 1] = number
+    asked = rollout.instructions[2][1]
+    with pytest.raises(ExtensionError, match=rf"Odd: the reward is {number} in step 2 .*environment 1 \('{asked}'\)"):
+        check_finite(Rewards(total=total), rollout, "Odd")

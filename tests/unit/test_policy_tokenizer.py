@@ -87,6 +87,11 @@ def test_state_of_a_call_that_the_file_keeps_never_acts(tmp_path) -> None:
         assert len(Tokenizer.from_file(str(path)).encode(text).ids) == 90
         assert PromptTokenizer.from_file(path, CONFIG).prompt_ids(text) == expected
         assert PromptTokenizer(tokenizer, CONFIG).prompt_ids(text) == expected
+    sampling = build_tokenizer(CONFIG)
+    expected_words = PromptTokenizer(build_tokenizer(CONFIG), CONFIG).prompt_ids(text)
+    sampling.model.alpha = 0.01  # of Unigram: nearly any pieces
+    assert sampling.encode(text).ids != build_tokenizer(CONFIG).encode(text).ids
+    assert PromptTokenizer(sampling, CONFIG).prompt_ids(text) == expected_words
     small_bpe(dropout=0.5).save(str(path))
     assert PromptTokenizer.from_file(path, CONFIG).prompt_ids(text) == expected
 

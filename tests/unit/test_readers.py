@@ -137,6 +137,17 @@ def test_sentence_and_task_are_those_of_the_evaluation(tmp_path, task, stored, s
         assert (trajectory.start.task, trajectory.instruction) == (task, shown)
 
 
+def test_a_file_with_another_tasks_name_is_refused(tmp_path):
+    path = tmp_path / "turn_on_the_stove_demo.hdf5"
+    write_libero(path, lengths=(2,))
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["bddl_file_name"] = "bddl/libero_goal/open_the_middle_drawer_of_the_cabinet.bddl"
+    with pytest.raises(
+        StorageError, match="named after the task turn_on_the_stove, but was recorded in open_the_middl"
+    ):
+        next(read_trajectories(path))
+
+
 def test_a_file_that_is_named_after_no_task_says_so(tmp_path, caplog):
     write_libero(tmp_path / "mine_demo.hdf5", lengths=(2,))
     trajectory = next(read_trajectories(tmp_path / "mine_demo.hdf5"))
@@ -407,3 +418,19 @@ def test_names_of_tasks(text, name):
 def test_long_sentences_that_begin_alike_are_two_tasks():
     first, second = (slug(f"{'put the black bowl on the plate ' * 4}{side}") for side in ("left", "right"))
     assert first != second and len(first) == len(second) == 100
+
+
+def test_what_tells_sentences_apart_tells_their_tasks_apart():
+    sentences = ("turn it by 90", "turn it by -90", "turn it by +90", "move 1.5 cm", "move 1 5 cm", "open/close it")
+    sentences += (
+        "open close it",
+        "\u0915\u0940",
+        "\u0915\u093e",
+        "\U0001f6aa",
+        "\U0001f511",
+        "!",
+    )  # Hindi vowel signs, a door, a key
+    names = [slug(sentence) for sentence in sentences]
+    assert len(set(names)) == len(sentences)
+    assert names[0] == "turn-it-by-90" and slug("Turn it by -90!") == names[1]
+    assert slug("e\u0301t\u00e9") == slug("\u00c9t\u00e9.") == "\u00e9t\u00e9"  # one text, written in two ways

@@ -186,6 +186,24 @@ def test_an_instruction_may_stand_in_for_a_lacking_one(tmp_path):
     (written.root / "meta/tasks.jsonl").unlink()
     assert next(read_trajectories(written.root)).instruction == "open the drawer"  # from episodes.jsonl
     (written.root / "meta/episodes.jsonl").write_text('{"episode_index": 0, "length": 6}\n')
+    edit(written.root / "meta/info.json", lambda d: d.update(total_episodes=1))
     with pytest.raises(ConfigError, match="no sentence for task_index 0"):
         next(read_trajectories(written.root))
     assert next(read_trajectories(written.root, instruction="pull")).instruction == "pull"
+
+
+def test_episodes_and_sentences_that_the_metadata_lost_are_told(tmp_path):
+    """Without a word an episode would be left out, or bear its neighbour's sentence."""
+    written = LeRobotFolder(tmp_path / "data", 3, "image")
+    info = written.root / "meta/info.json"
+    edit(info, lambda d: d.update(total_episodes=3))
+    with pytest.raises(StorageError, match=r"states 3 episodes .*, 2 are listed"):
+        read_trajectories(written.root)
+    edit(info, lambda d: d.update(total_episodes=2))
+    rows = written.root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(rows)
+    numbers = pa.array([0] * 6 + [1] * 5 + [7] * 4)
+    pq.write_table(table.set_column(table.schema.get_field_index("task_index"), "task_index", numbers), rows)
+    with pytest.raises(StorageError, match=r"episode 1: its rows bear task_index 7, which meta/tasks does not list"):
+        list(read_trajectories(written.root))
+    assert len(list(read_trajectories(written.root, instruction="do it"))) == 2

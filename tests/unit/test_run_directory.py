@@ -269,6 +269,12 @@ def test_an_owner_from_before_a_power_cut_is_dead_where_a_disk_says_so(tmp_path:
     open_run(tmp_path).close()
 
 
+@pytest.mark.parametrize("pid", ["12", None, [1], 1.5])
+def test_a_lock_that_names_no_process_is_nobodys(tmp_path: Path, pid: object) -> None:
+    taken(tmp_path, pid=pid)
+    open_run(tmp_path).close()
+
+
 def test_the_id_of_an_ended_process_may_be_another_ones_now(tmp_path: Path) -> None:
     parent = os.getppid()
     started = process_identity.start_of(parent)

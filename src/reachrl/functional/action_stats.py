@@ -60,7 +60,9 @@ class ActionStats:
             row, dimension = np.argwhere(~np.isfinite(values))[0].tolist()
             raise ValueError(f"action {row} is {values[row, dimension]} in dimension {dimension}; expected numbers")
         q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-        same = q99 - q01 <= _SAME
+        # Of recorded numbers: interpolated ones differ by a sliver of a move where moves are just 1 step in 100.
+        inner = np.quantile(values, 0.99, axis=0, method="lower") - np.quantile(values, 0.01, axis=0, method="higher")
+        same = inner <= _SAME
         q01[same], q99[same] = values.min(axis=0)[same], values.max(axis=0)[same]
         return cls(q01, q99, np.ones(len(q01), np.bool_))
 

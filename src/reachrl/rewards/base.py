@@ -3,6 +3,9 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
+
+from reachrl.errors import ExtensionError
 from reachrl.types import Rewards, Rollout
 
 
@@ -35,3 +38,24 @@ class Reward(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (nothing to do is a good answer)
         """Go on from `state_dict`'s answer."""
+
+
+def check_finite(rewards: Rewards, rollout: Rollout, whose: str) -> None:
+    """Refuse rewards that would make every advantage of a batch NaN.
+
+    Args:
+        rewards: of the rollout's steps.
+        rollout: what they were given for.
+        whose: the reward's name, for the message.
+
+    Raises:
+        ExtensionError: names the first step of the rollout, its environment and what was asked for there.
+    """
+    for part, values in {"the reward": rewards.total, **rewards.parts}.items():
+        if not np.isfinite(values).all():
+            t, n = np.argwhere(~np.isfinite(values))[0].tolist()
+            raise ExtensionError(
+                f"{whose}: {part} is {values[t, n]} in step {t} of the rollout in environment {n} "
+                f"({rollout.instructions[t][n]!r}); expected finite numbers. Mend the reward; nothing was "
+                "trained on it."
+            )

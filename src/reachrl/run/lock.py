@@ -129,6 +129,6 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
         wanted = known if "boot" in record else {"pid", "started", "host"}
-        return record if wanted <= record.keys() else {}
+        return record if wanted <= record.keys() and isinstance(record["pid"], int) else {}
     except (ValueError, AttributeError, TypeError):
         return {}

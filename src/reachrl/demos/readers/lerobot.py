@@ -212,7 +212,13 @@ def _sentence(index: LeRobotIndex, record: EpisodeRecord, table: pa.Table) -> st
     """What the episode's rows say is to be done, else what `meta` says."""
     where = f"{index.folder}, episode {record.index}"
     numbers = whole_numbers(table, "task_index", where).tolist() if "task_index" in table.column_names else []
-    sentences = {index.tasks[number] for number in numbers if number in index.tasks} or set(record.tasks)
+    known = {index.tasks[number] for number in numbers if number in index.tasks}
+    if known and (unknown := sorted(set(numbers) - index.tasks.keys())):
+        raise StorageError(
+            f"{where}: its rows bear task_index {unknown[0]}, which meta/tasks does not list. Fetch the meta folder "
+            "again, or give an instruction."
+        )
+    sentences = known or set(record.tasks)
     if len(sentences) > 1:
         listed = "; ".join(sorted(sentences))
         raise ConfigError(f"{where}: several sentences ({listed}). Give an instruction that holds for all of it.")

@@ -77,6 +77,12 @@ def read_index(folder: Path, *, camera: str | None) -> LeRobotIndex:
     paths = _Paths(folder, info, major, chosen if features[chosen].get("dtype") == "video" else None)
     episodes = [paths.record(row) for row in (_episodes_2(folder) if major == 2 else _episodes_3(folder))]
     _check(folder, episodes)
+    stated = info.get("total_episodes")
+    if isinstance(stated, int) and stated > len(episodes):
+        raise StorageError(
+            f"{folder / 'meta'}: {INFO} states {stated} episodes (total_episodes), {len(episodes)} are listed; the "
+            f"others would be left out. {_META}"
+        )
     return LeRobotIndex(
         folder=folder,
         many_in_a_file=major == 3,

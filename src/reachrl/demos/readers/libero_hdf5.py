@@ -115,7 +115,13 @@ def _text(value: Any) -> Any:
 def _task(path: Path, attributes: dict[str, Any]) -> tuple[str, str]:
     """The task's name and its sentence."""
     stored = _stored_sentence(path, attributes)
-    task = find_task(path.name) or find_task(str(attributes.get("bddl_file_name", "")))
+    named, recorded = find_task(path.name), find_task(str(attributes.get("bddl_file_name", "")))
+    if named is not None and recorded not in (None, named):
+        raise StorageError(
+            f"{path}: the file is named after the task {named}, but was recorded in {recorded} (the attribute "
+            f"bddl_file_name of /data). Call it {recorded}_demo.hdf5 if that is so, or fetch it again."
+        )
+    task = named or recorded
     if task is not None:
         sentence = evaluation_sentence(task)
         if stored not in (None, sentence):

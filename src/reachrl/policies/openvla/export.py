@@ -27,7 +27,7 @@ from reachrl.policies.openvla.checkpoint import (
     read_config,
 )
 from reachrl.policies.openvla.inputs import OpenVLAInputs
-from reachrl.policies.openvla.merging import folded
+from reachrl.policies.openvla.merging import Effect, folded
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, norm_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -69,7 +69,7 @@ def export_adapter(folder: Path, out: Path) -> None:
     """
 
     def fill(aside: Path) -> None:
-        adapters.read_adapter(folder)
+        deltas(folder)  # refuses what would not act under the adapter's name
         for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
             shutil.copyfile(folder / name, aside / name)
 
@@ -167,7 +167,7 @@ def copy_surroundings(folder: Path, base: Path, out: Path) -> None:
 
 def _merge_files(folder: Path, base: Path, out: Path) -> dict[str, torch.dtype]:
     """Write the base's files with the adapters folded in; the types of the weights that changed, by name."""
-    left, kinds = deltas(folder), {}
+    left, kinds, effect = deltas(folder), {}, Effect(folder)
     values = load_file(folder / VALUE_FILE) if (folder / VALUE_FILE).is_file() and _shares_trunk(folder) else {}
     for path in weight_files(base):
         state = {}
@@ -176,12 +176,15 @@ def _merge_files(folder: Path, base: Path, out: Path) -> dict[str, torch.dtype]:
                 weight = file.get_tensor(name)
                 if (known := canonical_key(name)) in left:
                     kinds[known] = weight.dtype
-                    weight = folded(folder, known, weight, left.pop(known))
+                    before, delta = weight, left.pop(known)
+                    weight = folded(folder, known, before, delta)
+                    effect.count(before, weight, delta)
                 state[name] = values.get(name, weight)
             metadata = file.metadata()
         save_file(state, out / path.name, metadata)
     if left:
         raise CheckpointError(f"{folder} adapts weights that {base} does not have: {', '.join(sorted(left)[:6])}")
+    effect.check()
     return kinds
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.adapter_files import deltas
 
+_LEAST = 1e-3  # share of the weights that an adapter in use changes at least, also of weights in bfloat16
+
 
 def folded(folder: Path, name: str, weight: Tensor, delta: tuple[Tensor, Tensor, float]) -> Tensor:
     """`merged`, for a weight that may not be the one the adapter in `folder` was made for.
@@ -42,6 +44,35 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return (weight.float() + scale * delta).to(weight.dtype)
 
 
+class Effect:
+    """Counts what adapters change of the weights they are folded into, as those are held."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of the adapters in `folder`; nothing is counted yet."""
+        self._folder, self._weights, self._changed, self._trained = folder, 0, 0, False
+
+    def count(self, before: Tensor, after: Tensor, delta: tuple[Tensor, Tensor, float]) -> None:
+        """Count one weight, before and after its adapter was folded in."""
+        self._weights += before.numel()
+        self._changed += int(torch.count_nonzero(before != after))
+        # Ours may be as they began: a run that has trained its critic alone.
+        self._trained = self._trained or bool(delta[0].any() and delta[1].any())
+
+    def check(self) -> None:
+        """Refuse adapters that were trained and yet leave the weights as they were.
+
+        Raises:
+            CheckpointError: they change less than 1 weight in 1000.
+        """
+        if self._trained and self._changed < _LEAST * self._weights:
+            raise CheckpointError(
+                f"{self._folder}: its adapters change {self._changed:,} of the {self._weights:,} weights they are "
+                "folded into; beside the others they are too small to count, so the base alone would act under their "
+                "name. Compare r and lora_alpha in adapter_config.json with those of the training, or hold the weights "
+                "in float32"
+            )
+
+
 @torch.no_grad()
 def merge_into(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -> None:
     """Fold the adapters in `folder` into a policy without adapters.
@@ -52,11 +83,14 @@ def merge_into(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool
         skipped: which weights the policy knowingly does not have.
 
     Raises:
-        CheckpointError: an adapter belongs to no weight of the policy, or does not fit it.
+        CheckpointError: an adapter belongs to no weight of the policy, does not fit it, or all of them change nothing.
     """
-    weights = dict(policy.named_parameters())
+    weights, effect = dict(policy.named_parameters()), Effect(folder)
     for name, delta in deltas(folder).items():
         if name in weights:
-            weights[name].copy_(folded(folder, name, weights[name], delta))
+            after = folded(folder, name, weights[name], delta)
+            effect.count(weights[name], after, delta)
+            weights[name].copy_(after)
         elif not skipped(name):
             raise CheckpointError(f"{folder}: the adapter of {name} fits no weight of its base; is it the right base?")
+    effect.check()
