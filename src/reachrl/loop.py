@@ -9,15 +9,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from reachrl.algorithms.base import Stats
+from reachrl.algorithms.base import Algorithm, Stats
 from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.evaluation import ValidationCurve
 from reachrl.functional.stats import weighted_rate
+from reachrl.registry import resolve
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward, check_finite
+from reachrl.rollout.join import append_rewards, append_rollouts
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from reachrl.run.directory import Run
@@ -128,7 +130,7 @@ def train(
                 "iteration %d: nothing to train on, every environment was lost in every step; see the workers' logs",
                 state.iteration,
             )
-        rewards, stats = learn(run, state, learner, reward, rollout)
+        rollout, rewards, stats = learn(config, run, state, workers, reward, rollout, curriculum)
         with run.span("watch"):
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
             watched |= reward.adapt(rollout, iteration=state.iteration)
@@ -148,18 +150,77 @@ def train(
     return state
 
 
-def learn(run: Run, state: TrainState, learner: Learner, reward: Reward, rollout: Rollout) -> tuple[Rewards, Stats]:
-    """Reward, score and update; frames are scored by the reward while the learner scores decisions."""
+def learn(
+    config: TrainConfig,
+    run: Run,
+    state: TrainState,
+    workers: Workers,
+    reward: Reward,
+    rollout: Rollout,
+    curriculum: TaskSampler,
+) -> tuple[Rollout, Rewards, Stats]:
+    """Reward, score and update; frames are scored by the reward while the learner scores decisions.
+
+    Where the algorithm may want more rollouts, rewards come first.
+
+    Returns:
+        All that was learned from, its rewards, and the update's figures.
+    """
+    learner, options = workers.learner, config.algorithm
+    rewards, collected = None, {}
+    if options.needs.max_rollouts > 1:
+        rewards = rewarded(run, reward, rollout)
+        rollout, rewards, collected = fill_up(config, run, state, workers, reward, rollout, rewards, curriculum)
     with run.span("score"):
         scoring = learner.score(rollout)
-    with run.span("reward"):
-        rewards = reward(rollout)
-        check_finite(rewards, rollout, type(reward).__name__)
+    if rewards is None:
+        rewards = rewarded(run, reward, rollout)
     with run.span("score"):
         scored = scoring.result()
     with run.span("update"):
         stats = learner.update(rollout, rewards, scored, iteration=state.iteration)
-    return rewards, stats
+    return rollout, rewards, stats | collected
+
+
+def rewarded(run: Run, reward: Reward, rollout: Rollout) -> Rewards:
+    """The reward of every step.
+
+    Raises:
+        ExtensionError: one is not finite.
+    """
+    with run.span("reward"):
+        rewards = reward(rollout)
+        check_finite(rewards, rollout, type(reward).__name__)
+    return rewards
+
+
+def fill_up(
+    config: TrainConfig,
+    run: Run,
+    state: TrainState,
+    workers: Workers,
+    reward: Reward,
+    rollout: Rollout,
+    rewards: Rewards,
+    curriculum: TaskSampler,
+) -> tuple[Rollout, Rewards, Stats]:
+    """Add rollouts of the same weights while the algorithm wants more, up to its `max_rollouts`."""
+    options, rollouts = config.algorithm, 1
+    kind: str = options.kind  # pyright: ignore[reportAttributeAccessIssue]
+    algorithm: type[Algorithm] = resolve("algorithms", kind)
+    while wanting := algorithm.wants_more(options, rollout, rewards, rollouts=rollouts):
+        if rollouts == options.needs.max_rollouts:
+            break
+        with run.span("rollout"):
+            more = workers.actors.collect(curriculum.draw, config.rollout.num_steps).result()
+        rewards = append_rewards(rewards, rewarded(run, reward, more))
+        rollout, rollouts = append_rollouts(rollout, more), rollouts + 1
+    if wanting:
+        log.warning(
+            "iteration %d: after %d rollouts there are still fewer groups to learn from than one rollout has; those "
+            "there are, are trained on", state.iteration, rollouts,
+        )  # fmt: skip
+    return rollout, rewards, {"rollouts": rollouts}
 
 
 def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:

@@ -53,6 +53,8 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "algorithms": {
         "ppo": ("reachrl.algorithms.ppo:PPO", "reachrl.config.ppo:PPOConfig"),
+        "grpo": ("reachrl.algorithms.grpo:GRPO", "reachrl.config.grpo:GRPOConfig"),
+        "rloo": ("reachrl.algorithms.grpo:RLOO", "reachrl.config.grpo:RLOOConfig"),
     },
 }
 

@@ -72,6 +72,7 @@ class Episode:
     success: bool
     num_steps: int
     env: int
+    group: int | None = None  # number of the group of whole episodes that began in the same start; None: no groups
     chance: float | None = None  # probability with which the curriculum drew `start`; None: unknown
 
 

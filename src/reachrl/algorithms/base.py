@@ -86,6 +86,18 @@ class Algorithm(ABC):
     def __init__(self, config: Any, policy: Policy, *, seed: int, temperature: float) -> None:
         self.config, self.policy, self.seed, self.temperature = config, policy, seed, temperature
 
+    @classmethod
+    def wants_more(cls, config: Any, rollout: Rollout, rewards: Rewards, *, rollouts: int) -> bool:
+        """Whether another rollout is to be added to this iteration's, up to the section's `needs.max_rollouts`.
+
+        Args:
+            config: the section.
+            rollout: all that was collected so far.
+            rewards: of it.
+            rollouts: how many it consists of.
+        """
+        return False
+
     @abstractmethod
     def batch(self, rollout: Rollout, rewards: Rewards, scored: Scored) -> Batch:
         """Credit of every decision that is to be learned from.

@@ -224,8 +224,11 @@ class PolicyGradient(Algorithm):
         return surrogate.mean() - config.entropy_coef * out.entropy.mean()
 
     def _evaluate(self, inputs: PolicyInputs, action_ids: Tensor) -> Evaluation:
-        """Score given actions."""
-        return self.policy.evaluate(inputs, action_ids.to(self.policy.device), temperature=self.temperature)
+        """Score given actions, with values only where there is a critic."""
+        ids = action_ids.to(self.policy.device)
+        if self._value_parameters:
+            return self.policy.evaluate(inputs, ids, temperature=self.temperature)
+        return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)
 
     def _passes_of_the_others(self, own: int) -> int:
         """How many more passes some other process makes over this minibatch, where all must make as many."""

@@ -21,7 +21,7 @@ from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.train import TrainConfig
 from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.functional.ppo import token_kl
-from reachrl.policies.base import Policy, PolicyInputs
+from reachrl.policies.base import Evaluation, Policy, PolicyInputs
 from reachrl.registry import resolve
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
@@ -65,6 +65,7 @@ class LocalLearner:
         self.version = 0
         self._log = SpanLog("learner")
         self._read_state: dict[str, Any] | None = None  # of a checkpoint, until it is shared
+        self._scored = np.zeros(0, np.int64)  # rows of the last rollout that were scored, ascending
         self._inputs: PolicyInputs | None = None  # of its block of the last scored rollout, vision features cached
 
     def export_weights(self) -> SharedWeights:
@@ -99,23 +100,29 @@ class LocalLearner:
         self._move_optimizer(self.policy.device)  # back, if it was handed over
         self._inputs = None  # the last iteration's features go before this one's come
         steps, envs = rollout.valid.shape
-        flat = Observation(
-            images=rollout.images.reshape(-1, *rollout.images.shape[2:]),
-            instructions=tuple(text for row in rollout.instructions for text in row),
-        )
-        ids = torch.from_numpy(rollout.action_ids).reshape(steps * envs, -1)
+        with_values = self.config.needs.values
+        self._scored = _rows_to_score(rollout, all_rows=with_values)
+        flat = _observation(rollout, self._scored)
+        ids = torch.from_numpy(rollout.action_ids.reshape(steps * envs, -1)[self._scored])
         logprobs, values, cached = [], [], []
         block = self.group.block(len(ids))
         batch = self.config.score_batch_size
         for first in range(block.start, block.stop, batch):
             rows = slice(first, min(first + batch, block.stop))
             inputs = self._encode(flat, rows)
-            out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.temperature)
+            out = self._evaluate(inputs, ids[rows])
             logprobs.append(out.logprobs.float().cpu())
-            values.append(out.values.float().cpu())
+            if out.values is not None:
+                values.append(out.values.float().cpu())
             cached.append(inputs)
         self._pass_with_the_others(flat, ids, block, made=len(cached))
         self._inputs = None if self.config.train_vision else type(cached[0]).concat(cached)
+        scored = np.zeros((steps * envs, ids.shape[1]), dtype=np.float32)
+        scored[self._scored] = self.group.gather(torch.cat(logprobs)).numpy()
+        logprobs_of_all = scored.reshape(steps, envs, -1)
+        if not with_values:
+            self._log.add("score", began)
+            return Scored(old_logprobs=logprobs_of_all, values=None, final_values=None)
         last = self._values(rollout.last_observation)
         finals = np.zeros((steps, envs), dtype=np.float32)
         if len(rollout.final_rows):
@@ -123,7 +130,7 @@ class LocalLearner:
             texts = tuple(rollout.instructions[i][j] for i, j in rollout.final_rows)
             finals[t, n] = self._values(Observation(images=rollout.final_images, instructions=texts))
         scored = Scored(
-            old_logprobs=self.group.gather(torch.cat(logprobs)).reshape(steps, envs, -1).numpy(),
+            old_logprobs=logprobs_of_all,
             values=np.concatenate([self.group.gather(torch.cat(values)).reshape(steps, envs).numpy(), last[None]]),
             final_values=finals,
         )
@@ -138,11 +145,12 @@ class LocalLearner:
         """
         began = time.time()
         batch = self.algorithm.batch(rollout, rewards, scored)
-        block = self.group.block(rollout.valid.size)
+        block = self.group.block(len(self._scored))
+        places = self._places(batch.rows)
         batch = replace(
             batch,
             inputs=self._rows(rollout, batch.rows),
-            own=None if self.group.alone else (batch.rows >= block.start) & (batch.rows < block.stop),
+            own=None if self.group.alone else (places >= block.start) & (places < block.stop),
         )
         stats = self.algorithm.update(batch, iteration=iteration) | {"engine_kl": _engine_kl(rollout, scored)}
         self.version += 1
@@ -230,7 +238,14 @@ class LocalLearner:
             rows = slice(block.start, block.start + 1)
             for _ in range(self.group.passes(len(ids), self.config.score_batch_size) - made):
                 inputs = self._encode(flat, rows)
-                self.policy.evaluate(inputs, ids[rows].to(self.policy.device), temperature=self.temperature)
+                self._evaluate(inputs, ids[rows])
+
+    def _evaluate(self, inputs: PolicyInputs, action_ids: Tensor) -> Evaluation:
+        """Score given actions, with values only if the algorithm needs them."""
+        ids = action_ids.to(self.policy.device)
+        if self.config.needs.values:
+            return self.policy.evaluate(inputs, ids, temperature=self.temperature)
+        return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)
 
     def _encode(self, observation: Observation, rows: slice) -> PolicyInputs:
         part = Observation(images=observation.images[rows], instructions=observation.instructions[rows])
@@ -245,13 +260,17 @@ class LocalLearner:
         ]
         return torch.cat(parts).float().cpu().numpy()
 
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where rows of the rollout are among those that were scored."""
+        return torch.from_numpy(np.searchsorted(self._scored, rows.numpy()))
+
     def _rows(self, rollout: Rollout, keep: Tensor) -> Callable[[Tensor], PolicyInputs]:
         cached = self._inputs
         if cached is not None:
-            first = self.group.block(rollout.valid.size).start
-            last = len(cached) - 1
+            first, places = self.group.block(len(self._scored)).start, self._places(keep)
+            last = len(cached.prompt_ids) - 1
             # A row of another process's block only stands in for none: see `PolicyGradient._scores`.
-            return lambda rows: cached.rows((keep[rows] - first).clamp(0, last))
+            return lambda rows: cached.rows((places[rows] - first).clamp(0, last))
         images = rollout.images.reshape(-1, *rollout.images.shape[2:])
         texts = [text for row in rollout.instructions for text in row]
 
@@ -260,6 +279,21 @@ class LocalLearner:
             return self.policy.encode(Observation(images=images[index], instructions=tuple(texts[i] for i in index)))
 
         return encode
+
+
+def _rows_to_score(rollout: Rollout, *, all_rows: bool) -> np.ndarray:
+    """Rows of the rollout to score: all where values of rows that are no data end the steps before them."""
+    rows = np.arange(rollout.valid.size) if all_rows else np.flatnonzero(rollout.valid)
+    return rows if len(rows) else np.arange(rollout.valid.size)
+
+
+def _observation(rollout: Rollout, rows: np.ndarray) -> Observation:
+    """What was seen before the decisions of these rows."""
+    images = rollout.images.reshape(-1, *rollout.images.shape[2:])
+    texts = [text for row in rollout.instructions for text in row]
+    if len(rows) == len(images):
+        return Observation(images=images, instructions=tuple(texts))
+    return Observation(images=images[rows], instructions=tuple(texts[row] for row in rows))
 
 
 def new_algorithm(config: AlgorithmSection, policy: Policy, *, seed: int, temperature: float) -> Algorithm:

@@ -12,6 +12,7 @@ from reachrl.backends.group import Group
 from reachrl.backends.learner import new_learner
 from reachrl.backends.shares import even_shares
 from reachrl.backends.weights import PackedWeights, actor_gap, load_packed
+from reachrl.config.algorithm import Needs
 from reachrl.config.backend import LocalBackendConfig
 from reachrl.config.env import EnvSection
 from reachrl.config.train import TrainConfig
@@ -37,6 +38,8 @@ class LocalActors:
         first: number of the first environment among all.
         total: number of all environments, of other actors too; none: these are all.
         name: in the timeline.
+        needs: of the algorithm.
+        max_steps: decisions of the longest episode.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class LocalActors:
         first: int = 0,
         total: int | None = None,
         name: str = "actor",
+        needs: Needs | None = None,
+        max_steps: int = 1,
     ) -> None:
         self.policy, self.groups = policy, list(groups)
         self._seed, self._temperature, self._train_vision = seed, temperature, train_vision
@@ -58,7 +63,15 @@ class LocalActors:
         self.collectors: list[Collector] = []
         for envs in groups:
             collector = Collector(
-                policy, envs, seed=seed, temperature=temperature, first=first, total=total, log=self._log
+                policy,
+                envs,
+                seed=seed,
+                temperature=temperature,
+                first=first,
+                total=total,
+                log=self._log,
+                needs=needs,
+                max_steps=max_steps,
             )
             self.collectors.append(collector)
             first += envs.num_envs
@@ -209,6 +222,8 @@ class LocalBackend(Backend):
             seed=config.seed,
             temperature=config.rollout.temperature,
             train_vision=config.algorithm.train_vision,
+            needs=config.algorithm.needs,
+            max_steps=config.env.max_steps,
         )
         try:
             yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))

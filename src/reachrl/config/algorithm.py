@@ -26,7 +26,9 @@ class Needs:
     whole_episodes: bool = False
     """Rollouts of whole episodes, instead of a fixed number of decisions."""
     group_size: int = 1
-    """Consecutive episodes that begin in the same start state."""
+    """Consecutive episodes that begin in the same start state; more than 1 of whole episodes only."""
+    max_rollouts: int = 1
+    """Rollouts in an iteration at most, see `Algorithm.wants_more`."""
 
 
 class AlgorithmSection(Section):

@@ -130,6 +130,36 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_algorithm_gets_what_it_needs(self) -> Self:
+        needs, num_envs, longest = self.algorithm.needs, self.env.num_envs, self.env.max_steps
+        if needs.group_size > 1 and not needs.whole_episodes:
+            raise ValueError("an algorithm that needs groups needs whole_episodes too: its section must say so")
+        if not needs.values and isinstance(self.policy, OpenVLAConfig) and self.policy.critic != "shared":
+            raise ValueError(
+                f"policy.critic={self.policy.critic} would hold a critic that the algorithm never computes: set "
+                "policy.critic=shared"
+            )
+        if needs.max_rollouts > 1 and self.collect_ahead:
+            raise ValueError(
+                "collect_ahead=true collects before it is known whether this iteration wants another rollout: set "
+                "algorithm.max_rollouts=1"
+            )
+        if not needs.whole_episodes:
+            return self
+        if longest > self.rollout.num_steps:
+            raise ValueError(
+                f"this algorithm learns from whole episodes, but env.max_steps={longest} exceeds rollout.num_steps="
+                f"{self.rollout.num_steps}: raise rollout.num_steps"
+            )
+        episodes = num_envs * (self.rollout.num_steps // longest)
+        if episodes % needs.group_size:
+            raise ValueError(
+                f"a rollout has {episodes} whole episodes (env.num_envs={num_envs}, each as many as fit into "
+                f"rollout.num_steps), which are no groups of algorithm.group_size={needs.group_size}: change one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _four_bits_stay_whole(self) -> Self:
         if isinstance(self.policy, OpenVLAConfig) and self.policy.four_bit and self.backend.sharding == "full":
             raise ValueError(

@@ -189,7 +189,7 @@ def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode,
         episode.frames(),
         instruction=episode.instruction,
         # An untrained critic has nothing to say about the warm-started policy.
-        values=[turn.value for turn in episode.turns] if when == "after" else None,
+        values=[turn.value for turn in episode.turns] if when == "after" and config.algorithm.needs.values else None,
         process=parts["process"][:, 0].tolist() if "process" in parts else None,
         success=episode.success,
     )

@@ -72,7 +72,7 @@ class Evaluation:
 
     logprobs: Float[Tensor, "B A"]
     entropy: Float[Tensor, "B A"]
-    values: Float[Tensor, "B"]
+    values: Float[Tensor, "B"] | None  # None: nobody asked for them
 
 
 class Policy(nn.Module, ABC):
@@ -164,8 +164,18 @@ class Policy(nn.Module, ABC):
         """Let go of what acting holds beside the weights, as processes; acting again brings it back."""
 
     @abstractmethod
-    def evaluate(self, inputs: Any, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0) -> Evaluation:
-        """Score given actions over the action positions only, with gradients."""
+    def evaluate(
+        self,
+        inputs: Any,
+        action_ids: Int64[Tensor, "B A"],
+        *,
+        temperature: float = 1.0,
+        with_values: bool = True,
+    ) -> Evaluation:
+        """Score given actions over the action positions only, with gradients.
+
+        Without `with_values`, which only algorithms without a critic ask for, no critic is computed.
+        """
 
     @abstractmethod
     def values(self, inputs: Any) -> Float[Tensor, "B"]:

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from reachrl.config.algorithm import Needs
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import Policy
 from reachrl.rollout.noise import gumbel_noise
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
-from reachrl.types import Draw, Episode, Observation, Rollout, Start
+from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
 
 Assign = Callable[[int], Draw | Start]
 """The curriculum's draw of the episode with this number; of a `Start` alone the probability is unknown."""
@@ -32,6 +34,9 @@ class Collector:
         first: number of the first of these environments among all.
         total: `N`; none: these are all.
         log: notes when was decoded and when simulated.
+        needs: of the algorithm. With `whole_episodes` a rollout begins and ends with its episodes: each environment
+            plays as many as surely fit into `num_steps`, and `group_size` consecutive episodes begin alike.
+        max_steps: decisions of the longest episode.
     """
 
     def __init__(
@@ -44,10 +49,15 @@ class Collector:
         first: int = 0,
         total: int | None = None,
         log: SpanLog | None = None,
+        needs: Needs | None = None,
+        max_steps: int = 1,
     ) -> None:
         self.policy, self.envs, self.seed, self.temperature = policy, envs, seed, temperature
         self.first, self.total = first, envs.num_envs if total is None else total
         self._log = log or SpanLog("actor")
+        self._needs, self._max_steps = needs or Needs(), max_steps
+        self._played = 0  # whole episodes of each environment in earlier rollouts
+        self._left: list[int] | None = None  # whole episodes that each environment still has to end in this rollout
         self._observation: Observation | None = None
         self._draws: list[Draw] = []  # of the running episodes
         self._numbers: list[int] = []  # of the running episodes
@@ -66,13 +76,17 @@ class Collector:
 
     def collecting(self, assign: Assign, num_steps: int, *, policy_version: int) -> Generator[None, None, Rollout]:
         """`collect` as a generator that pauses while its simulators step, so that others can decode meanwhile."""
-        if self._observation is None:
+        if self._needs.whole_episodes:
+            self._left = [num_steps // self._max_steps] * self.envs.num_envs
+        if self._observation is None or self._left:
             self._begin(assign)
         assert self._observation is not None
         rows: dict[str, list[Any]] = {name: [] for name in ("images", "instructions", "ids", "logprobs", "steps")}
         finals: list[tuple[np.ndarray, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):
+            if self._left is not None and not any(self._left):
+                break
             began, observation = time.time(), self._observation
             inputs = self.policy.encode(observation)
             sample = self.policy.act(inputs, temperature=self.temperature, gumbel=self._noise(), with_values=False)
@@ -85,12 +99,15 @@ class Collector:
             self._log.add("decode", began)
             sent = time.time()
             yield
-            step = self.envs.receive()
+            step = self._counted(self.envs.receive())
             self._log.add("simulate", sent)
             rows["steps"].append(step)
             for n in range(self.envs.num_envs):
                 self._actions[n].append(actions[n])
-                if step.terminated[n] or step.truncated[n]:
+                if self._left is not None and not self._left[n]:
+                    continue
+                ended = step.terminated[n] or step.truncated[n]
+                if ended:
                     finals.append((step.final_images[n], (t, n)))
                     episodes.append(
                         Episode(
@@ -99,15 +116,23 @@ class Collector:
                             num_steps=len(self._actions[n]),
                             env=self.first + n,
                             chance=self._draws[n].chance,
+                            group=self._group(self._numbers[n]),
                         )
                     )
-                if step.terminated[n] or step.truncated[n] or not step.valid[n]:
+                if ended or not step.valid[n]:
                     self._follow(n, assign)
             self._observation = step.observation
+        if self._needs.whole_episodes:
+            self._played += num_steps // self._max_steps
         return self._rollout(rows, finals, episodes, policy_version)
 
     def state(self) -> list[dict[str, Any]]:
-        """Each environment's running episode as its start and the actions since, JSON-ready; [] before the first."""
+        """Each environment's running episode as its start and the actions since, JSON-ready; [] before the first.
+
+        Of whole episodes none is running: how many were played.
+        """
+        if self._needs.whole_episodes:
+            return [{"played": self._played} for _ in range(self.envs.num_envs)] if self._played else []
         return [
             {
                 "number": number,
@@ -127,6 +152,9 @@ class Collector:
         if not rows:
             return
         assert len(rows) == self.envs.num_envs
+        if self._needs.whole_episodes:
+            self._played = int(rows[0]["played"])
+            return
         self._numbers = [int(row["number"]) for row in rows]
         # Checkpoints of earlier versions hold no chances.
         self._draws = [Draw(Start(row["start"][0], "train", row["start"][1]), row.get("chance")) for row in rows]
@@ -139,17 +167,37 @@ class Collector:
         self._observation = self.envs.replay(_starts(self._draws), histories)
 
     def _begin(self, assign: Assign) -> None:
-        self._numbers = [self.first + n for n in range(self.envs.num_envs)]
-        self._draws = [_drawn(assign(number)) for number in self._numbers]
-        self._next_draws = [_drawn(assign(number + self.total)) for number in self._numbers]
+        self._numbers = [self.first + n + self._played * self.total for n in range(self.envs.num_envs)]
+        self._draws = [self._draw(assign, number) for number in self._numbers]
+        self._next_draws = [self._draw(assign, number + self.total) for number in self._numbers]
+        self._actions = [[] for _ in range(self.envs.num_envs)]
         self._observation = self.envs.reset(_starts(self._draws), _starts(self._next_draws))
 
     def _follow(self, n: int, assign: Assign) -> None:
         """Environment `n` has begun its next episode; queue the one after."""
+        if self._left is not None:
+            self._left[n] = max(0, self._left[n] - 1)
         self._numbers[n] += self.total
-        following = _drawn(assign(self._numbers[n] + self.total))
+        following = self._draw(assign, self._numbers[n] + self.total)
         self._draws[n], self._next_draws[n] = self._next_draws[n], following
         self._actions[n] = []
+
+    def _group(self, number: int) -> int | None:
+        """Number of the group of the episode with this number."""
+        return number // self._needs.group_size if self._needs.whole_episodes else None
+
+    def _draw(self, assign: Assign, number: int) -> Draw:
+        """The start of the episode with this number: all of a group ask for that of the group."""
+        group = self._group(number)
+        return _drawn(assign(number if group is None else group))
+
+    def _counted(self, step: EnvStep) -> EnvStep:
+        """The step without the rows of environments that have ended their episodes: they play on, and nobody counts."""
+        if self._left is None:
+            return step
+        counts = np.array(self._left) > 0
+        flags = {name: getattr(step, name) & counts for name in ("success", "terminated", "truncated", "valid")}
+        return replace(step, **flags)
 
     def _noise(self) -> torch.Tensor:
         generators = (

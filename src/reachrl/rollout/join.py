@@ -1,10 +1,11 @@
 """Rollouts of some environments each, put together to the rollout of all."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from reachrl.types import Observation, Rollout
+from reachrl.types import Observation, Rewards, Rollout
 
 _BY_STEP_AND_ENV = (
     *("images", "action_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid"),
@@ -13,16 +14,19 @@ _BY_STEP_AND_ENV = (
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Lay rollouts of equal length side by side, as if one collector had stepped all environments.
+    """Lay rollouts side by side, as if one collector had stepped all environments.
 
     Args:
-        parts: [T N_i ...] each, in the order of their environments, all of one policy version.
+        parts: [T_i N_i ...] each, in the order of their environments, all of one policy version. Those of whole
+            episodes may be of different lengths; the shorter ones get rows that are no data.
 
     Returns:
         [T sum(N_i) ...]; episodes come in the order in which they ended, then of their environments.
     """
     if len(parts) == 1:
         return parts[0]
+    longest = max(len(part.valid) for part in parts)
+    parts = [_lengthened(part, longest) for part in parts]
     versions = {part.policy_version for part in parts}
     assert len(versions) == 1, f"rollouts of several policy versions: {versions}"
     firsts = np.cumsum([0, *(part.valid.shape[1] for part in parts)])
@@ -44,3 +48,44 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         episodes=tuple(episodes[place] for place in order),
         policy_version=parts[0].policy_version,
     )
+
+
+def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
+    """Lay a rollout of whole episodes behind another, of the same environments and policy version."""
+    assert first.policy_version == second.policy_version
+    both = (first, second)
+    return Rollout(
+        **{name: np.concatenate([getattr(part, name) for part in both]) for name in _BY_STEP_AND_ENV},
+        instructions=first.instructions + second.instructions,
+        last_observation=second.last_observation,
+        final_images=np.concatenate([part.final_images for part in both]),
+        final_rows=np.concatenate([first.final_rows, second.final_rows + np.array([len(first.valid), 0])]),
+        episodes=first.episodes + second.episodes,
+        policy_version=first.policy_version,
+    )
+
+
+def append_rewards(first: Rewards, second: Rewards) -> Rewards:
+    """The rewards of rollouts that were appended to one another."""
+    progress = None
+    if first.progress is not None and second.progress is not None:
+        progress = np.concatenate([first.progress, second.progress])
+    return Rewards(
+        total=np.concatenate([first.total, second.total]),
+        parts={name: np.concatenate([part, second.parts[name]]) for name, part in first.parts.items()},
+        progress=progress,
+    )
+
+
+def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
+    """The rollout with further rows that are no data."""
+    more = num_steps - len(rollout.valid)
+    if not more:
+        return rollout
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
+
+    texts = (rollout.last_observation.instructions,) * more
+    arrays = {name: padded(getattr(rollout, name)) for name in _BY_STEP_AND_ENV}
+    return replace(rollout, **arrays, instructions=rollout.instructions + texts)

@@ -83,12 +83,14 @@ class TablePolicy(Policy):
         logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
         return ActionSample(action_ids=ids, logprobs=logprobs, values=self.values(inputs))
 
-    def evaluate(self, inputs: TableInputs, action_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
+    def evaluate(
+        self, inputs: TableInputs, action_ids: Tensor, *, temperature: float = 1.0, with_values: bool = True
+    ) -> Evaluation:
         """Look the logits up."""
         table = (self.logits[self._contexts(inputs)] / temperature).log_softmax(-1)
         logprobs = table.gather(-1, action_ids[..., None]).squeeze(-1)
         entropy = -(table.exp() * table).sum(-1)
-        return Evaluation(logprobs=logprobs, entropy=entropy, values=self.values(inputs))
+        return Evaluation(logprobs=logprobs, entropy=entropy, values=self.values(inputs) if with_values else None)
 
     def values(self, inputs: TableInputs) -> Tensor:
         """Look the value up."""

@@ -72,6 +72,8 @@ class ActorProcess:
             first=first,
             total=config.env.num_envs,
             name=f"actor {self._number}",
+            needs=config.algorithm.needs,
+            max_steps=config.env.max_steps,
         )
         self._actors.load_state_dict({"lost_episodes": 0, "rows": list(rows)})
         return socket.gethostname()

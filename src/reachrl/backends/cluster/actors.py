@@ -100,7 +100,7 @@ class ClusterActors:
         # Stored as it is now: a part that is collected again must not see what the curriculum learns meanwhile.
         stored = ray.put(assign)
         parts = self._ask_all("collect", lambda _: (stored, num_steps))
-        return Later(lambda: self._finish(parts.result(), num_steps))
+        return Later(lambda: self._finish(parts.result()))
 
     def metrics(self) -> dict[str, float]:
         """Losses, repetitions, moves, and how far the actors' log-probs are from the learner's."""
@@ -149,10 +149,10 @@ class ClusterActors:
 
     # ---- rollouts ----
 
-    def _finish(self, parts: Sequence[Collected], num_steps: int) -> Rollout:
+    def _finish(self, parts: Sequence[Collected]) -> Rollout:
         """Join the parts, and note what the actors say of themselves."""
         for actor, part in zip(self._actors, parts, strict=True):
-            self._note(actor, part, num_steps)
+            self._note(actor, part, len(part.rollout.valid))
         self._gap = max(part.gap for part in parts)
         self._log.extend(span for part in parts for span in part.spans)
         return join_rollouts([part.rollout for part in parts])

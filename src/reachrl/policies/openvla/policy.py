@@ -270,22 +270,32 @@ class OpenVLAPolicy(Policy):
             self._vllm.close()
 
     def action_logits(
-        self, inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
-    ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"]]:
-        """Teacher-forced logits of the tokens that may be chosen at each action position, and the values."""
+        self,
+        inputs: OpenVLAInputs,
+        action_ids: Int64[Tensor, "B A"],
+        *,
+        temperature: float = 1.0,
+        with_values: bool = True,
+    ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"] | None]:
+        """Teacher-forced logits of the tokens that may be chosen at each action position, and the values if wanted."""
         features = self._features(inputs)
         model = self.language_model.model
         with self._arithmetic():
             embeds, valid = embed(self.projector, model, features, inputs, action_ids[:, :-1])
             hidden = self._hidden(model, embeds, valid, action_ids.shape[1])
             logits = action_logits(hidden, self._head(), temperature)
-            return logits, self._value(features, inputs, hidden[:, 0])
+            return logits, self._value(features, inputs, hidden[:, 0]) if with_values else None
 
     def evaluate(
-        self, inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self,
+        inputs: OpenVLAInputs,
+        action_ids: Int64[Tensor, "B A"],
+        *,
+        temperature: float = 1.0,
+        with_values: bool = True,
     ) -> Evaluation:
         """Score given actions over the action positions only, with gradients."""
-        logits, values = self.action_logits(inputs, action_ids, temperature=temperature)
+        logits, values = self.action_logits(inputs, action_ids, temperature=temperature, with_values=with_values)
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, (action_ids - self._first_choice).unsqueeze(-1)).squeeze(-1)
         return Evaluation(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1), values=values)
