@@ -268,7 +268,7 @@ class LocalLearner:
         cached = self._inputs
         if cached is not None:
             first, places = self.group.block(len(self._scored)).start, self._places(keep)
-            last = len(cached.prompt_ids) - 1
+            last = len(cached) - 1
             # A row of another process's block only stands in for none: see `PolicyGradient._scores`.
             return lambda rows: cached.rows((places[rows] - first).clamp(0, last))
         images = rollout.images.reshape(-1, *rollout.images.shape[2:])
