@@ -44,8 +44,8 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
 def _check_scores(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
     scored = policy.evaluate(inputs, sample.action_ids, temperature=temperature)
     _same(sample.logprobs, scored.logprobs, "act's log-probs are not those evaluate gives the same actions")
-    if sample.values is None:
-        raise ExtensionError("act returns no values although with_values is true by default.")
+    if sample.values is None or scored.values is None:
+        raise ExtensionError("act and evaluate return values unless with_values is false.")
     _same(sample.values, scored.values, "act's values are not evaluate's")
     _same(sample.values, policy.values(inputs), "act's values are not those of values()")
     if not (scored.entropy > -_TOLERANCE).all() or not (scored.entropy < np.log(policy.num_choices) + _TOLERANCE).all():
