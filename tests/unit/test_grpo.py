@@ -129,7 +129,7 @@ def test_every_decision_gets_the_advantage_of_its_episode(setting, kind, section
         assert batch.weights is None
     assert kind.wants_more(options, rollout, rewards, rollouts=1)
     twice = append_rollouts(
-        rollout, replace(rollout, episodes=tuple(replace(e, group=e.group + 2) for e in rollout.episodes))
+        rollout, replace(rollout, episodes=tuple(replace(e, group=(e.group or 0) + 2) for e in rollout.episodes))
     )
     assert not kind.wants_more(options, twice, append_rewards(rewards, rewards), rollouts=2)
 
