@@ -7,7 +7,10 @@ import pytest
 from test_run_report import make_run
 
 from reachrl.cli.results import show_evaluations
+from reachrl.config.loading import load_config
 from reachrl.errors import StorageError
+from reachrl.pipeline.assess import summary
+from reachrl.run.directory import Run
 from reachrl.run.metrics import read_metrics
 from reachrl.run.records import EvalStage, RewardQuality, read_record
 from reachrl.run.report import render_report
@@ -70,10 +73,15 @@ def test_the_report_names_what_is_damaged(whole, file, damage):
         b'{"kind": "train", "iteration": "x"}',
         b'{"kind": "train", "iteration": 1, "loss/policy": {}}',
         b'{"kind": "eval", "iteration": 1, "k": null, "n": 3}',
+        b'{"kind": "eval", "iteration": 1, "k": 4, "n": 3}',
+        b'{"kind": "train", "iteration": 1, "success_n": 2}',
+        b'{"kind": "train", "iteration": 1, "success_uniform": 0.5}',
+        b'{"kind": "train", "iteration": 1, "success_uniform": "x", "success_uniform_weight": 1, "success_uniform_n": 1}',
+        b'{"kind": "train", "iteration": 1, "success_uniform": 0.5, "success_uniform_weight": 1, "success_uniform_n": 0}',
         b"\xff",
         b"[" * 100_000,
     ],
-    ids=range(10),
+    ids=range(15),
 )
 def test_metrics_name_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
@@ -95,6 +103,24 @@ def test_quality_of_a_reward_model(tmp_path, content):
     (tmp_path / "quality.json").write_text(json.dumps(content))
     with pytest.raises(StorageError, match=r"quality\.json is damaged: .*Field required; fit again"):
         read_record(tmp_path / "quality.json", RewardQuality, remedy="fit again")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({}, "is damaged: no rate of greedy episodes"),
+        ({"greedy": {"k": 3, "n": 2, "rate": 1.5}}, "is damaged: greedy: Value error, 3 of 2 episodes"),
+        ({"greedy": {"k": 1, "n": 1, "rate": 1.0, "episodes": []}}, "does not belong to before.json: a paired test"),
+    ],
+)
+def test_an_evaluation_that_lacks_what_the_summary_compares(tmp_path, content, problem):
+    run = Run.open(tmp_path / "run", {}, tensorboard=False)
+    played = {"k": 1, "n": 1, "rate": 1.0, "episodes": [{"task": "red-square", "start": 0, "success": True}]}
+    run.eval.mkdir(exist_ok=True)
+    (run.eval / "before.json").write_text(json.dumps({"greedy": played}))
+    (run.eval / "after.json").write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=rf"after\.json {problem}.*evaluate again"):
+        summary(load_config("toy", ["eval.modes=greedy"]), run)
 
 
 def test_results_on_the_terminal(whole, tmp_path):

@@ -13,6 +13,7 @@ from reachrl.backends.building import saved_policy
 from reachrl.config.loading import config_hash
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
+from reachrl.errors import StorageError
 from reachrl.evaluation import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures
@@ -29,6 +30,8 @@ from reachrl.run.report import write_report
 from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Observation, Rewards, Rollout, Start
 
+_AGAIN = "delete it and `eval` in stages.json, and evaluate again"
+
 
 def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Evaluate the warm-started and the trained policy on the same held-out starts; record some episodes.
@@ -42,7 +45,7 @@ def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
                 continue
             policy = saved_policy(config, folder).eval()
             _evaluate_one(config, run, display, policy, envs, starts, when)
-    rates = {when: _headline(config, _read(run, when))["rate"] for when in ("before", "after")}
+    rates = {when: _headline(config, _read(config, run, when))["rate"] for when in ("before", "after")}
     return rates | {"caveats": list(caveats(config))}
 
 
@@ -156,8 +159,11 @@ def run_report(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
 
 def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
     """The machine-readable end of a run."""
-    before, after = _read(run, "before"), _read(run, "after")
-    test = compare(_headline(config, before), _headline(config, after))
+    before, after = _read(config, run, "before"), _read(config, run, "after")
+    try:
+        test = compare(_headline(config, before), _headline(config, after))
+    except ValueError as error:
+        raise StorageError(f"{run.eval / 'after.json'} does not belong to before.json: {error}; {_AGAIN}") from error
     records = run.stages.read()
     wall = {name: record["wall_s"] for name, record in records.items()}
     found: dict[str, Any] = {
@@ -211,9 +217,13 @@ def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:
     }
 
 
-def _read(run: Run, when: str) -> dict[str, Any]:
+def _read(config: TrainConfig, run: Run, when: str) -> dict[str, Any]:
     path = run.eval / f"{when}.json"
-    return read_record(path, Evaluation, remedy="delete it and `eval` in stages.json, and evaluate again")
+    found = read_record(path, Evaluation, remedy=_AGAIN)
+    for mode in config.eval.modes:
+        if found.get(mode, {}).get("rate") is None:
+            raise StorageError(f"{path} is damaged: no rate of {mode} episodes (eval.modes); {_AGAIN}")
+    return found
 
 
 def _headline(config: TrainConfig, record: dict[str, Any]) -> dict[str, Any]:

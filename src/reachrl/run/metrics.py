@@ -53,6 +53,7 @@ _NUMBERS = (
     *("train_loss", "heldout_loss", "env_steps", "entropy", "kl", "approx_kl", "clip_frac", "grad_norm"),
     *("explained_variance", "engine_kl", "episode_length"),
 )
+_WEIGHED = ("success_uniform", "success_uniform_weight", "success_uniform_n")
 
 
 def _check(record: Any) -> None:
@@ -70,6 +71,16 @@ def _check(record: Any) -> None:
             raise ValueError(f"{key} is {value!r}, expected a number or null")
     if record["kind"] == "train" and "iteration" not in record:
         raise ValueError("it has no iteration")
+    if ("success_k" in record) != ("success_n" in record):
+        raise ValueError("success_k and success_n go together")
+    for k, n in (("k", "n"), ("success_k", "success_n")):
+        if k in record and n in record and not 0 <= record[k] <= record[n]:
+            raise ValueError(f"{k} of {n} is {record[k]} of {record[n]}")
+    weighed = [record.get(key) for key in _WEIGHED]
+    if any(value is not None for value in weighed) and not all(_is_number(value) for value in weighed):
+        raise ValueError(f"{', '.join(_WEIGHED)} are {weighed}, expected three numbers, or null three times")
+    if weighed[0] is not None and not (weighed[1] > 0 and weighed[2] > 0):
+        raise ValueError(f"{_WEIGHED[1]} and {_WEIGHED[2]} are {weighed[1:]}, expected numbers above 0")
 
 
 def _is_number(value: Any) -> bool:

@@ -5,9 +5,9 @@ Each shape says what readers rely on; what else a file holds is let be, as versi
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from reachrl.errors import StorageError
 
@@ -57,6 +57,12 @@ class Rate(Record):
     n: Count
     rate: Number = None
     wilson95: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _a_part_of_the_whole(self) -> Self:
+        if self.k > self.n:
+            raise ValueError(f"{self.k} of {self.n} episodes")
+        return self
 
 
 class _Episode(Record):
