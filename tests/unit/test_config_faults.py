@@ -164,3 +164,19 @@ def test_good_variables_and_none_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     torchrun.check()
     assert (torchrun.rank(), torchrun.size(), torchrun.local_rank()) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("key", ["ppo.lr", "num_steps", "num_threads", "env.max_steps"])
+def test_a_truth_value_is_no_number(key):
+    with pytest.raises(ConfigError, match=rf"{key.rpartition('.')[2]} is true: expected a number"):
+        load_config("toy", [f"{key}=true"])
+
+
+def test_an_evaluation_mode_counts_once():
+    with pytest.raises(ConfigError, match="eval.modes.*twice"):
+        load_config("toy", ["eval.modes=greedy,greedy"])
+
+
+def test_pixels_are_not_divided_by_zero():
+    with pytest.raises(ConfigError, match="image_std is .*expected numbers above 0"):
+        load_config("toy", ["policy.image_std=[[0.5,0.5,0.5],[0.5,0,0.5]]"])

@@ -76,8 +76,10 @@ def test_the_report_names_what_is_damaged(whole, file, damage):
         b'{"kind": "eval", "iteration": 1, "k": 4, "n": 3}',
         b'{"kind": "train", "iteration": 1, "success_n": 2}',
         b'{"kind": "train", "iteration": 1, "success_uniform": 0.5}',
-        b'{"kind": "train", "iteration": 1, "success_uniform": "x", "success_uniform_weight": 1, "success_uniform_n": 1}',
-        b'{"kind": "train", "iteration": 1, "success_uniform": 0.5, "success_uniform_weight": 1, "success_uniform_n": 0}',
+        b'{"kind": "train", "iteration": 1, "success_uniform": "x", '
+        b'"success_uniform_weight": 1, "success_uniform_n": 1}',
+        b'{"kind": "train", "iteration": 1, "success_uniform": 0.5, '
+        b'"success_uniform_weight": 1, "success_uniform_n": 0}',
         b"\xff",
         b"[" * 100_000,
     ],

@@ -14,6 +14,7 @@ from small_policy import unseal
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ConvStage
 from reachrl.errors import CheckpointError, StorageError
+from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.openvla import checkpoint
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation
@@ -216,3 +217,24 @@ def test_frames_made_square_in_another_way_are_warned_of(policy: OpenVLAPolicy, 
     caplog.clear()
     OpenVLAPolicy.from_pretrained(tmp_path / "policy")
     assert not caplog.text
+
+
+def test_integers_are_no_weights(policy: OpenVLAPolicy, tmp_path: Path) -> None:
+    """An 8-bit checkpoint stores weights under their names and in their shapes."""
+    policy.save_pretrained(tmp_path / "policy")
+    unseal(tmp_path / "policy")
+    file = tmp_path / "policy" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"].to(torch.int8)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is stored as int8"):
+        OpenVLAPolicy.from_pretrained(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(
+    ("q99", "mask", "problem"),
+    [([1e39, 1.0], [True, True], "not finite"), ([1.0, 1.0], np.array(["false", "true"]), "must be booleans")],
+)
+def test_action_statistics_that_decode_to_nothing(q99: list[float], mask: list | np.ndarray, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        ActionStats.create([0.0, 0.0], q99, mask)

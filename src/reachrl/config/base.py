@@ -35,6 +35,8 @@ class Section(BaseModel):
             if isinstance(value, str) and get_origin(field.annotation) is tuple:
                 out[name] = [part.strip() for part in value.split(",") if part.strip()]
             _check_paths(name, field.annotation, out.get(name))
+            if isinstance(out.get(name), bool) and _holds(field.annotation, int, float):
+                raise ValueError(f"{name} is {str(out[name]).lower()}: expected a number")
         return out
 
     @model_validator(mode="after")
@@ -51,15 +53,16 @@ class Section(BaseModel):
 
 def _check_paths(name: str, annotation: Any, value: Any) -> None:
     """Refuse a path that is empty, which would mean the current folder, or that no file can have."""
-    if not _holds_paths(annotation):
+    if not _holds(annotation, Path):
         return
     for path in cast("list[Any]", value) if isinstance(value, list | tuple) else [value]:
         if isinstance(path, str) and (not path.strip() or "\0" in path):
             raise ValueError(f"{name} is {path!r}: expected a path (the current folder is ./), or none")
 
 
-def _holds_paths(annotation: Any) -> bool:
-    return annotation is Path or any(map(_holds_paths, get_args(annotation)))
+def _holds(annotation: Any, *types: type) -> bool:
+    """Whether one of `types` is what a field takes, or one of the things it takes."""
+    return annotation in types or any(_holds(inner, *types) for inner in get_args(annotation))
 
 
 def _numbers(value: Any) -> Iterator[int | float]:

@@ -225,6 +225,8 @@ class OpenVLAConfig(Section):
             raise ValueError('compute_dtype="float32" over dtype="bfloat16" would gain nothing; leave it unset')
         if not len(self.image_mean) == len(self.image_std) == len(self.towers):
             raise ValueError(f"image_mean and image_std need one RGB triple for each of the {len(self.towers)} towers")
+        if any(number <= 0 for triple in self.image_std for number in triple):
+            raise ValueError(f"image_std is {self.image_std}: pixels are divided by it, expected numbers above 0")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.audit import AuditSection
@@ -55,6 +55,13 @@ class EvalSection(Section):
     uses."""
     num_videos: Annotated[int, Field(ge=0), Affects.SPEED] = 3
     """Tasks whose first held-out episode is recorded before and after."""
+
+    @field_validator("modes")
+    @classmethod
+    def _each_once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(modes)) < len(modes):
+            raise ValueError("a mode stands there twice; name each once")
+        return modes
 
 
 class TrainConfig(Section):

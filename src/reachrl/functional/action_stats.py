@@ -25,12 +25,16 @@ class ActionStats:
         """Copy vectors into f64 quantiles and a boolean mask.
 
         Raises:
-            ValueError: the lengths differ, a quantile is not finite, or a lower one is above its upper one.
+            ValueError: the lengths differ, a quantile is not finite, a lower one is above its upper one, or the mask
+                holds something else than booleans.
         """
-        low, high, moves = np.array(q01, np.float64), np.array(q99, np.float64), np.array(mask, np.bool_)
+        low, high, moves = np.array(q01, np.float64), np.array(q99, np.float64), np.array(mask)
+        if moves.dtype.kind not in "biu" or not np.isin(moves, (0, 1)).all():
+            raise ValueError(f"mask {moves.tolist()} must be booleans")  # of words, "false" too would be true
+        moves = moves.astype(np.bool_)
         if not low.shape == high.shape == moves.shape or low.ndim != 1:
             raise ValueError(f"q01 {low.shape}, q99 {high.shape} and mask {moves.shape} must be vectors of one length")
-        if not np.all(np.isfinite(low)) or not np.all(np.isfinite(high)):
+        if not np.all(np.abs([low, high, high - low]) <= np.finfo(np.float32).max):  # actions are float32
             raise ValueError("the action quantiles are not finite")
         if crossed := np.flatnonzero(low > high).tolist():
             where = crossed[0]

@@ -187,7 +187,7 @@ def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[T
         take: by name, what is given a tensor in place of copying it.
 
     Raises:
-        CheckpointError: a weight holds numbers that are not finite.
+        CheckpointError: a weight holds numbers that are not finite, or integers.
     """
     takers = take or {}
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -200,6 +200,13 @@ def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[T
                 if known not in takers and target is None:
                     continue
                 tensor = file.get_tensor(name)
+                if not tensor.is_floating_point() and (
+                    known in takers or (target is not None and target.is_floating_point())
+                ):
+                    raise CheckpointError(
+                        f"{path}: the weight {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is "
+                        "no number of its own but one of a quantised weight: give the checkpoint in 16 or 32 bits"
+                    )
                 check_finite(tensor, name, path)
                 if known in takers:
                     takers[known](tensor)
