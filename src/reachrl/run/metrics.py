@@ -77,10 +77,9 @@ def _check(record: Any) -> None:
         if k in record and n in record and not 0 <= record[k] <= record[n]:
             raise ValueError(f"{k} of {n} is {record[k]} of {record[n]}")
     weighed = [record.get(key) for key in _WEIGHED]
-    if any(value is not None for value in weighed) and not all(_is_number(value) for value in weighed):
-        raise ValueError(f"{', '.join(_WEIGHED)} are {weighed}, expected three numbers, or null three times")
-    if weighed[0] is not None and not (weighed[1] > 0 and weighed[2] > 0):
-        raise ValueError(f"{_WEIGHED[1]} and {_WEIGHED[2]} are {weighed[1:]}, expected numbers above 0")
+    numbers = [value for value in weighed if _is_number(value)]
+    if weighed != [None] * 3 and (len(numbers) < 3 or min(numbers[1:]) <= 0):
+        raise ValueError(f"{', '.join(_WEIGHED)} are {weighed}, expected a rate and two numbers above 0, or nulls")
 
 
 def _is_number(value: Any) -> bool:
