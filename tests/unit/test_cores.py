@@ -3,7 +3,12 @@
 import os
 
 import pytest
+import torch
 
+from reachrl.cli.display import Display
+from reachrl.config.loading import load_config
+from reachrl.errors import ConfigError
+from reachrl.pipeline import run_stage
 from reachrl.run import cores
 
 
@@ -50,3 +55,25 @@ def test_a_containers_quota_counts(machine, own, files, expected):
 
 def test_without_control_groups_the_affinity_counts(machine):
     assert cores.available_cores() == 8
+
+
+@pytest.mark.parametrize(
+    ("quota", "usual", "asked", "expected"),
+    [("200000", 6, "none", 2), ("max", 6, "none", 6), ("200000", 1, "none", 1), ("200000", 6, "5", 5)],
+)
+def test_pytorch_computes_in_no_more_threads_than_the_quota_grants(
+    machine, monkeypatch, tmp_path, quota, usual, asked, expected
+):
+    """Asked of a stage that goes no further, as `torchrun` is for training only."""
+    machine("0::/\n", cpu_max=f"{quota} 100000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(usual)
+    try:
+        with pytest.raises(ConfigError, match="torchrun is for"):
+            run_stage("sft", load_config("toy", [f"num_threads={asked}"]), tmp_path / "run", Display())
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -11,6 +11,7 @@ from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.registry import build, resolve
+from reachrl.run.cores import available_cores
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -31,9 +32,11 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 def limit_threads(config: TrainConfig) -> None:
-    """Let PyTorch compute in as many threads as `config.num_threads` says, if it says anything."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    """Let PyTorch compute in `config.num_threads` threads, or in no more than this process has cores.
+
+    PyTorch counts the cores that it is bound to, not its container's quota: threads beyond it wait for each other.
+    """
+    torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
 
 
 def new_policy(config: TrainConfig) -> Policy:

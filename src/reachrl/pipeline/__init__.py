@@ -44,6 +44,9 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
             around another stage than `train`.
         ReachRLError: whatever the stage itself raises.
     """
+    if config.num_threads is not None and not os.environ.get("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(config.num_threads)  # read when OpenMP's runtime is loaded, with PyTorch
+    from reachrl.backends.building import limit_threads
     from reachrl.evaluation import protocol_hash
     from reachrl.pipeline.resumption import permit
     from reachrl.run.directory import Run
@@ -51,7 +54,7 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
 
     if name in _TRAINING:
         refuse_rounded_training(config)
-    _limit_threads(config)
+    limit_threads(config)
     rank, size = torchrun.rank(), torchrun.size()
     if size > 1 and name != "train":
         raise ConfigError(f"torchrun is for `reachrl train`; run the stage {name!r} in one process, without it")
@@ -145,12 +148,3 @@ def _interim_report(config: TrainConfig, run: "Run", display: Display) -> dict[s
         f"{config.num_iterations} iterations"
     )
     return {}
-
-
-def _limit_threads(config: TrainConfig) -> None:
-    if config.num_threads is not None:
-        if not os.environ.get("OMP_NUM_THREADS"):
-            os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
-        import torch
-
-        torch.set_num_threads(config.num_threads)
