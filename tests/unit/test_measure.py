@@ -7,6 +7,7 @@ import signal
 from functools import partial
 
 import pytest
+import torch
 from toy_policy import toy_config, toy_policy
 
 from reachrl.cli.display import Display
@@ -63,6 +64,16 @@ def test_the_merged_counts_are_those_of_the_plain_evaluation(policy, whole):
             found = whole["modes"][mode]
             assert (found["k"], found["n"]) == (plain["k"], plain["n"])
             assert {task: found["per_task"][task] for task in plain["per_task"]} == plain["per_task"]
+
+
+def test_it_computes_in_as_many_threads_as_asked(policy, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        measure(measurement(policy, tmp_path / "out", 2, (1, 9), "num_threads=2"), QUIET)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_films_that_do_not_fit_on_the_page_are_named(whole, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reachrl.backends.building import new_policy, saved_policy
+from reachrl.backends.building import limit_threads, new_policy, saved_policy
 from reachrl.config.loading import config_dict
 from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig
@@ -151,6 +151,7 @@ def _claim(measurement: Measurement) -> None:
 
 def _play(measurement: Measurement, keys: Sequence[Key], log: MetricsLog, display: Display) -> None:
     config = measurement.config
+    limit_threads(config)
     policy = new_policy(config) if measurement.policy is None else saved_policy(config, measurement.policy)
     with VectorEnv(config.env, min(config.env.num_envs, len(keys))) as envs:
         _play_each_mode(measurement, policy.eval(), envs, keys, log, display)
