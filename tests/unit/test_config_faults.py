@@ -166,7 +166,7 @@ def test_good_variables_and_none_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (torchrun.rank(), torchrun.size(), torchrun.local_rank()) == (1, 2, 0)
 
 
-@pytest.mark.parametrize("key", ["ppo.lr", "num_steps", "num_threads", "env.max_steps"])
+@pytest.mark.parametrize("key", ["algorithm.lr", "rollout.num_steps", "num_threads", "env.max_steps"])
 def test_a_truth_value_is_no_number(key):
     with pytest.raises(ConfigError, match=rf"{key.rpartition('.')[2]} is true: expected a number"):
         load_config("toy", [f"{key}=true"])

@@ -76,8 +76,8 @@ def _check(record: Any) -> None:
     for k, n in (("k", "n"), ("success_k", "success_n")):
         if k in record and n in record and not 0 <= record[k] <= record[n]:
             raise ValueError(f"{k} of {n} is {record[k]} of {record[n]}")
-    weighed = [record.get(key) for key in _WEIGHED]
-    numbers = [value for value in weighed if _is_number(value)]
+    weighed: list[Any] = [record.get(key) for key in _WEIGHED]
+    numbers: list[float] = [value for value in weighed if _is_number(value)]
     if weighed != [None] * 3 and (len(numbers) < 3 or min(numbers[1:]) <= 0):
         raise ValueError(f"{', '.join(_WEIGHED)} are {weighed}, expected a rate and two numbers above 0, or nulls")
 
