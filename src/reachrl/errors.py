@@ -12,7 +12,7 @@ class ReachRLError(Exception):
 
 
 class ConfigError(ReachRLError):
-    """A configuration key, value, preset, task or command line argument is wrong."""
+    """A configuration key, value, preset, task, command line argument or function argument is wrong."""
 
     exit_code = 2
 
@@ -49,6 +49,10 @@ class DivergedError(ReachRLError):
     """A loss, gradient or weight is not finite; raised before anything is saved."""
 
     exit_code = 7
+
+
+class StopTraining(Exception):
+    """Raised by a callback to end training with a checkpoint, and by the stage `train` when one has ended it."""
 
 
 class StorageError(ReachRLError):

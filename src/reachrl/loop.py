@@ -2,10 +2,10 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from reachrl.algorithms.base import Algorithm, Stats
 from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
-from reachrl.errors import CheckpointError, ExtensionError
+from reachrl.errors import CheckpointError, ExtensionError, StopTraining
 from reachrl.evaluation import ValidationCurve
 from reachrl.functional.stats import weighted_rate
 from reachrl.registry import resolve
@@ -68,12 +68,12 @@ class Keepers:
             getattr(self, name).load_state_dict(state[name])
 
 
-class Watcher(Protocol):
-    """Follows the progress of a run; a display, or nothing."""
+Callback = Callable[[dict[str, Any]], object]
+"""Called after every iteration with its record of `metrics.jsonl`, in this process, while nothing is being trained.
 
-    def iteration(self, record: dict[str, Any]) -> None:
-        """One iteration ended with this metrics record."""
-        ...
+Where it returns `True` or raises `StopTraining`, training ends with a checkpoint, from which the same run goes on
+later; other answers mean nothing. Any other exception ends the run as a kill would: the last checkpoint stays.
+"""
 
 
 def train(
@@ -82,11 +82,15 @@ def train(
     reward: Reward,
     curriculum: TaskSampler,
     run: Run,
-    watcher: Watcher,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainState:
     """Improve one policy online, from the run's last checkpoint if it has one.
 
-    The same loop whoever the workers are and wherever: this process, or many on a cluster.
+    The same loop whoever the workers are and wherever: this process, or many on a cluster. A callback may end it early,
+    at once, or with `collect_ahead` after the one rollout that is under way; a checkpoint is written then too.
+
+    Returns:
+        How far it came: `config.num_iterations` unless a callback stopped it.
 
     Raises:
         DivergedError: a loss, gradient or weight is not finite; nothing of that iteration is saved.
@@ -111,8 +115,9 @@ def train(
             return actors.collect(curriculum.draw, config.rollout.num_steps)
 
     ahead: Pending[Rollout] | None = None
+    stopping = ended = False
     timelines = Timelines()
-    while state.iteration < config.num_iterations:
+    while state.iteration < config.num_iterations and not ended:
         collecting = ahead or collect()
         with run.span("rollout"):
             rollout = collecting.result()
@@ -124,7 +129,7 @@ def train(
                 f"{expected}: `collect` must act with, and name, the weights that `load_weights` was given last"
             )
         # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
-        ahead = collect() if config.collect_ahead and not checkpoint_due(config, state) else None
+        ahead = collect() if config.collect_ahead and not (stopping or checkpoint_due(config, state)) else None
         if not rollout.num_env_steps:
             log.warning(
                 "iteration %d: nothing to train on, every environment was lost in every step; see the workers' logs",
@@ -139,9 +144,10 @@ def train(
             warn_of_lost_steps(state, stats)
         curriculum.observe(rollout.episodes)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
-        watcher.iteration(run.log(record))
+        stopping |= asked_to_stop(callbacks, run.log(record))
+        ended = stopping and ahead is None
         timelines.note(state.iteration, run.spans.take(), workers.take_spans())
-        due, state = checkpoint_due(config, state), state.advance(rollout)
+        due, state = ended or checkpoint_due(config, state), state.advance(rollout)
         if due:
             validation.finish()
             audit.finish()
@@ -221,6 +227,18 @@ def fill_up(
             "there are, are trained on", state.iteration, rollouts,
         )  # fmt: skip
     return rollout, rewards, {"rollouts": rollouts}
+
+
+def asked_to_stop(callbacks: Sequence[Callback], record: dict[str, Any]) -> bool:
+    """Whether any callback ends training after the iteration of this record; each of them hears of it."""
+    stop = False
+    for callback in callbacks:
+        try:
+            answer = callback(record)
+        except StopTraining:
+            answer = True
+        stop |= isinstance(answer, bool | np.bool_) and bool(answer)
+    return stop
 
 
 def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:

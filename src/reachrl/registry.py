@@ -6,8 +6,10 @@ A name that is read from a stored file (a run's `config.json`, the folder of a p
 from anybody: it resolves to what is built in or installed, and to what the user has named by a word of their own.
 """
 
+import base64
 import importlib
 import os
+import pickle
 import sys
 from importlib.metadata import distributions
 from typing import Any
@@ -60,6 +62,8 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
 
 # Of this process: import strings, and programs to start, that the user has named.
 _TRUSTED: set[str] = set()
+# Classes by import string `__main__:Class`, in a process that was started by the one whose notebook or script has them.
+_RECEIVED: dict[str, Any] = {}
 _search_here = False  # whether what the user names is also looked for where the command runs
 
 _EXTRAS = {"ray": "ray"}  # packages whose absence first shows here, and the extra that brings them
@@ -118,10 +122,65 @@ def check_stored(group: str, kind: str, *, where: str, remedy: str) -> None:
 
 def untrusted(target: str, *, where: str, remedy: str) -> ConfigError:
     """The error for code that only a stored file names."""
+    if in_main(target):
+        return ConfigError(
+            f"{where} names {target!r}, a class that was defined in a notebook or script itself and is not stored with "
+            "it. Go on in that notebook or script, or put the class into a file and name it from there: my_file:MyClass"
+        )
     return ConfigError(
         f"{where} names {target!r}, which is neither built in nor an installed plug-in. A stored file does not decide "
         f"what code is run; nothing of it was. If you know this code and trust it, name it yourself: {remedy}."
     )
+
+
+def in_main(target: str) -> bool:
+    """Whether an import string names a class of the notebook or script that is run, which no other process imports."""
+    return target.startswith("__main__:")
+
+
+def import_string(cls: type) -> str:
+    """`module:Class`, by which a class is named in the configuration.
+
+    Raises:
+        ConfigError: it was defined inside a function.
+    """
+    if "<locals>" in cls.__qualname__:
+        raise ConfigError(
+            f"{cls.__qualname__} was defined inside a function, where nothing can find it by name; define the class at "
+            "the top level of the notebook, script or module"
+        )
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def send(group: str, kind: str) -> str | None:
+    """The class behind `__main__:Class` as text, for `receive` in a process of our own; None where it can be imported.
+
+    Its code travels with everything of the notebook that it uses; imported modules travel as names.
+
+    Raises:
+        ConfigError: it holds something that cannot be sent to another process, such as an open file.
+    """
+    if not in_main(kind):
+        return None
+    if kind in _RECEIVED:
+        raise ConfigError(f"{group}: {kind} came from the process that started this one, which alone can send it on")
+    import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        return base64.b64encode(cloudpickle.dumps(resolve(group, kind))).decode()  # pyright: ignore[reportUnknownMemberType]
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise ConfigError(
+            f"{group}: {kind} runs in processes of its own and uses something that cannot be sent there ({error}). "
+            "Make it inside the class, in `__init__` for example, or put the class into a file and name it from there "
+            "(my_file:MyClass)"
+        ) from error
+
+
+def receive(kind: str, text: str | None) -> None:
+    """Take a class that the process which started this one has sent; None: `kind` is imported as usual."""
+    if text is not None:
+        # From our own parent, through the pipe that it made: what its user has written there, never a file's.
+        _RECEIVED[kind] = pickle.loads(base64.b64decode(text))  # noqa: S301
 
 
 def _import(target: str, *, group: str, kind: str) -> Any:
@@ -136,11 +195,23 @@ def _import(target: str, *, group: str, kind: str) -> Any:
         raise MissingExtra(f"{group}: kind {kind!r} needs the package {error.name!r}: {how}.") from error
     except ReachRLError:  # says itself what to do
         raise
+    except AttributeError as error:
+        if in_main(target) and not hasattr(sys.modules["__main__"], attribute):
+            raise ExtensionError(
+                f"{group}: there is no class {attribute!r} in the notebook or script that is running: run the cell "
+                "that defines it first"
+            ) from error
+        raise _unimportable(target, group, kind, error) from error
     except Exception as error:  # a plug-in's module runs any code of its author's
-        raise ExtensionError(
-            f"{group}: kind {kind!r} ({target!r}) could not be imported: {type(error).__name__}: {error}. "
-            f"`python -c 'from {module_name} import {attribute}'` shows where; repair it, or choose another kind."
-        ) from error
+        raise _unimportable(target, group, kind, error) from error
+
+
+def _unimportable(target: str, group: str, kind: str, error: Exception) -> ExtensionError:
+    module_name, _, attribute = target.partition(":")
+    return ExtensionError(
+        f"{group}: kind {kind!r} ({target!r}) could not be imported: {type(error).__name__}: {error}. "
+        f"`python -c 'from {module_name} import {attribute}'` shows where; repair it, or choose another kind."
+    )
 
 
 def resolve(group: str, kind: str) -> Any:
@@ -154,6 +225,8 @@ def resolve(group: str, kind: str) -> Any:
         ExtensionError: the plug-in cannot be imported, whatever its module raised.
         MissingExtra: a package that the kind needs is absent.
     """
+    if kind in _RECEIVED:
+        return _RECEIVED[kind]
     known = kinds(group)
     if kind in known:
         return _import(known[kind], group=group, kind=kind)

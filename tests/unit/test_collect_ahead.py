@@ -38,7 +38,7 @@ def run_training(config, folder, warm, interrupt_at=None):
     with Run.open(folder, {}, tensorboard=False) as run:
         try:
             with build("backends", config.backend).open(config, warm) as workers:
-                train(config, workers, TaskReward(), curriculum, run, SimpleNamespace(iteration=iteration))
+                train(config, workers, TaskReward(), curriculum, run, [iteration])
         except Interrupted:
             pass
         return [

@@ -49,7 +49,7 @@ def test_a_run_goes_on_after_an_iteration_without_data(tmp_path, monkeypatch, ca
         Run.open(tmp_path / "run", {}, tensorboard=False) as run,
         LocalBackend(config.backend).open(config, tmp_path / "warm") as workers,
     ):
-        train(config, workers, reward, curriculum, run, SimpleNamespace(iteration=lambda record: None))
+        train(config, workers, reward, curriculum, run)
         records = run.metrics.read("train")
     assert [record["value_steps"] > 0 for record in records] == [number != lost for number in range(4)]
     empty = records[lost]

@@ -93,7 +93,7 @@ def test_a_backend_that_collects_with_other_weights(tmp_path, version):
             ExtensionError, match=f"backend.kind=local gave a rollout of weights that are {-version} updates"
         ),
     ):
-        train(TrainConfig(), workers, TaskReward(), SimpleNamespace(draw=None), run, None)
+        train(TrainConfig(), workers, TaskReward(), SimpleNamespace(draw=None), run)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])

@@ -20,14 +20,26 @@ def device_of(config: TrainConfig) -> torch.device:
     Raises:
         ConfigError: it is not here.
     """
+    return find_device(config.device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a name stands for on this machine; `auto` is the first GPU if there is one.
+
+    Raises:
+        ConfigError: it is not here, or PyTorch knows no such name.
+    """
     present = torch.cuda.device_count()
-    if config.device == "auto" and not present:
+    if name == "auto" and not present:
         return torch.device("cpu")
-    device = torch.device("cuda" if config.device == "auto" else config.device)
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and device.index is None and (number := torchrun.local_rank()) is not None:
         device = torch.device("cuda", number)  # one of torchrun's processes on each
     if device.type == "cuda" and (device.index or 0) >= present:
-        raise ConfigError(f"device={config.device}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
+        raise ConfigError(f"device={name}: PyTorch sees {present} CUDA devices here; set device=auto or cpu")
     return device
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import tomllib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,7 @@ from reachrl.config.named_code import check_names, trust_names
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
 from reachrl.errors import ConfigError
-from reachrl.registry import section_class
+from reachrl.registry import import_string, section_class
 
 # The loop reads these sections' common options, whatever the kind.
 _SECTION_BASES: dict[str, type[Section]] = {
@@ -59,8 +60,13 @@ def list_presets() -> dict[str, str]:
     return {name: _layers(name)[0].get("description", "") for name in names}
 
 
-def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Resolve a preset (built-in name, TOML file, or a run's `config.json`) and overrides such as `algorithm.lr=3e-6`.
+def load_config(preset: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> TrainConfig:
+    """Resolve a preset (built-in name, TOML file, or a run's `config.json`) and overrides.
+
+    Args:
+        preset: its name or its file.
+        overrides: texts as on the command line, `["seed=2", "env.num_envs=4"]`; or values by key,
+            `{"env.kind": MyEnv, "env": {"num_envs": 4}}`, where a plug-in's class stands for its import string.
 
     A TOML file and the overrides are the user's word and may name plug-ins and programs; a JSON file is stored data and
     may not, unless they name the same.
@@ -73,9 +79,9 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Tra
     if _depth(data) > MAX_DEPTH:
         raise ConfigError(f"{_shown(preset)}: tables or lists are nested deeper than {MAX_DEPTH} levels.")
     # Kinds first: the options of a section are those of its kind, whatever order they were typed in.
-    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".kind")):
-        _apply(data, override)
-        _apply(typed, override)
+    for key, value in sorted(_overrides(overrides), key=lambda pair: not pair[0].endswith(".kind")):
+        _apply(data, key, value)
+        _apply(typed, key, value)
     trust_names(typed)
     check_names(data, where=preset)
     return validate(data, where=preset)
@@ -247,20 +253,33 @@ def _as_section(value: Any) -> dict[str, Any] | None:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Dotted keys and values, however they were given."""
+    if isinstance(overrides, Mapping):
+        given = _flat(dict(overrides))
+        return [(key, import_string(value) if isinstance(value, type) else value) for key, value in given.items()]
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides {_repr(overrides)}: expected a list of texts, or a dict of values by key.")
+    return [_pair(override) for override in overrides]
+
+
+def _pair(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {_repr(override)} is not of the form key=value, for example algorithm.lr=3e-6.")
+    return key, _value(text)
+
+
+def _apply(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     if len(parents) >= MAX_DEPTH:
-        raise ConfigError(f"override {_shown(override)}: a key of {len(parents) + 1} parts; none has so many.")
+        raise ConfigError(f"override {_shown(key)}: a key of {len(parents) + 1} parts; none has so many.")
     for parent in parents:
         node = _as_section(data.setdefault(parent, {}))
         if node is None:
-            raise ConfigError(f"override {_repr(override)}: {parent!r} is a value, not a section.")
+            raise ConfigError(f"override {_repr(key)}: {parent!r} is a value, not a section.")
         data[parent] = dict(node)  # the preset's own dict stays as it is
         data = data[parent]
-    value = _value(text)
     if leaf == "kind" and _another_kind(data, value):
         data.clear()
     data[leaf] = value

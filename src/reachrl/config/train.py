@@ -18,6 +18,7 @@ from reachrl.config.reward import ProcessRewardConfig
 from reachrl.config.reward_model import RewardModelSection, SmallRewardModelConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.errors import ConfigError
+from reachrl.registry import in_main
 
 # Configuration key -> registry group of the sections that are chosen by `kind`.
 KIND_SECTIONS = {
@@ -130,6 +131,13 @@ class TrainConfig(Section):
                 "collect_ahead=true collects while the learner works, backend.placement=colocated lets one at a "
                 "time have the GPU: set backend.placement=split"
             )
+        for key in KIND_SECTIONS.keys() - {"reward", "curriculum"}:  # these two stay in this process
+            if in_main(kind := str(getattr(self, key).kind)):
+                raise ValueError(
+                    f"{key}.kind={kind} is a class of the notebook or script itself, which the processes of "
+                    "backend.kind=ray cannot import: put it into a file and name it from there (my_file:MyClass), "
+                    "or set backend.kind=local"
+                )
         if self.device.startswith("cuda:"):
             raise ValueError(
                 f"device={self.device}: backend.kind=ray gives each process a GPU of its own; set device=cuda or auto"

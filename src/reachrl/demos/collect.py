@@ -21,7 +21,7 @@ from reachrl.demos.process import ExpertProcess
 from reachrl.demos.shard import ShardWriter, shard_metadata
 from reachrl.demos.store import META_FILE, TrajectoryStore, finish_store
 from reachrl.errors import ConfigError, WorkerError
-from reachrl.registry import resolve
+from reachrl.registry import resolve, send
 from reachrl.run.cores import available_cores
 from reachrl.run.file_names import file_name
 
@@ -171,17 +171,19 @@ class _Collection:
         """Collect all missing tasks; workers are stopped whatever happens."""
         cores = available_cores()
         count = min(self.config.workers or cores, self.config.episodes_per_task * len(self.tasks))
+        kind: str = self.env_config.kind  # pyright: ignore[reportAttributeAccessIssue]
         setup = WorkerSetup(
-            kind=self.env_config.kind,  # pyright: ignore[reportAttributeAccessIssue]
+            kind=kind,
+            code=send("envs", kind),
             env=self.env_config.model_dump(mode="json"),
             demos=self.config.model_dump(mode="json"),
             seed=self.seed,
         )
         limit_s = max(START_TIMEOUT_S, self.timeout_s) * max(1.0, count / cores)
         try:
-            kind = resolve("envs", setup.kind)
+            env = resolve("envs", kind)
             for number in range(count):
-                variables = kind.worker_variables(self.env_config, number)
+                variables = env.worker_variables(self.env_config, number)
                 self.workers.append(ExpertProcess(setup, variables, deadline=time.monotonic() + limit_s))
             while self.tasks:
                 self._poll()

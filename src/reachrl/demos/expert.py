@@ -22,7 +22,7 @@ from reachrl.config.demos import DemosSection
 from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env
 from reachrl.errors import ConfigError, ExtensionError, ReachRLError
-from reachrl.registry import build, section_class
+from reachrl.registry import build, receive, section_class
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
 
@@ -32,6 +32,7 @@ class WorkerSetup:
     """A worker's first message; options as plain dicts, validated again by the section of `kind`."""
 
     kind: str
+    code: str | None  # the class, where `kind` cannot be imported: `registry.send`
     env: dict[str, Any]
     demos: dict[str, Any]
     seed: int
@@ -145,6 +146,7 @@ def serve(pipe: Connection) -> None:
     try:
         setup: WorkerSetup = pipe.recv()
         config = DemosSection.model_validate(setup.demos)
+        receive(setup.kind, setup.code)
         env = build("envs", section_class("envs", setup.kind).model_validate(setup.env))
         assert env is not None
         num_starts = env.num_starts("train")

@@ -23,7 +23,8 @@ class WorkerProcess:
     """A child process that runs `reachrl.envs.worker`.
 
     Args:
-        setup: its first message: kind, config, row, num_envs, image_size, memory (a file descriptor).
+        setup: its first message: kind, code (`registry.send`), config, row, num_envs,
+            image_size, memory (a file descriptor).
         variables: environment variables it gets besides ours.
     """
 

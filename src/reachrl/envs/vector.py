@@ -14,7 +14,7 @@ from reachrl import errors
 from reachrl.config.env import EnvSection
 from reachrl.envs.process import WorkerLost, WorkerProcess
 from reachrl.envs.shared_arrays import SharedArrays
-from reachrl.registry import resolve
+from reachrl.registry import resolve, send
 from reachrl.run.cores import available_cores
 from reachrl.types import EnvStep, Observation, Split, Start
 
@@ -46,6 +46,7 @@ class VectorEnv:
         memory.truncate(size)
         self._arrays = SharedArrays(memory.fileno(), num_envs, config.image_size)
         self._memory = memory
+        self._code = send("envs", config.kind)
         self._workers: list[WorkerProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._workers, memory)
         self._losses = [0] * num_envs
@@ -185,6 +186,7 @@ class VectorEnv:
         worker = WorkerProcess(
             {
                 "kind": self._config.kind,
+                "code": self._code,
                 "config": self._config.model_dump(mode="json"),
                 "row": n,
                 "num_envs": self.num_envs,

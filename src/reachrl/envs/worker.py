@@ -16,7 +16,7 @@ from reachrl.child import limit_reached, pipe_to_parent
 from reachrl.envs.base import Env
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.errors import ConfigError, ReachRLError
-from reachrl.registry import build, section_class
+from reachrl.registry import build, receive, section_class
 from reachrl.types import SPLITS, Start
 
 # Whoever decodes the next actions gets a core at once: many simulators wait for it, it waits for the slowest only.
@@ -92,6 +92,7 @@ def serve(connection: Connection) -> None:
             return
         try:
             if worker is None:
+                receive(setup["kind"], setup["code"])
                 section = section_class("envs", setup["kind"])
                 env = build("envs", section.model_validate(setup["config"]))
                 arrays = SharedArrays(setup["memory"], setup["num_envs"], setup["image_size"])

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display
 
 if TYPE_CHECKING:
+    from reachrl.loop import Callback
     from reachrl.run.directory import Run
 
 # In order; each needs the one before. The values name the function that runs it.
@@ -27,7 +29,9 @@ STAGES: tuple[str, ...] = tuple(_RUNNERS)
 _TRAINING = ("demos", "sft", "reward", "train")  # what leads up to trained weights
 
 
-def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -> dict[str, Any]:
+def run_stage(
+    name: str, config: TrainConfig, run_dir: Path, display: Display, callbacks: "Sequence[Callback]" = ()
+) -> dict[str, Any]:
     """Run one stage in a run folder, or skip it if it is finished there; a killed stage continues.
 
     Args:
@@ -35,6 +39,7 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         config: the resolved configuration; in an existing folder only what is permitted may differ, and is recorded.
         run_dir: the run folder.
         display: where progress goes.
+        callbacks: hear of every iteration of the stage `train`, and may end it.
 
     Returns:
         The stage's record in `stages.json`.
@@ -42,6 +47,7 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
     Raises:
         ConfigError: a configuration that the folder's does not permit, an earlier stage has not run, or `torchrun`
             around another stage than `train`.
+        StopTraining: a callback ended the stage `train`, which goes on from its checkpoint when it is run again.
         ReachRLError: whatever the stage itself raises.
     """
     if config.num_threads is not None and not os.environ.get("OMP_NUM_THREADS"):
@@ -90,7 +96,8 @@ def run_stage(name: str, config: TrainConfig, run_dir: Path, display: Display) -
         module, _, function = _RUNNERS[name].partition(":")
         runner = getattr(importlib.import_module(module), function)
         with run.stage(name) as clock:
-            clock.info.update(runner(config, run, display) or {})
+            heard = {"callbacks": callbacks} if name == "train" else {}
+            clock.info.update(runner(config, run, display, **heard) or {})
         if name == "report":
             # Once more, now that its own seconds are known: the summary must add up.
             runner(config, run, display)

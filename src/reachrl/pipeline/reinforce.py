@@ -1,6 +1,7 @@
 """Stages `reward` and `train`: fit the process reward model, then improve the policy with it."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.errors import ExtensionError, LearnerLostError
-from reachrl.loop import TrainState, Watcher, saved_reward_state, train
+from reachrl.errors import ExtensionError, LearnerLostError, StopTraining
+from reachrl.loop import Callback, TrainState, saved_reward_state, train
 from reachrl.pipeline.base import Display, StageProgress
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.pipeline.resumption import forget_results
@@ -135,16 +136,12 @@ def trained_reward(config: TrainConfig, run: Run) -> Reward:
     return reward
 
 
-class _TrainDisplay:
+def _showing(progress: StageProgress) -> Callback:
     """Shows iterations on a bar, one line of figures each."""
 
-    def __init__(self, progress: StageProgress) -> None:
-        self._progress = progress
-
-    def iteration(self, record: dict[str, Any]) -> None:
-        """Advance by one iteration."""
+    def show(record: dict[str, Any]) -> None:
         uniform = record["success_uniform"]
-        self._progress.advance(
+        progress.advance(
             1,
             success=f"{record['success_k']}/{record['success_n']}",
             success_uniform=None if uniform is None else f"{100 * uniform:.0f}%",
@@ -152,9 +149,15 @@ class _TrainDisplay:
             ev=record.get("explained_variance"),
         )
 
+    return show
 
-def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
-    """Improve the warm-started policy; the result lands in `policy/`."""
+
+def run_train(config: TrainConfig, run: Run, display: Display, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """Improve the warm-started policy; the result lands in `policy/`.
+
+    Raises:
+        StopTraining: a callback ended it early; the stage is unfinished and goes on from its checkpoint.
+    """
     forget_results(run.path)
     backend: Backend = build("backends", config.backend)
     lost = 0
@@ -163,7 +166,11 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
         done = 0 if latest is None else checkpoint_step(latest)
         try:
             with display.stage("train", config.num_iterations, "online RL", completed=done) as progress:
-                state = _train_once(config, backend, run, _TrainDisplay(progress))
+                state = _train_once(config, backend, run, [_showing(progress), *callbacks])
+                if state.iteration < config.num_iterations:
+                    raise StopTraining(
+                        f"a callback ended training after {state.iteration} of {config.num_iterations} iterations"
+                    )
             return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
         except LearnerLostError as error:
             lost += 1
@@ -172,15 +179,16 @@ def run_train(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
             log.warning("%s; going on from it with new processes (%d of %d times)", error, lost, backend.max_restarts)
 
 
-def _train_once(config: TrainConfig, backend: Backend, run: Run, watcher: Watcher) -> TrainState:
-    """Train from the last checkpoint to the end with one set of workers; the result lands in `policy/`."""
+def _train_once(config: TrainConfig, backend: Backend, run: Run, callbacks: Sequence[Callback]) -> TrainState:
+    """Train from the last checkpoint with one set of workers; at the very end the result lands in `policy/`."""
     curriculum = build(
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )
     with backend.open(config, run.sft / "policy") as workers:
         reward = build_reward(config, run, scoring=workers.scoring)
-        state = train(config, workers, reward, curriculum, run, watcher)
-        replace_folder_atomic(run.policy, workers.learner.save_policy)
+        state = train(config, workers, reward, curriculum, run, callbacks)
+        if state.iteration == config.num_iterations:
+            replace_folder_atomic(run.policy, workers.learner.save_policy)
     return state
 
 

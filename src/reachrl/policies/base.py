@@ -1,7 +1,7 @@
 """What the learner and the collector ask of a policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reachrl.config.base import Section
 from reachrl.errors import CheckpointError, ExtensionError
+from reachrl.policies.observed import check_temperature, one_observation
 from reachrl.types import Observation
 
 
@@ -133,6 +134,44 @@ class Policy(nn.Module, ABC):
         episode does not depend on which rows it was batched with. Without `with_values` the sample may come without
         values: a critic with a trunk of its own need not run, and rollouts are scored by the learner anyway.
         """
+
+    @torch.no_grad()
+    def predict(
+        self,
+        *,
+        images: np.ndarray | Mapping[str, np.ndarray],
+        instruction: str,
+        state: np.ndarray | None = None,
+        temperature: float = 0.0,
+        generator: np.random.Generator | None = None,
+    ) -> Float[np.ndarray, "H D"]:
+        """Choose the action for one moment of a loop of your own.
+
+        Args:
+            images: the camera's frame u8[H W 3], of any size: it is resized as in training. Or a dict of one frame for
+                each camera.
+            instruction: the task in words.
+            state: numbers of the robot, for a policy that takes them; none here does.
+            temperature: 0 takes the likeliest tokens; above 0 they are sampled at that temperature.
+            generator: source of the sampling noise. Give the same one at every step: it moves on with each.
+
+        Returns:
+            f32[H D]: `H` actions to carry out in turn (here one), in the units of the environment.
+
+        Raises:
+            ConfigError: an argument is not what is described here; says what it is.
+            CheckpointError: the policy has several sets of action statistics, and none was chosen.
+        """
+        observation = one_observation(images, instruction, state)
+        check_temperature(temperature)
+        gumbel = None
+        if temperature > 0:
+            rng = np.random.default_rng() if generator is None else generator
+            noise = rng.gumbel(size=(1, self.num_action_tokens, self.num_choices)).astype(np.float32)
+            gumbel = torch.from_numpy(noise).to(self.device)
+        inputs = self.encode(observation)
+        sample = self.act(inputs, temperature=temperature or 1.0, gumbel=gumbel, with_values=False)
+        return self.decode_actions(sample.action_ids)
 
     @torch.no_grad()
     def acting_logprobs(

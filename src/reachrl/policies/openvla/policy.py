@@ -395,11 +395,12 @@ class OpenVLAPolicy(Policy):
             CheckpointError: a file is missing, truncated or of another architecture.
             ConfigError: the options do not go with the stored ones.
         """
-        stored = checkpoint.read_config(folder)
+        stored = checkpoint.read_config(folder, dataset=options.get("dataset"))
         if all(getattr(stored, key) == value for key, value in options.items()):
             return cls(stored)
         try:
-            return cls(OpenVLAConfig.model_validate(stored.model_dump(exclude_unset=True) | options))
+            said = {key: getattr(stored, key) for key in stored.model_fields_set}
+            return cls(OpenVLAConfig.model_validate(said | options))
         except ValidationError as error:
             raise ConfigError(f"{folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 

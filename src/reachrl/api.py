@@ -1,0 +1,192 @@
+"""The functions that `import reachrl` offers: load a policy, train, evaluate."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from reachrl.cli.display import Display
+from reachrl.cli.terminal import Terminal
+from reachrl.config.train import TrainConfig
+from reachrl.errors import CheckpointError, ConfigError, StopTraining
+from reachrl.pipeline import STAGES, run_stage, trained_iterations
+from reachrl.results import EvaluationResult, TrainResult
+from reachrl.run.checkpoint import latest_checkpoint
+from reachrl.run.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from reachrl.loop import Callback
+    from reachrl.policies.base import Policy
+    from reachrl.rollout.episodes import Mode
+
+
+def train(
+    config: TrainConfig, run: Path | str, *, callbacks: "Sequence[Callback]" = (), quiet: bool = False
+) -> TrainResult:
+    """Run the whole story in a run folder: demonstrations, warm start, reward model, training, evaluation, report.
+
+    What is finished there is skipped and what was interrupted goes on, so calling it again is always safe.
+
+    Args:
+        config: from `reachrl.load_config`.
+        run: the run folder; a new name begins a new run.
+        callbacks: functions of one training iteration's record of metrics; one that returns True stops the run, with a
+            checkpoint to go on from.
+        quiet: print only warnings.
+
+    Returns:
+        Metrics, success before and after, the policy, the files.
+
+    Raises:
+        ConfigError: the folder belongs to another configuration, or is in use.
+        ReachRLError: a stage failed; finished work is kept.
+    """
+    folder, display, stopped = Path(run), _display(quiet), False
+    with display.logging():
+        try:
+            for name in STAGES:
+                run_stage(name, config, folder, display, callbacks)
+        except StopTraining as stop:
+            stopped = True
+            display.log(f"train: {stop}; call train again with the same folder to go on")
+            run_stage("report", config, folder, display)
+    return _result(config, folder, stopped=stopped)
+
+
+def evaluate(
+    policy: "Policy | Path | str", config: TrainConfig, *, mode: "Mode | None" = None, quiet: bool = False
+) -> EvaluationResult:
+    """Measure a policy's success on the held-out start states of `config.env` and `config.eval`.
+
+    Equal policies get equal outcomes: starts and noise are numbered.
+
+    Args:
+        policy: a policy, or what `load_policy` takes.
+        config: which tasks, how many starts; from `reachrl.load_config`.
+        mode: `greedy` or `sampled`; None: the first of `config.eval.modes`.
+        quiet: print only warnings.
+
+    Returns:
+        Success of all tasks and of each, with intervals, and every episode.
+
+    Raises:
+        ConfigError: another mode, or a policy for another environment.
+        ReachRLError: the policy cannot be loaded, or an environment keeps failing.
+    """
+    from reachrl.envs.vector import VectorEnv
+    from reachrl.evaluation import evaluate as play
+    from reachrl.evaluation import heldout_starts, protocol_hash
+    from reachrl.pipeline.base import caveats
+    from reachrl.policies.base import Policy
+
+    mode = mode or config.eval.modes[0]
+    if mode not in ("greedy", "sampled"):
+        raise ConfigError(f"mode={mode!r}: expected 'greedy' or 'sampled'")
+    acting = policy if isinstance(policy, Policy) else load_policy(policy, device=config.device)
+    starts = heldout_starts(config.env, config.eval)
+    display = _display(quiet)
+    with (
+        display.logging(),
+        VectorEnv(config.env, min(config.env.num_envs, len(starts))) as envs,
+        display.stage("eval", len(starts), f"held-out starts, {mode}") as progress,
+    ):
+        found = play(
+            acting.eval(), envs, starts, mode=mode, config=config.eval, on_episode=lambda _: progress.advance(1)
+        )
+    return EvaluationResult.of(mode, found.record(), protocol_hash=protocol_hash(config), caveats=caveats(config))
+
+
+def load_policy(source: Path | str, *, device: "torch.device | str" = "auto", dataset: str | None = None) -> "Policy":
+    """Read a policy to act with.
+
+    Args:
+        source: a saved policy; a run folder (its trained policy) or one of its `checkpoints/step_N`; adapters; an
+            official OpenVLA checkpoint, as a folder or as `owner/name` on the Hugging Face hub.
+        device: such as `cpu` or `cuda:1`; `auto` is the first GPU if there is one.
+        dataset: of an official checkpoint with several sets of action statistics: the one for your robot.
+
+    Returns:
+        The policy, ready for `policy.predict`.
+
+    Raises:
+        CheckpointError: nothing there is a policy, or a file is missing, damaged or of another architecture.
+        ConfigError: no such device, or the policy is of a class that only a stored file names.
+    """
+    import torch
+
+    from reachrl.backends.building import find_device
+    from reachrl.registry import resolve
+
+    folder = policy_folder(Path(source).expanduser())
+    options = {} if dataset is None else {"dataset": dataset}
+    with torch.device(find_device(str(device))):
+        return resolve("policies", _kind(folder)).from_pretrained(folder, **options).eval()
+
+
+def policy_folder(source: Path) -> Path:
+    """The folder of the policy that a run folder or a training checkpoint holds; others as they are.
+
+    Raises:
+        CheckpointError: a run whose training has not finished.
+    """
+    if (source / "state.json").is_file() and (source / "policy").is_dir():
+        return source / "policy"
+    if not (source / "stages.json").is_file():
+        return source
+    if (source / "policy").is_dir():
+        return source / "policy"
+    latest = latest_checkpoint(source / "checkpoints")
+    remedy = "train first" if latest is None else f"load its last checkpoint, {latest}, or finish it"
+    raise CheckpointError(f"{source}: training has not finished in this run, so it has no policy/ yet; {remedy}")
+
+
+def _kind(folder: Path) -> str:
+    """The kind of a saved policy: what the configuration of the run around it says, else the built-in one."""
+    from reachrl.registry import check_stored
+
+    run = next((each for each in folder.absolute().parents[:3] if (each / "stages.json").is_file()), None)
+    if run is None or not (run / "config.json").is_file():
+        return "openvla"
+    try:
+        kind = str(json.loads((run / "config.json").read_text(encoding="utf-8"))["policy"]["kind"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run / 'config.json'} does not say of which kind the policy is: {error!r}") from error
+    check_stored(
+        "policies", kind, where=str(run / "config.json"), remedy="import its class and call from_pretrained(folder)"
+    )
+    return kind
+
+
+def _display(quiet: bool) -> Display:
+    """Bars on a terminal; in a notebook, which asks programs for colours, and in a log plain lines."""
+    notebook = Console().is_jupyter
+    return Display(Terminal(force_jupyter=False, force_terminal=False if notebook else None), quiet=quiet)
+
+
+def _result(config: TrainConfig, folder: Path, *, stopped: bool) -> TrainResult:
+    from reachrl.evaluation import protocol_hash
+    from reachrl.pipeline.base import caveats
+
+    def evaluations(when: str) -> dict[str, EvaluationResult]:
+        file = folder / "eval" / f"{when}.json"
+        if stopped or not file.is_file():
+            return {}
+        records = json.loads(file.read_text(encoding="utf-8"))
+        facts = {"protocol_hash": protocol_hash(config), "caveats": caveats(config)}
+        return {mode: EvaluationResult.of(mode, records[mode], **facts) for mode in config.eval.modes}
+
+    latest = latest_checkpoint(folder / "checkpoints")
+    return TrainResult(
+        folder=folder,
+        iterations=trained_iterations(folder),
+        stopped=stopped,
+        metrics=read_metrics(folder / "metrics.jsonl", "train"),
+        before=evaluations("before"),
+        after=evaluations("after"),
+        policy_folder=latest / "policy" if stopped and latest is not None else folder / "policy",
+        device=config.device,
+    )

@@ -1,0 +1,104 @@
+"""`policy.predict`: the action for one moment of a user's own loop."""
+
+import numpy as np
+import pytest
+import torch
+from official_folder import HEADS, read, write_official
+from PIL import Image
+from small_policy import small
+
+import reachrl
+from reachrl.errors import ConfigError
+from reachrl.policies.base import PolicyInput
+from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+
+FRAME = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    return OpenVLAPolicy(small())
+
+
+def test_an_official_checkpoint_of_the_hub_moves_the_robot_as_the_official_code(tmp_path, monkeypatch):
+    folder = write_official(tmp_path / "downloaded")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    described = checkpoint.official_config
+
+    def with_heads(folder, heads=None, dataset=None):  # which released sizes do not need
+        return described(folder, heads or HEADS, dataset)
+
+    monkeypatch.setattr(checkpoint, "official_config", with_heads)
+    policy = reachrl.load_policy("owner/tiny", dataset="tiny_b", device="cpu")
+    recorded = read("io")
+    row = PolicyInput(
+        prompt_ids=torch.from_numpy(recorded["input_ids"][:1]),
+        prompt_mask=torch.from_numpy(recorded["attention_mask"][:1]) > 0,
+        pixel_values=torch.from_numpy(recorded["pixel_values"][:1]),
+    )
+    monkeypatch.setattr(policy, "encode", lambda observation: row)
+    actions = policy.predict(images=FRAME, instruction="as recorded")
+    assert actions.dtype == np.float32 and actions.shape == (1, 7)
+    np.testing.assert_allclose(actions[0], recorded["actions_noempty_tiny_b"], rtol=0, atol=1e-7)
+
+
+def test_a_frame_of_another_size_is_resized_as_in_training(policy, monkeypatch):
+    seen = []
+    act = policy.act
+    monkeypatch.setattr(policy, "act", lambda inputs, **options: (seen.append(inputs), act(inputs, **options))[1])
+    policy.predict(images={"front": FRAME}, instruction="push")
+    policy.predict(
+        images=np.asarray(Image.fromarray(FRAME).resize((16, 16), Image.Resampling.BICUBIC)), instruction="push"
+    )
+    expected = np.asarray(Image.fromarray(FRAME).resize((16, 16), Image.Resampling.BICUBIC), np.float32) / 255 * 2 - 1
+    for inputs in seen:
+        np.testing.assert_allclose(inputs.pixel_values[0].permute(1, 2, 0), expected, atol=1e-6)
+
+
+def test_sampled_actions_follow_the_temperature():
+    table = TablePolicy(TablePolicyConfig(num_action_tokens=1))
+    with torch.no_grad():
+        table.logits.fill_(-1e9)
+        table.logits[:, :, 200], table.logits[:, :, 10] = np.log(3.0), 0.0
+    high, low = np.float32(200 / 127.5 - 1), np.float32(10 / 127.5 - 1)
+    frame = np.zeros((1, 1, 3), np.uint8)
+    assert table.predict(images=frame, instruction="x") == high  # greedy
+
+    def draw(count):
+        rng = np.random.default_rng(5)
+        options = {"images": frame, "instruction": "x", "temperature": 2.0, "generator": rng}
+        return [table.predict(**options).item() for _ in range(count)]
+
+    drawn = draw(2000)
+    assert set(drawn) == {high, low}
+    expected = 3**0.5 / (1 + 3**0.5)  # softmax of (log 3, 0) / 2
+    assert abs(np.mean(np.array(drawn) == high) - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
+    assert draw(20) == drawn[:20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": FRAME / 255}, r"images: dtype float64, expected uint8.*multiply by 255"),
+        ({"images": FRAME.astype(np.int64)}, r"images: dtype int64, expected uint8"),
+        ({"images": FRAME[None]}, r"shape \[1, 20, 20, 3\].*take images\[0\]"),
+        ({"images": FRAME.transpose(2, 0, 1)}, r"shape \[3, 20, 20\].*channels come last"),
+        ({"images": np.zeros((4, 4, 4), np.uint8)}, r"leave the fourth channel out"),
+        ({"images": FRAME[:0]}, r"shape \[0, 20, 3\]"),
+        ({"images": (FRAME > 127).astype(np.uint8)}, r"no number exceeds 1"),
+        ({"images": {"front": FRAME, "wrist": FRAME}}, r"sees one camera, given are 2 \(front, wrist\)"),
+        ({"images": {}}, r"given are 0 \(none\)"),
+        ({"images": {"front": FRAME[None]}}, r"images\['front'\]: shape"),
+        ({"instruction": " "}, r"instruction = ' '"),
+        ({"instruction": None}, r"instruction = None"),
+        ({"state": np.zeros(8)}, r"state: this policy takes frames and an instruction only"),
+        ({"temperature": -1.0}, r"temperature = -1.0"),
+        ({"temperature": float("nan")}, r"temperature = nan"),
+    ],
+)
+def test_wrong_arguments_are_named(policy, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        policy.predict(**({"images": FRAME, "instruction": "push"} | arguments))
