@@ -1,6 +1,7 @@
 """The documentation is run: code of the how-to pages, commands of every page, links between pages."""
 
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -70,12 +71,14 @@ def my_lab(tmp_path, monkeypatch):
 def test_the_code_of_a_how_to_page_works(page, my_lab):
     code = blocks(page, "python")
     assert code and all(title for title, _ in code), "each block says which file it is"
-    for title, text in code:
+    files = {title: "\n\n".join(text for name, text in code if name == title) for title, _ in code}  # cells of one file
+    for title, text in files.items():
         (my_lab / title).write_text(text)
-    tests = [(title, text) for title, text in code if title.startswith("test_")]
+    tests = [title for title in files if title.startswith(("test_", "notebook"))]
     assert tests
-    for title, text in tests:
-        exec(compile(text, title, "exec"), {"__name__": title})
+    for title in tests:
+        # Whoever defines a class in a notebook defines it in the program that is run.
+        runpy.run_path(str(my_lab / title), run_name="__main__" if title.startswith("notebook") else title)
     for words in commands(page):
         check_command(words)
 
