@@ -1,12 +1,14 @@
 """What `import reachrl` offers: nothing is loaded before it is used; runs stop, go on and give back their results."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import rich.console
+from small_policy import save_base
 from tiny_run import play, tiny_config, train_lines
 
 import reachrl
@@ -16,6 +18,7 @@ from reachrl.functional.stats import wilson
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.results import EvaluationResult
 from reachrl.testing.envs import ReachEnv
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,8 @@ def test_the_face_is_functions_whatever_else_was_imported():
 def test_overrides_by_key_are_those_of_the_command_line():
     typed = load_config("toy", ["env.num_envs=2", "env.tasks=red-square,blue-square", "seed=3"])
     assert load_config("toy", {"env": {"num_envs": 2, "tasks": ["red-square", "blue-square"]}, "seed": 3}) == typed
-    by_class = load_config("toy", {"env.num_envs": 2, "env.kind": ReachEnv})
-    assert by_class.env.kind == "reachrl.testing.envs:ReachEnv" and by_class.env.num_envs == 2
+    by_class = load_config("toy", {"policy.num_contexts": 5, "policy": {"kind": TablePolicy}})
+    assert by_class.policy == TablePolicyConfig(num_contexts=5)  # whose kind is the import string
     with pytest.raises(ConfigError, match="unknown key 'env.num_env'.*did you mean 'num_envs'"):
         load_config("toy", {"env.num_env": 2})
     with pytest.raises(ConfigError, match="expected a list of texts"):
@@ -144,8 +147,14 @@ def test_a_policy_is_found_in_whatever_holds_it(run, tmp_path):
         loaded = reachrl.load_policy(source, device="cpu")
         assert not loaded.training
         assert all(value.equal(weights[key]) for key, value in loaded.state_dict().items())
-    warm = reachrl.load_policy(folder / "sft" / "policy").state_dict()
-    assert any(not value.equal(weights[key]) for key, value in warm.items())
+    other = tmp_path / "run" / "checkpoints" / "step_000002"
+    shutil.copytree(folder / "policy", tmp_path / "run" / "policy")
+    save_base(other / "policy")  # for frames of 16 pixels, not 24
+    for file in (tmp_path / "run" / "stages.json", other / "state.json"):
+        file.write_text("{}")
+    shutil.copy(folder / "config.json", tmp_path / "run")
+    sizes = [reachrl.load_policy(source).config.image_size for source in (tmp_path / "run", other, other / "policy")]
+    assert sizes == [24, 16, 16]
     with pytest.raises(CheckpointError, match="does not exist"):
         reachrl.load_policy(tmp_path / "none")
     with pytest.raises(ConfigError, match="device=gpu"):

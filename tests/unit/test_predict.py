@@ -93,7 +93,7 @@ def test_sampled_actions_follow_the_temperature():
         ({"images": {}}, r"given are 0 \(none\)"),
         ({"images": {"front": FRAME[None]}}, r"images\['front'\]: shape"),
         ({"instruction": " "}, r"instruction = ' '"),
-        ({"instruction": None}, r"instruction = None"),
+        ({"instruction": ""}, r"instruction = ''"),
         ({"state": np.zeros(8)}, r"state: this policy takes frames and an instruction only"),
         ({"temperature": -1.0}, r"temperature = -1.0"),
         ({"temperature": float("nan")}, r"temperature = nan"),

@@ -48,7 +48,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def _row(what: str, image: np.ndarray, instruction: str) -> Observation:
-    frame = np.asarray(image)
+    frame = np.array(image)  # a copy: frames of Pillow cannot be written, and PyTorch warns of those
     if frame.dtype != np.uint8:
         kind = "0..1, multiply by 255 and round" if np.issubdtype(frame.dtype, np.floating) else "0..255, convert it"
         raise ConfigError(f"{what}: dtype {frame.dtype}, expected uint8 with RGB in 0..255 (if its numbers are {kind})")
