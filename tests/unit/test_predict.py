@@ -9,8 +9,8 @@ from small_policy import small
 
 import reachrl
 from reachrl.errors import ConfigError
-from reachrl.policies.base import PolicyInput
 from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 
@@ -34,7 +34,7 @@ def test_an_official_checkpoint_of_the_hub_moves_the_robot_as_the_official_code(
     monkeypatch.setattr(checkpoint, "official_config", with_heads)
     policy = reachrl.load_policy("owner/tiny", dataset="tiny_b", device="cpu")
     recorded = read("io")
-    row = PolicyInput(
+    row = OpenVLAInputs(
         prompt_ids=torch.from_numpy(recorded["input_ids"][:1]),
         prompt_mask=torch.from_numpy(recorded["attention_mask"][:1]) > 0,
         pixel_values=torch.from_numpy(recorded["pixel_values"][:1]),
