@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from reachrl.algorithms.base import Batch
-from reachrl.algorithms.ppo import FIRST_RATIO_TOLERANCE, PPO
+from reachrl.algorithms.policy_gradient import FIRST_RATIO_TOLERANCE
+from reachrl.algorithms.ppo import PPO
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.config.ppo import PPOConfig
 from reachrl.functional.gae import gae
@@ -89,6 +90,7 @@ class Iteration:
             rows = slice(first, min(first + SCORE_ROWS, count))
             inputs = self.cached(self.pixels(images[rows]))
             out = self.policy.evaluate(inputs, ids[rows].to(self.policy.device))
+            assert out.values is not None
             logprobs.append(out.logprobs.float().cpu())
             values.append(out.values.float().cpu())
             features.append(inputs.vision_features)

@@ -134,6 +134,7 @@ def train_case(bench: Bench, batch: int) -> Result:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         out = policy.evaluate(inputs, ids)
+        assert out.values is not None
         (out.values.square().mean() - out.logprobs.sum(-1).mean()).backward()
         optimizer.step()
 

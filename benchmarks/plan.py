@@ -172,6 +172,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
 
     def backward() -> None:
         out = policy.evaluate(cached, actions)
+        assert out.values is not None
         (out.logprobs.mean() + out.entropy.mean() + out.values.square().mean()).backward()
 
     def step() -> None:
@@ -280,6 +281,7 @@ def trace(changes: dict[str, object]) -> dict[str, float]:
 
         def step() -> None:
             out = policy.evaluate(cached, actions)
+            assert out.values is not None
             (out.logprobs.mean() + out.entropy.mean() + out.values.square().mean()).backward()
 
         flops = products(step)
