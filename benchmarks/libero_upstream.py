@@ -183,7 +183,8 @@ def speed(suite: str, number: int, size: int, steps: int) -> None:
 def parity(suites: list[str], number: int, size: int, most: int | None, out: Path) -> None:
     """One expert episode of every task, or the beginning of one, in all three."""
     done = {
-        (line["suite"], line["task"]) for line in map(json.loads, out.read_text().splitlines() if out.exists() else ())
+        (line["suite"], line["task"])
+        for line in map(json.loads, out.read_text(encoding="utf-8").splitlines() if out.exists() else ())
     }
     for suite in suites:
         for index, task in enumerate(SUITES[suite]):
@@ -192,7 +193,7 @@ def parity(suites: list[str], number: int, size: int, most: int | None, out: Pat
             pipes = start(size, core=None)  # memory of one task at a time
             line = {"suite": suite, "task": index, **compared(pipes, suite, task, number, most)}
             stop(pipes)
-            with out.open("a") as file:
+            with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
 

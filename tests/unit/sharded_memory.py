@@ -7,7 +7,6 @@ Communication is only pretended: every buffer is made as in earnest, by one proc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import distributed
@@ -51,7 +50,7 @@ def main(learners: int, overrides: list[str]) -> None:
 
     @torch.no_grad()
     def score() -> OpenVLAInputs:
-        cached = replace(seen, pixel_values=None, vision_features=policy.vision_features(pixels))
+        cached = policy.cache(seen)
         policy.evaluate(cached, actions)
         return cached
 

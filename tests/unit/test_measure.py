@@ -249,7 +249,7 @@ def test_the_command_evaluates_a_runs_policy_with_the_runs_configuration(command
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--protocol", "heldout"], "needs a preset"),
+        (["--protocol", "heldout"], "Name a preset"),
         (["toy", "--protocol", "heldout"], "no policy to evaluate"),
         (["toy", "--protocol", "official", "--policy", "."], "env.kind is 'reach_toy'"),
         (["toy", "--protocol", "published"], "expected heldout or official"),
