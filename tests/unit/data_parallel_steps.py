@@ -1,6 +1,6 @@
 """Three iterations on one collected batch, alone or under `torchrun`: what each process ends with.
 
-Run by test_data_parallel.py: python data_parallel_steps.py OUT [KEY=VALUE...]
+Run by test_data_parallel.py for cases, one after the other: python data_parallel_steps.py '{OUT: [KEY=VALUE...]}'
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import distributed
 from toy_policy import toy_config, toy_policy
 
 from reachrl import torchrun
@@ -75,5 +76,12 @@ def main(out: Path, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    for number, (folder, changes) in enumerate(json.loads(sys.argv[1]).items()):
+        if number == 1 and torchrun.size() > 1:
+            store, _, _ = next(distributed.rendezvous("env://"))
+        if number > 0 and torchrun.size() > 1:
+            # PyTorch would look up the processes' addresses under the first group's keys again.
+            own = distributed.PrefixStore(folder, store)
+            distributed.init_process_group("gloo", store=own, rank=torchrun.rank(), world_size=torchrun.size())
+        main(Path(folder), changes)
     torchrun.leave(0)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from itertools import chain
 from pathlib import Path
 
@@ -20,68 +21,80 @@ ADAPTERS = ("policy.lora.rank=2", "policy.critic=adapter")
 SCRIPT = Path(__file__).with_name("data_parallel_steps.py")
 
 
-def run(out: Path, size: int, *overrides: str) -> tuple[list[dict], list[dict]]:
-    """Figures of the leader, weights of each process."""
-    out.mkdir()
-    launch = [sys.executable]
-    if size > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts says where
-    command = [*launch, str(SCRIPT), str(out), *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    # What a dying process says stands far above what its launcher says of it.
-    assert done.returncode == 0, f"{done.stderr[:8000]}\n...\n{done.stderr[-2000:]}"
-    saved = {}
-    for path in sorted((out / "final" / "policy").rglob("*.safetensors")):
-        saved |= {f"{path.parent.name} {name}": tensor for name, tensor in load_file(path).items()}
-    own = [load_file(path) for path in sorted(out.glob("weights-*.safetensors"))]  # none where weights are split
-    assert len(own) in (0, size)
-    return json.loads((out / "figures.json").read_text()), [saved, *own]
+CASES = [
+    (2, ("algorithm.minibatch_size=16",)),
+    # No critic; a group of three episodes, whose rows are in blocks of both processes.
+    (2, ("algorithm.kind=grpo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
+    (2, (SHARDED, "algorithm.kind=grpo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
+    # Minibatches of 3 rows over 3 processes: often some process has none of them.
+    (3, ("algorithm.minibatch_size=3", "algorithm.micro_batch_size=2", "algorithm.epochs=1")),
+    (2, (*WITH_VISION, "algorithm.weight_decay=0.1")),
+    # Each process has a part of the weights: all must make as many passes, even those without rows.
+    (2, (SHARDED, "algorithm.minibatch_size=16", "policy.critic=separate")),
+    (3, (SHARDED, "algorithm.minibatch_size=3", "algorithm.micro_batch_size=2", "algorithm.epochs=1")),
+    (2, (SHARDED, *WITH_VISION, "policy.gradient_checkpointing=true")),
+    (2, (SHARDED, "algorithm.minibatch_size=7", "algorithm.target_kl=1e-5", *ADAPTERS)),
+    (2, ("algorithm.minibatch_size=16", "policy.lora.base=nf4", *ADAPTERS)),
+]
 
 
-@pytest.mark.parametrize(
-    ("size", "changes"),
-    [
-        (2, ("algorithm.minibatch_size=16",)),
-        # No critic; a group of three episodes, whose rows are in blocks of both processes.
-        (2, ("algorithm.kind=grpo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
-        (2, (SHARDED, "algorithm.kind=grpo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
-        # Minibatches of 3 rows over 3 processes: often some process has none of them.
-        (3, ("algorithm.minibatch_size=3", "algorithm.micro_batch_size=2", "algorithm.epochs=1")),
-        (2, (*WITH_VISION, "algorithm.weight_decay=0.1")),
-        # Each process has a part of the weights: all must make as many passes, even those without rows.
-        (2, (SHARDED, "algorithm.minibatch_size=16", "policy.critic=separate")),
-        (3, (SHARDED, "algorithm.minibatch_size=3", "algorithm.micro_batch_size=2", "algorithm.epochs=1")),
-        (
-            2,
-            (
-                SHARDED,
-                "algorithm.minibatch_size=16",
-                "algorithm.train_vision=true",
-                "policy.gradient_checkpointing=true",
-            ),
-        ),
-        (
-            2,
-            (
-                SHARDED,
-                "algorithm.minibatch_size=7",
-                "algorithm.target_kl=1e-5",
-                "policy.lora.rank=2",
-                "policy.critic=adapter",
-            ),
-        ),
-        (2, ("algorithm.minibatch_size=16", "policy.lora.base=nf4", *ADAPTERS)),
-    ],
-)
-def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, changes):
-    if "policy.lora.rank=2" in changes:
-        config = toy_config()
-        toy_policy(config, seed=5).save_pretrained(tmp_path / "base")
-        changes += (f"policy.checkpoint={tmp_path / 'base'}",)
-    alone, [saved, weights] = run(tmp_path / "alone", 1, *(each for each in changes if each != SHARDED))
-    shared, all_weights = run(tmp_path / "shared", size, *changes)
+class Launches:
+    """Groups of 1, 2 and 3 processes, each launched once for all of its cases: most of the time is imports."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.said = folder, {}
+        toy_policy(toy_config(), seed=5).save_pretrained(folder / "base")
+
+    def overrides(self, size: int, changes: tuple[str, ...]) -> tuple[str, ...]:
+        """Of a case as a group of `size` runs it; one process has nothing to split."""
+        base = f"policy.checkpoint={self.folder / 'base'}"
+        kept = tuple(each for each in changes if size > 1 or each != SHARDED)
+        return (*kept, base) if "policy.lora.rank=2" in changes else kept
+
+    def out(self, size: int, changes: tuple[str, ...]) -> Path:
+        """The case's own folder."""
+        return self.folder / f"{size} {zlib.crc32(repr(self.overrides(size, changes)).encode()):x}"
+
+    def result(self, size: int, changes: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+        """Figures of the leader, weights of each process."""
+        if size not in self.said:
+            self.said[size] = self.launch(size, [each for number, each in CASES if size in (1, number)])
+        out = self.out(size, changes)
+        own = [load_file(path) for path in sorted(out.glob("weights-*.safetensors"))]  # none where weights are split
+        assert (out / "figures.json").is_file() and len(own) in (0, size), f"{size} processes: {self.said[size]}"
+        saved = {}
+        for path in sorted((out / "final" / "policy").rglob("*.safetensors")):
+            saved |= {f"{path.parent.name} {name}": tensor for name, tensor in load_file(path).items()}
+        return json.loads((out / "figures.json").read_text()), [saved, *own]
+
+    def launch(self, size: int, cases: list[tuple[str, ...]]) -> str:
+        """Run the cases; what the processes said if they failed: the case at fault is the first without figures."""
+        launch = [sys.executable]
+        if size > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # a process that aborts says where
+        given = {str(self.out(size, changes)): self.overrides(size, changes) for changes in cases}
+        for out in given:
+            Path(out).mkdir()
+        command = [*launch, str(SCRIPT), json.dumps(given)]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired as late:
+            return str(late)
+        # What a dying process says stands far above what its launcher says of it.
+        return f"exit code {done.returncode}\n{done.stderr[:8000]}\n...\n{done.stderr[-2000:]}"
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory) -> Launches:
+    return Launches(tmp_path_factory.mktemp("data_parallel"))
+
+
+@pytest.mark.parametrize(("size", "changes"), CASES)
+def test_two_or_three_processes_end_with_the_weights_of_one(launches, size, changes):
+    alone, [saved, weights] = launches.result(1, changes)
+    shared, all_weights = launches.result(size, changes)
     for one, many in zip(alone, shared, strict=True):
         assert one.keys() == many.keys()
         for name in one:
@@ -96,6 +109,12 @@ def test_two_or_three_processes_end_with_the_weights_of_one(tmp_path, size, chan
             np.testing.assert_allclose(others[name].numpy(), weight.numpy(), rtol=0, atol=1e-5, err_msg=name)
     leader, *followers = all_weights[1:] or all_weights
     assert all(follower[name].equal(leader[name]) for follower in followers for name in leader)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_processes_end_well(launches, size):
+    launches.result(size, next(changes for number, changes in CASES if size in (1, number)))
+    assert launches.said[size].startswith("exit code 0\n"), launches.said[size]
 
 
 def test_blocks_part_the_rows():
