@@ -77,6 +77,7 @@ def evaluate(
         ConfigError: another mode, or a policy for another environment.
         ReachRLError: the policy cannot be loaded, or an environment keeps failing.
     """
+    from reachrl.backends.building import limit_threads
     from reachrl.envs.vector import VectorEnv
     from reachrl.evaluation import evaluate as play
     from reachrl.evaluation import heldout_starts, protocol_hash
@@ -86,6 +87,7 @@ def evaluate(
     mode = mode or config.eval.modes[0]
     if mode not in ("greedy", "sampled"):
         raise ConfigError(f"mode={mode!r}: expected 'greedy' or 'sampled'")
+    limit_threads(config)
     acting = policy if isinstance(policy, Policy) else load_policy(policy, device=config.device)
     starts = heldout_starts(config.env, config.eval)
     display = _display(quiet)
