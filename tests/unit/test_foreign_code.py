@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_policy import unseal
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -77,7 +78,7 @@ def vit_reward_model(folder: Path, **named: str) -> Path:
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     model = TransformersRewardModel(vit, processor, **classes, prompt="", positive=0)
     model.save_pretrained(folder)
-    return edit(folder / "config.json", **named)
+    return edit(unseal(folder) / "config.json", **named)  # whoever means harm seals it anew
 
 
 def edit(file: Path, **changes: object) -> Path:
