@@ -1,6 +1,7 @@
 """The functions that `import reachrl` offers: load a policy, train, evaluate."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +124,7 @@ def load_policy(source: Path | str, *, device: "torch.device | str" = "auto", da
     from reachrl.backends.building import find_device
     from reachrl.registry import resolve
 
-    folder = policy_folder(Path(source).expanduser())
+    folder = policy_folder(Path(os.path.expanduser(source)))
     options = {} if dataset is None else {"dataset": dataset}
     with torch.device(find_device(str(device))):
         return resolve("policies", _kind(folder)).from_pretrained(folder, **options).eval()

@@ -214,3 +214,10 @@ def test_make_has_every_target_that_is_spoken_of():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / ".ci" / "run"]
     spoken = {word for page in pages for word in re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), flags=re.M)}
     assert {"quickstart", "test", "lint", "docs"} <= spoken <= targets
+
+
+def test_no_home_is_asked_for_in_a_way_that_raises_without_one():
+    raising = ("Path.home()", ".expanduser()", "getpass.getuser()")  # os.path.expanduser leaves the name as it is
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py"))}
+    found = [(path.name, call) for path, text in sources.items() for call in raising if call in text]
+    assert found == []

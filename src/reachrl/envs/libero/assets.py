@@ -37,10 +37,10 @@ def find_assets(configured: Path | None) -> Path:
     """
     for name, value in (("env.assets", configured), (ASSETS_VARIABLE, os.environ.get(ASSETS_VARIABLE))):
         if value:
-            folder = Path(value).expanduser().resolve()
+            folder = Path(os.path.expanduser(value)).resolve()
             _refuse(f"{name}={value}", _missing(folder), f"{INSTALL_ASSETS}  and leave {name} unset")
             return folder
-    installed = (*_packaged(), package_folder() / "assets", Path("~/.cache/libero/assets").expanduser())
+    installed = (*_packaged(), package_folder() / "assets", Path(os.path.expanduser("~/.cache/libero/assets")))
     folder = next((folder for folder in installed if folder.is_dir()), None) or _download()
     _refuse(str(folder), _missing(folder), INSTALL_ASSETS)
     return folder

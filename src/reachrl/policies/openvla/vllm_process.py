@@ -51,7 +51,7 @@ class EngineProcess:
         try:
             with theirs, self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [config.python.expanduser(), SERVER, str(theirs.fileno()), str(os.getpid()), *folders],
+                    [os.path.expanduser(config.python), SERVER, str(theirs.fileno()), str(os.getpid()), *folders],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
