@@ -71,8 +71,9 @@ def test_info_names_prismatics_layout(model, tmp_path: Path) -> None:
 
 
 def test_info_shows_openvla_oft(model, tmp_path: Path) -> None:
-    write_official(tmp_path, use_proprio=True)
-    code, out, _ = model("info", tmp_path)
+    (tmp_path / "checkpoint").mkdir()  # the name of a folder may be a sign too, and pytest's holds this test's
+    write_official(tmp_path / "checkpoint", use_proprio=True)
+    code, out, _ = model("info", tmp_path / "checkpoint")
     assert code == 0 and "OpenVLA-OFT by use_proprio in config.json" in rows(out)["layout"]
 
 
