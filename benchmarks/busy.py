@@ -66,7 +66,7 @@ def parts() -> dict[str, Callable[[], object]]:
 
 
 def measure(seconds: float) -> None:
-    """Whenever a line arrives: print the median milliseconds of each part, and this process's priority."""
+    """Whenever a line arrives: print the mean milliseconds of each part, and this process's priority."""
     contenders = parts()
     for run in contenders.values():
         run()
@@ -79,7 +79,7 @@ def measure(seconds: float) -> None:
                 start = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - start)
-            taken[name] = statistics.median(times) * 1e3
+            taken[name] = statistics.fmean(times) * 1e3
         print(json.dumps(taken | {"priority": os.getpriority(os.PRIO_PROCESS, 0)}), flush=True)
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     priority = os.getpriority(os.PRIO_PROCESS, 0)
     print("# Beside other programs\n")
     print(f"`python benchmarks/busy.py`: {available_cores()} cores, torch {torch.__version__}; milliseconds, ", end="")
-    print(f"median of {arguments.seconds:g} s. *n equal*, *n lower*: beside n busy processes of that priority.\n")
+    print(f"mean over {arguments.seconds:g} s. *n equal*, *n lower*: beside n busy processes of that priority.\n")
     loads = [f"{count} {'lower' if lower else 'equal'}" if count else "quiet" for count, lower in LOADS]
     print(f"| Part | Waiting threads | {' | '.join(loads)} |\n{'|---' * (2 + len(loads))}|")
     for setting, variables in SETTINGS.items():
