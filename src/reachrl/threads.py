@@ -3,8 +3,8 @@
 import os
 
 # Set before the first OpenMP runtime is loaded. By default a waiting thread of GNU's runtime spins some milliseconds,
-# which on a machine with other programs takes the core from the thread it waits for: 5 to 40 times slower. After this
-# many rounds, some hundred microseconds, it sleeps; measured in docs/benchmarks/busy.md.
+# which on a machine with other programs takes the core from the thread it waits for: several times slower, and far
+# more beside many programs. After this many rounds, some hundred microseconds, it sleeps; docs/benchmarks/busy.md.
 SPIN_COUNT = "2000"  # libgomp: Linux builds of PyTorch
 BLOCK_TIME_MS = "1"  # Intel's and LLVM's runtimes: macOS, conda, MKL
 
