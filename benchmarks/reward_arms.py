@@ -21,11 +21,11 @@ from typing import Any
 
 from quickstart import over_seeds, show
 from reachrl.functional.stats import paired_test
+from reachrl.report.formats import percent
+from reachrl.report.plots import moving_uniform_success
+from reachrl.report.svg import Chart
 from reachrl.run.atomic import write_json_atomic
-from reachrl.run.formats import percent
 from reachrl.run.metrics import read_metrics
-from reachrl.run.plots import moving_uniform_success
-from reachrl.run.svg import Chart
 
 PRESET = "metaworld_quickstart"
 ARMS = {

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from reachrl.run.video import write_video
+from reachrl.report.video import write_video
 
 FPS = 10
 SIZE = 32

@@ -10,10 +10,10 @@ from reachrl.cli.results import show_evaluations
 from reachrl.config.loading import load_config
 from reachrl.errors import StorageError
 from reachrl.pipeline.assess import summary
+from reachrl.report.report import render_report
 from reachrl.run.directory import Run
 from reachrl.run.metrics import read_metrics
 from reachrl.run.records import EvalStage, RewardQuality, read_record
-from reachrl.run.report import render_report
 from reachrl.run.stages import StageRecords
 
 DAMAGE = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from reachrl.demos.collect import shard_name
 from reachrl.demos.shard import ShardWriter, iter_shard
+from reachrl.report.report import write_report
+from reachrl.report.video import films_by_task, read_video, write_video
 from reachrl.run.file_names import file_name
-from reachrl.run.report import write_report
-from reachrl.run.video import films_by_task, read_video, write_video
 from reachrl.types import Start, Trajectory
 
 AWKWARD = (

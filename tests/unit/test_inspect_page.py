@@ -11,11 +11,11 @@ from PIL import Image
 
 from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.demos.shard import write_shard
+from reachrl.report.inspect_page import FRAME, FRAMES, InspectedEpisode, choose, draw_strip
+from reachrl.report.video import write_video
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, split_starts
 from reachrl.rewards.process.small import SmallRewardModel
-from reachrl.run.inspect_page import FRAME, FRAMES, InspectedEpisode, choose, draw_strip
-from reachrl.run.video import write_video
 from reachrl.types import Start, Trajectory
 
 

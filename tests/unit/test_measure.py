@@ -18,7 +18,7 @@ from reachrl.errors import ConfigError, StorageError
 from reachrl.evaluation import evaluate, heldout_starts
 from reachrl.pipeline import measure as measuring
 from reachrl.pipeline.measure import Measurement, measure, played
-from reachrl.run import result_page
+from reachrl.report import result_page
 
 QUIET = Display(quiet=True)
 CHANGES = ("eval.num_starts=3", "env.max_steps=6", "eval.num_videos=1")

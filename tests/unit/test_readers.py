@@ -17,7 +17,7 @@ from reachrl.demos.readers.end_effector import finger_opening
 from reachrl.demos.readers.frames import slug
 from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import ConfigError, MissingExtra, StorageError
-from reachrl.run.video import write_video
+from reachrl.report.video import write_video
 from reachrl.types import Start, Trajectory
 
 SENTENCE = "put the black bowl on the plate"

@@ -17,7 +17,7 @@ from lerobot_folder import FPS, SIZE, LeRobotFolder, png
 from reachrl.demos.readers import read_trajectories
 from reachrl.demos.readers.video import frames_at
 from reachrl.errors import ConfigError, StorageError
-from reachrl.run.video import write_video
+from reachrl.report.video import write_video
 
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 CAMERA = "videos/observation.images.front"

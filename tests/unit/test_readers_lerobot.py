@@ -12,7 +12,7 @@ from reachrl.demos.readers import StateColumns, read_trajectories
 from reachrl.demos.readers.end_effector import end_effector, flat_names, named_columns
 from reachrl.demos.readers.video import frames_at
 from reachrl.errors import ConfigError, StorageError
-from reachrl.run.video import write_video
+from reachrl.report.video import write_video
 from reachrl.types import Start
 
 

@@ -12,7 +12,7 @@ from lerobot_folder import pictures
 from reachrl.demos.readers import read_trajectories
 from reachrl.demos.readers.video import frames_at
 from reachrl.errors import ConfigError, StorageError
-from reachrl.run.video import write_video
+from reachrl.report.video import write_video
 
 RED, GREEN, BLUE, WHITE = (230, 20, 20), (20, 230, 20), (20, 20, 230), (230, 230, 230)
 

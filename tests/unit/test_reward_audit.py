@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from reachrl.config.audit import AuditSection
+from reachrl.report.video import read_video
 from reachrl.rewards.audit import RewardAudit, correlation
-from reachrl.run.video import read_video
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
 CONFIG = AuditSection(window=20, min_episodes=5, num_videos=2)

@@ -16,11 +16,11 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from reachrl.errors import StorageError
-from reachrl.run import plots, report
+from reachrl.report import plots, report
+from reachrl.report.report import write_report
+from reachrl.report.svg import Chart, span, ticks
+from reachrl.report.video import draw_overlay, write_video
 from reachrl.run.atomic import write_json_atomic
-from reachrl.run.report import write_report
-from reachrl.run.svg import Chart, span, ticks
-from reachrl.run.video import draw_overlay, write_video
 
 TASKS = ("reach-v3", "button-press-v3", "drawer-open-v3", "door-open-v3", "window-close-v3", "faucet-open-v3")
 

@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reachrl.errors import StorageError
-from reachrl.run import timeline
-from reachrl.run.report import render_report, write_report
-from reachrl.run.timeline import Box
+from reachrl.report import timeline
+from reachrl.report.report import render_report, write_report
+from reachrl.report.timeline import Box
 
 GRID = 200  # moments of the brute force; spans begin and end on them
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from reachrl.errors import StorageError
-from reachrl.run import video
-from reachrl.run.video import clip, clips_that_fit, draw_overlay, poster, read_video, write_video
+from reachrl.report import video
+from reachrl.report.video import clip, clips_that_fit, draw_overlay, poster, read_video, write_video
 
 CURVE_ROWS = slice(44, 94)  # of a drawn frame with a caption of one line
 

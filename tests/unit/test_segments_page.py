@@ -13,8 +13,8 @@ from lerobot_folder import LeRobotFolder
 from PIL import Image
 
 from reachrl.demos.store import finish_store, write_shard
-from reachrl.run.segments_page import SegmentedTrajectory, draw_row, page_facts, write_segments_page
-from reachrl.run.video import write_video
+from reachrl.report.segments_page import SegmentedTrajectory, draw_row, page_facts, write_segments_page
+from reachrl.report.video import write_video
 from reachrl.types import Start, Trajectory
 
 CUT, REST, LAST = 12, 9, 20

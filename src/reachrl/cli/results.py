@@ -7,7 +7,7 @@ from rich.table import Table
 
 from reachrl.cli.terminal import Terminal
 from reachrl.errors import StorageError
-from reachrl.run.formats import task_labels
+from reachrl.report.formats import task_labels
 from reachrl.run.records import EvalStage, WholeEvaluation, read_record
 
 _LABEL_LENGTH = 34  # leaves room for two columns of figures on 100

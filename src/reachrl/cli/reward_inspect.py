@@ -55,9 +55,9 @@ def inspect(
     from reachrl.demos.readers import read_trajectories
     from reachrl.errors import ConfigError
     from reachrl.registry import trust
+    from reachrl.report.inspect_page import write_inspect_page
     from reachrl.rewards.process.base import load_reward_model
     from reachrl.rewards.process.quality import measure
-    from reachrl.run.inspect_page import write_inspect_page
 
     for target in trusted or []:
         trust(target)
@@ -149,8 +149,8 @@ def _score(
 def _episode(trajectory: "Trajectory", result: "ScoredTrajectory", success: bool | None) -> Any:
     import numpy as np
 
+    from reachrl.report.inspect_page import InspectedEpisode
     from reachrl.rewards.process.quality import spearman
-    from reachrl.run.inspect_page import InspectedEpisode
 
     start = trajectory.start
     return InspectedEpisode(

@@ -14,7 +14,7 @@ from reachrl.cli.terminal import say
 if TYPE_CHECKING:
     from reachrl.config.reward_model import RewardModelSection
     from reachrl.demos.readers import StateColumns
-    from reachrl.run.segments_page import Row, SegmentedTrajectory
+    from reachrl.report.segments_page import Row, SegmentedTrajectory
     from reachrl.types import Trajectory
 
 PathArgument = Annotated[
@@ -68,7 +68,7 @@ def segments(
     config = labelling(changes or [], stored_section(path / "config.json", "reward_model"))
     from reachrl.demos.readers import read_trajectories
     from reachrl.errors import ConfigError
-    from reachrl.run.segments_page import page_facts, write_segments_page
+    from reachrl.report.segments_page import page_facts, write_segments_page
 
     where = state_columns(state, columns, gripper_range)
     stored = read_trajectories(path, instruction=instruction, camera=camera, state=where)
@@ -186,7 +186,7 @@ def _rows(
     """Each trajectory drawn, one in memory at a time; those without poses are counted and told in `notes`."""
     import numpy as np
 
-    from reachrl.run.segments_page import draw_row
+    from reachrl.report.segments_page import draw_row
 
     without: list[str] = []
     for trajectory in trajectories:
@@ -208,9 +208,9 @@ def _counted(trajectories: int) -> str:
 
 def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _Watch) -> "SegmentedTrajectory":
     """One trajectory with its milestones and labels, as the page draws it."""
+    from reachrl.report import segments_page
     from reachrl.rewards.process.label import label_trajectory, segment_trajectory
     from reachrl.rewards.process.segment import arm_speed
-    from reachrl.run import segments_page
 
     began = time.perf_counter()
     labels = label_trajectory(trajectory, config)

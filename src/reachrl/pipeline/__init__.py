@@ -147,7 +147,7 @@ def trained_iterations(path: Path) -> int:
 
 def _interim_report(config: TrainConfig, run: "Run", display: Display) -> dict[str, Any]:
     """Draw what an unfinished run has so far; the stage stays unfinished."""
-    from reachrl.run.report import write_report
+    from reachrl.report.report import write_report
 
     path = write_report(run.path)
     display.log(

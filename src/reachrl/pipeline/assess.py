@@ -19,6 +19,8 @@ from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures
 from reachrl.pipeline.reinforce import build_reward, trained_reward
 from reachrl.policies.base import Policy
+from reachrl.report.report import write_report
+from reachrl.report.video import draw_overlay, write_video
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rollout.episodes import PlayedEpisode
@@ -26,8 +28,6 @@ from reachrl.run.atomic import write_json_atomic
 from reachrl.run.directory import Run
 from reachrl.run.file_names import file_name
 from reachrl.run.records import Evaluation, RewardQuality, read_record
-from reachrl.run.report import write_report
-from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Observation, Rewards, Rollout, Start
 
 _AGAIN = "delete it and `eval` in stages.json, and evaluate again"

@@ -15,6 +15,8 @@ from reachrl.errors import ConfigError
 from reachrl.evaluation import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
+from reachrl.report.result_page import write_result_page
+from reachrl.report.video import draw_overlay, write_video
 from reachrl.rewards.process.pretrained import weight_files
 from reachrl.rollout.episodes import Mode, PlayedEpisode
 from reachrl.run.atomic import storage_errors, write_json_atomic
@@ -24,8 +26,6 @@ from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog, read_metrics
 from reachrl.run.provenance import collect_provenance
 from reachrl.run.records import AnyObject, read_record
-from reachrl.run.result_page import write_result_page
-from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Start
 
 Key = tuple[str, str, int]  # mode, task, start

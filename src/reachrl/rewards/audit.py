@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from reachrl.config.audit import AuditSection
+from reachrl.report.video import draw_overlay, write_video
 from reachrl.rewards.episodes import whole_episodes
-from reachrl.run.video import draw_overlay, write_video
 from reachrl.types import Rewards, Rollout
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""What lands on disk: the run folder, metrics, checkpoints, videos, provenance and the report."""
+"""What a run keeps on disk: its folder, metrics, checkpoints, records and lock."""

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reachrl.errors import StorageError
-from reachrl.run.formats import percent, plain, task_labels
-from reachrl.run.pages import drawn
-from reachrl.run.svg import Chart, ticks
+from reachrl.report.formats import percent, plain, task_labels
+from reachrl.report.pages import drawn
+from reachrl.report.svg import Chart, ticks
 
 LOOP = "loop"  # the lane whose last span ends the iteration
 COLOURS = ("c-train", "c-process", "c-after", "c-sampled", "c-heat", "c-before")  # the last one also takes what is left

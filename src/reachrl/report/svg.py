@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from reachrl.run.formats import plain
+from reachrl.report.formats import plain
 
 Number = float | int | None
 Point = tuple[float, Number]

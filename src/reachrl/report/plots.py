@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reachrl.run.formats import percent, plain, task_labels
-from reachrl.run.svg import Chart, span
+from reachrl.report.formats import percent, plain, task_labels
+from reachrl.report.svg import Chart, span
 
 Z95 = 1.959963984540054
 

@@ -8,12 +8,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from reachrl.errors import StorageError
-from reachrl.run import plots
+from reachrl.report import plots
+from reachrl.report.formats import duration, gibibytes
+from reachrl.report.pages import drawn, render_page
+from reachrl.report.timeline import timeline_section
+from reachrl.report.video import clips_that_fit, films_by_task
 from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.configuration import flatten_config, read_history
-from reachrl.run.formats import duration, gibibytes
 from reachrl.run.metrics import read_metrics
-from reachrl.run.pages import drawn, render_page
 from reachrl.run.records import (
     AnyObject,
     Conversation,
@@ -23,8 +25,6 @@ from reachrl.run.records import (
     Summary,
     read_record,
 )
-from reachrl.run.timeline import timeline_section
-from reachrl.run.video import clips_that_fit, films_by_task
 
 MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
 MAX_TURNS = 60

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from reachrl.run import plots
-from reachrl.run.formats import task_labels
-from reachrl.run.pages import drawn, write_page
-from reachrl.run.report import MAX_VIDEO_BYTES
-from reachrl.run.video import clips_that_fit, films_by_task
+from reachrl.report import plots
+from reachrl.report.formats import task_labels
+from reachrl.report.pages import drawn, write_page
+from reachrl.report.report import MAX_VIDEO_BYTES
+from reachrl.report.video import clips_that_fit, films_by_task
 
 _LABEL_WIDTH = 210  # pixels
 _LABEL_LENGTH = 32  # characters that fit into it

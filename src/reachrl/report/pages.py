@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from reachrl.report.formats import duration, gibibytes, signed, tenths
 from reachrl.run.atomic import utf8, write_bytes_atomic
-from reachrl.run.formats import duration, gibibytes, signed, tenths
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -13,7 +13,7 @@ def render_page(template: str, **content: Any) -> str:
     """Fill a template; words are escaped, pictures are marked with `drawn` or the filter `drawn`.
 
     Args:
-        template: a file of `run/templates/`.
+        template: a file of `report/templates/`.
         content: what it shows.
     """
     import jinja2
