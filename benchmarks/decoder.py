@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
-from reachrl.policies.decoding import decode
+from reachrl.policies.decoding.decode import decode
 from reachrl.policies.llama import build_llama
 
 # language model, prompt positions (BOS, patches, text), action tokens

@@ -86,7 +86,7 @@ def one_case(folder: Path, dtype: str, base: str, rounds: int) -> dict[str, floa
     """One case in this process: loading it alone, or with `rounds` how long it takes to act and to train."""
     config = configure(folder, dtype, base)
     if base == "nf4":
-        from reachrl.policies.openvla.four_bit import library
+        from reachrl.policies.lora.four_bit import library
 
         library()
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # starts the library's pools

@@ -13,7 +13,7 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
-from reachrl.policies.decoding import action_logits
+from reachrl.policies.decoding.decode import action_logits
 from reachrl.policies.llama import last_hidden
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.official import official_stats

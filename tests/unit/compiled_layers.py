@@ -1,4 +1,4 @@
-"""Two policies that decode with compiled layers: how many programs that takes. Run by test_given_linear.py."""
+"""Two policies that decode with compiled layers: how many programs that takes. Run by test_frozen_linear.py."""
 
 import sys
 from functools import partial
@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from small_policy import inputs, small
 
+from reachrl.policies.decoding import rollout_copy
 from reachrl.policies.llama import PLAIN, LayerPass
-from reachrl.policies.openvla import rollout_copy
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from small_policy import adapted, assert_apart, foreign, inputs, scores, small, unseal
 
 from reachrl.errors import CheckpointError, ConfigError, ExtensionError
-from reachrl.policies.openvla.adapters import ACTOR, CRITIC, active, tensors
+from reachrl.policies.lora.adapters import ACTOR, CRITIC, active, tensors
+from reachrl.policies.lora.merging import merged
 from reachrl.policies.openvla.export import export_adapter, export_merged
-from reachrl.policies.openvla.merging import merged
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 UP = "base_model.model.language_model.model.layers.1.mlp.up_proj"

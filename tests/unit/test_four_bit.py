@@ -19,7 +19,8 @@ from reachrl.cli.app import app
 from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError, MissingExtra
-from reachrl.policies.openvla import export, four_bit
+from reachrl.policies.lora import four_bit
+from reachrl.policies.openvla import export
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 LLM = {"language_model": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 3, "num_heads": 2}}

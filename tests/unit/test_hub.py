@@ -8,7 +8,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.hub import locate
+from reachrl.policies.storage.hub import locate
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
 from reachrl.policies.openvla.official import is_dead
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.weights import check_shapes
+from reachrl.policies.storage.weights import check_shapes
 
 STORED, LIVE = 7_541_237_184, 7_498_156_704
 Shapes = dict[str, tuple[int, ...]]

@@ -31,7 +31,7 @@ from reachrl.plan.advice import apply
 from reachrl.plan.device import DEVICES, GIB, Device
 from reachrl.plan.memory import MemoryPlan, Part, plan_memory
 from reachrl.plan.timing import plan_time
-from reachrl.policies.given_linear import GivenLinear
+from reachrl.policies.decoding.frozen_linear import FrozenLinear
 
 # --- memory -----------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ def test_a_copy_in_8_bits_takes_its_weights_and_a_little() -> None:
     copy = policy._rollout
     assert copy is not None
     modules = [module for part in (copy.projector, copy.model) for module in part.modules()]
-    given = [module for module in modules if isinstance(module, GivenLinear)]
+    given = [module for module in modules if isinstance(module, FrozenLinear)]
     storages = [m.weight.untyped_storage() for m in given]  # parts of a fused map share theirs
     held = {storage._cdata: storage.nbytes() for storage in storages}
     planned = next(part for part in plan_memory(run_of(config), CPU).parts if part.name == "copy to decode with")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.weights import read_shapes
+from reachrl.policies.storage.weights import read_shapes
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from reachrl.config.policy import recorded_rows
 from reachrl.policies.base import ActionSample
+from reachrl.policies.decoding.recordings import Recordings
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.recordings import Recordings
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
 

@@ -12,7 +12,7 @@ from small_policy import adapted, foreign, unseal
 
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.weights import weight_files
+from reachrl.policies.storage.weights import weight_files
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.pretrained import read_weights
 from reachrl.rewards.process.small import SmallRewardModel

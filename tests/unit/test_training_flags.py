@@ -12,7 +12,8 @@ from small_policy import adapted, foreign, inputs, small
 from torch import nn
 
 from reachrl.config.policy import LoRAConfig
-from reachrl.policies.openvla import export, peft_merge
+from reachrl.policies.lora import peft_merge
+from reachrl.policies.openvla import export
 from reachrl.policies.openvla.checkpoint import read_config
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 

@@ -100,7 +100,7 @@ def test_a_copy_for_decoding_that_is_not_formed_anew_is_noticed(base: Path, monk
     """The bug of the first implementations: adapters arrive, but what decodes was merged before."""
     learner, actor = adapted(base, rollout_copy=True), adapted(base, seed=2, rollout_copy=True)
     acted(actor)
-    monkeypatch.setattr("reachrl.policies.openvla.rollout_copy.RolloutCopy.update", lambda self: None)
+    monkeypatch.setattr("reachrl.policies.decoding.rollout_copy.RolloutCopy.update", lambda self: None)
     weights = packed(learner)
     load_packed(actor, weights, train_vision=False)
     with pytest.raises(WorkerError, match="does not act with the weights"):

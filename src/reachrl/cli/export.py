@@ -39,7 +39,7 @@ def export(
     A policy trained without adapters is written as an official checkpoint: configuration, other files and weights that
     are never read are those of the checkpoint it began as. Its critic is left out.
     """
-    from reachrl.policies.openvla.adapters import is_adapter
+    from reachrl.policies.lora.adapters import is_adapter
 
     console = Terminal()
     if base is not None and is_adapter(folder):

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, rotate_half
 
 from reachrl.config.policy import LanguageModelConfig
-from reachrl.policies.given_linear import GivenLinear
+from reachrl.policies.decoding.frozen_linear import FrozenLinear
 
 Rotary = tuple[Tensor, Tensor]
 FUSED = _QKV, _GATE_UP = "fused_qkv", "fused_gate_up"
@@ -114,7 +114,7 @@ def fuse(layer: LlamaDecoderLayer) -> None:
         (attention, _QKV, ("q_proj", "k_proj", "v_proj")),
         (mlp, _GATE_UP, ("gate_proj", "up_proj")),
     ):
-        maps = [cast(GivenLinear, getattr(owner, part)) for part in parts]
+        maps = [cast(FrozenLinear, getattr(owner, part)) for part in parts]
         fused = type(maps[0]).empty(sum(each.out_features for each in maps), maps[0].in_features, like=maps[0].weight)
         for part, view in zip(parts, fused.split([each.out_features for each in maps]), strict=True):
             setattr(owner, part, view)
@@ -126,7 +126,7 @@ def _project(
 ) -> tuple[Float[Tensor, "B H Q D"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
     """Queries of the last `num_queries` positions, keys and values of all, with their places."""
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    fused: GivenLinear | None = getattr(attention, _QKV, None)
+    fused: FrozenLinear | None = getattr(attention, _QKV, None)
     if fused is None or num_queries < hidden.shape[1]:
         # Queries last: the order in which gradients are summed is part of published numbers.
         key, value = attention.k_proj(normed), attention.v_proj(normed)
@@ -143,7 +143,7 @@ def _project(
 
 
 def _feed_forward(mlp: LlamaMLP, x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B Q E"]:
-    fused: GivenLinear | None = getattr(mlp, _GATE_UP, None)
+    fused: FrozenLinear | None = getattr(mlp, _GATE_UP, None)
     if fused is None:
         return mlp(x)
     gate, up = fused(x).chunk(2, -1)

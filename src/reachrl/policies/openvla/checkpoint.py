@@ -16,11 +16,10 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.openvla import adapters, four_bit
-from reachrl.policies.openvla.adapter_files import check_agreement
-from reachrl.policies.openvla.adapters import VALUE_FILE
-from reachrl.policies.openvla.hub import locate
-from reachrl.policies.openvla.merging import merge_into
+from reachrl.policies.lora import adapters, four_bit
+from reachrl.policies.lora.adapter_files import check_agreement
+from reachrl.policies.lora.adapters import VALUE_FILE
+from reachrl.policies.lora.merging import merge_into
 from reachrl.policies.openvla.official import (
     CONFIG_FILE,
     HEAD,
@@ -36,7 +35,8 @@ from reachrl.policies.openvla.official import (
 )
 from reachrl.policies.openvla.oft import refuse_oft
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
-from reachrl.policies.openvla.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
+from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
 from reachrl.registry import is_trusted
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.manifest import seal, verify_if_sealed

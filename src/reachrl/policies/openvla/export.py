@@ -16,9 +16,10 @@ from torch import Tensor
 
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.openvla import adapters, peft_merge
-from reachrl.policies.openvla.adapter_files import deltas
-from reachrl.policies.openvla.adapters import VALUE_FILE
+from reachrl.policies.lora import adapters, peft_merge
+from reachrl.policies.lora.adapter_files import deltas
+from reachrl.policies.lora.adapters import VALUE_FILE
+from reachrl.policies.lora.merging import Effect, folded
 from reachrl.policies.openvla.checkpoint import (
     CONFIG_FILE,
     OUR_STATS,
@@ -27,12 +28,11 @@ from reachrl.policies.openvla.checkpoint import (
     read_config,
 )
 from reachrl.policies.openvla.inputs import OpenVLAInputs
-from reachrl.policies.openvla.merging import Effect, folded
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, norm_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
-from reachrl.policies.openvla.weights import read_json, weight_files
+from reachrl.policies.storage.weights import read_json, weight_files
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.manifest import MANIFEST, seal, verify_if_sealed
 

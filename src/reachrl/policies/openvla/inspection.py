@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.policies.openvla import adapters
-from reachrl.policies.openvla.adapter_files import rank_and_alpha
+from reachrl.policies.lora import adapters
+from reachrl.policies.lora.adapter_files import rank_and_alpha
 from reachrl.policies.openvla.checkpoint import TOKENIZER_FILE, read_config
-from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.official import (
     KNOWN_HEADS,
     TOWERS,
@@ -23,7 +22,8 @@ from reachrl.policies.openvla.official import (
 )
 from reachrl.policies.openvla.oft import oft_signal
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer
-from reachrl.policies.openvla.weights import StoredTensor, read_header, read_headers, read_json
+from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.weights import StoredTensor, read_header, read_headers, read_json
 
 EXAMPLE = "pick up the red block"
 _PARTS = {

@@ -12,8 +12,8 @@ from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAC
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.openvla import adapters
-from reachrl.policies.openvla.weights import read_json, read_shapes
+from reachrl.policies.lora import adapters
+from reachrl.policies.storage.weights import read_json, read_shapes
 
 CONFIG_FILE = "config.json"
 STATS_FILE = "dataset_statistics.json"

@@ -19,11 +19,11 @@ from reachrl.policies.openvla.checkpoint import (
     read_config,
 )
 from reachrl.policies.openvla.export import copy_surroundings, write_new
-from reachrl.policies.openvla.hub import locate
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import HEAD, is_dead, is_official, ties_embeddings
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.weights import INDEX_FILE, SINGLE_FILE, check_shapes, read_json, read_shapes, weight_files
+from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.weights import INDEX_FILE, SINGLE_FILE, check_shapes, read_json, read_shapes, weight_files
 from reachrl.run.manifest import verify_if_sealed
 
 _CRITIC = ("value_head.", "critic.")

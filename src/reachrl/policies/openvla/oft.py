@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.weights import read_json
+from reachrl.policies.storage.weights import read_json
 
 # What its training leaves beside the weights: pickles such as action_head--150000_checkpoint.pt, or what they became.
 _FILES = ("action_head*", "proprio_projector*", "noisy_action_projector*", "vision_backbone--*")

@@ -22,13 +22,14 @@ from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
 from reachrl.policies.base import ActionSample, Evaluation, Policy
 from reachrl.policies.critic import SeparateTrunk, ValueHead
-from reachrl.policies.decoding import action_logits, decode
+from reachrl.policies.decoding.decode import action_logits, decode
+from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import PLAIN, build_llama, decoder_layers, last_hidden
-from reachrl.policies.openvla import adapters, checkpoint
+from reachrl.policies.lora import adapters
+from reachrl.policies.openvla import checkpoint
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
-from reachrl.policies.openvla.rollout_copy import RolloutCopy
 from reachrl.policies.openvla.sequence import embed, pad
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone

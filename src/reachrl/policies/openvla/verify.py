@@ -13,7 +13,7 @@ from torch import Tensor
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import unit_from_tokens
-from reachrl.policies.decoding import action_logits
+from reachrl.policies.decoding.decode import action_logits
 from reachrl.policies.llama import last_hidden
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy

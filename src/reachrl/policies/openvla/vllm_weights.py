@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.policies.openvla.adapters import CRITIC
+from reachrl.policies.decoding.rollout_copy import acting_weight
+from reachrl.policies.lora.adapters import CRITIC
 from reachrl.policies.openvla.official import KNOWN_HEADS
-from reachrl.policies.openvla.rollout_copy import acting_weight
 
 if TYPE_CHECKING:
     from reachrl.policies.openvla.policy import OpenVLAPolicy

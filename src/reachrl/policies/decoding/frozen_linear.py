@@ -12,7 +12,7 @@ from reachrl.config.policy import check_float8
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-class GivenLinear(nn.Module):
+class FrozenLinear(nn.Module):
     """A linear map whose weight is copied in; it may be a part of a larger one, or fall into such parts.
 
     Args:
@@ -27,7 +27,7 @@ class GivenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, *, like: Tensor, bias: bool = False) -> "GivenLinear":
+    def empty(cls, out_features: int, in_features: int, *, like: Tensor, bias: bool = False) -> "FrozenLinear":
         """Room for a map, where and of the type that `like` is."""
         return cls(like.new_empty(out_features, in_features), like.new_empty(out_features) if bias else None)
 
@@ -35,7 +35,7 @@ class GivenLinear(nn.Module):
     def check(device: torch.device) -> None:
         """Any device will do."""
 
-    def split(self, rows: Sequence[int]) -> list["GivenLinear"]:
+    def split(self, rows: Sequence[int]) -> list["FrozenLinear"]:
         """Maps to so many outputs each, whose weights are views of this one's."""
         return [type(self)(weight) for weight in self.weight.detach().split(list(rows))]
 
@@ -51,7 +51,7 @@ class GivenLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class Float8Linear(GivenLinear):
+class Float8Linear(FrozenLinear):
     """A linear map in 8 bits (E4M3): each output's weights share a scale, and so do each row's inputs.
 
     Half the memory, and on hardware that multiplies 8-bit numbers up to twice the speed, for an error of a few
@@ -83,7 +83,7 @@ class Float8Linear(GivenLinear):
         if device.type == "cuda":
             check_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
-    def split(self, rows: Sequence[int]) -> list["GivenLinear"]:
+    def split(self, rows: Sequence[int]) -> list["FrozenLinear"]:
         """Maps to so many outputs each, whose weights and scales are views of this one's."""
         pairs = zip(self.weight.detach().split(list(rows)), self.scale.split(list(rows)), strict=True)
         return [type(self)(weight, None, scale) for weight, scale in pairs]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.adapters import (
+from reachrl.policies.lora.adapters import (
     CONFIG_FILE,
     PREFIX,
     VALUE_FILE,
@@ -23,7 +23,7 @@ from reachrl.policies.openvla.adapters import (
     sets,
 )
 from reachrl.policies.openvla.names import canonical_key
-from reachrl.policies.openvla.weights import read_json, weight_files
+from reachrl.policies.storage.weights import read_json, weight_files
 
 # Options of peft's LoRA under which the same two matrices would mean something else.
 _FOREIGN = (

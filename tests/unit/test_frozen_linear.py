@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from small_policy import adapted, inputs, small
 
-from reachrl.policies.given_linear import Float8Linear, GivenLinear
+from reachrl.policies.decoding.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.llama import decoder_layers
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -59,8 +59,8 @@ def test_in_bfloat16_it_is_the_same_map() -> None:
     torch.testing.assert_close(out.float(), layer_of(weight.float())(x.float()), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", [GivenLinear, Float8Linear])
-def test_parts_are_views_of_the_whole(kind: type[GivenLinear]) -> None:
+@pytest.mark.parametrize("kind", [FrozenLinear, Float8Linear])
+def test_parts_are_views_of_the_whole(kind: type[FrozenLinear]) -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(3, 32), (torch.randn(16, 32), torch.randn(48, 32) * 7)
     whole = kind.empty(64, 32, like=x)

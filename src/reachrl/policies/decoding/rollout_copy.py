@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.policies.given_linear import Float8Linear, GivenLinear
+from reachrl.policies.decoding.frozen_linear import Float8Linear, FrozenLinear
+from reachrl.policies.decoding.recordings import CudaGraphs, Recordings
 from reachrl.policies.llama import FUSED, PLAIN, LayerPass, compiled, decoder_layers, fuse
-from reachrl.policies.openvla.four_bit import dense_weight, weight_dtype
-from reachrl.policies.openvla.merging import merged
-from reachrl.policies.recordings import CudaGraphs, Recordings
+from reachrl.policies.lora.four_bit import dense_weight, weight_dtype
+from reachrl.policies.lora.merging import merged
 
 
 class RolloutCopy:
@@ -32,11 +32,11 @@ class RolloutCopy:
 
     def __init__(self, projector: nn.Module, model: LlamaModel, config: OpenVLAConfig) -> None:
         device = next(model.parameters()).device
-        kind = Float8Linear if config.rollout_precision == "float8" else GivenLinear
+        kind = Float8Linear if config.rollout_precision == "float8" else FrozenLinear
         kind.check(device)
         self._trained = (projector, model)
-        self.projector = _given_copy(projector, GivenLinear)
-        self.model: LlamaModel = _given_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
+        self.projector = _frozen_copy(projector, FrozenLinear)
+        self.model: LlamaModel = _frozen_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
         self.layer_pass: LayerPass = compiled() if config.compile_prefill else PLAIN
         self.recordings: Recordings | None = None
         if device.type == "cuda" and config.records_steps:
@@ -63,7 +63,7 @@ class RolloutCopy:
             return
         with torch.no_grad():
             for source, target in self._pairs:
-                assert isinstance(target, GivenLinear)
+                assert isinstance(target, FrozenLinear)
                 target.give(*acting_weight(source))
         self._seen = now
 
@@ -74,7 +74,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     for name, child in module.named_children():
         if name in FUSED:
             continue
-        found += [child] if isinstance(child, (nn.Linear, LoraLayer, GivenLinear)) else _linears(child)
+        found += [child] if isinstance(child, (nn.Linear, LoraLayer, FrozenLinear)) else _linears(child)
     return found
 
 
@@ -91,7 +91,7 @@ def acting_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, base.bias  # pyright: ignore[reportReturnType]
 
 
-def _given_copy(module: nn.Module, kind: type[GivenLinear]) -> nn.Module:
+def _frozen_copy(module: nn.Module, kind: type[FrozenLinear]) -> nn.Module:
     """The same module without adapters: linear maps with storage of their own, everything else shared."""
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     own = copy.deepcopy(module, memo=dict(shared))
@@ -99,7 +99,7 @@ def _given_copy(module: nn.Module, kind: type[GivenLinear]) -> nn.Module:
     return own
 
 
-def _strip(module: nn.Module, kind: type[GivenLinear]) -> None:
+def _strip(module: nn.Module, kind: type[FrozenLinear]) -> None:
     for name, child in module.named_children():
         if isinstance(child, (nn.Linear, LoraLayer)):
             base = child.get_base_layer() if isinstance(child, LoraLayer) else child

@@ -10,9 +10,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.adapter_files import matrices
-from reachrl.policies.openvla.adapters import ACTOR, CONFIG_FILE
-from reachrl.policies.openvla.weights import read_json
+from reachrl.policies.lora.adapter_files import matrices
+from reachrl.policies.lora.adapters import ACTOR, CONFIG_FILE
+from reachrl.policies.storage.weights import read_json
 
 
 def attach(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -> None:

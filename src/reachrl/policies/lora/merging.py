@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.adapter_files import deltas
+from reachrl.policies.lora.adapter_files import deltas
 
 _LEAST = 1e-3  # share of the weights that an adapter in use changes at least, also of weights in bfloat16
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
+from reachrl.policies.decoding.recordings import Recordings
 from reachrl.policies.llama import PLAIN, LayerPass, Prompt, prefill, step
-from reachrl.policies.recordings import Recordings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.llama import Contexts
-from reachrl.policies.openvla.hub import locate
-from reachrl.policies.openvla.weights import check_shapes, read_json, weight_files
+from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.weights import check_shapes, read_json, weight_files
 from reachrl.run.fingerprint import fingerprint, is_of
 from reachrl.run.stored_weights import check_finite
 

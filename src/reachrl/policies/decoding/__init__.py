@@ -1,0 +1,1 @@
+"""Cached decoding of action tokens, with the trained modules or with a frozen copy of them."""

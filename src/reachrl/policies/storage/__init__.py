@@ -1,0 +1,1 @@
+"""What all families of policies store alike: folders of safetensors files, on this machine or on the hub."""
