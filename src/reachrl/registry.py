@@ -60,7 +60,7 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 
-# Of this process: import strings, and programs to start, that the user has named.
+# Of this process: import strings that the user has named.
 _TRUSTED: set[str] = set()
 # Classes by import string `__main__:Class`, in a process that was started by the one whose notebook or script has them.
 _RECEIVED: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def search_here() -> None:
 
 
 def trust(target: str) -> None:
-    """Take note that the user has named `target`, an import string or a program; stored files may then name it too."""
+    """Take note that the user has named `target`, an import string; stored files may then name it too."""
     _TRUSTED.add(target)
     if _search_here and ":" in target:
         try:

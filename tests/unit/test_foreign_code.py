@@ -1,4 +1,4 @@
-"""Nothing that lies in a downloaded folder decides what code or program is run; the user's own word does."""
+"""Nothing that lies in a downloaded folder decides what code is run; the user's own word does."""
 
 import json
 import sys
@@ -16,9 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from reachrl import registry
 from reachrl.config.loading import config_dict, load_config
-from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.openvla.checkpoint import read_config
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.transformers_model import TransformersRewardModel
 
@@ -44,9 +42,6 @@ def download(tmp_path, monkeypatch):
         f"open({str(marker)!r}, 'w').close()\n"
         f"{plug_in('M', EVIL)}\nfrom reachrl.rewards.process.small import SmallRewardModel as R\n"
     )
-    program = folder / "evil.sh"
-    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
-    program.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_TRUSTED", set())
@@ -102,10 +97,9 @@ def test_a_runs_configuration_names_no_plug_in(download, section):
     [
         ("reward_model", {"kind": "transformers", "model_class": EVIL}),
         ("reward_model", {"kind": "transformers", "processor_class": EVIL}),
-        ("policy", {"decoder": "vllm", "vllm": {"python": "runx/evil.sh"}}),
     ],
 )
-def test_nor_a_class_or_a_program(download, section, options):
+def test_nor_a_class(download, section, options):
     with pytest.raises(ConfigError, match="names 'runx"):
         load_config(str(stored_run(download, **{section: options})))
     assert not ran(download)
@@ -168,16 +162,6 @@ def test_kernels_of_the_hub_are_not_asked_for(download):
     edit(folder / "checkpoint" / "config.json", attn_implementation="somebody/kernels")
     with pytest.raises(CheckpointError, match="attn_implementation is 'somebody/kernels'"):
         load_reward_model(folder)
-
-
-def test_a_policys_folder_names_no_program(download, caplog):
-    program = "runx/evil.sh"
-    config = OpenVLAConfig.openvla_7b().model_dump(mode="json") | {"decoder": "vllm", "vllm": {"python": program}}
-    (download / "config.json").write_text(json.dumps(config))
-    found = read_config(download)
-    assert (found.decoder, found.vllm.python) == ("own", None) and f"python={program} is not started" in caplog.text
-    registry.trust(program)
-    assert read_config(download).decoder == "vllm"
 
 
 def test_a_download_where_the_command_runs_is_not_installed(download):

@@ -14,7 +14,6 @@ from small_policy import foreign
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reachrl.config.policy import LoRAConfig, OpenVLAConfig
-from reachrl.config.vllm import VllmConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.checkpoint import read_config
 from reachrl.policies.openvla.export import export_merged
@@ -83,15 +82,6 @@ def test_adapters_keep_the_pixel_statistics_they_were_trained_with(tmp_path: Pat
     assert OpenVLAPolicy.from_pretrained(tmp_path / "saved").config.image_mean == MEANS
     sizes = configured(folder).model_dump() | {"checkpoint": tmp_path / "saved"}
     assert OpenVLAPolicy(OpenVLAConfig.model_validate(sizes)).config.image_mean == MEANS
-
-
-def test_vllm_is_refused_other_pixel_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = put(write_official(tmp_path), "preprocessor_config.json", PREPROCESSOR)
-    plain = configured(folder)
-    # A tiny model cannot have the released towers; these stand for them.
-    monkeypatch.setattr(OpenVLAConfig, "openvla_7b", classmethod(lambda cls: plain))
-    with pytest.raises(CheckpointError, match=r"this policy cannot use: vLLM normalises frames"):
-        OpenVLAPolicy(configured(folder, decoder="vllm", vllm=VllmConfig(python=Path("/usr/bin/python3"))))
 
 
 def test_the_preprocessors_resizing_counts(tmp_path: Path) -> None:

@@ -56,13 +56,19 @@ def test_resume_with_the_same_config_and_refusal_of_another(tmp_path: Path) -> N
         (None, "an earlier version of ReachRL"),
     ],
 )
-def test_a_run_of_the_time_before_algorithm_sections_is_refused_by_its_version(tmp_path: Path, facts, writer) -> None:
-    config = {"seed": 1, "num_steps": 3, "ppo": {"lr": 1e-5}}
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"seed": 1, "num_steps": 3, "ppo": {"lr": 1e-5}}, "`ppo`.*`algorithm` and `rollout`"),
+        ({"seed": 1, "policy": {"decoder": "own", "vllm": {"python": None}}}, r"`policy\.vllm`.*without vLLM"),
+    ],
+)
+def test_a_run_of_an_earlier_version_is_refused_by_its_version(tmp_path: Path, config, told, facts, writer) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     if facts:
         (tmp_path / "provenance.json").write_text(json.dumps(facts))
     for open_old in (lambda: open_run(tmp_path), lambda: load_config(str(tmp_path / "config.json"))):
-        with pytest.raises(ConfigError, match=rf"run .* was written by {writer}.*`algorithm` and `rollout`"):
+        with pytest.raises(ConfigError, match=rf"run .* was written by {writer}.*{told}"):
             open_old()
 
 

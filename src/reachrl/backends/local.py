@@ -229,7 +229,6 @@ class LocalBackend(Backend):
             yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
         finally:
             actors.close()
-            actors.policy.close()
         learner.close()
 
     def follow(self, config: TrainConfig) -> None:

@@ -68,7 +68,7 @@ def load_config(preset: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
         overrides: texts as on the command line, `["seed=2", "env.num_envs=4"]`; or values by key,
             `{"env.kind": MyEnv, "env": {"num_envs": 4}}`, where a plug-in's class stands for its import string.
 
-    A TOML file and the overrides are the user's word and may name plug-ins and programs; a JSON file is stored data and
+    A TOML file and the overrides are the user's word and may name plug-ins; a JSON file is stored data and
     may not, unless they name the same.
 
     Raises:
@@ -218,12 +218,16 @@ def _read(preset: str) -> dict[str, Any]:
 
 
 def refuse_earlier(config: dict[str, Any], run: Path) -> None:
-    """Refuse the stored configuration of a run from before the sections `algorithm` and `rollout`.
+    """Refuse the stored configuration of a run that a version with other sections wrote.
 
     Raises:
         ConfigError: names the version that wrote the run.
     """
-    if "ppo" not in config or "algorithm" in config:
+    if "ppo" in config and "algorithm" not in config:
+        section, instead = "ppo", "has `algorithm` and `rollout` instead"
+    elif "vllm" in (_as_section(config.get("policy")) or {}):
+        section, instead = "policy.vllm", "decodes without vLLM"
+    else:
         return
     writer = "an earlier version of ReachRL"
     try:
@@ -233,8 +237,8 @@ def refuse_earlier(config: dict[str, Any], run: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a run without provenance is refused all the same
     raise ConfigError(
-        f"run {run} was written by {writer}, whose configuration has a section `ppo`; this version has `algorithm` and "
-        "`rollout` instead. Use the version that wrote it, or begin another run with this one."
+        f"run {run} was written by {writer}, whose configuration has a section `{section}`; this version "
+        f"{instead}. Use the version that wrote it, or begin another run with this one."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which code and programs a configuration names, and whose word that is: the user's, or only a stored file's."""
+"""Which code a configuration names, and whose word that is: the user's, or only a stored file's."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -12,7 +12,7 @@ LIBRARY = "transformers:"
 
 
 def names(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a configuration names that is neither built in nor installed: dotted key and import string or program.
+    """What a configuration names that is neither built in nor installed: dotted key and import string.
 
     Args:
         data: the configuration before it is validated, or some of it.
@@ -25,10 +25,6 @@ def names(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         target = str(_section(data, "reward_model").get(option, LIBRARY))
         if not target.startswith(LIBRARY):
             yield f"reward_model.{option}", target
-    policy = _section(data, "policy")
-    python = _section(policy, "vllm").get("python")
-    if python is not None and policy.get("decoder", "vllm") == "vllm":
-        yield "policy.vllm.python", str(python)
 
 
 def trust_names(data: dict[str, Any]) -> None:
@@ -41,7 +37,7 @@ def check_names(data: dict[str, Any], *, where: str) -> None:
     """Refuse what a stored configuration names and the user does not.
 
     Raises:
-        ConfigError: names the first key; nothing was imported or started.
+        ConfigError: names the first key; nothing was imported.
     """
     for key, name in names(data):
         if not registry.is_trusted(name):

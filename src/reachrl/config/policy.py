@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from reachrl.config.base import Section
 from reachrl.config.marks import Affects
 from reachrl.config.towers import TINY_TOWER, TowerConfig, ViTTowerConfig
-from reachrl.config.vllm import VllmConfig, refusal
 from reachrl.errors import ConfigError
 
 NUM_ACTION_BINS = 256
@@ -185,11 +184,6 @@ class OpenVLAConfig(Section):
     compile_prefill: Annotated[bool, _ENGINE] = False
     """Compile the copy's decoder layers for prompts (`torch.compile`): elementwise work is merged into fewer kernels.
     Takes up to a minute when it begins and when another shape comes; on a CPU it hardly pays."""
-    decoder: Annotated[Literal["own", "vllm"], _ENGINE] = "own"
-    """What decodes actions: this package, or a vLLM engine in a process of its own (released vision towers only). vLLM
-    draws other samples of the same distribution."""
-    vllm: Annotated[VllmConfig, _ENGINE] = VllmConfig()
-    """The engine of `decoder="vllm"`."""
     dtype: Annotated[Literal["float32", "bfloat16"], Affects.WARM_START] = "float32"
     """How towers, projector and trunk are stored; adapters and the value head are always float32."""
     compute_dtype: Annotated[Literal["float32", "bfloat16"] | None, _ENGINE] = None
@@ -260,12 +254,6 @@ class OpenVLAConfig(Section):
     def records_steps(self) -> bool:
         """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
         return self.rollout_copy and self.decode_graphs and self.arithmetic == self.dtype
-
-    @model_validator(mode="after")
-    def _vllm_can_decode_it(self) -> Self:
-        if self.decoder == "vllm" and (why := refusal(self, self.openvla_7b())):
-            raise ValueError(why)
-        return self
 
     @property
     def num_patches(self) -> int:

@@ -84,16 +84,11 @@ def sections(config: TrainConfig) -> tuple[OpenVLAConfig, PolicyGradientSection]
     """The policy's and the algorithm's section.
 
     Raises:
-        ConfigError: policy or algorithm is a plug-in, whose sizes are not known, or the policy is decoded by vLLM.
+        ConfigError: policy or algorithm is a plug-in, whose sizes are not known.
     """
     if not isinstance(config.policy, OpenVLAConfig):
         kind = getattr(config.policy, "kind", "?")
         raise ConfigError(f"policy.kind={kind!r}: a plan needs the sizes of an `openvla` policy, and knows no others.")
-    if config.policy.decoder != "own":
-        raise ConfigError(
-            f'policy.decoder="{config.policy.decoder}": a plan knows the own decoder only, not what an engine needs. '
-            'Plan with policy.decoder="own" and keep room for a second copy of the weights'
-        )
     if not isinstance(config.algorithm, PolicyGradientSection):
         kind = getattr(config.algorithm, "kind", "?")
         raise ConfigError(

@@ -199,9 +199,6 @@ class Policy(nn.Module, ABC):
             )
         return sample.logprobs
 
-    def close(self) -> None:
-        """Let go of what acting holds beside the weights, as processes; acting again brings it back."""
-
     @abstractmethod
     def evaluate(
         self,

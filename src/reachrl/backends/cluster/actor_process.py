@@ -112,4 +112,3 @@ class ActorProcess:
         """Stop the environments."""
         if self._actors is not None:
             self._actors.close()
-            self._actors.policy.close()

@@ -37,7 +37,6 @@ from reachrl.policies.openvla.oft import refuse_oft
 from reachrl.policies.openvla.tokenizer import PromptTokenizer
 from reachrl.policies.storage.hub import locate
 from reachrl.policies.storage.weights import SINGLE_FILE, check_shapes, copy_weights, read_json, read_shapes
-from reachrl.registry import is_trusted
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.manifest import seal, verify_if_sealed
 from reachrl.run.stored_weights import check_finite
@@ -121,22 +120,9 @@ def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset:
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} describes no policy of this version: {problems_of(error)}"
             ) from error
-        config = _without_foreign_program(config, folder)
         if adapters.is_adapter(folder):
             check_agreement(folder, config)
     return config.model_copy(update={"checkpoint": given})
-
-
-def _without_foreign_program(config: OpenVLAConfig, folder: Path) -> OpenVLAConfig:
-    """A stored configuration does not say which program decodes, unless the user has named the same."""
-    if config.decoder == "own" or is_trusted(str(config.vllm.python)):
-        return config
-    logger.warning(
-        "%s: policy.vllm.python=%s is not started because a stored file names it: the policy decodes by itself, which "
-        "draws other samples of the same distribution. Type policy.vllm.python=... to have it decode",
-        folder / CONFIG_FILE, config.vllm.python,
-    )  # fmt: skip
-    return config.model_copy(update={"decoder": "own", "vllm": config.vllm.model_copy(update={"python": None})})
 
 
 def load_into(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
@@ -250,12 +236,7 @@ def _adopt_pixel_statistics(policy: "OpenVLAPolicy", stored: OpenVLAConfig, fold
         "%s was trained on pixels normalised by %s: these are used in place of those configured, %s",
         folder, trained, {name: getattr(config, name) for name in trained},
     )  # fmt: skip
-    try:
-        policy.config = type(config).model_validate(config.model_dump() | trained)
-    except ValidationError as error:  # a decoder that cannot do with them
-        raise CheckpointError(
-            f"{folder} states pixel statistics that this policy cannot use: {problems_of(error)}"
-        ) from error
+    policy.config = config.model_copy(update=trained)
 
 
 def _load_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:

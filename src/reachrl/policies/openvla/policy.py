@@ -33,7 +33,6 @@ from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.sequence import embed, pad
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
-from reachrl.policies.openvla.vllm_decoder import VllmDecoder
 from reachrl.types import Observation
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,6 @@ class OpenVLAPolicy(Policy):
         # Instead of statistics: the names of those to choose from, while nobody has chosen.
         self._action_stats: ActionStats | tuple[str, ...] = ActionStats.identity(config.num_action_tokens)
         self._rollout: RolloutCopy | None = None
-        self._vllm = VllmDecoder(config) if config.decoder == "vllm" else None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.origin: Path | None = None  # the official checkpoint, a folder or `owner/name`, the weights began as
         self.tokenizer = tokenizer
@@ -107,8 +105,6 @@ class OpenVLAPolicy(Policy):
     def _apply(self, fn: Any, recurse: bool = True) -> "OpenVLAPolicy":
         """Whatever moves or converts the weights also ends the copy that was made of them for decoding."""
         self._rollout = None
-        if self._vllm is not None:
-            self._vllm.forget()
         return super()._apply(fn, recurse)
 
     def add_adapters(self, base: Path) -> None:
@@ -228,14 +224,7 @@ class OpenVLAPolicy(Policy):
         gumbel: Float[Tensor, "B A V"] | None = None,
         with_values: bool = True,
     ) -> ActionSample:
-        """Decode all rows at once, without gradients; greedy when `gumbel` is None.
-
-        With `decoder="vllm"` the noise seeds vLLM's own sampling: another sample of the same distribution.
-        """
-        if self._vllm is not None:
-            ids, logprobs = self._vllm.act(self, inputs, temperature, gumbel)
-            values = self.values(inputs) if with_values else None
-            return ActionSample(action_ids=ids, logprobs=logprobs, values=values)
+        """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
         features = self._features(inputs)
         copy = self._copy()
         projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
@@ -256,19 +245,6 @@ class OpenVLAPolicy(Policy):
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None
         return ActionSample(action_ids=decoded.action_ids, logprobs=decoded.logprobs, values=values)
-
-    def acting_logprobs(
-        self, inputs: OpenVLAInputs, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
-    ) -> Float[Tensor, "B A"]:
-        """Log-probs of given tokens on the path that `act` takes."""
-        if self._vllm is not None:
-            return self._vllm.score(self, inputs, action_ids, temperature)
-        return super().acting_logprobs(inputs, action_ids, temperature=temperature)
-
-    def close(self) -> None:
-        """End the vLLM engine, if there is one."""
-        if self._vllm is not None:
-            self._vllm.close()
 
     def action_logits(
         self,
