@@ -94,10 +94,11 @@ def unsafe(path: Path) -> list[str]:
         flags = [
             k for k in ("allow_pickle", "trust_remote_code") if k in keywords and ast.unparse(keywords[k]) == "True"
         ]
+        tensors_only = name == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(False))) == "True"
         if (
             re.fullmatch(r"(torch\.load|(c?[pP]ickle|dill|joblib)\.loads?|yaml\.(unsafe_|full_)?load|eval|exec)", name)
-            or flags
-        ):
+            and not tensors_only
+        ) or flags:
             found.append(f"{path.name}:{line} {name} {' '.join(flags)}")
     return found
 
@@ -111,8 +112,15 @@ def test_nothing_is_loaded_that_could_run_code():
 
 
 def test_unsafe_loading_would_be_found(tmp_path):
-    (tmp_path / "bad.py").write_text("import torch\ntorch.load('x')\nnp.load('y', allow_pickle=True)\nnp.load('z')\n")
-    assert unsafe(tmp_path / "bad.py") == ["bad.py:2 torch.load ", "bad.py:3 np.load allow_pickle"]
+    (tmp_path / "bad.py").write_text(
+        "import torch\ntorch.load('x')\nnp.load('y', allow_pickle=True)\nnp.load('z')\n"
+        "torch.load('v', weights_only=True)\ntorch.load('w', weights_only=flag)\n"
+    )
+    assert unsafe(tmp_path / "bad.py") == [
+        "bad.py:2 torch.load ",
+        "bad.py:3 np.load allow_pickle",
+        "bad.py:6 torch.load ",
+    ]
 
 
 # --- text files -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Options of the policy: sizes of the OpenVLA architecture, prompt, critic and where weights come from."""
+"""Options of the policy: sizes of the Prismatic architecture, prompt, critic and where weights come from."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -120,10 +120,10 @@ class LoRAConfig(Section):
         return self
 
 
-class OpenVLAConfig(Section):
-    """OpenVLA: vision towers, projector, Llama, 256-way action head. The defaults are the `tiny` size."""
+class PrismaticConfig(Section):
+    """Vision towers, projector, Llama, 256-way action head. The defaults are the `tiny` size."""
 
-    kind: Annotated[Literal["openvla"], Affects.ARCHITECTURE] = "openvla"
+    kind: Annotated[str, Affects.ARCHITECTURE]
     """Which policy class to build."""
     image_size: Annotated[int, Affects.ARCHITECTURE] = Field(default=96, gt=0)
     """Side of the square image the towers see, in pixels; other frames are resized (bicubic)."""
@@ -155,9 +155,6 @@ class OpenVLAConfig(Section):
     """Words of robot instructions, built here; or `tokenizer.json` beside the weights."""
     prompt_length: Annotated[int, _ENGINE] = Field(default=16, gt=0)
     """Tokens prompts are padded to, so that shapes stay fixed; a longer prompt lengthens its batch."""
-    vocabulary: Annotated[Literal["actions", "full"], Affects.WARM_START] = "actions"
-    """What a token is chosen from: the 256 action tokens, so that every answer is an action; or all tokens, as the
-    released `generate` does, for comparison. Then a token that stands for no action decodes to the nearest bin."""
     num_action_tokens: Annotated[int, Affects.ARCHITECTURE] = Field(default=4, gt=0)
     """Tokens per action = action dimensions (4 on Meta-World, 7 on LIBERO)."""
     critic: Annotated[Literal["shared", "separate", "adapter"], Affects.ARCHITECTURE] = "shared"
@@ -178,9 +175,6 @@ class OpenVLAConfig(Section):
     """Arithmetic of the copy's decoder layers. `float8` halves their memory and, on GPUs with 8-bit tensor cores (Ada,
     Hopper or later), speeds them up; actions are then drawn from a slightly other distribution, which `engine_kl`
     measures and `algorithm.importance_cap`, which is then required, corrects for."""
-    decode_graphs: Annotated[bool, _ENGINE] = True
-    """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
-    them in one launch."""
     compile_prefill: Annotated[bool, _ENGINE] = False
     """Compile the copy's decoder layers for prompts (`torch.compile`): elementwise work is merged into fewer kernels.
     Takes up to a minute when it begins and when another shape comes; on a CPU it hardly pays."""
@@ -251,11 +245,6 @@ class OpenVLAConfig(Section):
         return self.lora is not None and self.lora.base == "nf4"
 
     @property
-    def records_steps(self) -> bool:
-        """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
-        return self.rollout_copy and self.decode_graphs and self.arithmetic == self.dtype
-
-    @property
     def num_patches(self) -> int:
         """Image tokens in the sequence."""
         return self.towers[0].grid(self.image_size) ** 2
@@ -266,7 +255,7 @@ class OpenVLAConfig(Section):
         return sum(tower.output_width for tower in self.towers)
 
     @classmethod
-    def openvla_7b(cls, **changes: object) -> "OpenVLAConfig":
+    def openvla_7b(cls, **changes: object) -> Self:
         """The released 7B model: DINOv2-L/14 with registers, SigLIP-so400m/14 and Llama-2-7B."""
         dino = ViTTowerConfig(
             width=1024, depth=24, num_heads=16, mlp_width=4096, num_registers=4, class_token=True, layer_scale=True
@@ -293,3 +282,20 @@ class OpenVLAConfig(Section):
             "dtype": "bfloat16",
         }
         return cls.model_validate({**sizes, **changes})
+
+
+class OpenVLAConfig(PrismaticConfig):
+    """OpenVLA: one camera, one action an answer, its tokens decoded one after the other."""
+
+    kind: Literal["openvla"] = "openvla"  # pyright: ignore[reportIncompatibleVariableOverride]
+    vocabulary: Annotated[Literal["actions", "full"], Affects.WARM_START] = "actions"
+    """What a token is chosen from: the 256 action tokens, so that every answer is an action; or all tokens, as the
+    released `generate` does, for comparison. Then a token that stands for no action decodes to the nearest bin."""
+    decode_graphs: Annotated[bool, _ENGINE] = True
+    """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
+    them in one launch."""
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
+        return self.rollout_copy and self.decode_graphs and self.arithmetic == self.dtype

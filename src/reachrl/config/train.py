@@ -12,7 +12,7 @@ from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.demos import DemosSection, SFTSection
 from reachrl.config.env import EnvSection, MetaworldConfig
 from reachrl.config.marks import Affects
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.config.reward_model import RewardModelSection, SmallRewardModelConfig
@@ -149,7 +149,7 @@ class TrainConfig(Section):
         needs, num_envs, longest = self.algorithm.needs, self.env.num_envs, self.env.max_steps
         if needs.group_size > 1 and not needs.whole_episodes:
             raise ValueError("an algorithm that needs groups needs whole_episodes too: its section must say so")
-        if not needs.values and isinstance(self.policy, OpenVLAConfig) and self.policy.critic != "shared":
+        if not needs.values and isinstance(self.policy, PrismaticConfig) and self.policy.critic != "shared":
             raise ValueError(
                 f"policy.critic={self.policy.critic} would hold a critic that the algorithm never computes: set "
                 "policy.critic=shared"
@@ -176,7 +176,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _four_bits_stay_whole(self) -> Self:
-        if isinstance(self.policy, OpenVLAConfig) and self.policy.four_bit and self.backend.sharding == "full":
+        if isinstance(self.policy, PrismaticConfig) and self.policy.four_bit and self.backend.sharding == "full":
             raise ValueError(
                 "policy.lora.base=nf4 holds weights in packed bytes, backend.sharding=full would split them between "
                 "the learners: each learner keeps a whole 4-bit base, so set backend.sharding=none"
@@ -194,7 +194,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _coarse_rollouts_are_corrected(self) -> Self:
-        coarse = isinstance(self.policy, OpenVLAConfig) and self.policy.rollout_precision != "as_trained"
+        coarse = isinstance(self.policy, PrismaticConfig) and self.policy.rollout_precision != "as_trained"
         if coarse and not self.algorithm.corrects_sampler:
             raise ValueError(
                 "policy.rollout_precision=float8 draws actions from a slightly other distribution than is trained, "
@@ -260,7 +260,7 @@ def refuse_rounded_training(config: TrainConfig) -> None:
         ConfigError: small steps would be rounded away, nearly all of them at usual learning rates.
     """
     policy = config.policy
-    if isinstance(policy, OpenVLAConfig) and policy.dtype == "bfloat16" and policy.lora is None:
+    if isinstance(policy, PrismaticConfig) and policy.dtype == "bfloat16" and policy.lora is None:
         raise ConfigError(
             "policy.dtype=bfloat16 without policy.lora trains weights in 16 bits: at a learning rate of 2e-5 96 % of "
             "them never move. Set policy.dtype=float32 policy.compute_dtype=bfloat16 (the same arithmetic over "

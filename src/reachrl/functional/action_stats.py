@@ -19,9 +19,10 @@ class ActionStats:
     q01: Float64[np.ndarray, "D"]
     q99: Float64[np.ndarray, "D"]
     mask: Bool[np.ndarray, "D"]
+    epsilon: float = 0.0  # added to the span between them, as OpenVLA-OFT does
 
     @classmethod
-    def create(cls, q01: Vector, q99: Vector, mask: Mask) -> "ActionStats":
+    def create(cls, q01: Vector, q99: Vector, mask: Mask, *, epsilon: float = 0.0) -> "ActionStats":
         """Copy vectors into f64 quantiles and a boolean mask.
 
         Raises:
@@ -39,7 +40,7 @@ class ActionStats:
         if crossed := np.flatnonzero(low > high).tolist():
             where = crossed[0]
             raise ValueError(f"q01 {low[where]:g} of dimension {where} is above its q99 {high[where]:g}")
-        return cls(low, high, moves)
+        return cls(low, high, moves, epsilon)
 
     @classmethod
     def identity(cls, num_dims: int) -> "ActionStats":
@@ -71,11 +72,11 @@ class ActionStats:
         return cls(q01, q99, np.ones(len(q01), np.bool_))
 
     def unnormalise(self, unit: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
-        """Map [-1, 1] to the environment's units: 0.5 (a + 1) (q99 - q01) + q01 where masked.
+        """Map [-1, 1] to the environment's units: 0.5 (a + 1) (q99 - q01 + epsilon) + q01 where masked.
 
         Source: Kim et al. 2024, OpenVLA, `predict_action`; where q01 equals q99 every action is that constant.
         """
-        return np.where(self.mask, 0.5 * (unit + 1) * (self.q99 - self.q01) + self.q01, unit)
+        return np.where(self.mask, 0.5 * (unit + 1) * (self.q99 - self.q01 + self.epsilon) + self.q01, unit)
 
     def normalise(self, actions: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
         """Invert `unnormalise`; a dimension that never moved maps to 0.
@@ -97,5 +98,5 @@ class ActionStats:
             )
         span = self.q99 - self.q01
         moved = span > 0
-        unit = np.where(moved, 2.0 * (actions - self.q01) / np.where(moved, span, 1.0) - 1.0, 0.0)
+        unit = np.where(moved, 2.0 * (actions - self.q01) / np.where(moved, span + self.epsilon, 1.0) - 1.0, 0.0)
         return np.where(self.mask, unit, actions)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -157,10 +157,11 @@ def _attend(
     key: Float[Tensor, "B K S D"],
     value: Float[Tensor, "B K S D"],
     mask: Bool[Tensor, "B 1 Q S"] | None,
+    causal: bool = True,
 ) -> Float[Tensor, "B Q E"]:
     """What the layer makes of its projections: attention and feed-forward, each added to what came in.
 
-    Without a mask the rows have no padding, and there is either one query or one for each key.
+    Without a mask the rows have no padding, and if attention is causal there is one query or one for each key.
     """
     attention = layer.self_attn
     out = F.scaled_dot_product_attention(
@@ -168,7 +169,7 @@ def _attend(
         key,
         value,
         attn_mask=mask,
-        is_causal=mask is None and query.shape[2] > 1,
+        is_causal=causal and mask is None and query.shape[2] > 1,
         scale=attention.scaling,
         enable_gqa=attention.num_key_value_groups > 1,
     )
@@ -206,6 +207,8 @@ def last_hidden(
     valid: Bool[Tensor, "B S"],
     num_last: int,
     recompute: Contexts | None = None,
+    *,
+    causal: bool = True,
 ) -> Float[Tensor, "B Q E"]:
     """Normed hidden states of the last `num_last` positions, as they are trained.
 
@@ -218,6 +221,7 @@ def last_hidden(
         num_last: how many positions to return.
         recompute: layers are computed again in the backward pass instead of being kept; it makes the contexts of
             the two passes.
+        causal: whether a position attends to those before it alone, or to all real ones.
 
     Returns:
         Hidden states after the final normalisation.
@@ -225,18 +229,25 @@ def last_hidden(
     length = embeds.shape[1]
     padded = _has_padding(valid)
     rotary: Rotary = model.rotary_emb(embeds, position_ids(valid if padded else valid[:1]))
-    mask = causal_mask(valid, length) if padded else None
+    mask = _seen(valid, length, causal) if padded else None
+    inputs: dict[str, Any] = {"attention_mask": mask, "position_embeddings": rotary} | (
+        {} if causal else {"is_causal": False}
+    )
     *first_layers, final_layer = decoder_layers(model)
     for layer in first_layers:  # whole modules are called: their hooks (sharding) must run
         if recompute is not None and torch.is_grad_enabled():
-            inputs = {"attention_mask": mask, "position_embeddings": rotary}
             embeds = checkpoint(layer, embeds, use_reentrant=False, context_fn=recompute, **inputs)
         else:
-            embeds = layer(embeds, attention_mask=mask, position_embeddings=rotary)
-    needs_mask = padded or 1 < num_last < length
-    last_mask = causal_mask(valid, num_last) if needs_mask else None
+            embeds = layer(embeds, **inputs)
+    needs_mask = padded or (causal and 1 < num_last < length)
+    last_mask = _seen(valid, num_last, causal) if needs_mask else None
     query, key, value = _project(final_layer, embeds, rotary, num_last)
-    return model.norm(_attend(final_layer, embeds[:, -num_last:], query, key, value, last_mask))
+    return model.norm(_attend(final_layer, embeds[:, -num_last:], query, key, value, last_mask, causal))
+
+
+def _seen(valid: Bool[Tensor, "B S"], num_queries: int, causal: bool) -> Bool[Tensor, "B 1 Q S"]:
+    """What the last `num_queries` positions attend to."""
+    return causal_mask(valid, num_queries) if causal else valid[:, None, None, :].expand(-1, 1, num_queries, -1)
 
 
 @dataclass(frozen=True, slots=True)

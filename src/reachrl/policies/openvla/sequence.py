@@ -33,6 +33,16 @@ def embed(
 
     Every row's first action position is at the same index.
     """
+    return arrange(model, projector(features), inputs, action_ids)
+
+
+def arrange(
+    model: LlamaModel,
+    patches: Float[Tensor, "B P E"],
+    inputs: OpenVLAInputs,
+    action_ids: Int64[Tensor, "B K"] | None = None,
+) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
+    """The same, of patches that stand in the sequence as they are."""
     ids, mask = inputs.prompt_ids, inputs.prompt_mask
     first = mask & (mask.long().cumsum(1) == 1)
     # BOS, then padding, then text; stable, so that tokens keep their order
@@ -41,7 +51,6 @@ def embed(
     if mask.device.type == "cpu":  # padding that all rows share costs time; elsewhere fixed shapes are worth more
         used = mask.any(0)
         ids, mask = ids[:, used], mask[:, used]
-    patches = projector(features)
     if action_ids is not None:
         ids = torch.cat([ids, action_ids], 1)
         mask = torch.cat([mask, torch.ones_like(action_ids, dtype=torch.bool)], 1)
