@@ -96,9 +96,9 @@ class PointEnv(Env):
 
 def same(a: Any, b: Any) -> bool:
     """Bit equality of two trajectories."""
-    arrays = ("images", "actions", "ee_state")
+    assert list(a.images) == list(b.images) == ["camera"]
     facts = ("start", "instruction", "success", "source")
-    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in arrays) and all(
+    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("frames", "actions", "ee_state")) and all(
         getattr(a, n) == getattr(b, n) for n in facts
     )
 
@@ -256,7 +256,8 @@ def test_full_disk_keeps_finished_tasks(tmp_path, monkeypatch) -> None:
 
     def full(self, episode):
         if self.path.name == shard_name("far") and self.num_trajectories == 2:
-            self._writer.write_table = lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space"))
+            file, _ = self._opened
+            file.write_table = lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space"))
         write(self, episode)
 
     monkeypatch.setattr(collect.ShardWriter, "write", full)
@@ -277,7 +278,8 @@ def test_workers_leave_with_their_parent(tmp_path) -> None:
         f"    collect_demos(PointConfig(tasks=('hang',)), DEMOS, Path({str(tmp_path / 'demos')!r}), seed=7)\n"
     )
     (tmp_path / "main.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "POINT_ENV_PID_FILE": str(pid_file)}
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "POINT_ENV_PID_FILE": str(pid_file)}
     parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment)
     try:
         _wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
