@@ -66,7 +66,6 @@ def main(out: Path, overrides: list[str]) -> None:
             if iteration == 1:  # a checkpoint in between, read back at once, changes nothing
                 learner.save(out / "saved")
                 learner.load(out / "saved", version=2)
-        learner = local if group.alone else LeadingLearner(local, group, shown=actors.groups[0].shown)
         actors.load_weights(learner.export_weights())  # checks itself: the copy acts as the trained one scores
         learner.save(out / "final")
         if isinstance(learner, LeadingLearner):
