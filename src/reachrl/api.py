@@ -10,6 +10,7 @@ from rich.console import Console
 
 from reachrl.cli.display import Display
 from reachrl.cli.terminal import Terminal
+from reachrl.config.evaluation import mode_temperature
 from reachrl.config.train import TrainConfig
 from reachrl.errors import CheckpointError, ConfigError, StopTraining
 from reachrl.pipeline import STAGES, run_stage, trained_iterations
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from reachrl.loop import Callback
     from reachrl.policies.base import Policy
-    from reachrl.rollout.episodes import Mode
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
 
 
 def evaluate(
-    policy: "Policy | Path | str", config: TrainConfig, *, mode: "Mode | None" = None, quiet: bool = False
+    policy: "Policy | Path | str", config: TrainConfig, *, mode: str | None = None, quiet: bool = False
 ) -> EvaluationResult:
     """Measure a policy's success on the held-out start states of `config.env` and `config.eval`.
 
@@ -68,7 +68,8 @@ def evaluate(
     Args:
         policy: a policy, or what `load_policy` takes.
         config: which tasks, how many starts; from `reachrl.load_config`.
-        mode: `greedy` or `sampled`; None: the first of `config.eval.modes`.
+        mode: `greedy`, `sampled` (temperature 1) or another temperature's name such as `sampled@0.6`; None: the first
+            of `config.eval.temperatures`.
         quiet: print only warnings.
 
     Returns:
@@ -86,8 +87,10 @@ def evaluate(
     from reachrl.policies.base import Policy
 
     mode = mode or config.eval.modes[0]
-    if mode not in ("greedy", "sampled"):
-        raise ConfigError(f"mode={mode!r}: expected 'greedy' or 'sampled'")
+    try:
+        mode_temperature(mode)
+    except ValueError as error:
+        raise ConfigError(f"mode={mode!r}: expected 'greedy', 'sampled' or such as 'sampled@0.6'") from error
     limit_threads(config)
     acting = policy if isinstance(policy, Policy) else load_policy(policy, device=config.device)
     starts = heldout_starts(config.env, config.eval)

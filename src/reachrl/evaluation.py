@@ -3,26 +3,28 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from reachrl.backends.base import Evaluator, Pending, Weights
 from reachrl.config.env import EnvSection
+from reachrl.config.evaluation import EvalSection, mode_temperature
 from reachrl.config.marks import Affects, affecting
-from reachrl.config.train import EvalSection, TrainConfig
+from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.functional.stats import PairedTest, paired_test, wilson
 from reachrl.policies.base import Policy
-from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode
+from reachrl.rollout.episodes import PlayedEpisode, player_at
 from reachrl.types import Start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """Every episode of one evaluation in one mode."""
+    """Every episode of one evaluation at one temperature."""
 
-    mode: Mode
+    mode: str
+    """The temperature by name, see `reachrl.config.evaluation.mode_name`."""
     episodes: tuple[PlayedEpisode, ...]
 
     def record(self) -> dict[str, Any]:
@@ -64,13 +66,23 @@ def evaluate(
     envs: VectorEnv,
     starts: Sequence[Start],
     *,
-    mode: Mode,
+    mode: str,
     config: EvalSection,
     record: Callable[[Start], bool] = lambda _: False,
     on_episode: Callable[[PlayedEpisode], None] | None = None,
 ) -> EvalResult:
-    """Play each start once; outcomes depend neither on the number of environments nor on their order."""
-    player = EpisodePlayer(policy, envs, mode=mode, temperature=config.temperature, seed=config.seed)
+    """Play each start once; outcomes depend neither on the number of environments nor on their order.
+
+    Args:
+        policy: what acts.
+        envs: where.
+        starts: what is played.
+        mode: the temperature by name.
+        config: for the seed of the noise, which is the same at every temperature.
+        record: whether to keep an episode's turns.
+        on_episode: called as each ends.
+    """
+    player = player_at(mode_temperature(mode), policy, envs, seed=config.seed)
     return EvalResult(mode=mode, episodes=tuple(player.play(starts, record=record, on_episode=on_episode)))
 
 
@@ -128,12 +140,23 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> PairedTest:
     return paired_test([first[key] for key in first], [second[key] for key in first])
 
 
+def against_headline(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The paired test of every other temperature against the first of `records`, by name and JSON-ready.
+
+    `improved` counts the starts where the headline fails and the other temperature succeeds.
+    """
+    first, *others = records
+    return {mode: asdict(compare(records[first], records[mode])) for mode in others}
+
+
 def protocol_hash(config: TrainConfig) -> str:
     """Twelve hex digits shared only by success rates that may be compared.
 
-    Covers the keys of `env` and `eval` that are marked `Affects.PROTOCOL`, and simulator versions.
+    Covers the keys of `env` and `eval` that are marked `Affects.PROTOCOL`, and simulator versions. The temperature is
+    named with each rate; what earlier versions measured at temperature 1 keeps its hash.
     """
     decisive = {name: affecting(getattr(config, name), Affects.PROTOCOL) for name in ("env", "eval")}
+    decisive["eval"] |= {"temperature": 1.0}
     protocol = {**decisive, "versions": {name: _version(name) for name in config.env.packages}}
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
 

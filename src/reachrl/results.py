@@ -37,10 +37,10 @@ class SuccessRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationResult:
-    """One policy on held-out start states, in one mode."""
+    """One policy on held-out start states, at one temperature."""
 
     mode: str
-    """`greedy` or `sampled`."""
+    """The temperature by name: `greedy`, `sampled` (1) or such as `sampled@0.6`."""
     success: SuccessRate
     """Over all tasks."""
     per_task: dict[str, SuccessRate]
@@ -96,7 +96,8 @@ class TrainResult:
     metrics: list[dict[str, Any]]
     """One record for each training iteration: rows for `pandas.DataFrame`."""
     before: dict[str, EvaluationResult]
-    """The warm-started policy on held-out starts, by mode, the headline first; empty for a stopped run."""
+    """The warm-started policy on held-out starts, by temperature (`greedy`, `sampled`, `sampled@0.6`), the headline
+    first; empty for a stopped run."""
     after: dict[str, EvaluationResult]
     """The trained policy on the same starts; empty for a stopped run."""
     policy_folder: Path

@@ -99,7 +99,7 @@ def test_the_timeline_has_what_was_done_ahead():
 
 
 def test_validation_points_come_once_per_due_version():
-    config = toy_config("eval.during_every=2", "eval.during_starts=3", "eval.modes=greedy")
+    config = toy_config("eval.during_every=2", "eval.during_starts=3", "eval.temperatures=0")
     asked, logged = [], []
 
     class Evaluator:

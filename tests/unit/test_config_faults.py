@@ -172,9 +172,10 @@ def test_a_truth_value_is_no_number(key):
         load_config("toy", [f"{key}=true"])
 
 
-def test_an_evaluation_mode_counts_once():
-    with pytest.raises(ConfigError, match="eval.modes.*twice"):
-        load_config("toy", ["eval.modes=greedy,greedy"])
+@pytest.mark.parametrize("key", ["eval.temperatures=0,0", "eval.modes=greedy,greedy"])
+def test_a_temperature_counts_once(key):
+    with pytest.raises(ConfigError, match="eval.temperatures.*twice"):
+        load_config("toy", [key])
 
 
 def test_pixels_are_not_divided_by_zero():

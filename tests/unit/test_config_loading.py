@@ -53,7 +53,7 @@ def test_overrides_reach_their_fields_and_change_the_hash():
         ("algorithm=3", "'algorithm' is a section"),
         ("seed", "not of the form key=value"),
         ("eval.num_starts=51", "eval.num_starts=51 exceeds env.num_eval_starts=50"),
-        ("eval.modes=", "eval.modes = []"),
+        ("eval.temperatures=", "eval.temperatures = []"),
         ("eval.seed=-1", "eval.seed = -1: Input should be greater than or equal to 0"),
         ("env.kind=isaac", "unknown kind 'isaac'. Known kinds: libero, metaworld, reach_toy"),
         ("env.tasks=drawer-opn", "no task 'drawer-opn'"),

@@ -122,7 +122,7 @@ def test_an_evaluation_that_lacks_what_the_summary_compares(tmp_path, content, p
     (run.eval / "before.json").write_text(json.dumps({"greedy": played}))
     (run.eval / "after.json").write_text(json.dumps(content))
     with pytest.raises(StorageError, match=rf"after\.json {problem}.*evaluate again"):
-        summary(load_config("toy", ["eval.modes=greedy"]), run)
+        summary(load_config("toy", ["eval.temperatures=0"]), run)
 
 
 def test_results_on_the_terminal(whole, tmp_path):

@@ -206,7 +206,7 @@ def test_the_official_protocol_takes_its_suite_from_the_configuration(tmp_path):
     )
     config = official(str(tmp_path / "mine.toml"), [], suite=None)
     assert (config.env.max_steps, config.eval.num_starts, config.env.simulation) == (520, 50, "faithful")
-    assert config.eval.temperature == 1.0
+    assert config.eval.temperatures == (0.0,)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,14 @@ def test_the_official_protocol_takes_its_suite_from_the_configuration(tmp_path):
     [
         (["env.max_steps=100"], "env.max_steps: the official protocol has 280"),
         (["eval.num_starts=10"], "eval.num_starts: the official protocol has 50"),
-        (['eval.modes=["sampled"]', "eval.temperature=2.0"], "eval.temperature: the official protocol has 1.0"),
+        (["eval.temperatures=[2.0]"], "eval.temperatures: the official protocol has greedy actions"),
         (['env.tasks=["pick_up_the_milk_and_place_it_in_the_basket"]'], "all 10 of libero_object"),
     ],
 )
 def test_what_departs_from_the_official_protocol_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         official("toy", changes, suite="libero_object")
-    sampled = official("toy", ['eval.modes=["sampled"]', "env.image_size=224"], suite="libero_object")
+    sampled = official("toy", ["eval.temperatures=[1]", "env.image_size=224"], suite="libero_object")
     assert sampled.eval.modes == ("sampled",) and sampled.env.image_size == 224  # the policy's own affair
     # What only costs fidelity is allowed when it is asked for; the result says so.
     assert official("toy", ["env.simulation=fast"], suite="libero_object").env.simulation == "fast"

@@ -13,7 +13,7 @@ from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
 from reachrl.rewards.process.scorer import FrameScoring
 from reachrl.rollout.collector import Assign
-from reachrl.rollout.episodes import Mode, PlayedEpisode
+from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout, Scored, Start
 
@@ -119,8 +119,8 @@ class Learner(Protocol):
 class Evaluator(Protocol):
     """Plays held-out episodes during training."""
 
-    def play(self, weights: "Weights", starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
-        """Begin to play every start once with these weights."""
+    def play(self, weights: "Weights", starts: Sequence[Start], mode: str) -> Pending[list[PlayedEpisode]]:
+        """Begin to play every start once with these weights; `mode` is the temperature by name."""
         ...
 
     def take_spans(self) -> list[Span]:

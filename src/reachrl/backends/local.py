@@ -15,12 +15,13 @@ from reachrl.backends.weights import PackedWeights, actor_gap, load_packed
 from reachrl.config.algorithm import Needs
 from reachrl.config.backend import LocalBackendConfig
 from reachrl.config.env import EnvSection
+from reachrl.config.evaluation import mode_temperature
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.rollout.collector import Assign, Collector, collect_in_turn
-from reachrl.rollout.episodes import EpisodePlayer, Mode, PlayedEpisode, check_validation
+from reachrl.rollout.episodes import PlayedEpisode, check_validation, player_at
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Rollout, Start
@@ -91,7 +92,7 @@ class LocalActors:
                 self.policy,
                 weights,
                 seed=self._seed,
-                shown=self.groups[0].shown,
+                image_size=self.groups[0].image_size,
                 temperature=self._temperature,
             )
         else:
@@ -156,11 +157,11 @@ class LocalEvaluator:
         self._log = SpanLog("evaluator")
         self._checked = False
 
-    def play(self, weights: Weights, starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
+    def play(self, weights: Weights, starts: Sequence[Start], mode: str) -> Pending[list[PlayedEpisode]]:
         """Play every start once, now."""
         return Done(self.play_now(starts, mode, self._config.env.num_envs))
 
-    def play_now(self, starts: Sequence[Start], mode: Mode, num_envs: int) -> list[PlayedEpisode]:
+    def play_now(self, starts: Sequence[Start], mode: str, num_envs: int) -> list[PlayedEpisode]:
         """Play every start once in so many environments.
 
         Raises:
@@ -171,8 +172,7 @@ class LocalEvaluator:
             if not self._checked:
                 check_validation(envs)
                 self._checked = True
-            player = EpisodePlayer(self._policy, envs, mode=mode, temperature=options.temperature, seed=options.seed)
-            return player.play(starts)
+            return player_at(mode_temperature(mode), self._policy, envs, seed=options.seed).play(starts)
 
     def take_spans(self) -> list[Span]:
         """When was played."""
@@ -215,6 +215,7 @@ class LocalBackend(Backend):
         # Of a split policy the learner keeps a part; acting and saving need all of it.
         whole = warm_policy(config, warm) if group.sharded else None
         own = new_learner(config, policy, group, whole)
+        learner = own if group.alone else LeadingLearner(own, group, image_size=config.env.image_size)
         actors = LocalActors(
             whole or policy,
             open_groups(config.env, config.env.num_envs, self.config.env_groups),
@@ -225,7 +226,6 @@ class LocalBackend(Backend):
             max_steps=config.env.max_steps,
         )
         try:
-            learner = own if group.alone else LeadingLearner(own, group, shown=actors.groups[0].shown)
             yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
         finally:
             actors.close()

@@ -1,5 +1,6 @@
 """The result of a run as a small table, and where its report is."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,21 @@ def show_evaluations(run_dir: Path) -> None:
         table.add_row(f"{labels[task]}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
     console = Terminal()
     console.print(table)
+    for line in _paired_lines(before, after):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
     stages = read_record(run_dir / "stages.json", EvalStage, remedy="delete it and run the stages again")
     _print_caveats(stages["eval"]["info"]["caveats"])
+
+
+def _paired_lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The same starts before and after, and at the headline's temperature and another, compared one by one."""
+    from reachrl.evaluation import compare
+
+    first, *others = after
+    pairs = [(f"before and after, {mode}", before[mode], after[mode]) for mode in after]
+    pairs += [(f"after, {first} and {mode}", after[first], after[mode]) for mode in others]
+    return [f"{name}: {paired(asdict(compare(*records)))}" for name, *records in pairs if records[0].get("episodes")]
 
 
 def show_result(result: dict[str, Any] | None, folder: Path) -> None:
@@ -61,6 +74,10 @@ def show_result(result: dict[str, Any] | None, folder: Path) -> None:
         table.add_column(mode, no_wrap=True)
     records = list(result["modes"].values())
     table.add_row("all tasks", *map(success, records), style="bold")
+    first = next(iter(result["modes"]))
+    tests = result["against_headline"]
+    if tests:
+        table.add_row(f"against {first}, same starts", *(paired(tests.get(mode)) for mode in result["modes"]))
     table.add_section()
     labels = task_labels(list(records[0]["per_task"]), _LABEL_LENGTH)
     for task, label in labels.items():
@@ -85,6 +102,11 @@ def success(record: dict[str, Any]) -> str:
     """
     low, high = (100 * bound for bound in record["wilson95"])
     return f"{record['k']}/{record['n']}  {100 * record['rate']:.0f} % [{low:.0f}, {high:.0f}]"
+
+
+def paired(test: dict[str, Any] | None) -> str:
+    """Write a paired test as `+improved -worsened, p = ...`; nothing where there is none."""
+    return "" if test is None else f"+{test['improved']} -{test['worsened']}, p = {test['p_value']:.2g}"
 
 
 def show_report(run_dir: Path) -> None:

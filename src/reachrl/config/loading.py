@@ -17,6 +17,7 @@ from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.backend import BackendSection
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
+from reachrl.config.evaluation import with_temperatures
 from reachrl.config.marks import Affects, affecting
 from reachrl.config.named_code import check_names, trust_names
 from reachrl.config.reward_model import RewardModelSection
@@ -214,6 +215,11 @@ def _read(preset: str) -> dict[str, Any]:
         raise ConfigError(f"{preset}: expected an object such as a run's config.json, found {type(data).__name__}.")
     if preset.endswith(".json"):
         refuse_earlier(section, Path(preset).parent)
+    if (evaluation := _as_section(section.get("eval"))) is not None:
+        try:
+            section["eval"] = with_temperatures(evaluation)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{preset}: eval: {error}.") from error
     return section
 
 

@@ -12,7 +12,7 @@ from reachrl.errors import ConfigError
 
 Protocol = Literal["heldout", "official"]
 PROTOCOLS: tuple[Protocol, ...] = ("heldout", "official")
-_OFFICIAL_TEMPERATURE = 1.0  # actions that are sampled at all are the policy's own
+_OFFICIAL_TEMPERATURES = (0.0, 1.0)  # greedy; actions that are sampled at all are the policy's own
 
 
 def evaluation_config(
@@ -45,8 +45,7 @@ def evaluation_config(
         said += [f"env.tasks={json.dumps(SUITES[suite])}", f"env.max_steps={STEP_LIMITS[suite]}"]
     if protocol == "official":
         said += [f"env.num_eval_starts={NUM_STORED_STARTS}", f"eval.num_starts={NUM_STORED_STARTS}"]
-        said += ["env.simulation=faithful", 'eval.modes=["greedy"]', f"env.num_envs={cores}"]
-        said += [f"eval.temperature={_OFFICIAL_TEMPERATURE}"]
+        said += ["env.simulation=faithful", "eval.temperatures=[0.0]", f"env.num_envs={cores}"]
     config = load_config(preset, [*said, *overrides])
     if protocol == "official":
         _check_official(config)
@@ -69,9 +68,14 @@ def _check_official(config: TrainConfig) -> None:
         "env.tasks": (env.tasks, SUITES[env.suite]),
         "env.max_steps": (env.max_steps, STEP_LIMITS[env.suite]),
         "eval.num_starts": (config.eval.num_starts, NUM_STORED_STARTS),
-        "eval.temperature": (config.eval.temperature, _OFFICIAL_TEMPERATURE),
     }
     for key, (found, official) in needed.items():
         if found != official:
             shown = f"all {len(official)} of {env.suite}" if isinstance(official, tuple) else official
             raise ConfigError(f"{key}: the official protocol has {shown}; leave it out, or use --protocol heldout")
+    for temperature in config.eval.temperatures:
+        if temperature not in _OFFICIAL_TEMPERATURES:
+            raise ConfigError(
+                f"eval.temperatures: the official protocol has greedy actions (0) or the policy's own (1), not "
+                f"{temperature:g}; leave it out, or use --protocol heldout"
+            )

@@ -1,8 +1,8 @@
 """The root of the configuration: one run from demonstrations to report."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.audit import AuditSection
@@ -11,6 +11,7 @@ from reachrl.config.base import Section
 from reachrl.config.curriculum import SuccessRateConfig
 from reachrl.config.demos import DemosSection, SFTSection
 from reachrl.config.env import EnvSection, MetaworldConfig
+from reachrl.config.evaluation import EvalSection
 from reachrl.config.marks import Affects
 from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.config.ppo import PPOConfig
@@ -32,37 +33,6 @@ KIND_SECTIONS = {
 }
 
 SMALLEST_DISCOUNT = 1e-38  # a reward divided by less has no finite float32
-
-
-class EvalSection(Section):
-    """Evaluation on start states that nothing was ever trained on."""
-
-    num_starts: Annotated[int, Field(ge=1), Affects.PROTOCOL] = 50
-    """Held-out start states per task in the final evaluation, before and after; the first ones of the set."""
-    modes: Annotated[tuple[Literal["greedy", "sampled"], ...], Field(min_length=1), Affects.EVALUATION] = (
-        "sampled",
-        "greedy",
-    )
-    """How actions are chosen; the first mode is the headline of the report."""
-    temperature: Annotated[float, Field(gt=0), Affects.PROTOCOL] = 1.0
-    """Temperature of `sampled`."""
-    seed: Annotated[int, Field(ge=0), Affects.PROTOCOL] = 0
-    """Seed of the sampling noise, so that two evaluations of equal weights are equal."""
-    during_every: Annotated[int, Field(ge=0), Affects.TRAINING | Affects.FUTURE] = 0
-    """Iterations between evaluations during training, in the first mode; 0: none. On Ray a process of its own plays
-    them beside training."""
-    during_starts: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 10
-    """Validation start states per task of those; the first ones of a set that neither training nor the final evaluation
-    uses."""
-    num_videos: Annotated[int, Field(ge=0), Affects.SPEED] = 3
-    """Tasks whose first held-out episode is recorded before and after."""
-
-    @field_validator("modes")
-    @classmethod
-    def _each_once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(modes)) < len(modes):
-            raise ValueError("a mode stands there twice; name each once")
-        return modes
 
 
 class TrainConfig(Section):

@@ -4,17 +4,19 @@ import base64
 import copy
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from reachrl.backends.building import saved_policy
+from reachrl.config.evaluation import mode_temperature
 from reachrl.config.loading import config_hash
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import StorageError
-from reachrl.evaluation import compare, evaluate, heldout_starts, protocol_hash
+from reachrl.evaluation import against_headline, compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures
 from reachrl.pipeline.reinforce import build_reward, trained_reward
@@ -90,24 +92,22 @@ def _evaluate_one(
         run.log({"kind": "audit", "iteration": iteration} | audit_figures(config, run, reward.model))
     for mode, outcome in record.items():
         figures = {key: value for key, value in outcome.items() if key != "episodes"}
-        run.log({"kind": "eval", "iteration": iteration, "mode": mode} | figures)
+        run.log({"kind": "eval", "iteration": iteration, "mode": mode, "temperature": mode_temperature(mode)} | figures)
     write_json_atomic(run.eval / f"{when}.json", record)
 
 
 def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode) -> Rewards:
     """The training reward of a recorded episode, step by step: f32[T 1] parts; `reward` stays as it is."""
     steps = len(episode.turns)
-    assert episode.final_observation is not None
-    seen = Observation.concat([turn.observation for turn in episode.turns])
+    assert episode.final_image is not None
     ended = np.zeros((steps, 1), dtype=bool)
     ended[-1] = True
     success = ended & episode.success
     rollout = Rollout(
-        images={camera: frames[:, None] for camera, frames in seen.images.items()},
-        state=None if seen.state is None else seen.state[:, None],
+        images=np.stack([turn.image for turn in episode.turns])[:, None],
         instructions=((episode.instruction,),) * steps,
-        last_observation=episode.final_observation,
-        final_observation=episode.final_observation,
+        last_observation=Observation(images=episode.final_image[None], instructions=(episode.instruction,)),
+        final_images=episode.final_image[None],
         final_rows=np.array([[steps - 1, 0]]),
         action_ids=np.stack([turn.action_ids for turn in episode.turns])[:, None],
         behaviour_logprobs=np.zeros((steps, 1, len(episode.turns[0].action_ids)), dtype=np.float32),
@@ -163,9 +163,10 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
     """The machine-readable end of a run."""
     before, after = _read(config, run, "before"), _read(config, run, "after")
     try:
-        test = compare(_headline(config, before), _headline(config, after))
+        tests = {mode: asdict(compare(before[mode], after[mode])) for mode in config.eval.modes}
     except ValueError as error:
         raise StorageError(f"{run.eval / 'after.json'} does not belong to before.json: {error}; {_AGAIN}") from error
+    others = against_headline({mode: after[mode] for mode in config.eval.modes})
     records = run.stages.read()
     wall = {name: record["wall_s"] for name, record in records.items()}
     found: dict[str, Any] = {
@@ -173,7 +174,7 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
         "success_before": _figures(_headline(config, before)),
         "success_after": _figures(_headline(config, after)),
         "mode": config.eval.modes[0],
-        "paired_test": {"improved": test.improved, "worsened": test.worsened, "p_value": test.p_value},
+        "paired_test": tests[config.eval.modes[0]],
     }
     for mode in config.eval.modes:
         found |= {
@@ -181,6 +182,10 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
             f"success_after_{mode}": _figures(after[mode]),
         }
     return found | {
+        "temperatures": [
+            {"mode": mode, "temperature": temperature, "paired_test": tests[mode], "against_headline": others.get(mode)}
+            for mode, temperature in zip(config.eval.modes, config.eval.temperatures, strict=True)
+        ],
         "protocol_hash": protocol_hash(config),
         "config_hash": config_hash(config),
         "seed": config.seed,
@@ -224,7 +229,7 @@ def _read(config: TrainConfig, run: Run, when: str) -> dict[str, Any]:
     found = read_record(path, Evaluation, remedy=_AGAIN)
     for mode in config.eval.modes:
         if found.get(mode, {}).get("rate") is None:
-            raise StorageError(f"{path} is damaged: no rate of {mode} episodes (eval.modes); {_AGAIN}")
+            raise StorageError(f"{path} is damaged: no rate of {mode} episodes (eval.temperatures); {_AGAIN}")
     return found
 
 

@@ -12,13 +12,13 @@ from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
-from reachrl.evaluation import evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
+from reachrl.evaluation import against_headline, evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
 from reachrl.report.result_page import write_result_page
 from reachrl.report.video import draw_overlay, write_video
 from reachrl.rewards.process.pretrained import weight_files
-from reachrl.rollout.episodes import Mode, PlayedEpisode
+from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.atomic import storage_errors, write_json_atomic
 from reachrl.run.file_names import file_name
 from reachrl.run.fingerprint import fingerprint, is_of
@@ -118,6 +118,7 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
         **measurement.describe(),
         "caveats": list(caveats(config)),
         "modes": modes,
+        "against_headline": against_headline(modes),
         "config": config_dict(config),
         "provenance": collect_provenance(seed=config.eval.seed, protocol_hash=protocol_hash(config)),
     }
@@ -172,7 +173,7 @@ def _play_each_mode(
             starts = [Start(task, "eval", index) for kept, task, index in keys if kept == mode]
             success: list[bool] = []
 
-            def keep(episode: PlayedEpisode, mode: Mode = mode, success: list[bool] = success) -> None:
+            def keep(episode: PlayedEpisode, mode: str = mode, success: list[bool] = success) -> None:
                 if episode.turns:  # before the outcome, which says that nothing of this episode is left to do
                     _film(measurement.out / "videos", episode)
                 log.log({"kind": "episode", "mode": mode} | outcome(episode))

@@ -198,13 +198,10 @@ def follow_train(config: TrainConfig) -> None:
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:
-    seen = episode.observations()
     return Trajectory(
         start=episode.start,
         instruction=episode.instruction,
-        images=seen.images,
-        state=seen.state,
-        control_hz=episode.control_hz,
+        images=episode.frames(),
         actions=np.stack([turn.action for turn in episode.turns]),
         ee_state=with_first_pose([turn.ee_state for turn in episode.turns]),
         success=episode.success,

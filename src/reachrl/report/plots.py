@@ -150,21 +150,50 @@ def learning_curve(
     if weighed:
         chart.band([x for x, *_ in weighed], [low for *_, low, _ in weighed], [high for *_, high in weighed], "c-heat")
         chart.line([(x, rate) for x, rate, *_ in weighed], "c-heat")
-    for records, mode, name, colour, shift in (
-        (evals, "sampled", "sampled", "c-sampled", 0.004),
-        (evals, "greedy", "greedy", "c-after", -0.004),
-        (validation, "sampled", "validation starts, sampled", "c-process", 0.0),
-        (validation, "greedy", "validation starts, greedy", "c-value", 0.0),
-    ):
-        points = sorted((r for r in records if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
-        places = [(r, r["iteration"] + shift * max(1, last)) for r in points]
-        chart.line([(x, rate_of(r)[0]) for r, x in places], colour, css="line thin dashed")
-        for record, x in places:
-            rate, (low, high) = rate_of(record)
-            chart.whisker(x, low, high, colour)
-            note = f"iteration {record['iteration']}, {name}: {record['k']} of {record['n']} = {percent(rate)}"
-            chart.dot(x, rate, colour, radius=4.5, note=note)
+    drawn = [(evals, "held out"), (validation, "validation starts")]
+    colours = dict(curve_colours(evals, validation))
+    for records, prefix in drawn:
+        for mode in _modes(records):
+            name = f"{prefix}, {mode}"
+            points = sorted((r for r in records if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
+            _draw_evaluations(chart, points, name, colours[name], _SHIFTS.get(name, 0.0) * max(1, last))
     return chart.render(), window
+
+
+# Held-out points of the two usual temperatures stand side by side.
+_COLOURS = {
+    "held out, greedy": "c-after",
+    "held out, sampled": "c-sampled",
+    "validation starts, greedy": "c-value",
+    "validation starts, sampled": "c-process",
+}
+_SHIFTS = {"held out, greedy": -0.004, "held out, sampled": 0.004}
+
+
+def curve_colours(evals: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The evaluated curves of `learning_curve`, each with its colour; further temperatures share one."""
+    names = [
+        f"{prefix}, {mode}"
+        for records, prefix in ((evals, "held out"), (validation, "validation starts"))
+        for mode in _modes(records)
+    ]
+    return [(name, _COLOURS.get(name, "c-before" if name.startswith("held out") else "c-process")) for name in names]
+
+
+def _modes(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The temperatures of evaluation records by name; `greedy` first, as ever."""
+    return sorted(dict.fromkeys(r.get("mode", "greedy") for r in records))
+
+
+def _draw_evaluations(chart: Chart, points: Sequence[dict[str, Any]], name: str, colour: str, shift: float) -> None:
+    places = [(r, r["iteration"] + shift) for r in points]
+    chart.line([(x, rate_of(r)[0]) for r, x in places], colour, css="line thin dashed")
+    for record, x in places:
+        rate, (low, high) = rate_of(record)
+        chart.whisker(x, low, high, colour)
+        counts = f"{record['k']} of {record['n']} = {percent(rate)}"
+        note = f"iteration {record['iteration']}, {name.removeprefix('held out, ')}: {counts}"
+        chart.dot(x, rate, colour, radius=4.5, note=note)
 
 
 def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> str:

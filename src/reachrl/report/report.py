@@ -142,15 +142,20 @@ def _result(summary: dict, evals: dict, when: str, mode: str) -> dict[str, Any] 
 
 
 def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
+    first = summary.get("mode", "greedy")
+    tests = {entry["mode"]: entry for entry in summary.get("temperatures", [])}
     modes = [
         {
             "mode": mode,
             "before": _result(summary, evals, "before", mode),
             "after": _result(summary, evals, "after", mode),
+            "paired": tests.get(mode, {}).get("paired_test"),
+            "against_headline": tests.get(mode, {}).get("against_headline"),
         }
-        for mode in sorted(("greedy", "sampled"), key=lambda mode: mode != summary.get("mode", "greedy"))
+        for mode in dict.fromkeys([first, *tests, *evals["before"], *evals["after"], "greedy", "sampled"])
     ]
-    if not any(entry["before"] or entry["after"] for entry in modes):
+    modes = [entry for entry in modes if entry["before"] or entry["after"]]
+    if not modes:
         return None
     rows = [
         (f"{when}, {entry['mode']}", entry[when], f"c-{when}")
@@ -185,13 +190,13 @@ def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, A
         "env_steps": steps,
         "iterations": len(train),
         "weighed": any(r.get("success_uniform") is not None for r in train),
-        "validated": list(dict.fromkeys(r.get("mode", "greedy") for r in validation)),
+        "key": plots.curve_colours(points, validation),
     }
 
 
 def _tasks(evals: dict) -> list[dict[str, Any]] | None:
     charts = []
-    for mode in ("greedy", "sampled"):
+    for mode in dict.fromkeys([*evals["before"], *evals["after"]]):
         before, after = ((evals[when].get(mode) or {}).get("per_task") or {} for when in ("before", "after"))
         if before or after:
             charts.append({"mode": mode, "chart": drawn(plots.task_chart(before, after))})

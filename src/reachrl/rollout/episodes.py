@@ -27,7 +27,7 @@ _NOISE: dict[Split, Stream] = {
 class Turn:
     """One turn of the conversation: what was seen, what was answered."""
 
-    observation: Observation  # one row
+    image: np.ndarray  # u8[H W 3]
     ee_state: np.ndarray  # f32[4] after the action
     progress: np.ndarray  # f32[2] before and after the action; NaN where the simulator reports none
     action_ids: np.ndarray  # i64[A]
@@ -35,32 +35,22 @@ class Turn:
     logprob: float
     value: float
 
-    @property
-    def image(self) -> np.ndarray:
-        """The first camera's frame u8[H W 3]."""
-        return self.observation.frames[0]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlayedEpisode:
-    """A finished episode; `turns` and `final_observation` only if it was to be recorded."""
+    """A finished episode; `turns` and `final_image` only if it was to be recorded."""
 
     start: Start
     instruction: str
     success: bool
     num_steps: int
     turns: tuple[Turn, ...] = ()
-    final_observation: Observation | None = None  # one row
-    control_hz: float | None = None  # decisions a second of simulated time; None: unknown
-
-    def observations(self) -> Observation:
-        """All that was seen in a recorded episode, the true final observation last: T + 1 rows."""
-        assert self.final_observation is not None, "the episode was not recorded"
-        return Observation.concat([*(turn.observation for turn in self.turns), self.final_observation])
+    final_image: np.ndarray | None = None
 
     def frames(self) -> np.ndarray:
-        """What the first camera saw: u8[T+1 H W 3]."""
-        return self.observations().frames
+        """All that was seen in a recorded episode, the true final frame last: u8[T+1 H W 3]."""
+        assert self.final_image is not None, "the episode was not recorded"
+        return np.stack([*(turn.image for turn in self.turns), self.final_image])
 
 
 class EpisodePlayer:
@@ -129,8 +119,7 @@ class EpisodePlayer:
                             success=bool(step.success[n]),
                             num_steps=lengths[n],
                             turns=tuple(turns[n]),
-                            final_observation=step.final_observation.rows(slice(n, n + 1)) if turns[n] else None,
-                            control_hz=self.envs.control_hz,
+                            final_image=step.final_images[n] if turns[n] else None,
                         )
                         if on_episode is not None:
                             on_episode(finished[place])
@@ -153,6 +142,12 @@ class EpisodePlayer:
         return self.policy.act(self.policy.encode(observation), temperature=self.temperature, gumbel=gumbel)
 
 
+def player_at(temperature: float, policy: Policy, envs: VectorEnv, *, seed: int) -> EpisodePlayer:
+    """A player that acts at this temperature; greedy actions are recorded with the policy's own log-probs."""
+    mode = "sampled" if temperature else "greedy"
+    return EpisodePlayer(policy, envs, mode=mode, temperature=temperature or 1.0, seed=seed)
+
+
 def check_validation(envs: VectorEnv) -> None:
     """Refuse an environment that plays training or test starts for validation, as one does that knows two splits only.
 
@@ -162,7 +157,7 @@ def check_validation(envs: VectorEnv) -> None:
     frames: dict[Split, bytes] = {}
     for split in SPLITS:
         starts = [Start(envs.tasks[0], split, 0)] * envs.num_envs
-        frames[split] = envs.reset(starts, starts).frames[0].tobytes()
+        frames[split] = envs.reset(starts, starts).images[0].tobytes()
     for split in SPLITS:
         if split != "validation" and frames[split] == frames["validation"]:
             raise ExtensionError(
@@ -174,7 +169,7 @@ def check_validation(envs: VectorEnv) -> None:
 
 def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, step: EnvStep, n: int) -> Turn:
     return Turn(
-        observation=observation.rows(slice(n, n + 1)),
+        image=observation.images[n],
         ee_state=step.ee_state[n],
         progress=step.progress[n],
         action_ids=sample.action_ids[n].cpu().numpy(),

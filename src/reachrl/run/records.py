@@ -129,6 +129,12 @@ class _ReportedQuality(Record):
     calibration: list[_Calibration] | None = None
 
 
+class _AtTemperature(Record):
+    mode: str
+    paired_test: dict[str, Number] | None = None
+    against_headline: dict[str, Number] | None = None
+
+
 class Summary(Record):
     """`summary.json`."""
 
@@ -141,6 +147,7 @@ class Summary(Record):
     success_before_sampled: Rate | None = None
     success_after_sampled: Rate | None = None
     paired_test: dict[str, Number] | None = None
+    temperatures: list[_AtTemperature] = []
     wall_s: dict[str, Seconds] | None = None
     peak_rss_bytes: Count | None = None
     num_env_steps: Count | None = None

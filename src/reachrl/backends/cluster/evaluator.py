@@ -5,7 +5,7 @@ from typing import Any
 
 from reachrl.backends.base import Pending, Weights
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
-from reachrl.rollout.episodes import Mode, PlayedEpisode
+from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Start
 
@@ -23,7 +23,7 @@ class ClusterEvaluator:
         self._process, self._spawn, self._max_losses = process, spawn, max_losses
         self._log = SpanLog("evaluator")
 
-    def play(self, weights: Weights, starts: Sequence[Start], mode: Mode) -> Pending[list[PlayedEpisode]]:
+    def play(self, weights: Weights, starts: Sequence[Start], mode: str) -> Pending[list[PlayedEpisode]]:
         """Begin to play every start once with these weights."""
         arguments = (weights, tuple(starts), mode)
         call = self._process.begin("play", *arguments)

@@ -10,7 +10,7 @@ from reachrl.backends.weights import PackedWeights, load_packed
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
-from reachrl.rollout.episodes import Mode, PlayedEpisode
+from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.spans import Span
 from reachrl.types import Start
 
@@ -27,7 +27,7 @@ class EvaluatorProcess:
         self._config, self._warm = config, warm
         self._policy: Policy | None = None
 
-    def play(self, weights: PackedWeights, starts: Sequence[Start], mode: Mode) -> tuple[list[PlayedEpisode], Span]:
+    def play(self, weights: PackedWeights, starts: Sequence[Start], mode: str) -> tuple[list[PlayedEpisode], Span]:
         """Play every start once with weights whose buckets lie in the object store."""
         config = self._config
         assert isinstance(config.backend, RayBackendConfig)
