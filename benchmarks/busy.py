@@ -46,7 +46,7 @@ def parts() -> dict[str, Callable[[], object]]:
 
     def seen(rows: int):
         images = random.integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
-        return policy.encode(Observation(images=images, instructions=("close the window",) * rows))
+        return policy.encode(Observation(images={"camera": images}, instructions=("close the window",) * rows))
 
     acting, scoring, training = seen(15), seen(256), seen(64)
     ids = policy.act(scoring).action_ids

@@ -57,10 +57,10 @@ class Gymnasium:
         return [process.pid for process in self.envs.processes if process.pid is not None]
 
     def reset(self) -> np.ndarray:
-        return self.envs.reset()[0]["image"]
+        return self.envs.reset()[0]["images"]["corner2"]
 
     def step(self, actions: np.ndarray) -> np.ndarray:
-        return self.envs.step(actions)[0]["image"]
+        return self.envs.step(actions)[0]["images"]["corner2"]
 
 
 class ReachRL:
@@ -76,13 +76,13 @@ class ReachRL:
     def reset(self) -> np.ndarray:
         current = [next(row) for row in self._starts]
         self._next = [next(row) for row in self._starts]
-        return self.envs.reset(current, self._next).images
+        return self.envs.reset(current, self._next).frames
 
     def step(self, actions: np.ndarray) -> np.ndarray:
         step = self.envs.step(actions, self._next)
         for n in np.flatnonzero(step.terminated | step.truncated):
             self._next[n] = next(self._starts[n])
-        return step.observation.images
+        return step.observation.frames
 
 
 def cpu_seconds(pids: list[int]) -> float:

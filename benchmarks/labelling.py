@@ -38,7 +38,7 @@ def trajectory(decisions: int, seed: int) -> Trajectory:
         start=Start("made-up", "train", seed),
         instruction="open and close",
         actions=np.zeros((decisions, 4), np.float32),
-        images=np.zeros((frames, 1, 1, 3), np.uint8),
+        images={"camera": np.zeros((frames, 1, 1, 3), np.uint8)},
         ee_state=np.column_stack([xyz, opening]).astype(np.float32),
         success=True,
         source="benchmark",

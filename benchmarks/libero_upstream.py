@@ -106,7 +106,7 @@ class Ours:
         assert self.env is not None
         seen, _, success, *_ = self.env.step(action)
         positions = self.env.task_starts(self.task).simulation.data.qpos.copy()
-        return {"positions": positions, "success": success, "frame": seen["image"]}
+        return {"positions": positions, "success": success, "frame": seen["images"]["agentview"]}
 
     def expert(self) -> np.ndarray:
         """The scripted expert's action."""

@@ -25,7 +25,7 @@ def main() -> None:
     task = env.tasks[0]
     observation, _ = env.reset(options={"start": Start(task, "eval", 0)})
     for step in range(1, config.env.max_steps + 1):
-        actions = policy.predict(images=observation["image"], instruction=env.instruction(task))
+        actions = policy.predict(images=observation["images"], instruction=env.instruction(task))
         observation, _, terminated, truncated, info = env.step(actions[0])
         if terminated or truncated:
             print(f"{task}: {'success' if info['success'] else 'failure'} after {step} decisions")

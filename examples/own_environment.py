@@ -13,7 +13,7 @@ import numpy as np
 
 import reachrl
 from reachrl.config.env import EnvSection
-from reachrl.envs.base import Env, check_start, start_key, start_option
+from reachrl.envs.base import Env, check_start, observed, start_key, start_option
 
 RUN = Path("runs/slider")
 
@@ -35,13 +35,7 @@ class Slider(Env):
     def __init__(self, config: SliderConfig) -> None:
         self.config, self.tasks = config, config.tasks
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
-        side = config.image_size
-        self.observation_space = gym.spaces.Dict(
-            {
-                "image": gym.spaces.Box(0, 255, (side, side, 3), np.uint8),
-                "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            }
-        )
+        self.observation_space = observed(["camera"], config.image_size)
 
     def instruction(self, task):
         """What the policy is asked."""
@@ -72,7 +66,7 @@ class Slider(Env):
         image = np.zeros((side, side, 3), np.uint8)
         distance = np.abs(np.arange(side) - self._x * (side - 1))
         image[side // 3 : 2 * side // 3] = (255 * np.clip(2.5 - distance, 0, 1)).astype(np.uint8)[:, None]
-        return {"image": image, "ee_state": np.array([self._x, 0, 0, 1], np.float32)}
+        return {"images": {"camera": image}, "ee_state": np.array([self._x, 0, 0, 1], np.float32)}
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
-"""The data that travels between environments, policies, rewards and the learner; no behaviour.
+"""The data that travels between environments, policies, rewards and the learner; rows can be taken out and joined.
 
 Dimension names used everywhere: `T` steps per env, `N` envs, `A` action tokens per action, `D` action
-dimensions, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
+dimensions, `S` numbers of a state, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
+Images are by camera, in the environment's order; each camera may have a frame size of its own.
 
 Everything here is numpy, so that an environment worker never imports torch. The torch-side records
 (`PolicyInputs`, `ActionSample`, `Batch`) live beside the interface that produces them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,10 +42,43 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What `N` environments show the policy at one moment."""
+    """What `N` rows show the policy: all environments at one moment, or decisions taken at any time."""
 
-    images: UInt8[np.ndarray, "N H W 3"]
+    images: dict[str, UInt8[np.ndarray, "N H W 3"]]
     instructions: tuple[str, ...]
+    state: Float32[np.ndarray, "N S"] | None = None  # proprioception, as the environment offers it
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    @property
+    def frames(self) -> UInt8[np.ndarray, "N H W 3"]:
+        """The images of the first camera."""
+        return first_camera(self.images)
+
+    def rows(self, index: "slice | Int64[np.ndarray, 'b']") -> "Observation":
+        """The rows `index`, in that order."""
+        numbers: list[int] = np.arange(len(self))[index].tolist()
+        return Observation(
+            images={camera: frames[index] for camera, frames in self.images.items()},
+            instructions=tuple(self.instructions[row] for row in numbers),
+            state=None if self.state is None else self.state[index],
+        )
+
+    @staticmethod
+    def concat(parts: "Sequence[Observation]") -> "Observation":
+        """The rows of all `parts` (at least one, all with the same cameras), one part after the other."""
+        states = [part.state for part in parts if part.state is not None]
+        return Observation(
+            images={camera: np.concatenate([part.images[camera] for part in parts]) for camera in parts[0].images},
+            instructions=tuple(text for part in parts for text in part.instructions),
+            state=np.concatenate(states) if states else None,
+        )
+
+
+def first_camera(images: dict[str, UInt8[np.ndarray, "..."]]) -> UInt8[np.ndarray, "..."]:
+    """The images that policies, reward models and films with a single eye look at."""
+    return next(iter(images.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +86,7 @@ class EnvStep:
     """The outcome of one decision in each of `N` environments.
 
     A row that ended has already been reset: `observation` shows the next episode's first frame and
-    `final_images` the last frame of the one that ended (rows that did not end are undefined).
+    `final_observation` what the one that ended showed last (rows that did not end are undefined).
     """
 
     observation: Observation
@@ -59,7 +94,7 @@ class EnvStep:
     terminated: Bool[np.ndarray, "N"]
     truncated: Bool[np.ndarray, "N"]
     valid: Bool[np.ndarray, "N"]  # False: the worker was lost in this step; the row is no data
-    final_images: UInt8[np.ndarray, "N H W 3"]
+    final_observation: Observation
     ee_state: Float32[np.ndarray, "N 4"]  # after the action, before any reset: x y z in m, gripper 0..1
     progress: Float32[np.ndarray, "N 2"]  # before and after the action, as the simulator knows it; NaN: it does not
 
@@ -80,10 +115,11 @@ class Episode:
 class Rollout:
     """`T` decisions in each of `N` environments, collected with one policy version."""
 
-    images: UInt8[np.ndarray, "T N H W 3"]
+    images: dict[str, UInt8[np.ndarray, "T N H W 3"]]
     instructions: tuple[tuple[str, ...], ...]  # [T][N]
+    state: Float32[np.ndarray, "T N S"] | None = None
     last_observation: Observation  # after step T, the bootstrap of rows still running
-    final_images: UInt8[np.ndarray, "E H W 3"]  # true last frame of each of the E ended episodes
+    final_observation: Observation  # E rows: what each of the E ended episodes showed last
     final_rows: Int64[np.ndarray, "E 2"]  # (t, n) of the step that ended each of them
     action_ids: Int64[np.ndarray, "T N A"]
     behaviour_logprobs: Float32[np.ndarray, "T N A"]
@@ -95,6 +131,25 @@ class Rollout:
     progress: Float32[np.ndarray, "T N 2"]  # before and after each action, 0..1; NaN where the simulator has none
     episodes: tuple[Episode, ...]
     policy_version: int
+    control_hz: float | None = None  # decisions a second of simulated time; None: unknown
+
+    @property
+    def frames(self) -> UInt8[np.ndarray, "T N H W 3"]:
+        """The images of the first camera."""
+        return first_camera(self.images)
+
+    @property
+    def final_frames(self) -> UInt8[np.ndarray, "E H W 3"]:
+        """The last image of the first camera, of each ended episode."""
+        return self.final_observation.frames
+
+    def decisions(self) -> Observation:
+        """What was seen before each decision: `T * N` rows, those of one step side by side."""
+        return Observation(
+            images={camera: frames.reshape(-1, *frames.shape[2:]) for camera, frames in self.images.items()},
+            instructions=tuple(text for row in self.instructions for text in row),
+            state=None if self.state is None else self.state.reshape(-1, self.state.shape[-1]),
+        )
 
     @property
     def num_env_steps(self) -> int:
@@ -131,7 +186,14 @@ class Trajectory:
     start: Start
     instruction: str
     actions: Float32[np.ndarray, "T D"]  # the clean (intended) action in the env's units
-    images: UInt8[np.ndarray, "T+1 H W 3"]
+    images: dict[str, UInt8[np.ndarray, "T+1 H W 3"]]
     ee_state: Float32[np.ndarray, "T+1 4"]  # x y z in m, gripper opening 0..1
     success: bool
     source: str  # "expert", "policy", ...
+    state: Float32[np.ndarray, "T+1 S"] | None = None
+    control_hz: float | None = None  # actions a second of simulated or real time; None: unknown
+
+    @property
+    def frames(self) -> UInt8[np.ndarray, "F H W 3"]:
+        """The images of the first camera."""
+        return first_camera(self.images)

@@ -31,7 +31,9 @@ def test_a_kind_and_its_section_belong_together(group, kind):
 
 def frames(size: int) -> Observation:
     images = np.random.default_rng(0).integers(0, 255, (3, size, size, 3), dtype=np.uint8)
-    return Observation(images=images, instructions=("open the drawer", "reach", "press the button on top of the box"))
+    return Observation(
+        images={"camera": images}, instructions=("open the drawer", "reach", "press the button on top of the box")
+    )
 
 
 def toy(**changes: object) -> OpenVLAPolicy:

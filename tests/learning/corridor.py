@@ -31,7 +31,7 @@ class CorridorEnv(Env):
         size = config.image_size
         self.observation_space = gym.spaces.Dict(
             {
-                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "images": gym.spaces.Dict({"camera": gym.spaces.Box(0, 255, (size, size, 3), np.uint8)}),
                 "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
             }
         )
@@ -62,4 +62,4 @@ class CorridorEnv(Env):
     def observe(self) -> dict[str, np.ndarray]:
         size = self.config.image_size
         image = np.full((size, size, 3), self.cell + LENGTH * self.task, np.uint8)
-        return {"image": image, "ee_state": np.array([self.cell, 0, 0, 1], np.float32)}
+        return {"images": {"camera": image}, "ee_state": np.array([self.cell, 0, 0, 1], np.float32)}

@@ -52,7 +52,7 @@ def final_success(seed, *, shuffled, level="action", make=ppo):
     for iteration in range(ITERATIONS):
         contexts = rng.integers(0, 2, ROWS) if make is ppo else rng.integers(0, 2, ROWS // 8).repeat(8)
         images = contexts.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
-        inputs = policy.encode(Observation(images=images, instructions=("",) * ROWS))
+        inputs = policy.encode(Observation(images={"camera": images}, instructions=("",) * ROWS))
         gumbel = torch.from_numpy(
             generator(seed, Stream.ROLLOUT_NOISE, iteration, 0).gumbel(size=(ROWS, 2, 256)).astype(np.float32)
         )

@@ -25,7 +25,9 @@ def pictures(rng: np.random.Generator, count: int) -> tuple[Observation, np.ndar
     for image, (x, y) in zip(images, (3 + place * (SIZE - 6)).astype(int), strict=True):
         image[y - 3 : y + 3, x - 3 : x + 3] = (220, 40, 40)
     frames = images.clip(0, 255).astype(np.uint8)
-    return Observation(images=frames, instructions=("reach the block",) * count), place.astype(np.float32) * 2 - 1
+    return Observation(images={"camera": frames}, instructions=("reach the block",) * count), place.astype(
+        np.float32
+    ) * 2 - 1
 
 
 def test_a_block_is_located() -> None:

@@ -29,7 +29,7 @@ def dot_episode(index, *, success, generator, length=10):
     return Trajectory(
         start=Start("dot", "train", index),
         instruction="move the dot to the square",
-        images=images,
+        images={"camera": images},
         actions=np.zeros((length, 2), dtype=np.float32),
         ee_state=ee_state,
         success=success,

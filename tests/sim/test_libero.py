@@ -45,14 +45,21 @@ env.seed(request["seed"])
 env.reset()
 state = np.load(request["state"])
 obs = env.set_init_state(state)
-positions, frames, rewards = [], [], []
+from robosuite.utils.transform_utils import quat2axisangle
+def sent(obs):  # by openpi's client
+    return [*obs["robot0_eef_pos"], *quat2axisangle(obs["robot0_eef_quat"].copy()), *obs["robot0_gripper_qpos"]]
+positions, frames, rewards, wrist, states = [], [], [], [], []
 for action in [[0.0] * 6 + [-1.0]] * 10 + np.load(request["actions"]).astype(float).tolist():
     obs, reward, done, info = env.step(action)
     positions.append(env.sim.data.qpos.copy())
     rewards.append(reward)
     if len(frames) < 14:
         frames.append(obs["agentview_image"][::-1, ::-1])
-np.savez(request["out"], positions=positions, frames=frames, rewards=rewards)
+        wrist.append(obs["robot0_eye_in_hand_image"][::-1, ::-1])
+    states.append(sent(obs))
+env.env._update_observables(force=True)
+last = sent(env.env._get_observations())
+np.savez(request["out"], positions=positions, frames=frames, rewards=rewards, wrist=wrist, states=states, last=last)
 os._exit(0)
 """
 
@@ -69,14 +76,17 @@ for action in np.load(request["actions"])[:5]:
     env.step(-action)
 obs, _ = env.reset(options={"start": Start(request["task"], "eval", request["seed"])})
 data = env.task_starts(request["task"]).simulation.data
-positions, frames, rewards = [data.qpos.copy()], [obs["image"]], []
+positions, frames, rewards = [data.qpos.copy()], [obs["images"]["agentview"]], []
+wrist, states = [obs["images"]["robot0_eye_in_hand"]], [obs["state"]]
 for action in np.load(request["actions"]):
     obs, reward, *_ = env.step(action)
     positions.append(env.task_starts(request["task"]).simulation.data.qpos.copy())
     rewards.append(reward)
     if len(frames) < 5:
-        frames.append(obs["image"])
-np.savez(request["out"], positions=positions, frames=frames, rewards=rewards)
+        frames.append(obs["images"]["agentview"])
+        wrist.append(obs["images"]["robot0_eye_in_hand"])
+    states.append(obs["state"])
+np.savez(request["out"], positions=positions, frames=frames, rewards=rewards, wrist=wrist, states=states)
 os._exit(0)
 """
 
@@ -113,6 +123,7 @@ def upstream(request, tmp_path_factory):
     np.save(folder / "state.npy", installation.stored_starts(suite, task)[seed])
     asked = upstream_request(suite, task, seed, folder)
     config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS)}
+    config["cameras"] = ["agentview", "robot0_eye_in_hand"]
     return run(UPSTREAM, asked, folder), asked | {"config": config, "task": task}
 
 
@@ -123,6 +134,8 @@ def test_faithful_episodes_equal_upstreams_to_the_last_bit(upstream, tmp_path):
     assert np.array_equal(ours["positions"], theirs["positions"][9:])
     assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
     assert np.array_equal(ours["frames"], theirs["frames"][9:14])
+    assert np.array_equal(ours["wrist"], theirs["wrist"][9:14])
+    assert np.array_equal(ours["states"], theirs["states"][9:].astype(np.float32))
 
 
 def test_fast_episodes_equal_upstreams_to_rounding(upstream, tmp_path):
@@ -130,8 +143,10 @@ def test_fast_episodes_equal_upstreams_to_rounding(upstream, tmp_path):
     ours = run(OURS, asked, tmp_path)
     assert np.abs(ours["positions"] - theirs["positions"][9:]).max() < 1e-6
     assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
-    difference = np.abs(ours["frames"].astype(float) - theirs["frames"][9:14]).mean()
-    assert difference < 15  # of 255: the same picture with fewer triangles; kitchens differ most
+    for camera in ("frames", "wrist"):
+        difference = np.abs(ours[camera].astype(float) - theirs[camera][9:14]).mean()
+        assert difference < 15  # of 255: the same picture with fewer triangles; kitchens differ most
+    assert np.abs(ours["states"][-1] - theirs["last"]).max() < 1e-5  # where upstream's arm is after the last step
 
 
 @pytest.fixture(scope="module")

@@ -144,11 +144,16 @@ def trace(env: MetaworldEnv, task: str) -> str:
     """A digest of all frames and states of a short episode."""
     rng = np.random.default_rng(3)
     observation, _ = env.reset(options={"start": Start(task, "eval", 7)})
-    digest = hashlib.sha256(observation["image"].tobytes())
+    digest = hashlib.sha256(observation["images"]["corner2"].tobytes())
     for _ in range(6):
         observation, *_ = env.step(rng.uniform(-1, 1, 4).astype(np.float32))
         assert env._task is not None
-        for seen in (observation["image"], observation["ee_state"], env._task.sim.data.qpos, env._task.sim.data.qvel):
+        for seen in (
+            observation["images"]["corner2"],
+            observation["ee_state"],
+            env._task.sim.data.qpos,
+            env._task.sim.data.qvel,
+        ):
             digest.update(seen.tobytes())
     return digest.hexdigest()
 
@@ -172,7 +177,7 @@ def test_frames_look_like_mujocos_own(env: MetaworldEnv):
     """Same state, stock meshes, MuJoCo's renderer: the mean pixel differs by little, another start by more."""
     size = env.config.image_size
     for task in ("drawer-open", "hammer", "pick-place"):
-        frame = env.reset(options={"start": Start(task, "train", 0)})[0]["image"]
+        frame = env.reset(options={"start": Start(task, "train", 0)})[0]["images"]["corner2"]
         sim = env._task.sim  # pyright: ignore[reportOptionalMemberAccess]
         script = STOCK_FRAME.format(xml=sim.fullpath, size=size)
         state = {"qpos": sim.data.qpos, "body_pos": sim.model.body_pos, "site_pos": sim.model.site_pos}
@@ -272,12 +277,17 @@ def test_asking_for_start_vectors_does_not_disturb_a_running_episode(env: Metawo
     undisturbed = trace(env, "pick-place")
     rng = np.random.default_rng(3)
     observation, _ = env.reset(options={"start": Start("pick-place", "eval", 7)})
-    digest = hashlib.sha256(observation["image"].tobytes())
+    digest = hashlib.sha256(observation["images"]["corner2"].tobytes())
     for t in range(6):
         env.start_vector("pick-place", "train", 150 + t)  # not yet drawn: the simulator is asked
         observation, *_ = env.step(rng.uniform(-1, 1, 4).astype(np.float32))
         assert env._task is not None
-        for seen in (observation["image"], observation["ee_state"], env._task.sim.data.qpos, env._task.sim.data.qvel):
+        for seen in (
+            observation["images"]["corner2"],
+            observation["ee_state"],
+            env._task.sim.data.qpos,
+            env._task.sim.data.qvel,
+        ):
             digest.update(seen.tobytes())
     assert digest.hexdigest() == undisturbed
 
@@ -331,10 +341,12 @@ def test_workers_show_what_one_process_shows(env: MetaworldEnv):
         single.reset(options={"start": starts[n]})
         for t in range(3):
             observation, *_ = single.step(actions[t, n])
-            shown = steps[t].observation.images if t < 2 else steps[t].final_images
-            assert np.array_equal(shown[n], observation["image"])
+            shown = steps[t].observation.frames if t < 2 else steps[t].final_observation.frames
+            assert np.array_equal(shown[n], observation["images"]["corner2"])
             assert np.array_equal(steps[t].ee_state[n], observation["ee_state"])
-        assert np.array_equal(steps[2].observation.images[n], single.reset(options={"start": upcoming[n]})[0]["image"])
+        assert np.array_equal(
+            steps[2].observation.frames[n], single.reset(options={"start": upcoming[n]})[0]["images"]["corner2"]
+        )
     single.close()
 
 
@@ -342,10 +354,10 @@ def test_all_50_tasks_can_be_made_seen_and_acted_in():
     env = MetaworldEnv(MetaworldConfig(tasks=tuple(INSTRUCTIONS), image_size=48))
     frames = set()
     for task in INSTRUCTIONS:
-        image = env.reset(options={"start": Start(task, "train", 0)})[0]["image"]
+        image = env.reset(options={"start": Start(task, "train", 0)})[0]["images"]["corner2"]
         assert image.std() > 10
         observation, *_ = env.step(env.expert_action())
-        assert not np.array_equal(observation["image"], image)
+        assert not np.array_equal(observation["images"]["corner2"], image)
         frames.add(image.tobytes())
     assert len(frames) == 50
     env.close()

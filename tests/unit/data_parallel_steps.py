@@ -38,7 +38,6 @@ def main(out: Path, overrides: list[str]) -> None:
     if group.rank > 0:
         follow(local, group)
     else:
-        learner = local if group.alone else LeadingLearner(local, group, image_size=config.env.image_size)
         curriculum = build(
             "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=1
         )
@@ -51,6 +50,7 @@ def main(out: Path, overrides: list[str]) -> None:
             needs=config.algorithm.needs,
             max_steps=config.env.max_steps,
         )
+        learner = local if group.alone else LeadingLearner(local, group, shown=actors.groups[0].shown)
         actors.load_weights(learner.export_weights())
         rollout = actors.collect(curriculum.assign, 20).result()
         actors.close()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from reachrl.envs.base import observed
 from reachrl.errors import MissingExtra
 from reachrl.testing.envs import ReachConfig, ReachEnv
 from reachrl.types import Start
@@ -26,6 +27,8 @@ class FaultyEnv(ReachEnv):
         if config.fault == "missing extra":
             raise MissingExtra("this simulator needs libfoo: apt-get install libfoo")
         super().__init__(config.model_copy(update={"image_size": 32}) if config.fault == "wrong size" else config)
+        if config.fault == "wrong size":
+            self.observation_space = observed(["camera"], config.image_size)
         self.faults = config
         self.start = -1
 

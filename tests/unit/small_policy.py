@@ -14,12 +14,20 @@ from reachrl.backends.learner import LocalLearner
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
+from reachrl.envs.base import Shown
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.types import Observation
 
 VIT = {"kind": "vit", "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24, "patch_size": 8}
-PROBE = {"seed": 3, "image_size": 16, "temperature": 1.2}
+
+
+def shown(size: int) -> Shown:
+    """What environments with one camera show."""
+    return Shown(cameras={"camera": (size, size, 3)}, state_size=None)
+
+
+PROBE = {"seed": 3, "shown": shown(16), "temperature": 1.2}
 
 
 def small(**changes: object) -> OpenVLAConfig:
@@ -111,7 +119,9 @@ def foreign(
 
 def inputs(policy: OpenVLAPolicy) -> OpenVLAInputs:
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    return policy.encode(Observation(images=images, instructions=("push the puck", "close it", "open the window")))
+    return policy.encode(
+        Observation(images={"camera": images}, instructions=("push the puck", "close it", "open the window"))
+    )
 
 
 def scores(policy: OpenVLAPolicy) -> torch.Tensor:
@@ -135,4 +145,4 @@ def assert_apart(policy: OpenVLAPolicy) -> None:
 
 def packed(policy: OpenVLAPolicy, **changes: object) -> PackedWeights:
     learner = LocalLearner(policy, PPOConfig(**changes), seed=3, temperature=1.2)  # pyright: ignore[reportArgumentType]
-    return learner.pack_weights(image_size=16)
+    return learner.pack_weights(shown=PROBE["shown"])

@@ -42,12 +42,12 @@ def test_rollouts_replay_in_a_fresh_environment(setting):
     rollouts = [collector.collect(assigner(config.env.tasks), STEPS, policy_version=v) for v in range(2)]
     env = build("envs", config.env)
     episodes = [episode for rollout in rollouts for episode in rollout.episodes]
-    images = np.concatenate([rollout.images for rollout in rollouts])
+    images = np.concatenate([rollout.frames for rollout in rollouts])
     ids = np.concatenate([rollout.action_ids for rollout in rollouts])
     ends = np.concatenate([rollout.terminated | rollout.truncated for rollout in rollouts])
     finals = {}
     for number, rollout in enumerate(rollouts):
-        for image, (t, n) in zip(rollout.final_images, rollout.final_rows, strict=True):
+        for image, (t, n) in zip(rollout.final_frames, rollout.final_rows, strict=True):
             finals[int(t) + number * STEPS, int(n)] = image
     checked = 0
     for n in range(2):
@@ -59,11 +59,11 @@ def test_rollouts_replay_in_a_fresh_environment(setting):
             episode = [e for e in episodes if e.env == n][sum(ends[:end, n])]
             observation, _ = env.reset(options={"start": episode.start})
             for t in range(begin, end + 1):
-                np.testing.assert_array_equal(images[t, n], observation["image"])
+                np.testing.assert_array_equal(images[t, n], observation["images"]["camera"])
                 action = policy.decode_actions(torch.from_numpy(ids[t, n][None]))[0]
                 observation, reward, terminated, truncated, _ = env.step(action)
                 assert (terminated or truncated) == bool(ends[t, n])
-            np.testing.assert_array_equal(finals[end, n], observation["image"])
+            np.testing.assert_array_equal(finals[end, n], observation["images"]["camera"])
             assert episode.num_steps == end - begin + 1
             assert episode.success == terminated == bool(reward)
             begin, checked = end + 1, checked + 1
@@ -80,12 +80,14 @@ def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
     np.testing.assert_allclose(scored.old_logprobs, rollout.behaviour_logprobs, atol=1e-5)
     # An independent pass: one row at a time, full distribution.
     for t, n in [(0, 0), (7, 1), (24, 0)]:
-        one = policy.encode(Observation(images=rollout.images[t, n][None], instructions=(rollout.instructions[t][n],)))
+        one = policy.encode(
+            Observation(images={"camera": rollout.frames[t, n][None]}, instructions=(rollout.instructions[t][n],))
+        )
         out = policy.evaluate(one, torch.from_numpy(rollout.action_ids[t, n][None]), temperature=1.3)
         np.testing.assert_allclose(scored.old_logprobs[t, n], out.logprobs[0].detach().numpy(), atol=1e-5)
         assert scored.values[t, n] == pytest.approx(out.values.item(), abs=1e-5)
-    for image, (t, n) in zip(rollout.final_images, rollout.final_rows, strict=True):
-        one = policy.encode(Observation(images=image[None], instructions=(rollout.instructions[t][n],)))
+    for image, (t, n) in zip(rollout.final_frames, rollout.final_rows, strict=True):
+        one = policy.encode(Observation(images={"camera": image[None]}, instructions=(rollout.instructions[t][n],)))
         assert scored.final_values[t, n] == pytest.approx(policy.values(one).item(), abs=1e-5)
     last = policy.values(policy.encode(rollout.last_observation)).detach().numpy()
     np.testing.assert_allclose(scored.values[-1], last, atol=1e-5)
@@ -100,15 +102,15 @@ def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
     resumed = Collector(policy, envs, seed=5, temperature=1.0)
     resumed.load_state(state)
     found = resumed.collect(assigner(config.env.tasks), STEPS, policy_version=1)
-    for name in ("images", "action_ids", "behaviour_logprobs", "success", "truncated", "final_images", "final_rows"):
+    for name in ("frames", "action_ids", "behaviour_logprobs", "success", "truncated", "final_frames", "final_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     assert found.episodes == expected.episodes
 
 
 def same_rollout(found, expected):
-    for name in ("images", "action_ids", "success", "truncated", "valid", "final_images", "final_rows", "progress"):
+    for name in ("frames", "action_ids", "success", "truncated", "valid", "final_frames", "final_rows", "progress"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
-    np.testing.assert_array_equal(found.last_observation.images, expected.last_observation.images)
+    np.testing.assert_array_equal(found.last_observation.frames, expected.last_observation.frames)
     assert (found.instructions, found.episodes) == (expected.instructions, expected.episodes)
     # Rows are decoded in other batches.
     np.testing.assert_allclose(found.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-5)
@@ -178,7 +180,9 @@ def test_parts_with_longer_instructions_are_padded_together(setting):
     images = rng.integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)
     parts = []
     for n in range(2):
-        parts.append(policy.cache(policy.encode(Observation(images=images[n][None], instructions=texts[n : n + 1]))))
+        parts.append(
+            policy.cache(policy.encode(Observation(images={"camera": images[n][None]}, instructions=texts[n : n + 1])))
+        )
     assert parts[0].prompt_ids.shape != parts[1].prompt_ids.shape
     ids = policy.encode_actions(np.zeros((2, 4), np.float32))
     together = policy.evaluate(OpenVLAInputs.concat(parts), ids)

@@ -31,13 +31,14 @@ def test_every_key_of_a_built_in_section_says_what_it_affects(section: type[Sect
 
 # What success rates of today's environments rest on; a key that joins or leaves changes every protocol hash.
 EPISODE = {"kind", "tasks", "image_size", "max_steps", "mesh_faces"}
+LIBERO = {"cameras", "suite", "split", "simulation", "gripper"}
 
 
 def test_the_keys_of_protocols_and_of_architectures() -> None:
-    assert affecting(MetaworldConfig(), Affects.PROTOCOL).keys() == EPISODE | {"action_repeat"}
+    assert affecting(MetaworldConfig(), Affects.PROTOCOL).keys() == EPISODE | {"cameras", "action_repeat"}
     libero = load_config("libero_object").env
     assert isinstance(libero, LiberoConfig)
-    assert affecting(libero, Affects.PROTOCOL).keys() == EPISODE | {"suite", "split", "simulation", "gripper"}
+    assert affecting(libero, Affects.PROTOCOL).keys() == EPISODE | LIBERO
     assert affecting(load_config("toy").eval, Affects.PROTOCOL) == {"num_starts": 10, "seed": 0}
     architecture = affecting(OpenVLAConfig(), Affects.ARCHITECTURE)
     assert architecture.keys() == {

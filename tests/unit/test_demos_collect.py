@@ -21,7 +21,7 @@ from reachrl.demos import collect
 from reachrl.demos.collect import collect_demos, shard_name
 from reachrl.demos.expert import Attempt, noise_generator, run_attempt
 from reachrl.demos.store import META_FILE
-from reachrl.envs.base import Env, start_option
+from reachrl.envs.base import Env, observed, start_option
 from reachrl.errors import ConfigError, ExtensionError, StorageError, WorkerError
 from reachrl.types import Split, Start
 
@@ -49,6 +49,7 @@ class PointEnv(Env):
     def __init__(self, config: PointConfig) -> None:
         self.config = config
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.observation_space = observed(["camera"], 16)
         self.executed: list[np.ndarray] = []
 
     def instruction(self, task: str) -> str:
@@ -61,7 +62,7 @@ class PointEnv(Env):
         image = np.zeros((16, 16, 3), np.uint8)
         image[..., 0] = (np.arange(16) * 7 + 40 * self.position[0]).astype(np.int64) % 256
         image[..., 1] = int(abs(self.position[1]) * 60) % 256
-        return {"image": image, "ee_state": np.array([*self.position, 0.0, 1.0], np.float32)}
+        return {"images": {"camera": image}, "ee_state": np.array([*self.position, 0.0, 1.0], np.float32)}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         self.start = start_option(options)
@@ -95,9 +96,9 @@ class PointEnv(Env):
 
 def same(a: Any, b: Any) -> bool:
     """Bit equality of two trajectories."""
-    arrays = ("images", "actions", "ee_state")
+    assert list(a.images) == list(b.images) == ["camera"]
     facts = ("start", "instruction", "success", "source")
-    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in arrays) and all(
+    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("frames", "actions", "ee_state")) and all(
         getattr(a, n) == getattr(b, n) for n in facts
     )
 
@@ -121,7 +122,7 @@ def test_clean_action_is_recorded_while_the_noisy_one_runs() -> None:
     np.testing.assert_allclose(np.diff(positions, axis=0), env.executed, atol=1e-6)
     noise = np.array(env.executed) - trajectory.actions
     assert np.abs(noise).max() > 0.05
-    assert len(trajectory.images) == len(trajectory.actions) + 1
+    assert len(trajectory.frames) == len(trajectory.actions) + 1
 
 
 @pytest.mark.parametrize("what", ["expert", "pose"])
@@ -171,7 +172,7 @@ def test_workers_do_not_change_the_data(collected, tmp_path) -> None:
 
 def test_seed_changes_the_data(collected, tmp_path) -> None:
     other = collect_demos(PointConfig(tasks=("near",)), DEMOS, tmp_path, seed=8)
-    assert not any(np.array_equal(a.images, b.images) for a, b in zip(collected, other, strict=False))
+    assert not any(np.array_equal(a.frames, b.frames) for a, b in zip(collected, other, strict=False))
 
 
 def test_finished_tasks_are_kept_after_an_interruption(collected, tmp_path) -> None:
@@ -219,8 +220,8 @@ def test_starts_are_visited_again_with_other_noise(tmp_path) -> None:
     store = collect_demos(PointConfig(tasks=("near",), num_train_starts=3), DEMOS, tmp_path, seed=7)
     first, second, third, *_ = store
     assert [t.start.index for t in store] == [1, 2, 1, 2, 1]
-    assert np.array_equal(first.images[0], third.images[0])
-    assert not np.array_equal(first.images[1], third.images[1])
+    assert np.array_equal(first.frames[0], third.frames[0])
+    assert not np.array_equal(first.frames[1], third.frames[1])
     assert second.start != third.start
 
 
@@ -255,7 +256,8 @@ def test_full_disk_keeps_finished_tasks(tmp_path, monkeypatch) -> None:
 
     def full(self, episode):
         if self.path.name == shard_name("far") and self.num_trajectories == 2:
-            self._writer.write_table = lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space"))
+            file, _ = self._opened
+            file.write_table = lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space"))
         write(self, episode)
 
     monkeypatch.setattr(collect.ShardWriter, "write", full)
@@ -276,7 +278,8 @@ def test_workers_leave_with_their_parent(tmp_path) -> None:
         f"    collect_demos(PointConfig(tasks=('hang',)), DEMOS, Path({str(tmp_path / 'demos')!r}), seed=7)\n"
     )
     (tmp_path / "main.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "POINT_ENV_PID_FILE": str(pid_file)}
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "POINT_ENV_PID_FILE": str(pid_file)}
     parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment)
     try:
         _wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")

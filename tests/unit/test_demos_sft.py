@@ -61,9 +61,9 @@ class ToyPolicy(Policy):
         return instruction
 
     def encode(self, observation: Observation) -> ToyInputs:
-        assert observation.images.dtype == np.uint8
+        assert observation.frames.dtype == np.uint8
         ids = torch.tensor([[SENTENCES.index(s)] for s in observation.instructions])
-        pixels = torch.from_numpy(observation.images).float().permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = torch.from_numpy(observation.frames).float().permute(0, 3, 1, 2) / 127.5 - 1
         return ToyInputs(words=ids[:, 0], pixels=pixels)
 
     def _logits(self, inputs: ToyInputs) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Trajectory(
                 start=Start("reach", "train", index // 2),
                 instruction=SENTENCES[sign],
-                images=images,
+                images={"camera": images},
                 actions=actions,
                 ee_state=np.zeros((steps + 1, 4), np.float32),
                 success=True,
@@ -194,7 +194,7 @@ def test_toy_is_fitted(whole, store_folder: Path) -> None:
     images[np.arange(SIZE), :, np.arange(SIZE)] = 230
     policy.eval()
     for sign, sentence in enumerate(SENTENCES):
-        inputs = policy.encode(Observation(images=images, instructions=(sentence,) * SIZE))
+        inputs = policy.encode(Observation(images={"camera": images}, instructions=(sentence,) * SIZE))
         actions = policy.decode_actions(policy.act(inputs).action_ids)
         expected = np.stack([np.arange(SIZE) / (SIZE - 1) * 2 - 1, np.full(SIZE, 1.0 - 2 * sign)], 1)
         assert np.abs(actions - expected).max() < 0.01

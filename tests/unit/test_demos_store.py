@@ -34,7 +34,7 @@ def trajectory(index: int, *, task: str = "reach", steps: int = 5, size: int = 1
     return Trajectory(
         start=Start(task, "train", index),
         instruction=f"{task} the ünïcode goal",
-        images=rng.integers(0, 256, (steps + 1, size, size, 3), dtype=np.uint8),
+        images={"camera": rng.integers(0, 256, (steps + 1, size, size, 3), dtype=np.uint8)},
         actions=rng.normal(size=(steps, dim)).astype(np.float32),
         ee_state=rng.normal(size=(steps + 1, 4)).astype(np.float32),
         success=index % 2 == 0,
@@ -43,7 +43,8 @@ def trajectory(index: int, *, task: str = "reach", steps: int = 5, size: int = 1
 
 
 def assert_same(a: Trajectory, b: Trajectory) -> None:
-    for name in ("images", "actions", "ee_state"):
+    assert list(a.images) == list(b.images) == ["camera"]
+    for name in ("frames", "actions", "ee_state"):
         left, right = getattr(a, name), getattr(b, name)
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
@@ -72,7 +73,7 @@ def test_meta_counts_and_quantiles(folder: Path) -> None:
     assert len(store) == 6
     assert store.tasks == ("reach", "push")
     assert store.meta["num_steps"] == 3 + 4 + 5 + 6 + 5 + 5
-    assert store.meta["image_size"] == [10, 10]
+    assert store.meta["cameras"] == {"camera": [10, 10]}
     assert store.meta["info"] == {"seed": 3}
     column = np.sort(np.concatenate([t.actions for t in EXPECTED])[:, 1].astype(np.float64))
     position = 0.01 * (len(column) - 1)  # linear interpolation between order statistics, by hand
@@ -172,7 +173,7 @@ def test_a_shard_that_may_not_be_read_is_not_called_damaged(folder: Path, monkey
 
 def test_load_leaves_final_frames_out(folder: Path) -> None:
     data = TrajectoryStore(folder).load()
-    np.testing.assert_array_equal(data.images, np.concatenate([t.images[:-1] for t in EXPECTED]))
+    np.testing.assert_array_equal(data.images["camera"], np.concatenate([t.frames[:-1] for t in EXPECTED]))
     np.testing.assert_array_equal(data.actions, np.concatenate([t.actions for t in EXPECTED]))
     assert [data.instructions[i] for i in data.instruction_ids] == [t.instruction for t in EXPECTED for _ in t.actions]
     assert [data.starts[i] for i in data.trajectory_ids] == [t.start for t in EXPECTED for _ in t.actions]
@@ -200,11 +201,11 @@ def test_plain_parquet_readers_understand_it(folder: Path) -> None:
     assert len(final) == 4
     assert all(row["action"] is None for row in final)
     assert [row["step"] for row in rows if row["episode_index"] == 1] == [0, 1, 2, 3, 4]
-    frame = np.array(Image.open(io.BytesIO(rows[0]["image"]["bytes"])))
-    np.testing.assert_array_equal(frame, EXPECTED[0].images[0])
+    frame = np.array(Image.open(io.BytesIO(rows[0]["image.camera"]["bytes"])))
+    np.testing.assert_array_equal(frame, EXPECTED[0].frames[0])
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert list(features) == table.schema.names
-    assert features["image"] == {"_type": "Image"}
+    assert features["image.camera"] == {"_type": "Image"}
 
 
 def test_without_meta_a_store_is_incomplete(folder: Path) -> None:
@@ -241,7 +242,7 @@ def test_missing_shard_and_other_files_are_named(folder: Path, tmp_path: Path) -
         list(iter_shard(tmp_path / "other.parquet"))
 
 
-@pytest.mark.parametrize("key", ["shards", "tasks", "num_trajectories", "num_steps", "action_dim", "image_size"])
+@pytest.mark.parametrize("key", ["shards", "tasks", "num_trajectories", "num_steps", "action_dim", "cameras"])
 def test_a_meta_without_what_reading_needs_is_damaged(folder: Path, key: str) -> None:
     meta = json.loads((folder / META_FILE).read_text())
     for changed in ({k: v for k, v in meta.items() if k != key}, {**meta, key: None}, {**meta, key: "text"}):
@@ -317,7 +318,9 @@ def test_metadata_round_trip(tmp_path: Path) -> None:
 def test_shapes_must_belong_together(tmp_path: Path) -> None:
     good = trajectory(0)
     fields = {name: getattr(good, name) for name in Trajectory.__slots__}
-    unequal = SimpleNamespace(**{**fields, "images": good.images[:-1]})  # the record's own check is for tests only
+    unequal = SimpleNamespace(
+        **{**fields, "images": {"camera": good.frames[:-1]}}
+    )  # the record's own check is for tests only
     with pytest.raises(ValueError, match="one more of each than actions"):
         trajectory_table(unequal)  # pyright: ignore[reportArgumentType]
     write_shard(tmp_path / "a.parquet", [trajectory(0), trajectory(1, size=12)])

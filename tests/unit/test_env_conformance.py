@@ -97,8 +97,8 @@ class OneBuffer(ReachEnv):
 
     def _observe(self):
         observation = super()._observe()
-        self.frame[:] = observation["image"]
-        return observation | {"image": self.frame}
+        self.frame[:] = observation["images"]["camera"]
+        return observation | {"images": {"camera": self.frame}}
 
 
 class SameStarts(ReachEnv):
@@ -164,7 +164,7 @@ def test_validation_on_training_starts_is_refused_before_it_is_measured():
         env = kind(CONFIG)
 
         def reset(starts, following, env=env):
-            return SimpleNamespace(images=env.reset(options={"start": starts[0]})[0]["image"][None])
+            return SimpleNamespace(frames=env.reset(options={"start": starts[0]})[0]["images"]["camera"][None])
 
         envs = SimpleNamespace(tasks=env.tasks, num_envs=1, reset=reset)
         with pytest.raises(ExtensionError, match="train start 0") if refused else nullcontext():

@@ -44,10 +44,10 @@ def test_outcomes_do_not_depend_on_the_number_of_environments(mode):
     env = build("envs", config.env)
     observation, _ = env.reset(options={"start": episode.start})
     for turn in episode.turns:
-        np.testing.assert_array_equal(turn.image, observation["image"])
+        np.testing.assert_array_equal(turn.image, observation["images"]["camera"])
         observation, _, terminated, _, _ = env.step(turn.action)
     assert terminated == episode.success
-    np.testing.assert_array_equal(episode.final_image, observation["image"])
+    np.testing.assert_array_equal(episode.final_observation.frames[0], observation["images"]["camera"])
 
 
 def test_a_start_listed_twice_is_played_twice():
@@ -131,7 +131,7 @@ def test_evaluations_during_training_play_neither_training_nor_test_starts():
     # Another split is another state in the simulator, not the same one under another name.
     env = build("envs", config.env)
     first = {
-        split: env.reset(options={"start": Start(config.env.tasks[0], split, 0)})[0]["image"].tobytes()
+        split: env.reset(options={"start": Start(config.env.tasks[0], split, 0)})[0]["images"]["camera"].tobytes()
         for split in SPLITS
     }
     assert len(set(first.values())) == 3

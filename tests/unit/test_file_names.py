@@ -53,7 +53,7 @@ def trajectory(task: str, value: float) -> Trajectory:
     return Trajectory(
         start=Start(task, "train", 0),
         instruction=task,
-        images=FRAMES,
+        images={"camera": FRAMES},
         actions=np.full((1, 4), value, np.float32),
         ee_state=np.zeros((2, 4), np.float32),
         success=True,

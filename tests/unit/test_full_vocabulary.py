@@ -13,7 +13,9 @@ from reachrl.types import Observation
 def test_it_is_the_softmax_over_every_token_and_keeps_the_contract(base) -> None:
     policy = OpenVLAPolicy(small(checkpoint=base, vocabulary="full"))
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    check_policy(policy, Observation(images=images, instructions=("push the puck", "close it", "open the window")))
+    check_policy(
+        policy, Observation(images={"camera": images}, instructions=("push the puck", "close it", "open the window"))
+    )
     rows = inputs(policy)
     sample = policy.act(rows)
     # The first token again, by transformers' own forward pass with the whole head.

@@ -84,7 +84,7 @@ def store(path, *, frames=6):
         Trajectory(
             start=Start("reach", "train", i),
             instruction="reach the goal",
-            images=rng.integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8),
+            images={"camera": rng.integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8)},
             actions=np.zeros((frames - 1, 4), np.float32),
             ee_state=rng.random((frames, 4)).astype(np.float32),
             success=i % 2 == 0,
@@ -102,7 +102,7 @@ def test_the_command_scores_the_held_out_set_of_a_run(model, tmp_path, command_l
     code, out, _ = command_line("reward", "inspect", model, "--out", page)
     assert code == 0 and str(page) in out
     scores = [
-        load_reward_model(model / "reward_model" / "model").score(t.images, [t.instruction] * 6) for t in trajectories
+        load_reward_model(model / "reward_model" / "model").score(t.frames, [t.instruction] * 6) for t in trajectories
     ]
     wins = [a[-1] > b[-1] for a in scores[::2] for b in scores[1::2]]
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["all"])

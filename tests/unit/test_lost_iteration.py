@@ -24,7 +24,11 @@ EXPLAINED = [(float("nan"), True), (0.2, True), (0.3, False), (0.9, False)]  # a
 def without_data(rollout):
     """The rollout as workers leave it that were all lost all the time."""
     none = np.zeros_like(rollout.valid)
-    ends = {"final_images": rollout.final_images[:0], "final_rows": rollout.final_rows[:0], "episodes": ()}
+    ends = {
+        "final_observation": rollout.final_observation.rows(slice(0)),
+        "final_rows": rollout.final_rows[:0],
+        "episodes": (),
+    }
     return replace(rollout, valid=none, success=none, terminated=none, truncated=none, **ends)
 
 

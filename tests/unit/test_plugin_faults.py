@@ -54,15 +54,20 @@ class ForeignAlgorithm:
 def rollout_of(policy):
     rollout = make_rollout(image_size=8)
     ids = np.zeros((*rollout.valid.shape, policy.num_action_tokens), np.int64)
-    frames = {name: getattr(rollout, name) // 128 for name in ("images", "final_images")}  # contexts 0 and 1
-    last = replace(rollout.last_observation, images=rollout.last_observation.images // 128)
+
+    def dark(images):  # contexts 0 and 1
+        return {camera: frames // 128 for camera, frames in images.items()}
+
+    seen = {name: getattr(rollout, name) for name in ("last_observation", "final_observation")}
+    frames = {name: replace(each, images=dark(each.images)) for name, each in seen.items()}
+    frames["images"] = dark(rollout.images)
     zeros = ids.astype(np.float32)
-    return replace(rollout, action_ids=ids, behaviour_logprobs=zeros, last_observation=last, **frames)
+    return replace(rollout, action_ids=ids, behaviour_logprobs=zeros, **frames)
 
 
 def test_a_policy_that_ignores_the_noise():
     policy = GreedyPolicy(TablePolicyConfig())
-    inputs = policy.encode(Observation(images=np.zeros((3, 1, 1, 3), np.uint8), instructions=("",) * 3))
+    inputs = policy.encode(Observation(images={"camera": np.zeros((3, 1, 1, 3), np.uint8)}, instructions=("",) * 3))
     with pytest.raises(ExtensionError, match=r"GreedyPolicy\.act did not take the tokens .*argmax\(logits"):
         policy.acting_logprobs(inputs, torch.tensor([[1, 2], [3, 4], [5, 6]]))
 

@@ -45,7 +45,7 @@ def policy() -> OpenVLAPolicy:
 
 def observe() -> Observation:
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    return Observation(images=images, instructions=("push the puck", "close the drawer", "open the window"))
+    return Observation(images={"camera": images}, instructions=("push the puck", "close the drawer", "open the window"))
 
 
 def test_round_trip_is_exact(policy: OpenVLAPolicy, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def build(**changes: object) -> OpenVLAPolicy:
 def observe(batch: int, size: int = 16) -> Observation:
     rng = np.random.default_rng(5)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-    return Observation(images=images, instructions=tuple(INSTRUCTIONS[i % 2] for i in range(batch)))
+    return Observation(images={"camera": images}, instructions=tuple(INSTRUCTIONS[i % 2] for i in range(batch)))
 
 
 def gumbel_noise(batch: int, num_tokens: int = 4, seed: int = 0) -> torch.Tensor:
@@ -120,7 +120,9 @@ def test_rows_do_not_depend_on_their_batch() -> None:
     observation, noise = observe(5), gumbel_noise(5)
     together = policy.act(policy.encode(observation), gumbel=noise)
     for i in range(5):
-        alone = Observation(images=observation.images[i : i + 1], instructions=observation.instructions[i : i + 1])
+        alone = Observation(
+            images={"camera": observation.frames[i : i + 1]}, instructions=observation.instructions[i : i + 1]
+        )
         sample = policy.act(policy.encode(alone), gumbel=noise[i : i + 1])
         assert torch.equal(sample.action_ids[0], together.action_ids[i])
         torch.testing.assert_close(sample.logprobs[0], together.logprobs[i], rtol=0, atol=1e-5)
@@ -288,7 +290,7 @@ def test_actions_round_trip_in_the_environments_units() -> None:
 
 def test_frames_of_another_size_are_resized() -> None:
     policy = build()
-    flat = Observation(images=np.full((1, 40, 30, 3), 128, np.uint8), instructions=("reach the goal",))
+    flat = Observation(images={"camera": np.full((1, 40, 30, 3), 128, np.uint8)}, instructions=("reach the goal",))
     pixels = policy.encode(flat).pixel_values
     assert pixels.shape == (1, 6, 16, 16)
     expected = [

@@ -25,7 +25,7 @@ def make(seed=0, rows=48):
         policy.logits.copy_(torch.randn(policy.logits.shape, generator=generator))
     contexts = torch.randint(0, 2, (rows,), generator=generator)
     images = contexts.numpy().astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
-    inputs = policy.encode(Observation(images=images, instructions=("",) * rows))
+    inputs = policy.encode(Observation(images={"camera": images}, instructions=("",) * rows))
     gumbel = -torch.empty(rows, 2, 256).exponential_(generator=generator).log()
     sample = policy.act(inputs, gumbel=gumbel)
     batch = Batch(

@@ -79,6 +79,31 @@ def test_sampled_actions_follow_the_temperature():
     assert draw(20) == drawn[:20]
 
 
+class TwoEyed(TablePolicy):
+    num_cameras, state_size = 2, 3
+
+    def encode(self, observation):
+        self.seen = observation
+        return super().encode(observation)
+
+
+def test_a_policy_with_two_cameras_and_a_state_gets_them_in_order():
+    policy, wrist = TwoEyed(TablePolicyConfig(num_contexts=256)), 255 - FRAME[:7]
+    policy.predict(images={"front": FRAME, "wrist": wrist}, instruction="x", state=np.array([1, 2, 0.1]))
+    assert list(policy.seen.images) == ["front", "wrist"] and policy.seen.state.dtype == np.float32
+    np.testing.assert_array_equal(policy.seen.images["wrist"], wrist[None])
+    np.testing.assert_array_equal(policy.seen.state, np.array([[1, 2, 0.1]], np.float32))
+    for images, state, message in (
+        (FRAME, np.zeros(3), r"sees 2 cameras, given are 1 \(a single frame\); give a dict with the 2 frames"),
+        ({"front": FRAME}, np.zeros(3), r"sees 2 cameras, given are 1 \(front\)"),
+        ({"front": FRAME, "wrist": FRAME}, None, r"state: this policy takes 3 finite numbers.*given is nothing"),
+        ({"front": FRAME, "wrist": FRAME}, np.zeros(4), r"f32\[3\]; given is float64\[4\]"),
+        ({"front": FRAME, "wrist": FRAME}, np.array([0, np.nan, 0]), r"3 finite numbers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            policy.predict(images=images, instruction="x", state=state)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

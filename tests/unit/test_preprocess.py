@@ -138,7 +138,7 @@ def test_the_configuration_chooses() -> None:
 def test_the_policy_sees_the_frames_so(changes: dict[str, object]) -> None:
     images = frames(12, 20)
     policy, plain = OpenVLAPolicy(config(**changes)), OpenVLAPolicy(config())
-    observation = Observation(images=images, instructions=("push the puck", "open the door"))
+    observation = Observation(images={"camera": images}, instructions=("push the puck", "open the door"))
     seen = policy.encode(observation).pixel_values
     wanted = fit_frames(images, policy.config)
     assert seen is not None

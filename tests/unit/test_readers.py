@@ -61,13 +61,13 @@ def test_libero_files_hold_what_was_written(tmp_path):
     for trajectory, parts in zip(read, written.values(), strict=True):
         assert trajectory.instruction == SENTENCE
         assert (trajectory.source, trajectory.success) == ("libero", True)
-        np.testing.assert_array_equal(trajectory.images, np.rot90(parts["obs/agentview_rgb"], 2, axes=(1, 2)))
+        np.testing.assert_array_equal(trajectory.frames, np.rot90(parts["obs/agentview_rgb"], 2, axes=(1, 2)))
         np.testing.assert_allclose(trajectory.ee_state[:, :3], parts["obs/ee_pos"], rtol=1e-6)
-        np.testing.assert_allclose(trajectory.ee_state[:, 3], np.linspace(1, 0, len(trajectory.images)), atol=1e-6)
-        assert len(trajectory.actions) == len(trajectory.images) - 1
+        np.testing.assert_allclose(trajectory.ee_state[:, 3], np.linspace(1, 0, len(trajectory.frames)), atol=1e-6)
+        assert len(trajectory.actions) == len(trajectory.frames) - 1
         # LIBERO stored the frame that each action led to: the first frame is the one that the second action saw.
         np.testing.assert_array_equal(trajectory.actions, parts["actions"][1:].astype(np.float32))
-        assert [trajectory.images.dtype, trajectory.actions.dtype, trajectory.ee_state.dtype] == [
+        assert [trajectory.frames.dtype, trajectory.actions.dtype, trajectory.ee_state.dtype] == [
             np.uint8,
             np.float32,
             np.float32,
@@ -82,11 +82,11 @@ def test_frames_are_turned_by_180_degrees(tmp_path):
     with h5py.File(path, "a") as file:
         del file["data/demo_0/obs/agentview_rgb"]
         file["data/demo_0/obs/agentview_rgb"] = np.stack([frame, frame])
-    image = next(read_trajectories(path)).images[0]
+    image = next(read_trajectories(path)).frames[0]
     assert image[3, 5].tolist() == [255, 0, 0] and image[0, 0].tolist() == [0, 255, 0]
     with h5py.File(path, "a") as file:
         file["data"].attrs["macros_image_convention"] = "opencv"  # rows already in order
-    image = next(read_trajectories(path)).images[0]
+    image = next(read_trajectories(path)).frames[0]
     assert image[0, 5].tolist() == [255, 0, 0] and image[3, 0].tolist() == [0, 255, 0]
 
 
@@ -260,7 +260,7 @@ def test_cameras_are_listed(tmp_path):
     path = tmp_path / "a_demo.hdf5"
     written = write_libero(path)
     wrist = next(read_trajectories(path, camera="eye_in_hand_rgb"))
-    np.testing.assert_array_equal(wrist.images, written[0]["obs/eye_in_hand_rgb"][:, ::-1, ::-1])
+    np.testing.assert_array_equal(wrist.frames, written[0]["obs/eye_in_hand_rgb"][:, ::-1, ::-1])
     with pytest.raises(ConfigError, match=r"no camera 'top'.*There are: agentview_rgb, eye_in_hand_rgb"):
         next(read_trajectories(path, camera="top"))
 
@@ -321,9 +321,9 @@ def test_a_video_is_a_trajectory_without_poses_and_actions(tmp_path):
     (trajectory,) = read_trajectories(tmp_path / "try.mp4", instruction=SENTENCE)
     assert trajectory.start == Start("put-the-black-bowl-on-the-plate", "train", 0)
     assert (trajectory.source, trajectory.success, trajectory.instruction) == ("video", False, SENTENCE)
-    assert trajectory.images.shape == (12, SIZE, SIZE, 3) and trajectory.actions.shape == (11, 0)
+    assert trajectory.frames.shape == (12, SIZE, SIZE, 3) and trajectory.actions.shape == (11, 0)
     assert trajectory.ee_state.shape == (12, 4) and np.isnan(trajectory.ee_state).all()
-    assert np.abs(trajectory.images.astype(int) - frames).max() <= 6
+    assert np.abs(trajectory.frames.astype(int) - frames).max() <= 6
 
 
 def test_damaged_and_endless_videos_are_told(tmp_path, monkeypatch):
@@ -349,7 +349,7 @@ def made_up(task="press-it", index=0, steps=4):
         start=Start(task, "train", index),
         instruction="press it",
         actions=rng.normal(size=(steps, 4)).astype(np.float32),
-        images=rng.integers(0, 256, (steps + 1, 8, 8, 3), np.uint8),
+        images={"camera": rng.integers(0, 256, (steps + 1, 8, 8, 3), np.uint8)},
         ee_state=rng.random((steps + 1, 4)).astype(np.float32),
         success=True,
         source="expert",

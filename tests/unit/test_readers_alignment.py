@@ -49,8 +49,8 @@ def keep_rows(written, keep):
 
 def assert_frames(trajectory, expected):
     """Equal up to what coding loses; neighbouring frames are 21 grey levels apart."""
-    assert trajectory.images.shape == expected.shape
-    assert np.abs(trajectory.images.astype(int) - expected).max() <= 6
+    assert trajectory.frames.shape == expected.shape
+    assert np.abs(trajectory.frames.astype(int) - expected).max() <= 6
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -246,7 +246,7 @@ def test_a_picture_in_a_row_is_turned_as_its_exif_says(tmp_path):
     cells = [png(frame, orientation=3)] * 6
     path = written.root / "data/chunk-000/episode_000000.parquet"
     change_table(path, lambda columns: columns.update({written.camera: cells}))
-    images = next(read_trajectories(written.root)).images
+    images = next(read_trajectories(written.root)).frames
     assert images[0, SIZE - 1, 0].tolist() == [200] * 3 and images[0, 0, 0].tolist() == [0] * 3
     change_table(path, lambda columns: columns.update({written.camera: [png(np.zeros((8, 8), np.uint16))] * 6}))
     with pytest.raises(StorageError, match="mode I;16: expected 8 bits a channel"):

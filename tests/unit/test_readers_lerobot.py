@@ -28,7 +28,7 @@ def test_lerobot_datasets_hold_what_was_written(tmp_path, version, kind):
         np.testing.assert_array_equal(trajectory.actions, written.actions[number][:-1])
         np.testing.assert_array_equal(trajectory.ee_state[:, :3], written.states[number][:, :3])
         np.testing.assert_allclose(trajectory.ee_state[:, 3], np.linspace(1, 0, written.lengths[number]), atol=1e-6)
-        difference = trajectory.images.astype(int) - written.images[number]
+        difference = trajectory.frames.astype(int) - written.images[number]
         assert np.abs(difference).max() <= (0 if kind == "image" else 6)
 
 

@@ -39,7 +39,7 @@ def film(path, *, prepare=lambda stream: None, image=None):
 
 
 def read(path):
-    return next(read_trajectories(path, instruction="look")).images
+    return next(read_trajectories(path, instruction="look")).frames
 
 
 # What a player does: FFmpeg's rotation is counter-clockwise, the mirrors follow it (`av_display_matrix_flip`).

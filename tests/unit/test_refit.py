@@ -29,7 +29,7 @@ from reachrl.rollout.episodes import PlayedEpisode, Turn
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import save_checkpoint
 from reachrl.run.directory import Run
-from reachrl.testing.rewards import make_rollout
+from reachrl.testing.rewards import make_rollout, one_camera
 from reachrl.types import Episode, Start, Trajectory
 
 OPTIONS = (
@@ -57,7 +57,7 @@ def rollout_of(seed=0):
         truncated=ended & ~success,
         success=success,
         final_rows=rows,
-        final_images=rng.integers(0, 255, (len(rows), 32, 32, 3), dtype=np.uint8),
+        final_observation=one_camera(rng.integers(0, 255, (len(rows), 32, 32, 3), dtype=np.uint8)),
         episodes=tuple(
             # the first episode of environment 0 began before this rollout
             Episode(start=Start("reach", "train", i), success=n == 0, num_steps=9 if (t, n) == (3, 0) else 4, env=n)
@@ -71,7 +71,7 @@ def stored(index, *, success=True):
     return Trajectory(
         start=Start("reach", "train", 100 + index),
         instruction="reach the goal",
-        images=rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8),
+        images={"camera": rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)},
         actions=rng.normal(size=(4, 4)).astype(np.float32),
         ee_state=rng.random((5, 4)).astype(np.float32),
         success=success,
@@ -101,8 +101,8 @@ def test_whole_episodes_become_trajectories_frame_by_frame():
         if place == 0:
             continue
         each, rows = found[place], slice(t - 3, t + 1)
-        np.testing.assert_array_equal(each.images[:-1], rollout.images[rows, n])
-        np.testing.assert_array_equal(each.images[-1], rollout.final_images[place])
+        np.testing.assert_array_equal(each.frames[:-1], rollout.frames[rows, n])
+        np.testing.assert_array_equal(each.frames[-1], rollout.final_frames[place])
         np.testing.assert_array_equal(each.ee_state[1:], rollout.ee_state[rows, n])
         np.testing.assert_array_equal(each.ee_state[0], each.ee_state[1])
         assert each.success == (n == 0) and len(each.actions) == 4
@@ -120,7 +120,7 @@ def test_refits_come_when_due_as_new_versions_and_leave_the_model_in_use_alone(r
     assert any((before[key] != value).any() for key, value in refitted.state_dict().items())
     assert figures["reward_model/version"] == 1
     assert figures["reward_model/auc"] == audit_figures(config, run, refitted)["auc"]
-    frames = stored(0).images
+    frames = stored(0).frames
     texts = ["reach the goal"] * 5
     np.testing.assert_array_equal(read_version(run, 1).score(frames, texts), refitted.score(frames, texts))
     with pytest.raises(CheckpointError, match="missing"):
@@ -161,7 +161,7 @@ def film(seed):
     rng = np.random.default_rng(seed)
     turns = [
         Turn(
-            image=rng.integers(0, 255, (32, 32, 3), dtype=np.uint8),
+            observation=one_camera(rng.integers(0, 255, (1, 32, 32, 3), dtype=np.uint8)),
             ee_state=rng.random(4).astype(np.float32),
             progress=np.full(2, np.nan, np.float32),
             action_ids=np.zeros(4, np.int64),
@@ -177,7 +177,7 @@ def film(seed):
         success=True,
         num_steps=6,
         turns=tuple(turns),
-        final_image=turns[0].image,
+        final_observation=turns[0].observation,
     )
 
 

@@ -171,5 +171,5 @@ def test_each_worker_process_is_told_its_device(machine, monkeypatch):
     config = toy_config("env.render_device=cuda")
     with VectorEnv(config.env, 3) as envs:
         starts = [Start(envs.tasks[0], "train", n) for n in range(3)]
-        assert envs.reset(starts, starts).images.dtype == np.uint8
+        assert envs.reset(starts, starts).frames.dtype == np.uint8
     assert started == ["1", "2", "0"]

@@ -10,6 +10,7 @@ import pytest
 from reachrl.config.audit import AuditSection
 from reachrl.report.video import read_video
 from reachrl.rewards.audit import RewardAudit, correlation
+from reachrl.testing.rewards import one_camera
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
 CONFIG = AuditSection(window=20, min_episodes=5, num_videos=2)
@@ -29,10 +30,10 @@ def rollout_of(outcomes, scores, *, lost=()):
     valid[list(lost)] = False
     frames = rng.integers(0, 255, (steps, 1, 24, 24, 3), dtype=np.uint8)
     rollout = Rollout(
-        images=frames,
+        images={"camera": frames},
         instructions=(("reach the goal",),) * steps,
-        last_observation=Observation(images=frames[0], instructions=("reach the goal",)),
-        final_images=frames[: len(rows), 0],
+        last_observation=Observation(images={"camera": frames[0]}, instructions=("reach the goal",)),
+        final_observation=one_camera(frames[: len(rows), 0]),
         final_rows=rows,
         action_ids=np.zeros((steps, 1, 4), np.int64),
         behaviour_logprobs=np.zeros((steps, 1, 4), np.float32),
@@ -130,15 +131,16 @@ def test_episodes_across_rollouts_count_once_and_lost_ones_not_at_all(tmp_path):
     parts = [(0, 6), (6, 12)]  # the second episode is cut in two
     for first, last in parts:
         cut = slice(first, last)
-        per_step = ["images", "action_ids", "behaviour_logprobs", "ee_state", "progress"]
+        per_step = ["action_ids", "behaviour_logprobs", "ee_state", "progress"]
         per_step += ["success", "terminated", "truncated", "valid"]
         inside = [i for i, (t, _) in enumerate(rollout.final_rows) if first <= t < last]
         part = replace(
             rollout,
             **{name: getattr(rollout, name)[cut] for name in per_step},
+            images={"camera": rollout.frames[cut]},
             instructions=rollout.instructions[cut],
             final_rows=rollout.final_rows[inside] - [first, 0],
-            final_images=rollout.final_images[inside],
+            final_observation=rollout.final_observation.rows(np.array(inside, np.int64)),
             episodes=tuple(rollout.episodes[i] for i in inside),
         )
         assert rewards.progress is not None

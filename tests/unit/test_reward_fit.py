@@ -25,7 +25,7 @@ def trajectory(index, *, success=True, task="reach", seed=0, split="train"):
     return Trajectory(
         start=Start(task, split, index),
         instruction=f"{task} the goal",
-        images=rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8),
+        images={"camera": rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)},
         actions=rng.normal(size=(5, 4)).astype(np.float32),
         ee_state=rng.random((6, 4)).astype(np.float32),
         success=success,
@@ -62,7 +62,7 @@ def test_split_of_tiny_sets_keeps_something_to_fit():
 def test_no_frame_of_a_heldout_start_reaches_the_optimiser(monkeypatch, tmp_path):
     data = data_set()
     marked = {start: index for index, start in enumerate(sorted({t.start for t in data}))}
-    data = [replace(t, images=np.full_like(t.images, marked[t.start])) for t in data]
+    data = [replace(t, images={"camera": np.full_like(t.frames, marked[t.start])}) for t in data]
     seen = set()
 
     def spy(images, pixels, generator):
@@ -92,7 +92,7 @@ def test_files_reports_and_reuse(tmp_path):
     reports.clear()
     again = fit_reward_model(data, CONFIG, seed=0, folder=tmp_path, on_step=lambda *args: reports.append(args))
     assert again.skipped and reports == [] and again.quality == written
-    frames = data[0].images
+    frames = data[0].frames
     np.testing.assert_array_equal(
         again.model.score(frames, ["reach the goal"] * 6), first.model.score(frames, ["reach the goal"] * 6)
     )
@@ -126,7 +126,7 @@ def test_a_fit_cut_short_is_repeated(tmp_path):
 
 
 def test_useless_data_are_refused(tmp_path):
-    big = replace(trajectory(1), images=np.zeros((6, 64, 64, 3), np.uint8))
+    big = replace(trajectory(1), images={"camera": np.zeros((6, 64, 64, 3), np.uint8)})
     cases = [
         ([], "no trajectories.*`demos` stage"),
         ([trajectory(i, success=False) for i in range(3)], "None of the 3 trajectories succeeded.*Collect"),
@@ -153,7 +153,7 @@ def test_a_diverging_fit_saves_nothing(tmp_path):
 
 
 def test_frames_without_a_label_take_no_part(monkeypatch, tmp_path):
-    data = [replace(trajectory, images=numbered_frames()) for trajectory in data_set()]
+    data = [replace(trajectory, images={"camera": numbered_frames()}) for trajectory in data_set()]
     seen = set()
 
     def spy(clips, pixels, generator):
@@ -170,7 +170,8 @@ def test_frames_without_a_label_take_no_part(monkeypatch, tmp_path):
 def test_shuffled_clips_show_the_same_episode_in_an_order_that_never_was():
     one = trajectory(0)
     one = replace(
-        one, images=np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+        one,
+        images={"camera": np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)},
     )
     config = CONFIG.model_copy(update={"num_frames": 3, "frame_stride": 2})
     model = SmallRewardModel.for_fit(config, ["reach the goal"])
@@ -205,7 +206,7 @@ def test_a_refit_starts_from_the_given_weights_and_takes_its_own_number_of_steps
         on_step=lambda s, _: steps.append(s),
     ).model
     assert steps == [1, 2, 3]
-    frames, texts = data_set()[0].images, ["reach the goal"] * 6
+    frames, texts = data_set()[0].frames, ["reach the goal"] * 6
     before, after = first.score(frames, texts), again.score(frames, texts)
     np.testing.assert_allclose(after, before, atol=1e-3)
     assert not np.array_equal(after, before)

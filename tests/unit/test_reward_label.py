@@ -21,7 +21,7 @@ def trajectory(ee_state, *, success=True, index=0):
     return Trajectory(
         start=Start("door-open", "train", index),
         instruction="open the door",
-        images=np.zeros((frames, 1, 1, 3), dtype=np.uint8),
+        images={"camera": np.zeros((frames, 1, 1, 3), dtype=np.uint8)},
         actions=np.zeros((frames - 1, 4), dtype=np.float32),
         ee_state=np.asarray(ee_state, dtype=np.float32),
         success=success,

@@ -46,10 +46,10 @@ def frames_by_hand(rollout, t, n):
     """(frame seen before the action, frame the action led to), written as the types describe them."""
     for row, (end_t, end_n) in enumerate(rollout.final_rows):
         if (end_t, end_n) == (t, n):
-            return rollout.images[t, n], rollout.final_images[row]
-    if t + 1 < len(rollout.images):
-        return rollout.images[t, n], rollout.images[t + 1, n]
-    return rollout.images[t, n], rollout.last_observation.images[n]
+            return rollout.frames[t, n], rollout.final_frames[row]
+    if t + 1 < len(rollout.frames):
+        return rollout.frames[t, n], rollout.frames[t + 1, n]
+    return rollout.frames[t, n], rollout.last_observation.frames[n]
 
 
 @pytest.mark.parametrize("mode", ["sum", "potential"])
@@ -78,7 +78,7 @@ def test_potential_telescopes_over_each_episode():
     checked = {"terminated": 0, "truncated": 0, "running": 0}
     finals = {
         (int(t), int(n)): pixel_scores(f[None])[0]
-        for (t, n), f in zip(rollout.final_rows, rollout.final_images, strict=True)
+        for (t, n), f in zip(rollout.final_rows, rollout.final_frames, strict=True)
     }
     for n in range(3):
         begin = 0
@@ -91,8 +91,8 @@ def test_potential_telescopes_over_each_episode():
             kind = "terminated" if rollout.terminated[t, n] else "truncated" if ended else "running"
             last = {"terminated": 0.0, "truncated": finals.get((t, n)), "running": None}[kind]
             if last is None:
-                last = pixel_scores(rollout.last_observation.images[n][None])[0]
-            first = pixel_scores(rollout.images[begin, n][None])[0]
+                last = pixel_scores(rollout.last_observation.frames[n][None])[0]
+            first = pixel_scores(rollout.frames[begin, n][None])[0]
             assert shaped == pytest.approx(0.3 * (GAMMA**length * last - first), abs=1e-5)
             checked[kind] += 1
             begin = t + 1
@@ -124,10 +124,10 @@ def test_each_frame_goes_with_its_own_episodes_instruction():
     ProcessReward(ProcessRewardConfig(mode="sum"), gamma=GAMMA, model=model)(rollout)
     expected = {}
     for t, n in np.ndindex(rollout.valid.shape):
-        expected[float(pixel_scores(rollout.images[t, n][None])[0])] = f"step {t} env {n}"
+        expected[float(pixel_scores(rollout.frames[t, n][None])[0])] = f"step {t} env {n}"
     for n in range(4):
-        expected[float(pixel_scores(last.images[n][None])[0])] = f"last env {n}"
-    for (t, n), frame in zip(rollout.final_rows, rollout.final_images, strict=True):
+        expected[float(pixel_scores(last.frames[n][None])[0])] = f"last env {n}"
+    for (t, n), frame in zip(rollout.final_rows, rollout.final_frames, strict=True):
         expected[float(pixel_scores(frame[None])[0])] = f"step {t} env {n}"
     assert model.seen and all(expected[score] == text for score, text in model.seen)
 
@@ -147,7 +147,7 @@ def test_rollout_without_any_ending():
         terminated=none,
         truncated=none,
         success=none,
-        final_images=rollout.final_images[:0],
+        final_observation=rollout.final_observation.rows(slice(0)),
         final_rows=rollout.final_rows[:0],
     )
     check_reward(ProcessReward(ProcessRewardConfig(), gamma=GAMMA, model=PixelModel()), rollout)
@@ -191,7 +191,9 @@ def test_the_contract_check_notices_each_breach():
 
 def test_a_missing_final_frame_is_our_own_mistake():
     rollout = rollout_with_all_endings()
-    rollout = replace(rollout, final_rows=rollout.final_rows[1:], final_images=rollout.final_images[1:])
+    rollout = replace(
+        rollout, final_rows=rollout.final_rows[1:], final_observation=rollout.final_observation.rows(slice(1, None))
+    )
     with pytest.raises(AssertionError, match="no final frame"):
         frame_numbers(rollout)
 
@@ -214,7 +216,7 @@ def test_a_time_limit_that_counts_as_terminal_has_potential_zero():
     terminal = ProcessReward(config, gamma=GAMMA, bootstrap_truncated=False, model=PixelModel())(rollout).parts[
         "process"
     ]
-    finals = dict(zip(map(tuple, rollout.final_rows.tolist()), rollout.final_images, strict=True))
+    finals = dict(zip(map(tuple, rollout.final_rows.tolist()), rollout.final_frames, strict=True))
     ended = rollout.truncated & rollout.valid
     assert ended.any()
     for t, n in np.argwhere(ended):

@@ -182,7 +182,7 @@ def trajectory(index, *, success):
     return Trajectory(
         start=Start("reach", "train", index),
         instruction="reach",
-        images=images + np.uint8(index % 5),
+        images={"camera": images + np.uint8(index % 5)},
         actions=np.zeros((5, 4), np.float32),
         ee_state=np.random.default_rng(index).random((6, 4)).astype(np.float32),
         success=success,

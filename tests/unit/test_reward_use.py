@@ -16,7 +16,7 @@ from reachrl.rewards.process.scorer import FrameScorer, clip_numbers
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.rewards.running_scale import RunningScale
 from reachrl.rewards.shaping import pay_at_ends
-from reachrl.testing.rewards import check_borders, check_reward, cut_rollout, make_rollout
+from reachrl.testing.rewards import check_borders, check_reward, cut_rollout, make_rollout, one_camera
 from reachrl.types import Episode, Start
 
 GAMMA = 0.9
@@ -63,7 +63,7 @@ def test_scores_of_clips_equal_the_models_own():
     model = small_model(num_frames=2)
     _, after = frame_numbers(rollout)
     bank = np.concatenate(
-        [rollout.images.reshape(-1, 32, 32, 3), rollout.last_observation.images, rollout.final_images]
+        [rollout.frames.reshape(-1, 32, 32, 3), rollout.last_observation.frames, rollout.final_frames]
     )
     scores = FrameScorer(model, batch_size=8).scores(rollout, np.unique(after))
     for (t, n), path in episodes_by_hand(rollout).items():
@@ -85,7 +85,7 @@ def test_frames_that_come_back_are_remembered_by_content_and_instruction():
     texts = tuple(tuple("reach a goal" for _ in row) for row in rollout.instructions)
     scorer.scores(replace(rollout, instructions=texts), np.unique(after))
     assert scorer.num_scored > count
-    same = replace(rollout, images=np.zeros_like(rollout.images))
+    same = replace(rollout, images={"camera": np.zeros_like(rollout.frames)})
     before = scorer.num_scored
     scorer.scores(same, np.arange(18))
     assert scorer.num_scored == before + 1
@@ -149,7 +149,7 @@ def test_segments_end_where_the_gripper_changes_and_where_the_episode_does():
         truncated=ended,
         success=never,
         final_rows=np.array([[8, 1]]),
-        final_images=rollout.images[:1, 0],
+        final_observation=one_camera(rollout.frames[:1, 0]),
     )
     assert episode_parts(rollout) == [(0, 11, 0), (0, 8, 1), (9, 11, 1)]
     config = ProcessRewardConfig(mode="sum", pay="segments", weight=1.0)
@@ -257,7 +257,7 @@ def running_rollout(num_steps=12, num_envs=2, seed=7):
     return replace(
         rollout, terminated=never, success=never, truncated=last, valid=~never,
         final_rows=np.array([[num_steps - 1, n] for n in range(num_envs)]),
-        final_images=rollout.last_observation.images,
+        final_observation=rollout.last_observation,
         episodes=tuple(
             Episode(start=Start("reach", "train", n), success=False, num_steps=num_steps, env=n)
             for n in range(num_envs)
@@ -275,7 +275,7 @@ def test_a_refit_in_mid_episode_keeps_the_potential_that_was_paid():
     reward.adapt(first, iteration=0)
     paid.append(reward(second).parts["process"])
     for n in range(2):
-        frames = np.stack([rollout.images[0, n]] * 2), np.stack([rollout.images[-1, n], rollout.final_images[n]])
+        frames = np.stack([rollout.frames[0, n]] * 2), np.stack([rollout.frames[-1, n], rollout.final_frames[n]])
         begin, end = (m.score(f[None], ["reach the goal"])[0] for m, f in zip(models, frames, strict=True))
         earned = GAMMA ** np.arange(12) @ np.concatenate(paid)[:, n]
         assert earned == pytest.approx(GAMMA**12 * end - begin, abs=1e-5)

@@ -278,7 +278,7 @@ def trajectory(index, *, success=True, shade=0):
     return Trajectory(
         start=Start("reach", "train", index),
         instruction="reach the goal",
-        images=images,
+        images={"camera": images},
         actions=np.full((5, 4), index, np.float32),
         ee_state=np.random.default_rng(index).random((6, 4)).astype(np.float32),
         success=success,
@@ -303,7 +303,7 @@ def test_adapters_learn_black_from_white_and_nothing_else_changes(folders, kind)
         config=configuration(folders[kind], lr=1e-2, batch_size=4, log_every=10, shift_pixels=0),
         on_step=lambda step, metrics: losses.append(metrics["train_loss"]),
     )  # fmt: skip
-    dark, bright = model.score(data[3].images[[0, -1]], ["reach the goal"] * 2, batch_size=2)
+    dark, bright = model.score(data[3].frames[[0, -1]], ["reach the goal"] * 2, batch_size=2)
     assert losses[-1] < 0.5 * losses[0] and dark < 0.2 and bright > 0.8
     changed = {name for name, tensor in model.vlm.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and all(".lora_" in name for name in changed)
@@ -330,7 +330,7 @@ def test_a_dozen_trajectories_are_fitted_measured_and_read_back(folders, tmp_pat
     assert [step for step, _ in reports] == [4, 8] and np.isfinite(result.quality["heldout"]["loss"])
     again = fit_reward_model(data, config, seed=0, folder=tmp_path)
     assert again.skipped
-    images = np.stack([data[0].images[:2], data[9].images[:2]])
+    images = np.stack([data[0].frames[:2], data[9].frames[:2]])
     texts = ["reach the goal", "reach"]
     np.testing.assert_array_equal(
         again.model.score(images, texts, batch_size=2), result.model.score(images, texts, batch_size=2)

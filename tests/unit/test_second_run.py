@@ -22,7 +22,9 @@ CRITICS = {
 def values(policy: Policy) -> torch.Tensor:
     frames = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), dtype=np.uint8)
     with torch.no_grad():
-        return policy.values(policy.encode(Observation(images=frames, instructions=("go to the red square",) * 5)))
+        return policy.values(
+            policy.encode(Observation(images={"camera": frames}, instructions=("go to the red square",) * 5))
+        )
 
 
 def trained(tmp_path: Path, critic: str, *overrides: str) -> tuple[TrainConfig, Policy]:

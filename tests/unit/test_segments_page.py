@@ -41,7 +41,7 @@ def trajectory(task="pick-up", index=0, *, moving=True, poses=True, success=True
         start=Start(task, "train", index),
         instruction="pick up the <red> cube",
         actions=np.zeros((LAST, 4), np.float32),
-        images=np.broadcast_to(levels[:, None, None, None], (LAST + 1, SIZE, SIZE, 3)).copy(),
+        images={"camera": np.broadcast_to(levels[:, None, None, None], (LAST + 1, SIZE, SIZE, 3)).copy()},
         ee_state=ee_state.astype(np.float32),
         success=success,
         source="expert",

@@ -48,7 +48,9 @@ class ByHand:
 
     def __init__(self, starts: list[Start]):
         self.envs = [ReachEnv(CONFIG) for _ in starts]
-        self.images = [e.reset(options={"start": s})[0]["image"] for e, s in zip(self.envs, starts, strict=True)]
+        self.images = [
+            e.reset(options={"start": s})[0]["images"]["camera"] for e, s in zip(self.envs, starts, strict=True)
+        ]
 
     def expert(self) -> np.ndarray:
         return np.stack([env.expert_action() for env in self.envs])
@@ -57,10 +59,12 @@ class ByHand:
         rows = []
         for n, env in enumerate(self.envs):
             observation, _, terminated, truncated, info = env.step(actions[n])
-            self.images[n] = observation["image"]
+            self.images[n] = observation["images"]["camera"]
             if terminated or truncated:
-                self.images[n] = env.reset(options={"start": next_starts[n]})[0]["image"]
-            rows.append((info["success"], terminated, truncated, observation["image"], observation["ee_state"]))
+                self.images[n] = env.reset(options={"start": next_starts[n]})[0]["images"]["camera"]
+            rows.append(
+                (info["success"], terminated, truncated, observation["images"]["camera"], observation["ee_state"])
+            )
         return rows
 
 
@@ -68,7 +72,7 @@ def test_it_equals_environments_stepped_by_hand_through_successes_and_time_limit
     rng = np.random.default_rng(0)
     by_hand = ByHand(some_starts(0))
     seen = healthy.reset(some_starts(0), some_starts(10))
-    assert np.array_equal(seen.images, by_hand.images)
+    assert np.array_equal(seen.frames, by_hand.images)
     ended = {"success": 0, "truncated": 0}
     for t in range(30):
         upcoming = some_starts(10 + 3 * t)
@@ -79,12 +83,12 @@ def test_it_equals_environments_stepped_by_hand_through_successes_and_time_limit
             assert (step.success[n], step.terminated[n], step.truncated[n]) == (success, terminated, truncated)
             assert np.array_equal(step.ee_state[n], ee_state)  # after the action, before any reset
             if terminated or truncated:
-                assert np.array_equal(step.final_images[n], final_image)
+                assert np.array_equal(step.final_observation.frames[n], final_image)
                 assert step.observation.instructions[n] == healthy.instruction(upcoming[n].task)
-                assert not np.array_equal(step.final_images[n], step.observation.images[n])
+                assert not np.array_equal(step.final_observation.frames[n], step.observation.frames[n])
             ended["success"] += success
             ended["truncated"] += truncated
-        assert np.array_equal(step.observation.images, by_hand.images)
+        assert np.array_equal(step.observation.frames, by_hand.images)
         assert step.valid.all()
         assert not (step.terminated & step.truncated).any()
     assert ended["success"] > 5 and ended["truncated"] > 1
@@ -102,10 +106,10 @@ def test_replayed_actions_lead_to_the_interrupted_episode(healthy: VectorEnv):
     # Rows are resumed at different ages: row n after n + 1 decisions.
     seen = healthy.replay(starts, [actions[: n + 1, n] for n in range(N)])
     for n in range(N):
-        assert np.array_equal(seen.images[n], whole[n].observation.images[n])
+        assert np.array_equal(seen.frames[n], whole[n].observation.frames[n])
     resumed = healthy.step(np.stack([actions[n + 1, n] for n in range(N)]), upcoming)
     for n in range(N):
-        assert np.array_equal(resumed.observation.images[n], whole[n + 1].observation.images[n])
+        assert np.array_equal(resumed.observation.frames[n], whole[n + 1].observation.frames[n])
         assert np.array_equal(resumed.ee_state[n], whole[n + 1].ee_state[n])
         assert resumed.truncated[n] == whole[n + 1].truncated[n]  # the step counter is resumed as well
 
@@ -113,10 +117,10 @@ def test_replayed_actions_lead_to_the_interrupted_episode(healthy: VectorEnv):
 def test_returned_arrays_survive_later_steps(healthy: VectorEnv):
     seen = healthy.reset(some_starts(0), some_starts(3))
     step = healthy.step(np.full((N, 4), 0.5, np.float32), some_starts(3))
-    kept = [a.copy() for a in (seen.images, step.observation.images, step.final_images, step.ee_state)]
+    kept = [a.copy() for a in (seen.frames, step.observation.frames, step.final_observation.frames, step.ee_state)]
     for _ in range(7):
         healthy.step(np.full((N, 4), -0.5, np.float32), some_starts(6))
-    now = (seen.images, step.observation.images, step.final_images, step.ee_state)
+    now = (seen.frames, step.observation.frames, step.final_observation.frames, step.ee_state)
     assert all(np.array_equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
@@ -183,12 +187,12 @@ def test_a_lost_worker_costs_one_row_of_one_step(fault: str):
         assert not Path(f"/proc/{pids[1]}").exists()
         # The row shows the first frame of its next start, and goes on from there.
         by_hand.step(still, upcoming)
-        by_hand.images[1] = by_hand.envs[1].reset(options={"start": upcoming[1]})[0]["image"]
-        assert np.array_equal(step.observation.images, by_hand.images)
+        by_hand.images[1] = by_hand.envs[1].reset(options={"start": upcoming[1]})[0]["images"]["camera"]
+        assert np.array_equal(step.observation.frames, by_hand.images)
         step = envs.step(still, upcoming)
         by_hand.step(still, upcoming)
         assert step.valid.all()
-        assert np.array_equal(step.observation.images, by_hand.images)
+        assert np.array_equal(step.observation.frames, by_hand.images)
 
 
 @pytest.mark.parametrize("number", [signal.SIGRTMIN, signal.SIGRTMIN + 3, signal.SIGRTMAX])
@@ -287,9 +291,10 @@ def test_a_missing_library_is_reported_as_such_and_not_retried():
         VectorEnv(FaultyConfig(fault="missing extra"), 2)
 
 
-def test_frames_of_another_size_than_configured_are_refused():
-    with pytest.raises(WorkerError, match=r"frames are \(32, 32, 3\), but env.image_size promises \(24, 24, 3\)"):
-        VectorEnv(FaultyConfig(fault="wrong size"), 1)
+def test_frames_of_another_size_than_the_observation_space_promises_are_refused():
+    match = r"images camera is uint8\[32, 32, 3\], observation_space promises uint8\[24, 24, 3\]"
+    with VectorEnv(FaultyConfig(fault="wrong size"), 1) as envs, pytest.raises(ExtensionError, match=match):
+        envs.reset([start(0)], [start(0)])
 
 
 def test_unknown_toy_task_is_a_configuration_error():

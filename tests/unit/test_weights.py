@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_policy import PROBE, adapted, inputs, packed
+from small_policy import PROBE, adapted, inputs, packed, shown
 from toy_policy import toy_config, toy_policy
 
 from reachrl.backends.learner import LocalLearner
@@ -93,7 +93,7 @@ def test_what_is_not_the_learners_weights_is_refused() -> None:
     assert all(p.equal(q) for p, q in zip(actor.parameters(), before, strict=True))
     # Weights that were never loaded, and ones that were loaded but are not what `act` reads: the fixed batch tells.
     with pytest.raises(WorkerError, match="does not act with the weights"):
-        actor_gap(actor, weights, **PROBE | {"image_size": 24})
+        actor_gap(actor, weights, **PROBE | {"shown": shown(24)})
 
 
 def test_a_copy_for_decoding_that_is_not_formed_anew_is_noticed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +112,10 @@ def test_the_probe_looks_at_the_temperature_too() -> None:
     with torch.no_grad():
         policy.language_model.lm_head.weight.normal_(std=1.0)
     learner = LocalLearner(policy, PPOConfig(), seed=3, temperature=1.2)
-    weights = learner.pack_weights(image_size=24)
-    assert actor_gap(policy, weights, seed=3, image_size=24, temperature=1.2) < 1e-5
+    weights = learner.pack_weights(shown=shown(24))
+    assert actor_gap(policy, weights, seed=3, shown=shown(24), temperature=1.2) < 1e-5
     with pytest.raises(WorkerError):
-        actor_gap(policy, weights, seed=3, image_size=24, temperature=1.0)
+        actor_gap(policy, weights, seed=3, shown=shown(24), temperature=1.0)
     assert np.isfinite(weights.probe_logprobs).all() and sum(bucket.data.nbytes for bucket in weights.buckets) == sum(
         p.numel() * 4 for _, p in acting_parameters(policy, train_vision=False)
     )

@@ -14,6 +14,7 @@ from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.weights import PackedWeights
+from reachrl.envs.base import Shown
 from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout, Scored
 
@@ -34,11 +35,11 @@ class LeadingLearner:
     Args:
         learner: of this process, with the group.
         group: of more than one process, this one its leader.
-        image_size: side of the frames, for weights that are sent.
+        shown: what the environments show, for weights that are sent by `export_weights`.
     """
 
-    def __init__(self, learner: LocalLearner, group: Group, *, image_size: int) -> None:
-        self.learner, self.group, self.image_size = learner, group, image_size
+    def __init__(self, learner: LocalLearner, group: Group, *, shown: Shown | None = None) -> None:
+        self.learner, self.group, self.shown = learner, group, shown
         self._together("share")
 
     @property
@@ -48,11 +49,14 @@ class LeadingLearner:
 
     def export_weights(self) -> SharedWeights | PackedWeights:
         """The policy that is here; or, if only a part of it is, all of it packed."""
-        return self.pack_weights() if self.group.sharded else self.learner.export_weights()
+        if not self.group.sharded:
+            return self.learner.export_weights()
+        assert self.shown is not None
+        return self.pack_weights(shown=self.shown)
 
-    def pack_weights(self) -> PackedWeights:
+    def pack_weights(self, *, shown: Shown) -> PackedWeights:
         """The current version to be sent."""
-        return self._collective("pack_weights", image_size=self.image_size)
+        return self._collective("pack_weights", shown=shown)
 
     def score(self, rollout: Rollout, *, told: Elsewhere | None = None) -> Pending[Scored]:
         """Log-probs and values, each process for its block.

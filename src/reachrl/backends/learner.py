@@ -19,6 +19,7 @@ from reachrl.backends.group import Group
 from reachrl.backends.weights import PackedWeights, acting_parameters, learner_answer, pack
 from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.train import TrainConfig
+from reachrl.envs.base import Shown
 from reachrl.errors import CheckpointError, ExtensionError
 from reachrl.functional.ppo import token_kl
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
@@ -72,18 +73,16 @@ class LocalLearner:
         """The current version of the shared policy."""
         return SharedWeights(self.version, self.policy)
 
-    def pack_weights(self, *, image_size: int) -> PackedWeights:
+    def pack_weights(self, *, shown: Shown) -> PackedWeights:
         """The current version to be sent; every process of a sharded group must call it.
 
         Args:
-            image_size: side of the frames of the fixed batch that checks the transfer.
+            shown: what the environments show: the shape of the fixed batch that checks the transfer.
         """
         with self._log.span("pack weights"):
             acting = acting_parameters(self.policy, train_vision=self.config.train_vision)
             buckets = pack(sharding.whole_tensors(acting), keep=self.group.rank == 0)
-            ids, logprobs = learner_answer(
-                self.policy, seed=self.seed, image_size=image_size, temperature=self.temperature
-            )
+            ids, logprobs = learner_answer(self.policy, seed=self.seed, shown=shown, temperature=self.temperature)
         return PackedWeights(self.version, buckets, ids, logprobs)
 
     def score(self, rollout: Rollout) -> Pending[Scored]:
@@ -102,7 +101,9 @@ class LocalLearner:
         steps, envs = rollout.valid.shape
         with_values = self.config.needs.values
         self._scored = _rows_to_score(rollout, all_rows=with_values)
-        flat = _observation(rollout, self._scored)
+        flat = rollout.decisions()
+        if len(self._scored) < len(flat):  # all of them need no copy
+            flat = flat.rows(self._scored)
         ids = torch.from_numpy(rollout.action_ids.reshape(steps * envs, -1)[self._scored])
         logprobs, values, cached = [], [], []
         block = self.group.block(len(ids))
@@ -127,8 +128,7 @@ class LocalLearner:
         finals = np.zeros((steps, envs), dtype=np.float32)
         if len(rollout.final_rows):
             t, n = rollout.final_rows.T
-            texts = tuple(rollout.instructions[i][j] for i, j in rollout.final_rows)
-            finals[t, n] = self._values(Observation(images=rollout.final_images, instructions=texts))
+            finals[t, n] = self._values(rollout.final_observation)
         scored = Scored(
             old_logprobs=logprobs_of_all,
             values=np.concatenate([self.group.gather(torch.cat(values)).reshape(steps, envs).numpy(), last[None]]),
@@ -248,12 +248,11 @@ class LocalLearner:
         return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)
 
     def _encode(self, observation: Observation, rows: slice) -> PolicyInputs:
-        part = Observation(images=observation.images[rows], instructions=observation.instructions[rows])
-        inputs = self.policy.encode(part)
+        inputs = self.policy.encode(observation.rows(rows))
         return inputs if self.config.train_vision else self.policy.cache(inputs)
 
     def _values(self, observation: Observation) -> np.ndarray:
-        count, batch = len(observation.images), self.config.score_batch_size
+        count, batch = len(observation), self.config.score_batch_size
         parts = [
             self.policy.values(self._encode(observation, slice(first, first + batch)))
             for first in range(0, count, batch)
@@ -271,29 +270,14 @@ class LocalLearner:
             last = len(cached) - 1
             # A row of another process's block only stands in for none: see `PolicyGradient._scores`.
             return lambda rows: cached.rows((places[rows] - first).clamp(0, last))
-        images = rollout.images.reshape(-1, *rollout.images.shape[2:])
-        texts = [text for row in rollout.instructions for text in row]
-
-        def encode(rows: Tensor) -> PolicyInputs:
-            index = keep[rows].numpy()
-            return self.policy.encode(Observation(images=images[index], instructions=tuple(texts[i] for i in index)))
-
-        return encode
+        flat = rollout.decisions()
+        return lambda rows: self.policy.encode(flat.rows(keep[rows].numpy()))
 
 
 def _rows_to_score(rollout: Rollout, *, all_rows: bool) -> np.ndarray:
     """Rows of the rollout to score: all where values of rows that are no data end the steps before them."""
     rows = np.arange(rollout.valid.size) if all_rows else np.flatnonzero(rollout.valid)
     return rows if len(rows) else np.arange(rollout.valid.size)
-
-
-def _observation(rollout: Rollout, rows: np.ndarray) -> Observation:
-    """What was seen before the decisions of these rows."""
-    images = rollout.images.reshape(-1, *rollout.images.shape[2:])
-    texts = [text for row in rollout.instructions for text in row]
-    if len(rows) == len(images):
-        return Observation(images=images, instructions=tuple(texts))
-    return Observation(images=images[rows], instructions=tuple(texts[row] for row in rows))
 
 
 def new_algorithm(config: AlgorithmSection, policy: Policy, *, seed: int, temperature: float) -> Algorithm:

@@ -92,7 +92,7 @@ class LocalActors:
                 self.policy,
                 weights,
                 seed=self._seed,
-                image_size=self.groups[0].image_size,
+                shown=self.groups[0].shown,
                 temperature=self._temperature,
             )
         else:
@@ -215,7 +215,6 @@ class LocalBackend(Backend):
         # Of a split policy the learner keeps a part; acting and saving need all of it.
         whole = warm_policy(config, warm) if group.sharded else None
         own = new_learner(config, policy, group, whole)
-        learner = own if group.alone else LeadingLearner(own, group, image_size=config.env.image_size)
         actors = LocalActors(
             whole or policy,
             open_groups(config.env, config.env.num_envs, self.config.env_groups),
@@ -226,6 +225,7 @@ class LocalBackend(Backend):
             max_steps=config.env.max_steps,
         )
         try:
+            learner = own if group.alone else LeadingLearner(own, group, shown=actors.groups[0].shown)
             yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
         finally:
             actors.close()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reachrl.envs.base import Shown
 from reachrl.errors import WorkerError
 from reachrl.policies.base import Policy
 from reachrl.streams import Stream, generator
@@ -127,31 +128,30 @@ def load_packed(policy: Policy, weights: PackedWeights, *, train_vision: bool) -
             places[info.name].copy_(tensor)
 
 
-def probe_batch(seed: int, image_size: int, num_tokens: int) -> tuple[Observation, np.ndarray]:
-    """A fixed batch: frames of noise with an instruction, and actions f32[P A] in the middle of their range."""
+def probe_batch(seed: int, shown: Shown, num_tokens: int) -> tuple[Observation, np.ndarray]:
+    """A fixed batch: noise in the shape of what environments show, and actions f32[P A] in mid-range."""
     rng = generator(seed, Stream.WEIGHT_PROBE)
-    images = rng.integers(0, 256, (PROBE_ROWS, image_size, image_size, 3), dtype=np.uint8)
-    observation = Observation(images=images, instructions=("pick up the red block",) * PROBE_ROWS)
+    observation = shown.noise(rng, ("pick up the red block",) * PROBE_ROWS)
     return observation, rng.uniform(-0.5, 0.5, (PROBE_ROWS, num_tokens)).astype(np.float32)
 
 
 @torch.no_grad()
-def learner_answer(policy: Policy, *, seed: int, image_size: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+def learner_answer(policy: Policy, *, seed: int, shown: Shown, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Action tokens i64[P A] of the fixed batch and their log-probs f32[P A] as the trained policy scores them."""
-    observation, actions = probe_batch(seed, image_size, policy.num_action_tokens)
+    observation, actions = probe_batch(seed, shown, policy.num_action_tokens)
     ids = policy.encode_actions(actions)
     out = policy.evaluate(policy.encode(observation), ids, temperature=temperature)
     return ids.cpu().numpy(), out.logprobs.float().cpu().numpy()
 
 
 @torch.no_grad()
-def actor_gap(policy: Policy, weights: PackedWeights, *, seed: int, image_size: int, temperature: float) -> float:
+def actor_gap(policy: Policy, weights: PackedWeights, *, seed: int, shown: Shown, temperature: float) -> float:
     """Mean difference per token between the log-probs of this policy, on the path that acts, and the learner's.
 
     Raises:
         WorkerError: it is too large for rounding: this policy acts with other weights than the learner has.
     """
-    observation, _ = probe_batch(seed, image_size, policy.num_action_tokens)
+    observation, _ = probe_batch(seed, shown, policy.num_action_tokens)
     inputs, ids = policy.encode(observation), torch.from_numpy(weights.probe_ids).to(policy.device)
     logprobs = policy.acting_logprobs(inputs, ids, temperature=temperature)
     gap = float(np.abs(logprobs.float().cpu().numpy() - weights.probe_logprobs).mean())

@@ -141,7 +141,7 @@ def _score(
     from reachrl.rewards.process.label import label_trajectory
 
     labelled = bool(np.isfinite(trajectory.ee_state).all())
-    nothing = np.full(len(trajectory.images), np.nan, np.float32)
+    nothing = np.full(len(trajectory.frames), np.nan, np.float32)
     labels = label_trajectory(trajectory, config) if labelled else nothing
     return score_trajectories(model, [trajectory], [labels], batch_size=32)[0], labelled
 
@@ -158,7 +158,7 @@ def _episode(trajectory: "Trajectory", result: "ScoredTrajectory", success: bool
         about=f"{start.split} start {start.index}, {trajectory.source}",
         instruction=trajectory.instruction,
         success=success,
-        images=trajectory.images,
+        images=trajectory.frames,
         scores=result.scores,
         labels=result.labels,
         order=spearman(result.scores, np.arange(len(result.scores), dtype=np.float64)),

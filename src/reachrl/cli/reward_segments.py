@@ -223,7 +223,7 @@ def _segmented(trajectory: "Trajectory", config: "RewardModelSection", watch: _W
         about=f"{trajectory.start.split} start {trajectory.start.index}, {trajectory.source}",
         instruction=trajectory.instruction,
         success=trajectory.success,
-        images=trajectory.images,
+        images=trajectory.frames,
         opening=trajectory.ee_state[:, 3],
         speed=speed,
         rest=rest,

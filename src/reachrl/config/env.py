@@ -16,6 +16,9 @@ from reachrl.errors import ConfigError
 EVAL_POOL = 100
 
 
+MetaworldCamera = Literal["corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV"]
+
+
 class EnvSection(Section):
     """What every simulator needs to know."""
 
@@ -29,7 +32,7 @@ class EnvSection(Section):
     """The tasks to practise and to be tested on."""
 
     image_size: Annotated[int, Affects.EPISODE] = Field(default=96, ge=8, le=1024)
-    """Side of the square camera frame, in pixels."""
+    """Side of the square camera frames, in pixels."""
 
     max_steps: Annotated[int, Affects.EPISODE] = Field(default=30, ge=1)
     """Decisions per episode; reaching it truncates the episode."""
@@ -56,13 +59,16 @@ class EnvSection(Section):
     @field_validator("tasks")
     @classmethod
     def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted(task for task, count in Counter(tasks).items() if count > 1)
-        if twice:
-            more = f" and {len(twice) - 5} others" if len(twice) > 5 else ""
-            raise ConfigError(
-                f"env.tasks names {', '.join(map(repr, twice[:5]))}{more} more than once; name each task once"
-            )
-        return tasks
+        return named_once("env.tasks", tasks)
+
+
+def named_once(key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a name that comes twice."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        more = f" and {len(twice) - 5} others" if len(twice) > 5 else ""
+        raise ConfigError(f"{key} names {', '.join(map(repr, twice[:5]))}{more} more than once; name each once")
+    return names
 
 
 class MetaworldConfig(EnvSection):
@@ -84,12 +90,20 @@ class MetaworldConfig(EnvSection):
         min_length=1,
     )
 
+    cameras: Annotated[tuple[MetaworldCamera, ...], Affects.EPISODE] = Field(default=("corner2",), min_length=1)
+    """What films the scene; the first is what policies and reward models with a single eye look at."""
+
     action_repeat: Annotated[int, Affects.EPISODE] = Field(default=5, ge=1, le=50)
     """Simulator steps (12.5 ms each) for which one decision is held."""
 
     mesh_faces: Annotated[int, Affects.EPISODE] = Field(default=200, ge=0)
     """Visual meshes are simplified to about this many faces when a scene is built; 0 leaves them alone.
     Meshes that take part in collisions keep their shape, so physics does not change."""
+
+    @field_validator("cameras")
+    @classmethod
+    def _no_camera_twice(cls, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        return named_once("env.cameras", cameras)
 
     @field_validator("tasks")
     @classmethod

@@ -4,9 +4,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from reachrl.config.env import EnvSection
+from reachrl.config.env import EnvSection, named_once
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.config.marks import Affects
 
@@ -29,7 +29,13 @@ class LiberoConfig(EnvSection):
     """Tasks of the suite; unset: all of them."""
 
     image_size: int = Field(default=128, ge=8, le=1024)
-    """Side of the square agent-view frame, in pixels."""
+    """Side of the square camera frames, in pixels."""
+
+    cameras: Annotated[tuple[Literal["agentview", "robot0_eye_in_hand"], ...], Affects.EPISODE] = Field(
+        default=("agentview",), min_length=1
+    )
+    """What films the scene; the first is what policies and reward models with a single eye look at. The second is on
+    the wrist."""
 
     max_steps: int = Field(ge=1)
     """Decisions of 50 ms per episode; unset: the suite's published limit."""
@@ -74,6 +80,11 @@ class LiberoConfig(EnvSection):
         if values.get("split") == "paper":
             values.setdefault("num_train_starts", NUM_STORED_STARTS)
         return values
+
+    @field_validator("cameras")
+    @classmethod
+    def _no_camera_twice(cls, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        return named_once("env.cameras", cameras)
 
     @model_validator(mode="after")
     def _tasks_of_the_suite(self) -> Self:

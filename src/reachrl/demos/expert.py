@@ -4,6 +4,7 @@ A plain child process rather than `multiprocessing`: spawning there imports the 
 whatever that imports, into every worker.
 """
 
+import copy
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from reachrl.config.demos import DemosSection
 from reachrl.demos.shard import trajectory_table
-from reachrl.envs.base import Env
+from reachrl.envs.base import Env, Shown
 from reachrl.errors import ConfigError, ExtensionError, ReachRLError
 from reachrl.registry import build, receive, section_class
 from reachrl.streams import Stream, generator
@@ -86,10 +87,11 @@ def run_attempt(
         ConfigError: the simulator has no expert.
         ExtensionError: an action or an end-effector state is not finite; names the start and the step.
     """
+    shown = Shown.of(env.observation_space)
     low, high = env.action_space.low, env.action_space.high  # pyright: ignore[reportAttributeAccessIssue]
     observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
     _check_finite(observation["ee_state"], "ee_state", env, start, 0)
-    images, ee_states, actions = [observation["image"].copy()], [observation["ee_state"].copy()], []
+    seen, actions = [copy.deepcopy(observation)], []
     success = done = False
     while not done:
         clean = np.clip(np.asarray(_expert_action(env, start), np.float32), low, high)
@@ -97,9 +99,8 @@ def run_attempt(
         noise, use = rng.standard_normal(clean.shape), rng.random() < config.noise_probability
         executed = clean + use * config.action_noise * 0.5 * (high - low) * noise
         observation, _, terminated, truncated, info = env.step(np.clip(executed, low, high).astype(np.float32))
-        images.append(observation["image"].copy())
+        seen.append(copy.deepcopy(observation))
         _check_finite(observation["ee_state"], "ee_state", env, start, len(actions))
-        ee_states.append(observation["ee_state"].copy())
         actions.append(clean)
         success, done = bool(info["success"]), terminated or truncated
         if on_step is not None:
@@ -107,11 +108,13 @@ def run_attempt(
     return Trajectory(
         start=start,
         instruction=env.instruction(start.task),
-        images=np.stack(images),
+        images={camera: np.stack([each["images"][camera] for each in seen]) for camera in shown.cameras},
         actions=np.stack(actions).astype(np.float32),
-        ee_state=np.stack(ee_states).astype(np.float32),
+        ee_state=np.stack([each["ee_state"] for each in seen]).astype(np.float32),
         success=success,
         source="expert",
+        state=None if shown.state_size is None else np.stack([each["state"] for each in seen]).astype(np.float32),
+        control_hz=env.control_hz,
     )
 
 

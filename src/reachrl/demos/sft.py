@@ -170,13 +170,14 @@ class _Training:
         self.policy.train()
         rows = batch_rows(self.train_rows, self.step, self.config.batch_size, self.seed)
         rng = generator(self.seed, Stream.SFT_AUGMENTATION, self.step)
-        frames = augment(self.data.images[rows], self.config, rng)
+        images = {camera: augment(seen[rows], self.config, rng) for camera, seen in self.data.images.items()}
+        observation = self._observation(rows, images)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.micro_batch_size or len(rows)
         total = 0.0
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
-            inputs = self.policy.encode(self._observation(rows[part], frames[part]))
+            inputs = self.policy.encode(observation.rows(part))
             targets = self.action_ids[rows[part]].to(self.policy.device)
             # The mean over the whole minibatch, whatever the size of the parts.
             loss = -self.policy.evaluate(inputs, targets).logprobs.sum() / (len(rows) * targets.shape[1])
@@ -185,9 +186,10 @@ class _Training:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         return total, norm.item()
 
-    def _observation(self, rows: Int64[np.ndarray, "B"], frames: np.ndarray) -> Observation:
+    def _observation(self, rows: Int64[np.ndarray, "B"], images: dict[str, np.ndarray]) -> Observation:
         instructions = tuple(self.data.instructions[i] for i in self.data.instruction_ids[rows])
-        return Observation(images=frames, instructions=instructions)
+        state = None if self.data.state is None else self.data.state[rows]
+        return Observation(images=images, instructions=instructions, state=state)
 
     # -- held-out evaluation --------------------------------------------------------------------------------------
 
@@ -209,7 +211,8 @@ class _Training:
         nll, right, error = 0.0, 0.0, 0.0
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            inputs = self.policy.encode(self._observation(part, self.data.images[part]))
+            images = {camera: seen[part] for camera, seen in self.data.images.items()}
+            inputs = self.policy.encode(self._observation(part, images))
             targets = self.action_ids[part].to(self.policy.device)
             nll -= self.policy.evaluate(inputs, targets).logprobs.double().mean(dim=1).sum().item()
             greedy = self.policy.act(inputs).action_ids

@@ -6,11 +6,14 @@ One row is one frame:
     instruction, source        the sentence shown; who acted ("expert", "policy", ...)
     episode_index              number of the episode within its shard
     step, is_final, success    position; the frame after the last action; whether the episode succeeded
-    image                      {bytes: PNG, path: null}, the layout that Hugging Face `datasets` decodes
+    image.<camera>             {bytes: PNG, path: null}, the layout that Hugging Face `datasets` decodes; one for each
     action                     f32[D] in the environment's units, null on the final row
     ee_state                   f32[4], x y z in metres and gripper opening 0..1
+    state                      f32[S], what else the robot knew of itself; absent where there was none
+    control_hz                 actions a second; null where it is not known
 
-A row group holds exactly one episode, so reading needs memory for one. `pandas.read_parquet(shard)` and
+Shards of format 1 hold one camera in a column `image` and neither `state` nor `control_hz`. A row group holds
+exactly one episode, so reading needs memory for one. `pandas.read_parquet(shard)` and
 `datasets.load_dataset("parquet", data_files="folder/*.parquet")` open it without this package.
 """
 
@@ -30,13 +33,14 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
-from reachrl.demos.checks import check_rows, check_trajectory
+from reachrl.demos.checks import check_finite, check_rows, check_trajectory
 from reachrl.demos.damage import unreadable
-from reachrl.errors import StorageError
+from reachrl.errors import ConfigError, StorageError
 from reachrl.run.atomic import aside, recover, storage_errors
 from reachrl.types import Start, Trajectory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _COLUMNS: list[tuple[str, pa.DataType]] = [
@@ -49,10 +53,10 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("step", pa.int32()),
     ("is_final", pa.bool_()),
     ("success", pa.bool_()),
-    ("image", _IMAGE),
     ("action", pa.list_(pa.float32())),
     ("ee_state", pa.list_(pa.float32())),
 ]
+_OLD_IMAGE = "image"  # the one camera of format 1, and its name since
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:
@@ -61,16 +65,26 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
         return {"_type": "Image"}
     if pa.types.is_list(kind):
         return {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"}
-    return {"dtype": str(kind), "_type": "Value"}
+    return {"dtype": "float32" if kind == pa.float32() else str(kind), "_type": "Value"}
 
 
-SCHEMA = pa.schema(
-    _COLUMNS,
-    metadata={
-        "huggingface": json.dumps({"info": {"features": {name: _feature(kind) for name, kind in _COLUMNS}}}),
+def _schema(cameras: Iterable[str], *, with_state: bool) -> pa.Schema:
+    """The columns of a shard whose frames come from `cameras`, in order."""
+    columns = [(f"image.{camera}", _IMAGE) for camera in cameras] + _COLUMNS + [("control_hz", pa.float32())]
+    if with_state:
+        columns.append(("state", pa.list_(pa.float32())))
+    features = {name: _feature(kind) for name, kind in columns}
+    metadata = {
+        "huggingface": json.dumps({"info": {"features": features}}),
         "reachrl_format": str(FORMAT_VERSION),
-    },
-)
+    }
+    return pa.schema(columns, metadata=metadata)
+
+
+def image_columns(schema: pa.Schema) -> dict[str, str]:
+    """The column of each camera, in order."""
+    names = [name for name in schema.names if name == _OLD_IMAGE or name.startswith("image.")]
+    return {name.removeprefix("image."): name for name in names}
 
 
 def encode_frame(frame: UInt8[np.ndarray, "H W 3"]) -> bytes:
@@ -94,13 +108,17 @@ def trajectory_table(trajectory: Trajectory) -> pa.Table:
         StorageError: an action or end-effector state is not finite; names the start and the step.
     """
     steps = len(trajectory.actions)
-    if not len(trajectory.images) == len(trajectory.ee_state) == steps + 1:
+    state = trajectory.state
+    lengths = {camera: len(frames) for camera, frames in trajectory.images.items()}
+    lengths |= {"end-effector states": len(trajectory.ee_state)} | ({} if state is None else {"states": len(state)})
+    if not trajectory.images or any(length != steps + 1 for length in lengths.values()):
         raise ValueError(
-            f"{trajectory.start}: {len(trajectory.images)} frames and {len(trajectory.ee_state)} end-effector states "
-            f"for {steps} actions; one more of each than actions was expected."
+            f"{trajectory.start}: {', '.join(f'{length} {what}' for what, length in lengths.items())} for {steps} "
+            "actions; one more of each than actions was expected, of one camera at least."
         )
-    if trajectory.images.dtype != np.uint8 or trajectory.images.shape[3:] != (3,):
-        raise ValueError(f"{trajectory.start}: frames must be u8[T+1 H W 3], not {trajectory.images.shape}.")
+    for camera, frames in trajectory.images.items():
+        if frames.dtype != np.uint8 or frames.shape[3:] != (3,):
+            raise ValueError(f"{trajectory.start}: frames of {camera} must be u8[T+1 H W 3], not {frames.shape}.")
     start = trajectory.start
     where = f"{trajectory.source} trajectory of task {start.task!r}, {start.split} start {start.index}"
     check_trajectory(np.asarray(trajectory.actions, np.float32), np.asarray(trajectory.ee_state, np.float32), where)
@@ -116,11 +134,17 @@ def trajectory_table(trajectory: Trajectory) -> pa.Table:
         "step": np.arange(rows),
         "is_final": np.arange(rows) == steps,
         "success": [bool(trajectory.success)] * rows,
-        "image": [{"bytes": encode_frame(frame), "path": None} for frame in trajectory.images],
         "action": actions,
         "ee_state": list(np.asarray(trajectory.ee_state, np.float32)),
+        "control_hz": [trajectory.control_hz] * rows,
     }
-    return pa.table([pa.array(columns[name], type=kind) for name, kind in _COLUMNS], schema=SCHEMA)
+    for camera, frames in trajectory.images.items():
+        columns[f"image.{camera}"] = [{"bytes": encode_frame(frame), "path": None} for frame in frames]
+    if state is not None:
+        check_finite(np.asarray(state, np.float32), "state", where)
+        columns["state"] = list(np.asarray(state, np.float32))
+    schema = _schema(trajectory.images, with_state=state is not None)
+    return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
 
 
 def table_trajectory(table: pa.Table, where: str) -> Trajectory:
@@ -135,18 +159,26 @@ def table_trajectory(table: pa.Table, where: str) -> Trajectory:
             not finite; names the step.
     """
     check_rows(table, where)
-    column = {name: table[name].to_pylist() for name, _ in _COLUMNS if name not in ("image", "action", "ee_state")}
-    images = [decode_frame(image["bytes"]) for image in table["image"].to_pylist()]
+    column = {name: table[name].to_pylist() for name, _ in _COLUMNS if name not in ("action", "ee_state")}
+    images = {
+        camera: np.stack([decode_frame(image["bytes"]) for image in table[name].to_pylist()])
+        for camera, name in image_columns(table.schema).items()
+    }
+    state = table_vectors(table, "state", where) if "state" in table.column_names else None
+    if state is not None:
+        check_finite(state, "state", where)
     actions, ee_state = table_actions(table, where), table_vectors(table, "ee_state", where)
     check_trajectory(actions, ee_state, where)
     return Trajectory(
         start=Start(column["task"][0], column["split"][0], column["start_index"][0]),
         instruction=column["instruction"][0],
-        images=np.stack(images),
+        images=images,
         actions=actions,
         ee_state=ee_state,
         success=column["success"][0],
         source=column["source"][0],
+        state=state,
+        control_hz=table["control_hz"][0].as_py() if "control_hz" in table.column_names else None,
     )
 
 
@@ -184,33 +216,49 @@ class ShardWriter:
         """
         self.path = path
         self.num_trajectories = 0
-        self._aside = aside(path)
-        schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **(metadata or {})})
-        # PNG does not compress any further.
-        compression = {"image.bytes": "NONE"} | {name: "ZSTD" for name, _ in _COLUMNS if name != "image"}
+        self._aside, self._metadata = aside(path), dict(metadata or {})
+        self._opened: tuple[pq.ParquetWriter, pa.Schema] | None = None
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             recover(path)
-            self._writer = pq.ParquetWriter(
+
+    def _writer(self, columns: pa.Schema) -> tuple[pq.ParquetWriter, pa.Schema]:
+        """The file and its columns: those of the first episode."""
+        if self._opened is None:
+            schema = columns.with_metadata({**(columns.metadata or {}), **self._metadata})
+            images = set(image_columns(schema).values())
+            # PNG does not compress any further.
+            compression = {name: "ZSTD" for name in schema.names if name not in images}
+            compression |= {f"{name}.bytes": "NONE" for name in images}
+            writer = pq.ParquetWriter(
                 self._aside.absolute(),
                 schema,
                 compression=compression,  # pyright: ignore[reportArgumentType]
                 filesystem=LocalFileSystem(),  # and an absolute path: `run:1/x.parquet` would be a URI
                 write_page_checksum=True,
             )
-        self._schema = schema
+            self._opened = writer, schema
+        return self._opened
 
     def write(self, episode: Trajectory | pa.Table) -> None:
         """Append one episode as one row group.
 
         Raises:
             StorageError: the disk is full, or a number of the episode is not finite.
+            ConfigError: it has other cameras than the episodes before it, or a state where they have none.
         """
         table = trajectory_table(episode) if isinstance(episode, Trajectory) else episode
         number = pa.array([self.num_trajectories] * len(table), pa.int32())
         table = table.set_column(table.schema.get_field_index("episode_index"), "episode_index", number)
         with storage_errors(self.path):
-            self._writer.write_table(table.cast(self._schema), row_group_size=len(table))
+            writer, schema = self._writer(table.schema)
+            if table.schema.names != schema.names:
+                raise ConfigError(
+                    f"{self.path}: an episode has the columns {', '.join(table.schema.names)}; those before it have "
+                    f"{', '.join(schema.names)}. A store holds the same cameras and state throughout: collect "
+                    "these into a folder of their own."
+                )
+            writer.write_table(table.cast(schema), row_group_size=len(table))
         self.num_trajectories += 1
 
     def __enter__(self) -> Self:
@@ -224,7 +272,8 @@ class ShardWriter:
                 self._abandon()
                 return
             with storage_errors(self.path):
-                self._writer.close()
+                # Without any episode the shard has no camera.
+                self._writer(_schema((), with_state=False))[0].close()
                 with self._aside.open("rb") as file:
                     os.fsync(file.fileno())
                 self._aside.replace(self.path)
@@ -234,7 +283,8 @@ class ShardWriter:
     def _abandon(self) -> None:
         """Close a file that nobody will read; the error that led here is the one to report."""
         with contextlib.suppress(OSError, pa.ArrowException):
-            self._writer.close()
+            if self._opened is not None:
+                self._opened[0].close()
 
 
 def write_shard(path: Path, trajectories: Iterable[Trajectory], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -260,6 +310,8 @@ def open_shard(shard: Path) -> pq.ParquetFile:
         raise damaged(shard, error) from error
     if missing := [name for name, _ in _COLUMNS if name not in file.schema_arrow.names]:
         raise StorageError(f"{shard}: not a shard of trajectories: it has no column {missing[0]!r}.")
+    if file.num_row_groups and not image_columns(file.schema_arrow):
+        raise StorageError(f"{shard}: not a shard of trajectories: it has no column of frames, `image.<camera>`.")
     return file
 
 

@@ -20,8 +20,10 @@ from reachrl.demos.checks import check_finite, check_rows, check_trajectory
 from reachrl.demos.damage import unreadable
 from reachrl.demos.shard import (
     FORMAT_VERSION,
+    READABLE_VERSIONS,
     ShardWriter,
     damaged,
+    image_columns,
     iter_shard,
     open_shard,
     shard_metadata,
@@ -53,11 +55,12 @@ META_FILE = "meta.json"
 class Transitions:
     """Every (frame, instruction, action) of a store in memory; final frames, which have no action, left out."""
 
-    images: UInt8[np.ndarray, "S H W 3"]
-    actions: Float32[np.ndarray, "S D"]
-    instruction_ids: Int64[np.ndarray, "S"]  # index into `instructions`
+    images: dict[str, UInt8[np.ndarray, "R H W 3"]]
+    state: Float32[np.ndarray, "R S"] | None
+    actions: Float32[np.ndarray, "R D"]
+    instruction_ids: Int64[np.ndarray, "R"]  # index into `instructions`
     instructions: tuple[str, ...]
-    trajectory_ids: Int64[np.ndarray, "S"]  # index into `starts`
+    trajectory_ids: Int64[np.ndarray, "R"]  # index into `starts`
     starts: tuple[Start, ...]
 
 
@@ -71,23 +74,24 @@ def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any]
 
     Raises:
         StorageError: a shard is missing or damaged, a number in it is not finite, or `meta.json` cannot be written.
-        ConfigError: the shards hold no step, or frames or actions of different shapes.
+        ConfigError: the shards hold no step, or cameras, states or actions of different shapes.
     """
     actions: list[np.ndarray] = []
     counts: dict[str, int] = {}
-    sizes: set[tuple[int, int]] = set()
-    records = [_scan(folder / name, actions, counts, sizes) for name in shards]
+    shapes: list[_Shapes] = []
+    records = [_scan(folder / name, actions, counts, shapes) for name in shards]
     dims = {len(action) for action in actions}
-    if len(sizes) != 1 or len(dims) != 1:
+    if len(shapes) != 1 or len(dims) != 1:
         raise ConfigError(
-            f"{folder}: one frame size and one action length expected in a store, found sizes {sorted(sizes)} and "
-            f"lengths {sorted(dims)}. Collect each environment into a folder of its own."
+            f"{folder}: one frame size for each camera, one length of states and one of actions expected in a store, "
+            f"found {' and '.join(map(str, shapes)) or 'no frames'}, and action lengths {sorted(dims)}. Collect each "
+            "environment into a folder of its own."
         )
     stats = ActionStats.of_actions(np.stack(actions))
-    height, width = sizes.pop()
     meta = {
         "format_version": FORMAT_VERSION,
-        "image_size": [height, width],
+        "cameras": {camera: list(size) for camera, size in shapes[0].cameras.items()},
+        "state_size": shapes[0].state_size,
         "action_dim": dims.pop(),
         "num_trajectories": sum(counts.values()),
         "num_steps": len(actions),
@@ -100,13 +104,25 @@ def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any]
     return TrajectoryStore(folder)
 
 
-def _scan(
-    shard: Path, actions: list[np.ndarray], counts: dict[str, int], sizes: set[tuple[int, int]]
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """What the episodes of a store have in common."""
+
+    cameras: dict[str, tuple[int, int]]  # height and width of the frames
+    state_size: int | None
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{camera} {height}x{width}" for camera, (height, width) in self.cameras.items())
+        return f"{sizes} with {f'{self.state_size} numbers of state' if self.state_size else 'no state'}"
+
+
+def _scan(shard: Path, actions: list[np.ndarray], counts: dict[str, int], shapes: list[_Shapes]) -> dict[str, Any]:
     """Read a shard once, frames left compressed; adds to the three totals and returns its record in `meta.json`."""
     with open_shard(shard) as file:
         for group in range(file.num_row_groups):
-            table = _columns(file, shard, group, ["task", "step", "is_final", "action", "ee_state", "image"])
+            images, state = image_columns(file.schema_arrow), ["state"] * ("state" in file.schema_arrow.names)
+            names = ["task", "step", "is_final", "action", "ee_state", *images.values(), *state]
+            table = _columns(file, shard, group, names)
             where = f"{shard}, episode {group}"
             check_rows(table, where)
             values = table_actions(table, where)
@@ -114,7 +130,10 @@ def _scan(
             task = table["task"][0].as_py()
             counts[task] = counts.get(task, 0) + 1
             actions += list(values)
-            sizes.add(_frame_size(table["image"][0].as_py()["bytes"]))
+            sizes = {camera: _frame_size(table[name][0].as_py()["bytes"]) for camera, name in images.items()}
+            found = _Shapes(sizes, len(table["state"][0].as_py()) if state else None)
+            if found not in shapes:
+                shapes.append(found)
         return {
             "name": shard.name,
             "trajectories": file.num_row_groups,
@@ -156,11 +175,14 @@ class TrajectoryStore:
         except (OSError, ValueError) as error:
             raise unreadable(path, error, remedy="Delete it and run the demos stage again.") from error
         version = self.meta.get("format_version") if isinstance(self.meta, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise StorageError(
-                f"{path}: format_version is {version!r}, this version of reachrl reads {FORMAT_VERSION}. "
+                f"{path}: format_version is {version!r}, this version of reachrl reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}. "
                 "Collect again, or use the version that wrote it."
             )
+        if version == 1 and isinstance(self.meta.get("image_size"), list):  # one camera, without a name
+            self.meta |= {"cameras": {"image": self.meta["image_size"]}, "state_size": None}
         self._check_meta(path)
         for record in self.meta["shards"]:
             shard = self.folder / record["name"]
@@ -171,7 +193,7 @@ class TrajectoryStore:
 
     def _check_meta(self, path: Path) -> None:
         """Refuse a `meta.json` without the keys that reading needs."""
-        kinds = {"shards": list, "tasks": dict, "image_size": list} | dict.fromkeys(
+        kinds = {"shards": list, "tasks": dict, "cameras": dict} | dict.fromkeys(
             ("num_trajectories", "num_steps", "action_dim"), int
         )
         bad = [key for key, kind in kinds.items() if not isinstance(self.meta.get(key), kind)]
@@ -183,6 +205,8 @@ class TrajectoryStore:
             for each in self.meta["shards"]
         ):
             bad = ["shards"]
+        if not bad and not isinstance(self.meta.get("state_size", ""), int | None):
+            bad = ["state_size"]
         if bad:
             raise StorageError(
                 f"{path}: {bad[0]} is {str(self.meta.get(bad[0]))[:60]!r}, so this file is damaged. Delete it and run "
@@ -227,8 +251,12 @@ class TrajectoryStore:
 
     def load(self) -> Transitions:
         """Decode every step into memory (27 KiB a frame at 96 px)."""
-        steps, (height, width) = self.meta["num_steps"], self.meta["image_size"]
-        images = np.empty((steps, height, width, 3), np.uint8)
+        steps, size = self.meta["num_steps"], self.meta["state_size"]
+        images = {
+            camera: np.empty((steps, height, width, 3), np.uint8)
+            for camera, (height, width) in self.meta["cameras"].items()
+        }
+        state = None if size is None else np.empty((steps, size), np.float32)
         actions = np.empty((steps, self.meta["action_dim"]), np.float32)
         instruction_ids, trajectory_ids = np.empty(steps, np.int64), np.empty(steps, np.int64)
         instructions: dict[str, int] = {}
@@ -236,13 +264,18 @@ class TrajectoryStore:
         row = 0
         for trajectory in self:
             rows = slice(row, row + len(trajectory.actions))
-            images[rows], actions[rows] = trajectory.images[:-1], trajectory.actions
+            for camera, seen in images.items():
+                seen[rows] = trajectory.images[camera][:-1]
+            if state is not None and trajectory.state is not None:
+                state[rows] = trajectory.state[:-1]
+            actions[rows] = trajectory.actions
             instruction_ids[rows] = instructions.setdefault(trajectory.instruction, len(instructions))
             trajectory_ids[rows] = len(starts)
             starts.append(trajectory.start)
             row = rows.stop
         return Transitions(
             images=images,
+            state=state,
             actions=actions,
             instruction_ids=instruction_ids,
             instructions=tuple(instructions),

@@ -2,23 +2,28 @@
 
 import zlib
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
 
 from reachrl.config.base import Section
 from reachrl.envs.render_device import render_variables
-from reachrl.types import SPLITS, Split, Start
+from reachrl.errors import ExtensionError
+from reachrl.types import SPLITS, Observation, Split, Start
 
 SPLIT_NUMBER: dict[Split, int] = {"train": 0, "eval": 1, "validation": 2}  # part of figures: never change one
 
 
-class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
+class Env(gym.Env[dict[str, Any], np.ndarray]):
     """One simulator instance with several language-described tasks.
 
-    Observations are a dict: `image` u8[H W 3] and `ee_state` f32[4] (end-effector x y z in metres,
-    gripper opening 0 closed .. 1 open). Actions are f32[D] in the simulator's own units, clipped by the
+    Observations are a dict: `images`, a dict with the frame u8[H W 3] of each camera, `ee_state` f32[4] (end-effector
+    x y z in metres, gripper opening 0 closed .. 1 open) and, where policies are to see it, `state` f32[S]
+    (proprioception, in any units). `observation_space` names the same, and its first camera is what policies and reward
+    models with a single eye look at. Actions are f32[D] in the simulator's own units, clipped by the
     env to `action_space`.
 
     `step` returns `reward = 1.0` on the step that succeeds and 0 otherwise, `terminated` on success,
@@ -33,6 +38,8 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
     tasks: tuple[str, ...]
     observation_space: gym.spaces.Dict  # pyright: ignore[reportIncompatibleVariableOverride]
     action_space: gym.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]
+    control_hz: float | None = None
+    """Decisions a second of simulated time, kept with recorded episodes; None: it is not known."""
 
     @classmethod
     def prepare(cls, config: Any) -> None:
@@ -86,8 +93,86 @@ class Env(gym.Env[dict[str, np.ndarray], np.ndarray]):
     @abstractmethod
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin the episode `options["start"]`, a `Start`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What an environment shows, as its `observation_space` says: the shapes of its cameras' frames and its state."""
+
+    cameras: dict[str, tuple[int, ...]]
+    state_size: int | None
+
+    @classmethod
+    def of(cls, space: gym.spaces.Dict) -> Self:
+        """Read an environment's `observation_space`.
+
+        Raises:
+            ExtensionError: it does not keep the contract of `reachrl.envs.base.Env`.
+        """
+        if "image" in space.spaces:
+            raise ExtensionError(
+                "environment contract: observation_space has the key `image`, but frames go by their camera: make it "
+                "gym.spaces.Dict({'images': gym.spaces.Dict({'front': Box(0, 255, (H, W, 3), np.uint8)}), "
+                "'ee_state': ...}), and return {'images': {'front': frame}, 'ee_state': ...}"
+            )
+        images = space.spaces.get("images")
+        if not isinstance(images, gym.spaces.Dict) or not images.spaces:
+            raise ExtensionError(
+                "environment contract: observation_space['images'] is a gym.spaces.Dict with a Box u8[H W 3] for each "
+                f"camera; it is {images}"
+            )
+        # A Dict of gymnasium sorts the keys of a plain dict: the first camera is the first the environment names.
+        cameras: dict[str, Any] = {name: box.shape for name, box in images.spaces.items()}
+        for name, shape in cameras.items():
+            if images.spaces[name].dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
+                raise ExtensionError(
+                    f"environment contract: observation_space['images'][{name!r}] is a Box u8[H W 3]; it is "
+                    f"{images.spaces[name]}"
+                )
+        state = space.spaces.get("state")
+        if state is not None and (state.dtype != np.float32 or state.shape is None or len(state.shape) != 1):
+            raise ExtensionError(f"environment contract: observation_space['state'] is a Box f32[S]; it is {state}")
+        return cls(cameras=cameras, state_size=None if state is None or state.shape is None else state.shape[0])
+
+    def json(self) -> dict[str, Any]:
+        """As JSON types, cameras in order."""
+        return {"cameras": {name: list(shape) for name, shape in self.cameras.items()}, "state_size": self.state_size}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        """What `json` described."""
+        cameras = {name: tuple(shape) for name, shape in found["cameras"].items()}
+        return cls(cameras=cameras, state_size=found["state_size"])
+
+    def noise(self, rng: np.random.Generator, instructions: tuple[str, ...]) -> Observation:
+        """Random rows of this shape, one for each of `instructions`."""
+        rows = len(instructions)
+        return Observation(
+            images={name: rng.integers(0, 256, (rows, *shape), np.uint8) for name, shape in self.cameras.items()},
+            instructions=instructions,
+            state=None if self.state_size is None else rng.standard_normal((rows, self.state_size)).astype(np.float32),
+        )
+
+
+def observed(cameras: Sequence[str], image_size: int, *, state_size: int | None = None) -> gym.spaces.Dict:
+    """The `observation_space` of an environment whose frames are square.
+
+    Args:
+        cameras: their names, in order.
+        image_size: H = W.
+        state_size: S; None: there is no `state`.
+    """
+    frame = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    spaces: dict[str, gym.Space[Any]] = {
+        # From pairs: gymnasium would sort the keys of a dict.
+        "images": gym.spaces.Dict([(camera, frame) for camera in cameras]),
+        "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+    }
+    if state_size is not None:
+        spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (state_size,), np.float32)
+    return gym.spaces.Dict(spaces)
 
 
 def start_option(options: dict[str, Any] | None) -> Start:

@@ -1,4 +1,4 @@
-"""Meta-World as language tasks seen through one camera, with sparse success and numbered starts."""
+"""Meta-World as language tasks seen through named cameras, with sparse success and numbered starts."""
 
 from typing import Any
 
@@ -7,21 +7,22 @@ import numpy as np
 
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
-from reachrl.envs.base import Env, check_start, start_option
+from reachrl.envs.base import Env, check_start, observed, start_option
 from reachrl.envs.metaworld_task import MetaworldTask
 from reachrl.envs.render import Renderer
 from reachrl.envs.render_device import check_rendering
 from reachrl.types import Split
 
-_CAMERA = "corner2"
-_CAMERA_POSITION_M = (0.75, 0.075, 0.7)  # close enough for the workspace to fill the frame
+_CLOSER_M = {"corner2": (0.75, 0.075, 0.7)}  # close enough for the workspace to fill the frame
+_UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # how these cameras hang
+_PHYSICS_STEP_S = 0.0125
 
 
 class MetaworldEnv(Env):
     """The tasks of `config.tasks` in one process, one simulator each, made when first needed.
 
     Actions are f32[4] in [-1, 1]: hand displacement x y z (times 1 cm a simulator step) and gripper
-    effort (-1 opens, 1 closes), held for `config.action_repeat` simulator steps.
+    effort (-1 opens, 1 closes), held for `config.action_repeat` simulator steps. The state is `ee_state`.
     """
 
     Config = MetaworldConfig
@@ -31,17 +32,12 @@ class MetaworldEnv(Env):
         self.config = config
         self.tasks = config.tasks
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
-        size = config.image_size
-        self.observation_space = gym.spaces.Dict(
-            {
-                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
-                "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            }
-        )
-        self._renderer = Renderer(size)
-        self._made: dict[str, tuple[MetaworldTask, int]] = {}
+        self.observation_space = observed(config.cameras, config.image_size, state_size=4)
+        self.control_hz = 1.0 / (_PHYSICS_STEP_S * config.action_repeat)
+        self._renderer = Renderer(config.image_size)
+        self._made: dict[str, tuple[MetaworldTask, dict[str, int]]] = {}
         self._task: MetaworldTask | None = None
-        self._scene = -1
+        self._scenes: dict[str, int] = {}  # of each camera
         self._steps = 0
         self._over = True
 
@@ -60,17 +56,17 @@ class MetaworldEnv(Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
-        self._task, self._scene = self._simulator(start.task)
+        self._task, self._scenes = self._simulator(start.task)
         self._task.reset(self._task.start(start.split, start.index))
         self._steps = 0
         self._over = False
         return self._observe(self._task), {"success": False, "progress": 0.0}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Hold `action` f32[4] until the task is solved or `action_repeat` simulator steps have passed."""
         if self._task is None or self._over:
             raise RuntimeError("the episode is over: call reset first")
@@ -96,15 +92,21 @@ class MetaworldEnv(Env):
         self._renderer.close()
         self._made.clear()
 
-    def _simulator(self, task: str) -> tuple[MetaworldTask, int]:
+    def _simulator(self, task: str) -> tuple[MetaworldTask, dict[str, int]]:
         if task not in self._made:
             made = MetaworldTask(task, self.config.mesh_faces)
-            made.sim.model.camera(_CAMERA).pos[:] = _CAMERA_POSITION_M
-            self._made[task] = (made, self._renderer.add(made.sim.model, _CAMERA))
+            for camera, position in _CLOSER_M.items():
+                made.sim.model.camera(camera).pos[:] = position
+            self._made[task] = (made, {each: self._renderer.add(made.sim.model, each) for each in self.config.cameras})
         return self._made[task]
 
-    def _observe(self, task: MetaworldTask) -> dict[str, np.ndarray]:
+    def _observe(self, task: MetaworldTask) -> dict[str, Any]:
         task.show_goal()
-        frame = self._renderer.render(self._scene, task.sim.data)
-        # This camera hangs upside down and GL counts rows from the bottom: together, a mirrored row order.
-        return {"image": frame[:, ::-1].copy(), "ee_state": task.ee_state()}
+        state = task.ee_state()
+        images = {camera: self._upright(camera, task) for camera in self.config.cameras}
+        return {"images": images, "ee_state": state, "state": state.copy()}
+
+    def _upright(self, camera: str, task: MetaworldTask) -> np.ndarray:
+        frame = self._renderer.render(self._scenes[camera], task.sim.data)
+        # GL counts rows from the bottom; of a camera that hangs upside down that leaves a mirrored row order.
+        return (frame[:, ::-1] if camera in _UPSIDE_DOWN else frame[::-1]).copy()

@@ -24,7 +24,7 @@ class WorkerProcess:
 
     Args:
         setup: its first message: kind, code (`registry.send`), config, row, num_envs,
-            image_size, memory (a file descriptor).
+            memory (a file descriptor).
         variables: environment variables it gets besides ours.
     """
 

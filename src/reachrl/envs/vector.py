@@ -12,6 +12,7 @@ from jaxtyping import Float32
 
 from reachrl import errors
 from reachrl.config.env import EnvSection
+from reachrl.envs.base import Shown
 from reachrl.envs.process import WorkerLost, WorkerProcess
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.registry import resolve, send
@@ -38,14 +39,10 @@ class VectorEnv:
 
     def __init__(self, config: EnvSection, num_envs: int):
         resolve("envs", config.kind).prepare(config)
-        self.num_envs, self.image_size = num_envs, config.image_size
+        self.num_envs = num_envs
         self.lost_episodes = 0
         self._config = config
-        size = SharedArrays.size(num_envs, config.image_size)
-        memory = _anonymous_file()
-        memory.truncate(size)
-        self._arrays = SharedArrays(memory.fileno(), num_envs, config.image_size)
-        self._memory = memory
+        self._memory = memory = _anonymous_file()  # it gets its size when the workers have said what they show
         self._code = send("envs", config.kind)
         self._workers: list[WorkerProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._workers, memory)
@@ -66,8 +63,12 @@ class VectorEnv:
                 self.close()
                 raise self._error(n, reply, "could not be made")
             self._facts = reply
+        self.shown = Shown.from_json(self._facts["shown"])
+        memory.truncate(SharedArrays.size(num_envs, self.shown))
+        self._arrays = SharedArrays(memory.fileno(), num_envs, self.shown)
         self.tasks: tuple[str, ...] = tuple(self._facts["tasks"])
         self.action_dim: int = self._facts["action_dim"]
+        self.control_hz: float | None = self._facts["control_hz"]
 
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""
@@ -147,6 +148,7 @@ class VectorEnv:
         flags = np.zeros((self.num_envs, 3), bool)
         valid = np.array([not isinstance(replies[n], WorkerLost) for n in range(self.num_envs)])
         self._check_finite("ee_state (x, y, z, gripper)", self._arrays.ee_state, valid)
+        played = list(self._starts)
         for n, reply in replies.items():
             if isinstance(reply, WorkerLost):
                 self._replace(n, reply)
@@ -156,16 +158,21 @@ class VectorEnv:
             if flags[n, 1:].any():
                 self._starts[n], self._steps[n], self._losses[n] = next_starts[n], 0, 0
         ee_state, progress = self._arrays.ee_state.copy(), self._arrays.progress.copy()
-        final_images = self._arrays.final_images.copy()
+        final_observation = self._copied(played, self._arrays.final_images, self._arrays.final_state)
         nothing = np.zeros((0, self.action_dim), np.float32)
         self._begin({n: (next_starts[n], nothing) for n in range(self.num_envs) if not valid[n]})
+        observation = self._observation()
+        ended = flags[:, 1] | flags[:, 2]
+        for shown, rows in ((observation.state, valid), (final_observation.state, ended)):
+            if shown is not None:
+                self._check_finite("state", shown, rows)
         return EnvStep(
-            observation=self._observation(),
+            observation=observation,
             success=flags[:, 0],
             terminated=flags[:, 1],
             truncated=flags[:, 2],
             valid=valid,
-            final_images=final_images,
+            final_observation=final_observation,
             ee_state=ee_state,
             progress=progress,
         )
@@ -190,7 +197,6 @@ class VectorEnv:
                 "config": self._config.model_dump(mode="json"),
                 "row": n,
                 "num_envs": self.num_envs,
-                "image_size": self._config.image_size,
                 "memory": self._memory.fileno(),
             },
             resolve("envs", self._config.kind).worker_variables(self._config, n),
@@ -271,9 +277,17 @@ class VectorEnv:
     # ---- rows ----
 
     def _observation(self) -> Observation:
-        tasks = [start.task for start in self._starts if start is not None]
-        instructions = tuple(self.instruction(task) for task in tasks)
-        return Observation(images=self._arrays.images.copy(), instructions=instructions)
+        return self._copied(self._starts, self._arrays.images, self._arrays.state)
+
+    def _copied(
+        self, starts: Sequence[Start | None], images: dict[str, np.ndarray], state: np.ndarray | None
+    ) -> Observation:
+        tasks = [start.task for start in starts if start is not None]
+        return Observation(
+            images={camera: frames.copy() for camera, frames in images.items()},
+            instructions=tuple(self.instruction(task) for task in tasks),
+            state=None if state is None else state.copy(),
+        )
 
     def _check(self, starts: Sequence[Start]) -> None:
         if not self._finalizer.alive:

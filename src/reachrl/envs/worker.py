@@ -1,9 +1,10 @@
 """One environment in one process: `python -m reachrl.envs.worker`, started by `VectorEnv`.
 
-Frames and end-effector states go through a memory map shared with the parent; everything else is one JSON
+Frames and states go through a memory map shared with the parent; everything else is one JSON
 message each way per command.
 """
 
+import functools
 import json
 import os
 import traceback
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from reachrl.child import limit_reached, pipe_to_parent
-from reachrl.envs.base import Env
+from reachrl.envs.base import Env, Shown
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.errors import ConfigError, ReachRLError
 from reachrl.registry import build, receive, section_class
@@ -28,13 +29,20 @@ class Worker:
 
     Args:
         env: the environment.
-        arrays: the shared memory.
-        row: this worker's row in it.
+        memory: file descriptor of the shared memory, which has its size once an episode is to begin.
+        num_envs: rows in it.
+        row: this worker's.
     """
 
-    def __init__(self, env: Env, arrays: SharedArrays, row: int):
-        self.env, self.arrays, self.row = env, arrays, row
+    def __init__(self, env: Env, memory: int, num_envs: int, row: int):
+        self.env, self._memory, self._num_envs, self.row = env, memory, num_envs, row
+        self.shown = Shown.of(env.observation_space)
         self.progress = np.nan  # as the simulator reported it last
+
+    @functools.cached_property
+    def arrays(self) -> SharedArrays:
+        """The shared memory."""
+        return SharedArrays(self._memory, self._num_envs, self.shown)
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command; the method of its name gets its arguments."""
@@ -44,11 +52,10 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         """What the parent needs to know about the environment."""
-        env, shape = self.env, self.arrays.images.shape[1:]
-        seen = env.observation_space["image"].shape
-        if seen != shape:
-            raise ValueError(f"frames are {seen}, but env.image_size promises {shape}")
+        env = self.env
         return {
+            "shown": self.shown.json(),
+            "control_hz": env.control_hz,
             "tasks": env.tasks,
             "instructions": {task: env.instruction(task) for task in env.tasks},
             "num_starts": {split: env.num_starts(split) for split in SPLITS},
@@ -62,7 +69,7 @@ class Worker:
             observation, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
             if terminated or truncated:
                 raise ValueError(f"replayed actions end the episode {start}: they were not recorded in it")
-        self.arrays.images[self.row] = observation["image"]
+        self.arrays.show(self.row, observation)
         self.arrays.ee_state[self.row] = observation["ee_state"]
         self.progress = info.get("progress", np.nan)
         return {}
@@ -74,9 +81,9 @@ class Worker:
         self.arrays.ee_state[self.row] = observation["ee_state"]
         self.arrays.progress[self.row] = self.progress, info.get("progress", np.nan)
         if terminated or truncated:
-            self.arrays.final_images[self.row] = observation["image"]
+            self.arrays.show_final(self.row, observation)
             observation, info = self.env.reset(options={"start": Start(*next_start)})
-        self.arrays.images[self.row] = observation["image"]
+        self.arrays.show(self.row, observation)
         self.progress = info.get("progress", np.nan)
         return {"flags": [success, bool(terminated), bool(truncated)]}
 
@@ -95,8 +102,7 @@ def serve(connection: Connection) -> None:
                 receive(setup["kind"], setup["code"])
                 section = section_class("envs", setup["kind"])
                 env = build("envs", section.model_validate(setup["config"]))
-                arrays = SharedArrays(setup["memory"], setup["num_envs"], setup["image_size"])
-                worker = Worker(env, arrays, setup["row"])
+                worker = Worker(env, setup["memory"], setup["num_envs"], setup["row"])
             reply = worker.answer(command)
         except ReachRLError as error:
             reply = {"error": str(error), "kind": type(error).__name__}

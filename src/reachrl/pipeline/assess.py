@@ -99,15 +99,17 @@ def _evaluate_one(
 def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode) -> Rewards:
     """The training reward of a recorded episode, step by step: f32[T 1] parts; `reward` stays as it is."""
     steps = len(episode.turns)
-    assert episode.final_image is not None
+    assert episode.final_observation is not None
+    seen = Observation.concat([turn.observation for turn in episode.turns])
     ended = np.zeros((steps, 1), dtype=bool)
     ended[-1] = True
     success = ended & episode.success
     rollout = Rollout(
-        images=np.stack([turn.image for turn in episode.turns])[:, None],
+        images={camera: frames[:, None] for camera, frames in seen.images.items()},
+        state=None if seen.state is None else seen.state[:, None],
         instructions=((episode.instruction,),) * steps,
-        last_observation=Observation(images=episode.final_image[None], instructions=(episode.instruction,)),
-        final_images=episode.final_image[None],
+        last_observation=episode.final_observation,
+        final_observation=episode.final_observation,
         final_rows=np.array([[steps - 1, 0]]),
         action_ids=np.stack([turn.action_ids for turn in episode.turns])[:, None],
         behaviour_logprobs=np.zeros((steps, 1, len(episode.turns[0].action_ids)), dtype=np.float32),

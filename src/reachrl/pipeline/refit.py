@@ -117,14 +117,26 @@ def episode_trajectories(rollout: Rollout) -> list[Trajectory]:
             Trajectory(
                 start=rollout.episodes[place].start,
                 instruction=rollout.instructions[t][n],
-                images=np.concatenate([rollout.images[rows, n], rollout.final_images[place : place + 1]]),
+                images={
+                    camera: np.concatenate([frames[rows, n], rollout.final_observation.images[camera][place, None]])
+                    for camera, frames in rollout.images.items()
+                },
                 actions=rollout.action_ids[rows, n].astype(np.float32),
                 ee_state=with_first_pose(rollout.ee_state[rows, n]),
                 success=bool(rollout.success[t, n]),
                 source="policy",
+                state=with_final_state(rollout, rows, n, place),
+                control_hz=rollout.control_hz,
             )
         )
     return trajectories
+
+
+def with_final_state(rollout: Rollout, rows: slice, n: int, place: int) -> np.ndarray | None:
+    """States f32[T+1 S] of an episode that lies whole in a rollout; None where there are none."""
+    if rollout.state is None or rollout.final_observation.state is None:
+        return None
+    return np.concatenate([rollout.state[rows, n], rollout.final_observation.state[place, None]])
 
 
 def with_first_pose(states: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:

@@ -198,10 +198,13 @@ def follow_train(config: TrainConfig) -> None:
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:
+    seen = episode.observations()
     return Trajectory(
         start=episode.start,
         instruction=episode.instruction,
-        images=episode.frames(),
+        images=seen.images,
+        state=seen.state,
+        control_hz=episode.control_hz,
         actions=np.stack([turn.action for turn in episode.turns]),
         ee_state=with_first_pose([turn.ee_state for turn in episode.turns]),
         success=episode.success,

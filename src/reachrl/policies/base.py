@@ -86,6 +86,10 @@ class Policy(nn.Module, ABC):
     num_action_tokens: int
     num_choices: int = 256
     """Tokens that each action token is chosen from: what the noise of `act` must have one number for."""
+    num_cameras: int = 1
+    """Cameras that `encode` looks at: the first ones of an observation."""
+    state_size: int | None = None
+    """Numbers of the observation's `state` that `encode` reads; None: it reads none."""
 
     @property
     def device(self) -> torch.device:
@@ -149,9 +153,9 @@ class Policy(nn.Module, ABC):
 
         Args:
             images: the camera's frame u8[H W 3], of any size: it is resized as in training. Or a dict of one frame for
-                each camera.
+                each camera, in the order of `env.cameras`.
             instruction: the task in words.
-            state: numbers of the robot, for a policy that takes them; none here does.
+            state: numbers of the robot f32[S], for a policy that takes them.
             temperature: 0 takes the likeliest tokens; above 0 they are sampled at that temperature.
             generator: source of the sampling noise. Give the same one at every step: it moves on with each.
 
@@ -162,7 +166,9 @@ class Policy(nn.Module, ABC):
             ConfigError: an argument is not what is described here; says what it is.
             CheckpointError: the policy has several sets of action statistics, and none was chosen.
         """
-        observation = one_observation(images, instruction, state)
+        observation = one_observation(
+            images, instruction, state, num_cameras=self.num_cameras, state_size=self.state_size
+        )
         check_temperature(temperature)
         gumbel = None
         if temperature > 0:

@@ -10,31 +10,41 @@ from reachrl.types import Observation
 
 
 def one_observation(
-    images: np.ndarray | Mapping[str, np.ndarray], instruction: str, state: np.ndarray | None
+    images: np.ndarray | Mapping[str, np.ndarray],
+    instruction: str,
+    state: np.ndarray | None,
+    *,
+    num_cameras: int = 1,
+    state_size: int | None = None,
 ) -> Observation:
     """One moment as a batch of one.
 
     Args:
-        images: a frame u8[H W 3], or a dict with the frame of the one camera.
+        images: a frame u8[H W 3], or a dict with the frame of each camera, in the policy's order.
         instruction: the task in words.
-        state: must be None: no policy takes one yet.
+        state: f32[S], for a policy that takes one.
+        num_cameras: how many the policy looks at.
+        state_size: `S`; None: the policy takes no state.
 
     Raises:
         ConfigError: an argument has another type, shape or range.
     """
-    if state is not None:
-        raise ConfigError(
-            "state: this policy takes frames and an instruction only, no state of the robot; leave it out"
-        )
     if not isinstance(instruction, str) or not instruction.strip():
         raise ConfigError(f"instruction = {instruction!r}: expected the task in words, such as 'open the drawer'")
-    if isinstance(images, Mapping):
-        if len(images) != 1:
-            named = ", ".join(map(str, images)) or "none"
-            raise ConfigError(f"images: this policy sees one camera, given are {len(images)} ({named}); give one frame")
-        ((name, image),) = images.items()
-        return _row(f"images[{name!r}]", image, instruction)
-    return _row("images", images, instruction)
+    given = {str(name): image for name, image in images.items()} if isinstance(images, Mapping) else None
+    if len(given or {"camera": images}) != num_cameras or given == {}:
+        named = ", ".join(given or {}) or "none" if given is not None else "a single frame"
+        one, more = "give one frame", f"give a dict with the {num_cameras} frames in the policy's order"
+        raise ConfigError(
+            f"images: this policy sees {'one camera' if num_cameras == 1 else f'{num_cameras} cameras'}, given are "
+            f"{len(given) if given is not None else 1} ({named}); {one if num_cameras == 1 else more}"
+        )
+    frames = (
+        {"camera": _frame("images", images)}
+        if given is None
+        else {name: _frame(f"images[{name!r}]", image) for name, image in given.items()}
+    )
+    return Observation(images=frames, instructions=(instruction,), state=_state(state, state_size))
 
 
 def check_temperature(temperature: float) -> None:
@@ -47,7 +57,20 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(f"temperature = {temperature!r}: expected 0 (greedy) or a finite number above it")
 
 
-def _row(what: str, image: np.ndarray, instruction: str) -> Observation:
+def _state(state: np.ndarray | None, size: int | None) -> np.ndarray | None:
+    if size is None:
+        if state is not None:
+            raise ConfigError("state: this policy takes frames and an instruction only; leave state out")
+        return None
+    found = None if state is None else np.asarray(state)
+    if found is None or found.shape != (size,) or found.dtype.kind not in "fiu" or not np.isfinite(found).all():
+        what = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
+        raise ConfigError(f"state: this policy takes {size} finite numbers of the robot, f32[{size}]; given is {what}")
+    return found.astype(np.float32)[None]
+
+
+def _frame(what: str, image: object) -> np.ndarray:
+    """A frame u8[1 H W 3]."""
     frame = np.array(image)  # a copy: frames of Pillow cannot be written, and PyTorch warns of those
     if frame.dtype != np.uint8:
         kind = "0..1, multiply by 255 and round" if np.issubdtype(frame.dtype, np.floating) else "0..255, convert it"
@@ -59,7 +82,7 @@ def _row(what: str, image: np.ndarray, instruction: str) -> Observation:
             f"{what}: no number exceeds 1, expected RGB in 0..255: the frame looks like one in 0..1 that was converted "
             "to uint8 without being multiplied by 255"
         )
-    return Observation(images=frame[None], instructions=(instruction,))
+    return frame[None]
 
 
 def _remedy(shape: tuple[int, ...]) -> str:

@@ -167,7 +167,7 @@ class RewardAudit:
         names: list[str] = []
         best = sorted(liked, reverse=True)[: self.config.num_videos]
         for number, (_, place, first, t, n) in enumerate(best, start=1):
-            images = np.concatenate([rollout.images[first : t + 1, n], rollout.final_images[place : place + 1]])
+            images = np.concatenate([rollout.frames[first : t + 1, n], rollout.final_frames[place : place + 1]])
             process = rewards.progress[first : t + 1, n].tolist()
             path = self.videos / f"alarm_iteration{iteration:04d}_{number}.mp4"
             names.append(str(path))

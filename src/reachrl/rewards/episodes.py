@@ -9,7 +9,7 @@ from reachrl.types import Rollout
 def frame_numbers(rollout: Rollout) -> tuple[Int64[np.ndarray, "T N"], Int64[np.ndarray, "T N"]]:
     """Number a rollout's frames and say which one each step saw and which one it led to.
 
-    Frames are numbered through `images` row by row, then `last_observation`, then `final_images`. A step that
+    Frames are numbered through `images` row by row, then `last_observation`, then `final_observation`. A step that
     ended an episode led to that episode's final frame, not to the next one's first.
 
     Returns:

@@ -81,8 +81,8 @@ class Collector:
         if self._observation is None or self._left:
             self._begin(assign)
         assert self._observation is not None
-        rows: dict[str, list[Any]] = {name: [] for name in ("images", "instructions", "ids", "logprobs", "steps")}
-        finals: list[tuple[np.ndarray, tuple[int, int]]] = []
+        rows: dict[str, list[Any]] = {name: [] for name in ("observations", "ids", "logprobs", "steps")}
+        finals: list[tuple[Observation, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):
             if self._left is not None and not any(self._left):
@@ -91,8 +91,7 @@ class Collector:
             inputs = self.policy.encode(observation)
             sample = self.policy.act(inputs, temperature=self.temperature, gumbel=self._noise(), with_values=False)
             actions = self.policy.decode_actions(sample.action_ids)
-            rows["images"].append(observation.images)
-            rows["instructions"].append(observation.instructions)
+            rows["observations"].append(observation)
             rows["ids"].append(sample.action_ids.cpu().numpy())
             rows["logprobs"].append(sample.logprobs.float().cpu().numpy())
             self.envs.send(actions, _starts(self._next_draws))
@@ -108,7 +107,7 @@ class Collector:
                     continue
                 ended = step.terminated[n] or step.truncated[n]
                 if ended:
-                    finals.append((step.final_images[n], (t, n)))
+                    finals.append((step.final_observation.rows(slice(n, n + 1)), (t, n)))
                     episodes.append(
                         Episode(
                             start=self._draws[n].start,
@@ -209,17 +208,18 @@ class Collector:
     def _rollout(
         self,
         rows: dict[str, list[Any]],
-        finals: Sequence[tuple[np.ndarray, tuple[int, int]]],
+        finals: Sequence[tuple[Observation, tuple[int, int]]],
         episodes: Sequence[Episode],
         policy_version: int,
     ) -> Rollout:
-        steps, images = rows["steps"], np.stack(rows["images"])
-        assert self._observation is not None
+        steps, seen, last = rows["steps"], rows["observations"], self._observation
+        assert last is not None
         return Rollout(
-            images=images,
-            instructions=tuple(rows["instructions"]),
-            last_observation=self._observation,
-            final_images=np.stack([image for image, _ in finals]) if finals else images[:0, 0],
+            images={camera: np.stack([each.images[camera] for each in seen]) for camera in last.images},
+            instructions=tuple(each.instructions for each in seen),
+            state=None if last.state is None else np.stack([each.state for each in seen]),
+            last_observation=last,
+            final_observation=Observation.concat([last.rows(slice(0)), *(final for final, _ in finals)]),
             final_rows=np.array([row for _, row in finals], dtype=np.int64).reshape(-1, 2),
             action_ids=np.stack(rows["ids"]),
             behaviour_logprobs=np.stack(rows["logprobs"]),
@@ -231,6 +231,7 @@ class Collector:
             progress=np.stack([step.progress for step in steps]),
             episodes=tuple(episodes),
             policy_version=policy_version,
+            control_hz=self.envs.control_hz,
         )
 
 

@@ -27,7 +27,7 @@ _NOISE: dict[Split, Stream] = {
 class Turn:
     """One turn of the conversation: what was seen, what was answered."""
 
-    image: np.ndarray  # u8[H W 3]
+    observation: Observation  # one row
     ee_state: np.ndarray  # f32[4] after the action
     progress: np.ndarray  # f32[2] before and after the action; NaN where the simulator reports none
     action_ids: np.ndarray  # i64[A]
@@ -35,22 +35,32 @@ class Turn:
     logprob: float
     value: float
 
+    @property
+    def image(self) -> np.ndarray:
+        """The first camera's frame u8[H W 3]."""
+        return self.observation.frames[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlayedEpisode:
-    """A finished episode; `turns` and `final_image` only if it was to be recorded."""
+    """A finished episode; `turns` and `final_observation` only if it was to be recorded."""
 
     start: Start
     instruction: str
     success: bool
     num_steps: int
     turns: tuple[Turn, ...] = ()
-    final_image: np.ndarray | None = None
+    final_observation: Observation | None = None  # one row
+    control_hz: float | None = None  # decisions a second of simulated time; None: unknown
+
+    def observations(self) -> Observation:
+        """All that was seen in a recorded episode, the true final observation last: T + 1 rows."""
+        assert self.final_observation is not None, "the episode was not recorded"
+        return Observation.concat([*(turn.observation for turn in self.turns), self.final_observation])
 
     def frames(self) -> np.ndarray:
-        """All that was seen in a recorded episode, the true final frame last: u8[T+1 H W 3]."""
-        assert self.final_image is not None, "the episode was not recorded"
-        return np.stack([*(turn.image for turn in self.turns), self.final_image])
+        """What the first camera saw: u8[T+1 H W 3]."""
+        return self.observations().frames
 
 
 class EpisodePlayer:
@@ -119,7 +129,8 @@ class EpisodePlayer:
                             success=bool(step.success[n]),
                             num_steps=lengths[n],
                             turns=tuple(turns[n]),
-                            final_image=step.final_images[n] if turns[n] else None,
+                            final_observation=step.final_observation.rows(slice(n, n + 1)) if turns[n] else None,
+                            control_hz=self.envs.control_hz,
                         )
                         if on_episode is not None:
                             on_episode(finished[place])
@@ -157,7 +168,7 @@ def check_validation(envs: VectorEnv) -> None:
     frames: dict[Split, bytes] = {}
     for split in SPLITS:
         starts = [Start(envs.tasks[0], split, 0)] * envs.num_envs
-        frames[split] = envs.reset(starts, starts).images[0].tobytes()
+        frames[split] = envs.reset(starts, starts).frames[0].tobytes()
     for split in SPLITS:
         if split != "validation" and frames[split] == frames["validation"]:
             raise ExtensionError(
@@ -169,7 +180,7 @@ def check_validation(envs: VectorEnv) -> None:
 
 def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, step: EnvStep, n: int) -> Turn:
     return Turn(
-        image=observation.images[n],
+        observation=observation.rows(slice(n, n + 1)),
         ee_state=step.ee_state[n],
         progress=step.progress[n],
         action_ids=sample.action_ids[n].cpu().numpy(),

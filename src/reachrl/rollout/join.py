@@ -8,7 +8,7 @@ import numpy as np
 from reachrl.types import Observation, Rewards, Rollout
 
 _BY_STEP_AND_ENV = (
-    *("images", "action_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid"),
+    *("action_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid"),
     *("ee_state", "progress"),
 )
 
@@ -33,20 +33,21 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
     rows = np.concatenate([part.final_rows + np.array([0, first]) for part, first in zip(parts, firsts, strict=False)])
     order = np.lexsort((rows[:, 1], rows[:, 0]))  # by step, then environment
     episodes = [episode for part in parts for episode in part.episodes]
+    states = [part.state for part in parts if part.state is not None]
     return Rollout(
         **{name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in _BY_STEP_AND_ENV},
+        images={camera: np.concatenate([part.images[camera] for part in parts], axis=1) for camera in parts[0].images},
+        state=np.concatenate(states, axis=1) if states else None,
         instructions=tuple(
             tuple(text for row in step for text in row)
             for step in zip(*(part.instructions for part in parts), strict=True)
         ),
-        last_observation=Observation(
-            images=np.concatenate([part.last_observation.images for part in parts]),
-            instructions=tuple(text for part in parts for text in part.last_observation.instructions),
-        ),
-        final_images=np.concatenate([part.final_images for part in parts])[order],
+        last_observation=Observation.concat([part.last_observation for part in parts]),
+        final_observation=Observation.concat([part.final_observation for part in parts]).rows(order),
         final_rows=rows[order],
         episodes=tuple(episodes[place] for place in order),
         policy_version=parts[0].policy_version,
+        control_hz=parts[0].control_hz,
     )
 
 
@@ -54,14 +55,18 @@ def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
     """Lay a rollout of whole episodes behind another, of the same environments and policy version."""
     assert first.policy_version == second.policy_version
     both = (first, second)
+    states = [part.state for part in both if part.state is not None]
     return Rollout(
         **{name: np.concatenate([getattr(part, name) for part in both]) for name in _BY_STEP_AND_ENV},
+        images={camera: np.concatenate([part.images[camera] for part in both]) for camera in first.images},
+        state=np.concatenate(states) if states else None,
         instructions=first.instructions + second.instructions,
         last_observation=second.last_observation,
-        final_images=np.concatenate([part.final_images for part in both]),
+        final_observation=Observation.concat([part.final_observation for part in both]),
         final_rows=np.concatenate([first.final_rows, second.final_rows + np.array([len(first.valid), 0])]),
         episodes=first.episodes + second.episodes,
         policy_version=first.policy_version,
+        control_hz=first.control_hz,
     )
 
 
@@ -88,4 +93,10 @@ def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
 
     texts = (rollout.last_observation.instructions,) * more
     arrays = {name: padded(getattr(rollout, name)) for name in _BY_STEP_AND_ENV}
-    return replace(rollout, **arrays, instructions=rollout.instructions + texts)
+    return replace(
+        rollout,
+        **arrays,
+        images={camera: padded(frames) for camera, frames in rollout.images.items()},
+        state=None if rollout.state is None else padded(rollout.state),
+        instructions=rollout.instructions + texts,
+    )

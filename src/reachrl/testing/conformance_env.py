@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.envs.base import Env
+from reachrl.envs.base import Env, Shown
 from reachrl.errors import ExtensionError
 from reachrl.types import SPLITS, Start
 
@@ -53,6 +53,8 @@ def _check_description(env: Env) -> None:
     space: Any = env.action_space
     _require(len(space.shape) == 1 and space.dtype == np.float32, "`action_space` is a Box f32[D]")
     _require(bool(np.isfinite([space.low, space.high]).all()), "`action_space` is bounded")
+    _require(env.control_hz is None or env.control_hz > 0, "`control_hz` is decisions a second, or None")
+    Shown.of(env.observation_space)
 
 
 def _check_refusals(env: Env) -> None:
@@ -67,7 +69,7 @@ def _check_refusals(env: Env) -> None:
         _require(False, f"reset(options={options!r}) raises ValueError; `start_option` and `check_start` do it")
 
 
-def _reset(env: Env, start: Start) -> dict[str, np.ndarray]:
+def _reset(env: Env, start: Start) -> dict[str, Any]:
     observation, _ = env.reset(options={"start": start})
     return observation
 
@@ -82,18 +84,35 @@ def _check_observation(env: Env, start: Start) -> None:
     _require(0.0 <= progress <= 1.0, f'info["progress"], where there is one, lies in [0, 1]; got {progress}')
     _require(isinstance(terminated, bool) and isinstance(truncated, bool), "terminated and truncated are bools")
     _require(float(reward) == float(terminated) == float(info["success"]), "reward is 1 on success and 0 otherwise")
-    kept = first["image"].copy()
+    kept = _pixels(first)
     if not (terminated or truncated):
         env.step(np.ones_like(action))
-        _require(np.array_equal(first["image"], kept), "a returned frame is not overwritten by the next step: copy it")
+        _require(_pixels(first) == kept, "a returned frame is not overwritten by the next step: copy it")
 
 
-def _check_dtypes(env: Env, observation: dict[str, np.ndarray], where: str) -> None:
-    image, ee_state = observation["image"], observation["ee_state"]
-    _require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, f"{where}: image is u8[H W 3]")
+def _check_dtypes(env: Env, observation: dict[str, Any], where: str) -> None:
+    shown, ee_state = Shown.of(env.observation_space), observation["ee_state"]
+    _require(set(observation.get("images", {})) == set(shown.cameras), f"{where}: images are those of the cameras")
+    for camera, image in observation["images"].items():
+        right = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        _require(right, f"{where}: images[{camera!r}] is u8[H W 3]")
     _require(ee_state.dtype == np.float32 and ee_state.shape == (4,), f"{where}: ee_state is f32[4]")
     _require(bool(np.isfinite(ee_state).all()) and 0 <= ee_state[3] <= 1, f"{where}: ee_state is finite, gripper 0..1")
+    if shown.state_size is not None:
+        state = observation["state"]
+        _require(bool(np.isfinite(state).all()) and state.dtype == np.float32, f"{where}: state is f32[S] and finite")
     _require(env.observation_space.contains(observation), f"{where}: the observation lies in `observation_space`")
+
+
+def _pixels(observation: dict[str, Any]) -> bytes:
+    """The images of all cameras."""
+    return b"".join(observation["images"][camera].tobytes() for camera in sorted(observation["images"]))
+
+
+def _shown(observation: dict[str, Any]) -> bytes:
+    """Everything an observation holds."""
+    numbers = (observation[name].tobytes() for name in ("ee_state", "state") if name in observation)
+    return _pixels(observation) + b"".join(numbers)
 
 
 def _check_frames_differ(env: Env) -> None:
@@ -102,7 +121,7 @@ def _check_frames_differ(env: Env) -> None:
     starts += [Start(env.tasks[0], "train", i) for i in range(1, min(5, env.num_starts("train")))]
     for split in ("validation", "eval"):
         starts += [Start(env.tasks[0], split, i) for i in range(min(5, env.num_starts(split)))]
-    frames = {start: _reset(env, start)["image"].tobytes() for start in starts}
+    frames = {start: _pixels(_reset(env, start)) for start in starts}
     for i, start in enumerate(starts):
         for other in starts[:i]:
             _require(
@@ -115,11 +134,11 @@ def _check_frames_differ(env: Env) -> None:
 def _trace(env: Env, start: Start, actions: np.ndarray) -> list[bytes]:
     """Everything an episode shows, as bytes."""
     observation = _reset(env, start)
-    seen = [observation["image"].tobytes() + observation["ee_state"].tobytes()]
+    seen = [_shown(observation)]
     for action in actions:
         observation, reward, terminated, truncated, _ = env.step(action)
         outcome = np.array([reward, terminated, truncated], np.float64)
-        seen.append(observation["image"].tobytes() + observation["ee_state"].tobytes() + outcome.tobytes())
+        seen.append(_shown(observation) + outcome.tobytes())
         if terminated or truncated:
             break
     return seen

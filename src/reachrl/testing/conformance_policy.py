@@ -25,7 +25,7 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     Raises:
         ExtensionError: the first promise that is broken, and how to keep it.
     """
-    rows = len(observation.images)
+    rows = len(observation)
     inputs = policy.encode(observation)
     noise = np.random.default_rng(0).gumbel(size=(rows, policy.num_action_tokens, policy.num_choices))
     gumbel = torch.from_numpy(noise.astype(np.float32)).to(policy.device)

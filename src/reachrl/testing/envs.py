@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from reachrl.config.env import EnvSection
 from reachrl.config.marks import Affects
-from reachrl.envs.base import Env, check_start, start_key, start_option
+from reachrl.envs.base import Env, check_start, observed, start_key, start_option
 from reachrl.errors import ConfigError
 
 COLORS = {
@@ -64,13 +64,7 @@ class ReachEnv(Env):
         self.config = config
         self.tasks = config.tasks
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
-        size = config.image_size
-        self.observation_space = gym.spaces.Dict(
-            {
-                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
-                "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            }
-        )
+        self.observation_space = observed(["camera"], config.image_size)
         self._state = np.zeros(4)  # x y z in 0..1, gripper opening
         self._squares = np.zeros((len(COLORS), 2))
         self._target = 0
@@ -84,7 +78,7 @@ class ReachEnv(Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
@@ -102,7 +96,7 @@ class ReachEnv(Env):
         self._first_distance = float(np.linalg.norm(self._to_target()))
         return self._observe(), {"success": False, "progress": 0.0}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the dot by `action` f32[4]."""
         if self._over:
             raise RuntimeError("the episode is over: call reset first")
@@ -128,13 +122,13 @@ class ReachEnv(Env):
     def _to_target(self) -> np.ndarray:
         return self._squares[self._target] - self._state[:2]
 
-    def _observe(self) -> dict[str, np.ndarray]:
+    def _observe(self) -> dict[str, Any]:
         size = self.config.image_size
         image = np.full((size, size, 3), _BACKGROUND, np.uint8)
         for place, color in zip(self._squares, COLORS.values(), strict=True):
             self._draw(image, place, 0.07, color)
         self._draw(image, self._state[:2], 0.035, (255, 255, 255))
-        return {"image": image, "ee_state": self._state.astype(np.float32)}
+        return {"images": {"camera": image}, "ee_state": self._state.astype(np.float32)}
 
     def _draw(self, image: np.ndarray, place: np.ndarray, half: float, color: tuple[int, int, int]) -> None:
         size = self.config.image_size

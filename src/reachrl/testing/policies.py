@@ -52,7 +52,7 @@ class TablePolicy(Policy):
 
     def encode(self, observation: Observation) -> TableInputs:
         """The context is the first pixel."""
-        context = torch.from_numpy(observation.images[:, 0, 0, 0].astype(np.int64))
+        context = torch.from_numpy(observation.frames[:, 0, 0, 0].astype(np.int64))
         return TableInputs(pixels=context.float()[:, None])
 
     def cache(self, inputs: TableInputs) -> TableInputs:

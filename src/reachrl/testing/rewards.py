@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+from jaxtyping import UInt8
 
 from reachrl.errors import ExtensionError
 from reachrl.rewards.base import Reward
@@ -13,7 +14,6 @@ from reachrl.rewards.episodes import episode_parts
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
 _PER_STEP = (
-    "images",
     "action_ids",
     "behaviour_logprobs",
     "success",
@@ -23,6 +23,11 @@ _PER_STEP = (
     "ee_state",
     "progress",
 )
+
+
+def one_camera(frames: UInt8[np.ndarray, "N H W 3"], instruction: str = "reach the goal") -> Observation:
+    """Rows that one camera, `camera`, filmed."""
+    return Observation(images={"camera": frames}, instructions=(instruction,) * len(frames))
 
 
 def make_rollout(
@@ -46,12 +51,10 @@ def make_rollout(
     start = Start("reach", "train", 0)
     size = (image_size, image_size, 3)
     return Rollout(
-        images=generator.integers(0, 256, (*shape, *size), dtype=np.uint8),
+        images={"camera": generator.integers(0, 256, (*shape, *size), dtype=np.uint8)},
         instructions=((instruction,) * num_envs,) * num_steps,
-        last_observation=Observation(
-            images=generator.integers(0, 256, (num_envs, *size), dtype=np.uint8), instructions=(instruction,) * num_envs
-        ),
-        final_images=generator.integers(0, 256, (len(rows), *size), dtype=np.uint8),
+        last_observation=one_camera(generator.integers(0, 256, (num_envs, *size), dtype=np.uint8), instruction),
+        final_observation=one_camera(generator.integers(0, 256, (len(rows), *size), dtype=np.uint8), instruction),
         final_rows=rows.reshape(-1, 2).astype(np.int64),
         action_ids=np.zeros((*shape, 4), dtype=np.int64),
         behaviour_logprobs=np.zeros((*shape, 4), dtype=np.float32),
@@ -71,15 +74,14 @@ def permute_envs(rollout: Rollout, order: np.ndarray) -> Rollout:
     place = np.argsort(order)  # old env -> new env
     rows = np.stack([rollout.final_rows[:, 0], place[rollout.final_rows[:, 1]]], axis=1)
     by_row = np.lexsort((rows[:, 1], rows[:, 0]))
-    last = rollout.last_observation
     return replace(
         rollout,
         **{name: getattr(rollout, name)[:, order] for name in _PER_STEP},
+        images={camera: frames[:, order] for camera, frames in rollout.images.items()},
+        state=None if rollout.state is None else rollout.state[:, order],
         instructions=tuple(tuple(row[n] for n in order) for row in rollout.instructions),
-        last_observation=Observation(
-            images=last.images[order], instructions=tuple(last.instructions[n] for n in order)
-        ),
-        final_images=rollout.final_images[by_row],
+        last_observation=rollout.last_observation.rows(order),
+        final_observation=rollout.final_observation.rows(by_row),
         final_rows=rows[by_row],
     )
 
@@ -128,14 +130,17 @@ def cut_rollout(rollout: Rollout, borders: Sequence[int]) -> list[Rollout]:
         inside = (rollout.final_rows[:, 0] >= first) & (rollout.final_rows[:, 0] < end)
         last = rollout.last_observation
         if end < len(rollout.valid):
-            last = Observation(images=rollout.images[end], instructions=rollout.instructions[end])
+            num_envs = rollout.valid.shape[1]
+            last = rollout.decisions().rows(slice(end * num_envs, (end + 1) * num_envs))
         parts.append(
             replace(
                 rollout,
                 **{name: getattr(rollout, name)[rows] for name in _PER_STEP},
+                images={camera: frames[rows] for camera, frames in rollout.images.items()},
+                state=None if rollout.state is None else rollout.state[rows],
                 instructions=rollout.instructions[rows],
                 last_observation=last,
-                final_images=rollout.final_images[inside],
+                final_observation=rollout.final_observation.rows(np.flatnonzero(inside)),
                 final_rows=rollout.final_rows[inside] - np.array([first, 0]),
                 episodes=tuple(each for each, kept in zip(rollout.episodes, inside, strict=True) if kept),
             )

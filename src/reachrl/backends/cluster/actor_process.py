@@ -16,6 +16,7 @@ from reachrl.backends.local import LocalActors, open_groups
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.train import TrainConfig
+from reachrl.envs.base import Shown
 from reachrl.policies.base import Policy
 from reachrl.rollout.collector import Assign
 from reachrl.run.spans import Span
@@ -77,6 +78,11 @@ class ActorProcess:
         )
         self._actors.load_state_dict({"lost_episodes": 0, "rows": list(rows)})
         return socket.gethostname()
+
+    def shown(self) -> Shown:
+        """What the environments show."""
+        assert self._actors is not None
+        return self._actors.groups[0].shown
 
     def load_weights(self, weights: PackedWeights) -> None:
         """Take weights whose buckets lie in the object store.

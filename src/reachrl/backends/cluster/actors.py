@@ -14,6 +14,7 @@ from reachrl.backends.cluster.actor_process import Collected
 from reachrl.backends.cluster.calls import Call, Later, Remote, insist
 from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
+from reachrl.envs.base import Shown
 from reachrl.rollout.collector import Assign
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span, SpanLog
@@ -83,14 +84,27 @@ class ClusterActors:
         self._log = SpanLog("actors")
         for actor, count in zip(self._actors, even_shares(total, len(processes)), strict=True):
             actor.count = count
+        self._shown: Shown | None = None
         self._started = False  # simulators; a resumed run begins them where they were
+
+    def shown(self) -> Shown:
+        """What the environments show; they are begun for it."""
+        if self._shown is not None:
+            return self._shown
+        self._start()
+        first = self._actors[0]
+        found = self._shown = self._insist(0, first.begin("shown"), lambda: first.begin("shown"))
+        return found
+
+    def _start(self) -> None:
+        if not self._started:
+            self._give_rows([actor.count for actor in self._actors], [])
 
     def load_weights(self, weights: Weights) -> int:
         """Send weights to every actor; each checks that it acts with them."""
         assert isinstance(weights, PackedWeights)
         self._weights = weights
-        if not self._started:
-            self._give_rows([actor.count for actor in self._actors], [])
+        self._start()
         self._balance_shares()
         self._ask_all("load_weights", lambda _: (weights,)).result()
         return weights.version

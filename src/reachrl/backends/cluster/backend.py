@@ -122,7 +122,6 @@ class _Crew:
             collecting = [self._actor(number) for number in range(backend.actors)]
             scorers = [self._reward_worker(number) for number in range(backend.reward_workers)]
             self._check_storage(learners[0])
-            learner = ClusterLearner(learners)
             actors = ClusterActors(
                 collecting,
                 self._actor,
@@ -131,6 +130,7 @@ class _Crew:
                 max_losses=most,
                 rebalance=backend.rebalance,
             )
+            learner = ClusterLearner(learners, actors.shown)
             scoring = ClusterScoring(scorers, self._reward_worker, max_losses=most) if scorers else None
             evaluator = (
                 ClusterEvaluator(self._evaluator(), self._evaluator, max_losses=most) if self._evaluates else None

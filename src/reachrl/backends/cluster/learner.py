@@ -1,7 +1,7 @@
 """The learner as the training loop sees it: its leader does what is asked, the others follow."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Pending
 from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
 from reachrl.backends.weights import PackedWeights
+from reachrl.envs.base import Shown
 from reachrl.errors import LearnerLostError
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Rewards, Rollout, Scored
@@ -27,13 +28,14 @@ class ClusterLearner:
 
     Args:
         processes: the leader first.
+        shown: asks the actors what their environments show.
 
     Raises:
         LearnerLostError: here and in every method: a process died or hung.
     """
 
-    def __init__(self, processes: Sequence[Remote]) -> None:
-        self.version = 0
+    def __init__(self, processes: Sequence[Remote], shown: Callable[[], Shown]) -> None:
+        self.version, self._shown = 0, shown
         self._leader, *self._others = processes
         self._following: list[Call] = []
         self._log = SpanLog("learner")
@@ -45,7 +47,7 @@ class ClusterLearner:
 
     def export_weights(self) -> PackedWeights:
         """The current version, its buckets in the object store."""
-        return self._ask("pack_weights")
+        return self._ask("pack_weights", self._shown())
 
     def score(self, rollout: Rollout) -> Pending[Scored]:
         """Begin to compute log-probs and values of a rollout."""

@@ -17,6 +17,7 @@ from reachrl.backends.learner import LocalLearner, new_learner
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.train import TrainConfig
+from reachrl.envs.base import Shown
 from reachrl.errors import LearnerLostError
 from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout, Scored
@@ -88,7 +89,7 @@ class LearnerProcess:
         learner, group = self._join(address)
         self._learner = learner
         if not group.alone:
-            self._learner = LeadingLearner(learner, group, image_size=self._config.env.image_size)
+            self._learner = LeadingLearner(learner, group)
 
     def follow(self, address: tuple[str, int]) -> None:
         """Meet the others and do as the leader does, until it ends."""
@@ -107,14 +108,11 @@ class LearnerProcess:
             whole = warm_policy(config, self._warm, torch.device("cpu"))
         return new_learner(config, policy, group, whole), group
 
-    def pack_weights(self) -> PackedWeights:
-        """The weights with their buckets in the object store."""
+    def pack_weights(self, shown: Shown) -> PackedWeights:
+        """The weights with their buckets in the object store; `shown` by the environments of those who get them."""
         learner = self._learner
         assert learner is not None
-        size = self._config.env.image_size
-        packed = (
-            learner.pack_weights() if isinstance(learner, LeadingLearner) else learner.pack_weights(image_size=size)
-        )
+        packed = learner.pack_weights(shown=shown)
         stored = tuple(ray.put(bucket) for bucket in packed.buckets)
         if self._hands_over:
             learner.hand_over()

@@ -188,13 +188,15 @@ def _trajectory(
     check_finite(actions, "action", where)
     check_finite(ee_state, "ee_state (x, y, z, gripper)", where)
     times = times_of(table, where)
+    frames = _pictures(index, path, record.index, table) if record.video is None else _frames(record, times, where)
     return Trajectory(
         start=Start(slug(sentence), "train", record.index),
         instruction=sentence,
         actions=actions,
-        images=_pictures(index, path, record.index, table) if record.video is None else _frames(record, times, where),
+        images={index.camera: frames},
         ee_state=ee_state,
         success=_success(table, where),
+        control_hz=index.fps,
         source="lerobot",
     )
 

@@ -46,6 +46,7 @@ class LeRobotIndex:
     many_in_a_file: bool  # version 3: any file under data/ may hold an episode
     features: Mapping[str, Mapping[str, Any]]
     camera: str
+    fps: float
     tasks: Mapping[int, str]
     episodes: tuple[EpisodeRecord, ...]  # in the order in which the files are read
 
@@ -88,6 +89,7 @@ def read_index(folder: Path, *, camera: str | None) -> LeRobotIndex:
         many_in_a_file=major == 3,
         features=features,
         camera=chosen,
+        fps=float(fps),
         tasks=_tasks_2(folder) if major == 2 else _tasks_3(folder),
         episodes=tuple(sorted(episodes, key=lambda episode: episode.index)),
     )

@@ -179,11 +179,25 @@ def _trajectory(
         start=start,
         instruction=instruction,
         actions=actions,
-        images=images,
+        images={camera: images},
         ee_state=ee_state,
         success=_success(demo, where),
         source="libero",
+        control_hz=_control_hz(path, attributes),
     )
+
+
+def _control_hz(path: Path, attributes: dict[str, Any]) -> float | None:
+    """Actions a second, where the file says what its environment was made with."""
+    if "env_args" not in attributes:
+        return None
+    try:
+        found = json.loads(attributes["env_args"]).get("env_kwargs", {}).get("control_freq")
+        return None if found is None else float(found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(
+            f"{path}: the attribute env_args of /data holds no usable control_freq ({error!r}). Fetch the file again."
+        ) from error
 
 
 def _success(demo: Any, where: str) -> bool:

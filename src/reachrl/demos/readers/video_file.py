@@ -36,7 +36,7 @@ def _read(path: Path, instruction: str) -> Iterator[Trajectory]:
         start=Start(slug(instruction), "train", 0),
         instruction=instruction,
         actions=np.empty((len(images) - 1, 0), np.float32),
-        images=images,
+        images={"video": images},
         ee_state=np.full((len(images), 4), np.nan, np.float32),
         success=False,
         source="video",

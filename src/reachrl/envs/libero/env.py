@@ -1,4 +1,4 @@
-"""LIBERO as language tasks seen through the agent-view camera, with sparse success and numbered starts."""
+"""LIBERO as language tasks seen through named cameras, with sparse success and numbered starts."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import instruction
-from reachrl.envs.base import Env, check_start, start_option
+from reachrl.envs.base import Env, check_start, observed, start_option
 from reachrl.envs.libero.assets import check_assets, find_assets
 from reachrl.envs.libero.experts.expert import Expert
 from reachrl.envs.libero.installation import check_alone, check_suite, check_versions
@@ -24,11 +24,13 @@ class LiberoEnv(Env):
     """The tasks of one suite in one process, each simulator made when first needed.
 
     Actions are f32[7] in [-1, 1]: hand displacement x y z (times 5 cm), rotation about x y z (times 0.5 rad), gripper
-    (-1 opens, 1 closes; with `gripper=openvla` 1 opens and 0 closes). One decision lasts 50 ms of simulated time.
+    (-1 opens, 1 closes; with `gripper=openvla` 1 opens and 0 closes). One decision lasts 50 ms of simulated time. The
+    state is hand position (3, m), hand orientation (3, axis times angle in rad) and the joints of both fingers (2, m).
     """
 
     Config = LiberoConfig
     metadata = {"render_modes": []}
+    control_hz = 20.0
 
     def __init__(self, config: LiberoConfig):
         self.config = config
@@ -36,15 +38,9 @@ class LiberoEnv(Env):
         low = np.full(7, -1.0, np.float32)
         low[6] = 0.0 if config.gripper == "openvla" else -1.0
         self.action_space = gym.spaces.Box(low, np.ones(7, np.float32), dtype=np.float32)
-        size = config.image_size
-        self.observation_space = gym.spaces.Dict(
-            {
-                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
-                "ee_state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            }
-        )
+        self.observation_space = observed(config.cameras, config.image_size, state_size=8)
         self._assets = find_assets(config.assets)
-        self._renderer = Renderer(size) if config.simulation == "fast" else None
+        self._renderer = Renderer(config.image_size) if config.simulation == "fast" else None
         self._made: dict[str, Starts] = {}
         self._starts: Starts | None = None
         self._expert: Expert | None = None
@@ -77,7 +73,7 @@ class LiberoEnv(Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
@@ -90,7 +86,7 @@ class LiberoEnv(Env):
         self._over = False
         return self._observe(self._starts), {"success": False}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Carry out `action` f32[7] for 50 ms."""
         if self._starts is None or self._over:
             raise RuntimeError("the episode is over: call reset first")
@@ -141,14 +137,18 @@ class LiberoEnv(Env):
                 for made in self._made.values():
                     made.simulation.close()
                 self._made.clear()
-                simulation = FaithfulSimulation(config.suite, task, self._assets, config.image_size)
+                simulation = FaithfulSimulation(config.suite, task, self._assets, config.image_size, config.cameras)
             else:
-                simulation = FastSimulation(config.suite, task, self._assets, config.mesh_faces, self._renderer)
+                simulation = FastSimulation(
+                    config.suite, task, self._assets, config.mesh_faces, self._renderer, config.cameras
+                )
             self._made[task] = Starts(config.suite, task, simulation, stored_for_training=config.split == "paper")
         return self._made[task]
 
-    def _observe(self, starts: Starts) -> dict[str, np.ndarray]:
-        return {"image": starts.simulation.frame(), "ee_state": starts.simulation.ee_state()}
+    def _observe(self, starts: Starts) -> dict[str, Any]:
+        simulation = starts.simulation
+        images = {camera: simulation.frame(camera) for camera in self.config.cameras}
+        return {"images": images, "ee_state": simulation.ee_state(), "state": simulation.state()}
 
 
 def simulator_gripper(openvla: float) -> float:

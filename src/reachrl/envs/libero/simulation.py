@@ -7,7 +7,7 @@ where objects stand unless a stored state says so) is drawn from a seed, and the
 import os
 from abc import ABC, abstractmethod
 from bdb import BdbQuit
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ class Simulation(ABC):
         """One control step of 50 ms with an action f64[7] in the simulator's convention; whether the task is solved."""
 
     @abstractmethod
-    def frame(self) -> np.ndarray:
-        """What the agent-view camera sees u8[H W 3], turned by 180° as published policies expect it."""
+    def frame(self, camera: str) -> np.ndarray:
+        """What a camera sees u8[H W 3], turned by 180° as published policies expect it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -102,6 +102,29 @@ class Simulation(ABC):
         fingers = self.data.qpos[robot._ref_gripper_joint_pos_indexes]
         opening = np.clip((fingers[0] - fingers[1]) / FINGERS_OPEN_M, 0.0, 1.0)
         return np.array([*self.data.site_xpos[robot.eef_site_id], opening], np.float32)
+
+    def state(self) -> np.ndarray:
+        """Hand position (3, m), orientation (3, axis times angle in rad) and finger joints (2, m): f32[8].
+
+        Source: openpi, examples/libero/main.py: `robot0_eef_pos`, `_quat2axisangle(robot0_eef_quat)` and
+        `robot0_gripper_qpos`, in this order.
+        """
+        robot = self.domain.robots[0]
+        fingers = self.data.qpos[robot._ref_gripper_joint_pos_indexes]
+        turned = axis_angle(self.data.body(robot.robot_model.eef_name).xquat)
+        return np.array([*self.data.site_xpos[robot.eef_site_id], *turned, *fingers], np.float32)
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """The rotation axis times the angle in 0..2 pi rad, f64[3], of a unit quaternion (w, x, y, z).
+
+    Source: `quat2axisangle` of robosuite, which takes the angle from w as it is: q and -q give other numbers.
+    """
+    w = float(np.clip(quaternion[0], -1.0, 1.0))
+    length = np.sqrt(1.0 - w * w)
+    if np.isclose(length, 0.0):
+        return np.zeros(3)
+    return np.asarray(quaternion[1:], np.float64) * 2.0 * np.arccos(w) / length
 
 
 class _Kept:
@@ -147,10 +170,11 @@ class FaithfulSimulation(Simulation):
         suite: of the task.
         task: its name.
         assets: folder with meshes and textures.
-        image_size: side of the frame in pixels.
+        image_size: side of the frames in pixels.
+        cameras: what films.
     """
 
-    def __init__(self, suite: str, task: str, assets: Path, image_size: int):
+    def __init__(self, suite: str, task: str, assets: Path, image_size: int, cameras: Sequence[str] = (CAMERA,)):
         envs = import_upstream(assets)
         os.environ.pop("LP_PERF", None)  # what software rendering may leave out
         path = str(bddl_file(suite, task))
@@ -158,7 +182,10 @@ class FaithfulSimulation(Simulation):
         envs.TASK_MAPPING[problem] = _extended(base, _Kept)  # where upstream looks its classes up
         try:
             self._env = envs.OffScreenRenderEnv(
-                bddl_file_name=path, camera_heights=image_size, camera_widths=image_size, camera_names=[CAMERA]
+                bddl_file_name=path,
+                camera_heights=image_size,
+                camera_widths=image_size,
+                camera_names=list(cameras),
             )
         finally:
             envs.TASK_MAPPING[problem] = base
@@ -185,9 +212,15 @@ class FaithfulSimulation(Simulation):
         self._seen, _, solved, _ = self._env.step(action)
         return bool(solved)
 
-    def frame(self) -> np.ndarray:
+    def frame(self, camera: str) -> np.ndarray:
         """The frame upstream drew with the last step."""
-        return self._seen[f"{CAMERA}_image"][::-1, ::-1].copy()
+        return self._seen[f"{camera}_image"][::-1, ::-1].copy()
+
+    def state(self) -> np.ndarray:
+        """The state of the moment that upstream's frames show: the first of the step's physics steps, not the last."""
+        x, y, z, w = self._seen["robot0_eef_quat"]
+        turned = axis_angle(np.array([w, x, y, z]))
+        return np.array([*self._seen["robot0_eef_pos"], *turned, *self._seen["robot0_gripper_qpos"]], np.float32)
 
     def close(self) -> None:
         """Free the GL context."""
@@ -219,9 +252,18 @@ class FastSimulation(Simulation):
         assets: folder with meshes and textures.
         mesh_faces: see `LiberoConfig`.
         renderer: draws for all tasks of the process.
+        cameras: what films.
     """
 
-    def __init__(self, suite: str, task: str, assets: Path, mesh_faces: int, renderer: Renderer):
+    def __init__(
+        self,
+        suite: str,
+        task: str,
+        assets: Path,
+        mesh_faces: int,
+        renderer: Renderer,
+        cameras: Sequence[str] = (CAMERA,),
+    ):
         envs = import_upstream(assets)
         from robosuite import load_controller_config  # pyright: ignore[reportMissingImports]
 
@@ -239,7 +281,7 @@ class FastSimulation(Simulation):
         )
         self.domain.object_property_initializers *= 2  # what a reset of upstream's makes of them
         self._renderer = renderer
-        self._scene = renderer.add(self.model, CAMERA, hidden_groups=HIDDEN_GROUPS)
+        self._scenes = {each: renderer.add(self.model, each, hidden_groups=HIDDEN_GROUPS) for each in cameras}
         self._controller = ArmController(self.domain)
 
     def _reset(self) -> None:
@@ -270,9 +312,9 @@ class FastSimulation(Simulation):
         domain._post_process()
         return solved
 
-    def frame(self) -> np.ndarray:
+    def frame(self, camera: str) -> np.ndarray:
         """Draw the present state."""
-        return self._renderer.render(self._scene, self.data)[::-1, ::-1].copy()
+        return self._renderer.render(self._scenes[camera], self.data)[::-1, ::-1].copy()
 
     def close(self) -> None:
         """Nothing: the renderer belongs to the process."""

@@ -123,14 +123,14 @@ class OpenVLAPolicy(Policy):
         return PROMPT.format(instruction=instruction.lower())
 
     def encode(self, observation: Observation) -> OpenVLAInputs:
-        """Turn frames and instructions into prompt tokens and pixels, on the policy's device.
+        """Turn the first camera's frames and instructions into prompt tokens and pixels, on the policy's device.
 
         Raises:
             CheckpointError: the policy came from a folder without `tokenizer.json`.
         """
         config = self.config
         prompt_ids, prompt_mask = self.encode_prompts(observation.instructions)
-        images = fit_frames(observation.images, config)
+        images = fit_frames(observation.frames, config)
         pixels = normalise_pixels(images, config.image_mean, config.image_std, self.device)
         return OpenVLAInputs(prompt_ids=prompt_ids, prompt_mask=prompt_mask, pixel_values=pixels)
 

@@ -36,7 +36,7 @@ class Carried:
         return cls(
             running=np.zeros(num_envs, dtype=bool),
             last=("",) * num_envs,
-            frames=np.zeros((reach, num_envs, *rollout.images.shape[2:]), np.uint8),
+            frames=np.zeros((reach, num_envs, *rollout.frames.shape[2:]), np.uint8),
             known=np.zeros(num_envs, np.int64),
             scores=np.zeros(num_envs, np.float32),
             scales=np.ones(num_envs),
@@ -47,9 +47,9 @@ class Carried:
 
         A rollout of other episodes, such as one that is scored for a film, begins with other frames.
         """
-        if self.frames.shape != (reach, *rollout.images.shape[1:]):
+        if self.frames.shape != (reach, *rollout.frames.shape[1:]):
             return self.nothing(rollout, reach)
-        same = [digest == found for digest, found in zip(self.last, _digests(rollout.images[0]), strict=True)]
+        same = [digest == found for digest, found in zip(self.last, _digests(rollout.frames[0]), strict=True)]
         running = self.running & np.array(same)
         return replace(self, running=running, known=np.where(running, self.known, 0))
 
@@ -98,11 +98,11 @@ def carry(
     over = rollout.terminated[-1] | rollout.truncated[-1] | ~rollout.valid[-1]
     begun = first_rows(rollout)[-1]  # 0: at the first row or before it
     known = np.minimum(num_steps - begun + np.where(begun == 0, before.known, 0), reach)
-    recent = rollout.images[max(0, num_steps - reach) :]
+    recent = rollout.frames[max(0, num_steps - reach) :]
     frames = np.concatenate([before.frames, recent])[len(recent) :]
     return Carried(
         running=~over,
-        last=_digests(rollout.last_observation.images),
+        last=_digests(rollout.last_observation.frames),
         frames=frames,
         known=np.where(over, 0, known),
         scores=scores,

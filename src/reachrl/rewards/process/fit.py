@@ -151,7 +151,7 @@ def _check(data: Sequence[Trajectory]) -> None:
             f"None of the {len(data)} trajectories succeeded, so nothing shows what progress looks like. Collect "
             "demonstrations (the `demos` stage), or rollouts of a policy that sometimes succeeds."
         )
-    sizes = sorted({trajectory.images.shape[1:3] for trajectory in data})
+    sizes = sorted({trajectory.frames.shape[1:3] for trajectory in data})
     if len(sizes) > 1:
         raise ConfigError(
             f"The trajectories' frames have several sizes, {', '.join(f'{h}x{w}' for h, w in sizes)} pixels; a reward "
@@ -185,9 +185,9 @@ def score_trajectories(
     scored: list[ScoredTrajectory] = []
     for start in range(0, len(data), 32):
         part = data[start : start + 32]
-        lengths = [len(trajectory.images) for trajectory in part]
+        lengths = [len(trajectory.frames) for trajectory in part]
         shape = {"num_frames": model.num_frames, "frame_stride": model.frame_stride}
-        clips = np.concatenate([each.images[clip_frames(np.arange(len(each.images)), **shape)] for each in part])
+        clips = np.concatenate([each.frames[clip_frames(np.arange(len(each.frames)), **shape)] for each in part])
         instructions = [each.instruction for each, length in zip(part, lengths, strict=True) for _ in range(length)]
         scores = np.split(model.score(clips, instructions, batch_size=batch_size), np.cumsum(lengths)[:-1])
         scored += [
@@ -204,7 +204,7 @@ def _fingerprint(data: Sequence[Trajectory], config: RewardModelSection, seed: i
         digest.update(f"{trajectory.start} {trajectory.instruction} {trajectory.success}".encode())
         digest.update(trajectory.actions.tobytes())
         digest.update(trajectory.ee_state.tobytes())
-        digest.update(trajectory.images[-1].tobytes())
+        digest.update(trajectory.frames[-1].tobytes())
     return digest.hexdigest()
 
 

@@ -96,7 +96,7 @@ def optimise(
 
 def clip(trajectory: Trajectory, frame: int, model: RewardModel) -> UInt8[np.ndarray, "F H W 3"]:
     """What `model` sees of a trajectory at one frame."""
-    return trajectory.images[_clip_frames(frame, model)]
+    return trajectory.frames[_clip_frames(frame, model)]
 
 
 def _clip_frames(frame: int, model: RewardModel) -> Int64[np.ndarray, "F"]:
@@ -121,7 +121,7 @@ def _batches(
     draw, shuffle = generator(seed, Stream.REWARD_BATCHES), generator(seed, Stream.REWARD_SHUFFLE)
     frames = _labelled_frames(labels, rows)
     batch_size = min(config.batch_size, len(frames))
-    successes = [row for row in rows if data[row].success and len(data[row].images) > model.frame_stride]
+    successes = [row for row in rows if data[row].success and len(data[row].frames) > model.frame_stride]
     num_shuffled = round(config.shuffled_negatives * batch_size) if successes else 0
     while True:
         order = draw.permutation(len(frames))
@@ -147,12 +147,12 @@ def shuffled_clip(
         model: says how clips are cut; of at least two frames.
         draw: where the clip and the order come from.
     """
-    last = int(draw.integers(model.frame_stride, len(trajectory.images)))
+    last = int(draw.integers(model.frame_stride, len(trajectory.frames)))
     right = _clip_frames(last, model)
     wrong = right
     while np.array_equal(wrong, right):  # at least two of the frames differ
         wrong = draw.permutation(right)
-    return trajectory.images[wrong]
+    return trajectory.frames[wrong]
 
 
 def random_shift(

@@ -108,9 +108,9 @@ class _Frames:
     def __init__(self, rollout: Rollout, before: UInt8[np.ndarray, "K N H W 3"]) -> None:
         self._rollout = rollout
         num_steps, num_envs = rollout.valid.shape
-        running = rollout.images.reshape(num_steps * num_envs, *rollout.images.shape[2:])
-        earlier = before.reshape(-1, *rollout.images.shape[2:])
-        self._banks = (running, rollout.last_observation.images, rollout.final_images, earlier)
+        running = rollout.frames.reshape(num_steps * num_envs, *rollout.frames.shape[2:])
+        earlier = before.reshape(-1, *rollout.frames.shape[2:])
+        self._banks = (running, rollout.last_observation.frames, rollout.final_frames, earlier)
         self._offsets = np.cumsum([0, *(len(bank) for bank in self._banks)])
 
     def __len__(self) -> int:
