@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from small_policy import adapted, inputs, small
 
-from reachrl.policies.decoding.frozen_linear import Float8Linear, FrozenLinear
+from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.llama import decoder_layers
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 

@@ -31,7 +31,7 @@ from reachrl.plan.advice import apply
 from reachrl.plan.device import DEVICES, GIB, Device
 from reachrl.plan.memory import MemoryPlan, Part, plan_memory
 from reachrl.plan.timing import plan_time
-from reachrl.policies.decoding.frozen_linear import FrozenLinear
+from reachrl.policies.frozen_linear import FrozenLinear
 
 # --- memory -----------------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
-"""A walk over the layers of transformers' Llama: teacher-forced hidden states, or cached decoding."""
+"""A walk over the layers of transformers' Llama: their two halves, and teacher-forced hidden states."""
 
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, rotate_half
 
 from reachrl.config.policy import LanguageModelConfig
-from reachrl.policies.decoding.frozen_linear import FrozenLinear
+from reachrl.policies.frozen_linear import FrozenLinear
 
 Rotary = tuple[Tensor, Tensor]
 FUSED = _QKV, _GATE_UP = "fused_qkv", "fused_gate_up"
@@ -55,37 +54,6 @@ def decoder_layers(model: LlamaModel) -> list[LlamaDecoderLayer]:
     return cast(list[LlamaDecoderLayer], list(model.layers))
 
 
-@dataclass(slots=True)
-class KVCache:
-    """Keys and values of all layers, allocated once for the whole sequence and filled from the left."""
-
-    keys: list[Tensor]  # one [B heads S head_dim] per layer
-    values: list[Tensor]
-
-    @classmethod
-    def allocate(cls, model: LlamaModel, batch: int, length: int, like: Tensor) -> "KVCache":
-        """Reserve room for `length` tokens in each of `batch` rows."""
-        attention = decoder_layers(model)[0].self_attn
-        num_heads = attention.k_proj.out_features // attention.head_dim
-        shape = (len(model.layers), 2, batch, num_heads, length, attention.head_dim)
-        store = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return cls(keys=[layer[0] for layer in store], values=[layer[1] for layer in store])
-
-    @property
-    def rows(self) -> int:
-        """How many rows there is room for."""
-        return self.keys[0].shape[0]
-
-    @property
-    def length(self) -> int:
-        """How many tokens each has room for."""
-        return self.keys[0].shape[2]
-
-    def first(self, rows: int) -> "KVCache":
-        """The same memory, of the first `rows` rows."""
-        return KVCache(keys=[keys[:rows] for keys in self.keys], values=[values[:rows] for values in self.values])
-
-
 def causal_mask(valid: Bool[Tensor, "B S"], num_queries: int) -> Bool[Tensor, "B 1 Q S"]:
     """Which keys the last `num_queries` positions may see: real tokens that do not come later."""
     length = valid.shape[1]
@@ -121,7 +89,7 @@ def fuse(layer: LlamaDecoderLayer) -> None:
         setattr(owner, name, fused)
 
 
-def _project(
+def project(
     layer: LlamaDecoderLayer, hidden: Float[Tensor, "B S E"], rotary: Rotary, num_queries: int
 ) -> tuple[Float[Tensor, "B H Q D"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
     """Queries of the last `num_queries` positions, keys and values of all, with their places."""
@@ -150,7 +118,7 @@ def _feed_forward(mlp: LlamaMLP, x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B 
     return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
-def _attend(
+def attend(
     layer: LlamaDecoderLayer,
     hidden: Float[Tensor, "B Q E"],
     query: Float[Tensor, "B H Q D"],
@@ -184,7 +152,7 @@ class LayerPass(NamedTuple):
     attend: Callable[..., Tensor]
 
 
-PLAIN = LayerPass(_project, _attend)
+PLAIN = LayerPass(project, attend)
 
 
 @functools.cache
@@ -193,10 +161,10 @@ def compiled() -> LayerPass:
 
     A layer's parameters are inputs of the compiled programs, so that all layers share them.
     """
-    return LayerPass(torch.compile(_project), torch.compile(_attend))
+    return LayerPass(torch.compile(project), torch.compile(attend))
 
 
-def _has_padding(valid: Bool[Tensor, "B S"]) -> bool:
+def has_padding(valid: Bool[Tensor, "B S"]) -> bool:
     """Whether a mask is needed; on an accelerator always, because looking would stall it."""
     return valid.device.type != "cpu" or not bool(valid.all())
 
@@ -227,7 +195,7 @@ def last_hidden(
         Hidden states after the final normalisation.
     """
     length = embeds.shape[1]
-    padded = _has_padding(valid)
+    padded = has_padding(valid)
     rotary: Rotary = model.rotary_emb(embeds, position_ids(valid if padded else valid[:1]))
     mask = _seen(valid, length, causal) if padded else None
     inputs: dict[str, Any] = {"attention_mask": mask, "position_embeddings": rotary} | (
@@ -241,80 +209,10 @@ def last_hidden(
             embeds = layer(embeds, **inputs)
     needs_mask = padded or (causal and 1 < num_last < length)
     last_mask = _seen(valid, num_last, causal) if needs_mask else None
-    query, key, value = _project(final_layer, embeds, rotary, num_last)
-    return model.norm(_attend(final_layer, embeds[:, -num_last:], query, key, value, last_mask, causal))
+    query, key, value = project(final_layer, embeds, rotary, num_last)
+    return model.norm(attend(final_layer, embeds[:, -num_last:], query, key, value, last_mask, causal))
 
 
 def _seen(valid: Bool[Tensor, "B S"], num_queries: int, causal: bool) -> Bool[Tensor, "B 1 Q S"]:
     """What the last `num_queries` positions attend to."""
     return causal_mask(valid, num_queries) if causal else valid[:, None, None, :].expand(-1, 1, num_queries, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Rows whose keys and values are in the cache, and what the single-token steps behind them need."""
-
-    cache: KVCache  # with room for the steps
-    length: int  # S, positions of the prompt
-    hidden: Float[Tensor, "B E"]  # normed, of its last position
-    cos: Float[Tensor, "R N D"]  # rotary embedding of the N steps; one row for all if none is padded
-    sin: Float[Tensor, "R N D"]
-    seen: Bool[Tensor, "B 1 1 K"] | None  # what steps may look at; None: everything
-
-
-def prefill(
-    model: LlamaModel,
-    embeds: Float[Tensor, "B S E"],
-    valid: Bool[Tensor, "B S"],
-    num_steps: int,
-    *,
-    cache: KVCache | None = None,
-    layer_pass: LayerPass = PLAIN,
-) -> Prompt:
-    """Fill the cache with the keys and values of a prompt.
-
-    Args:
-        model: the language model without its head.
-        embeds: token and patch embeddings.
-        valid: which positions are real tokens; the last one must be.
-        num_steps: single-token steps that are to follow.
-        cache: written to from its first position on; None: a new one.
-        layer_pass: computes the layers.
-    """
-    batch, length, _ = embeds.shape
-    cache = cache or KVCache.allocate(model, batch, length + num_steps, embeds)
-    padded = _has_padding(valid)
-    seen = F.pad(valid, (0, num_steps), value=True)
-    cos, sin = model.rotary_emb(embeds, position_ids(seen if padded else seen[:1]))
-    mask = causal_mask(valid, length) if padded else None
-    rotary = (cos[:, :length].contiguous(), sin[:, :length].contiguous())  # compiled code depends on strides
-    layers = decoder_layers(model)
-    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-        # The final layer is computed at the last position only: nothing reads the others.
-        queries = 1 if layer is layers[-1] else length
-        query, key, value = layer_pass.project(layer, embeds, rotary, queries)
-        keys[:, :, :length], values[:, :, :length] = key, value
-        key, value = keys[:, :, :length], values[:, :, :length]  # from here on in the cache alone
-        layer_mask = None if mask is None else mask[:, :, -queries:]
-        embeds = layer_pass.attend(layer, embeds[:, -queries:], query, key, value, layer_mask)
-    return Prompt(
-        cache=cache,
-        length=length,
-        hidden=model.norm(embeds)[:, -1],
-        cos=cos[:, length:],
-        sin=sin[:, length:],
-        seen=seen[:, None, None, :] if padded else None,
-    )
-
-
-def step(model: LlamaModel, prompt: Prompt, number: int, embeds: Float[Tensor, "B 1 E"]) -> Float[Tensor, "B E"]:
-    """Feed token `number` (from 0) behind the prompt, one per row, and return its normed hidden state."""
-    place = prompt.length + number
-    rotary = (prompt.cos[:, number : number + 1], prompt.sin[:, number : number + 1])
-    mask = None if prompt.seen is None else prompt.seen[..., : place + 1]
-    for layer, keys, values in zip(decoder_layers(model), prompt.cache.keys, prompt.cache.values, strict=True):
-        query, key, value = _project(layer, embeds, rotary, 1)
-        keys[:, :, place : place + 1] = key
-        values[:, :, place : place + 1] = value
-        embeds = _attend(layer, embeds, query, keys[:, :, : place + 1], values[:, :, : place + 1], mask)
-    return model.norm(embeds)[:, -1]

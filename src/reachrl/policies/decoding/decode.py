@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import LlamaModel
 
 from reachrl.policies.decoding.recordings import Recordings
-from reachrl.policies.llama import PLAIN, LayerPass, Prompt, prefill, step
+from reachrl.policies.decoding.cache import Prompt, prefill, step
+from reachrl.policies.llama import PLAIN, LayerPass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

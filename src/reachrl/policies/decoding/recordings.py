@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from reachrl.config.policy import recorded_rows
-from reachrl.policies.llama import KVCache, Prompt
+from reachrl.policies.decoding.cache import KVCache, Prompt
 
 # From a prompt and noise f32[B A V] to one row of each tensor per row of the prompt.
 Work = Callable[[Prompt, Tensor], tuple[Tensor, Tensor]]

@@ -7,8 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from reachrl.config.policy import OpenVLAConfig
-from reachrl.policies.decoding.frozen_linear import Float8Linear, FrozenLinear
+from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.decoding.recordings import CudaGraphs, Recordings
 from reachrl.policies.llama import FUSED, PLAIN, LayerPass, compiled, decoder_layers, fuse
 from reachrl.policies.lora.four_bit import dense_weight, weight_dtype
@@ -24,22 +23,26 @@ class RolloutCopy:
     Args:
         projector: as it is trained.
         model: as it is trained.
-        config: says in which precision, whether steps are recorded and the prefill is compiled.
+        float8: whether the decoder layers multiply 8-bit numbers.
+        records_steps: whether single-token steps are recorded, on a GPU.
+        compiles_prefill: whether the decoder layers are compiled for prompts.
 
     Raises:
         ConfigError: the device cannot multiply in the precision that is asked for.
     """
 
-    def __init__(self, projector: nn.Module, model: LlamaModel, config: OpenVLAConfig) -> None:
+    def __init__(
+        self, projector: nn.Module, model: LlamaModel, *, float8: bool, records_steps: bool, compiles_prefill: bool
+    ) -> None:
         device = next(model.parameters()).device
-        kind = Float8Linear if config.rollout_precision == "float8" else FrozenLinear
+        kind = Float8Linear if float8 else FrozenLinear
         kind.check(device)
         self._trained = (projector, model)
         self.projector = _frozen_copy(projector, FrozenLinear)
         self.model: LlamaModel = _frozen_copy(model, kind)  # pyright: ignore[reportAttributeAccessIssue]
-        self.layer_pass: LayerPass = compiled() if config.compile_prefill else PLAIN
+        self.layer_pass: LayerPass = compiled() if compiles_prefill else PLAIN
         self.recordings: Recordings | None = None
-        if device.type == "cuda" and config.records_steps:
+        if device.type == "cuda" and records_steps:
             self.recordings = Recordings(CudaGraphs(device))
         for layer in decoder_layers(self.model):
             fuse(layer)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reachrl.config.policy import NF4_BLOCK
-from reachrl.errors import MissingExtra
-
-_LAYERS = "language_model.model.layers."
+from reachrl.errors import ConfigError, MissingExtra
 
 
 def library() -> ModuleType:
@@ -33,11 +31,14 @@ def library() -> ModuleType:
     return bitsandbytes
 
 
-def make_room(policy: nn.Module, device: torch.device, dtype: torch.dtype, compute: torch.dtype) -> dict[str, Any]:
+def make_room(
+    policy: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype, compute: torch.dtype
+) -> dict[str, Any]:
     """Put 4-bit maps that are still empty in place of the linear maps of the decoder layers.
 
     Args:
-        policy: with the official module names; its maps may be without storage.
+        policy: whose maps may be without storage.
+        prefix: how the names of the decoder layers begin.
         device: where a map's weight is quantised and kept.
         dtype: what a weight is rounded to before it is quantised, as it would be held without.
         compute: type of the products.
@@ -47,13 +48,15 @@ def make_room(policy: nn.Module, device: torch.device, dtype: torch.dtype, compu
 
     Raises:
         MissingExtra: bitsandbytes is not installed.
+        ConfigError: a map has a bias.
     """
     bnb = library()
     fill: dict[str, Callable[[Tensor], None]] = {}
     for name, old in list(policy.named_modules()):
-        if not (name.startswith(_LAYERS) and isinstance(old, nn.Linear)):
+        if not (name.startswith(prefix) and isinstance(old, nn.Linear)):
             continue
-        assert old.bias is None  # Llama's maps have none
+        if old.bias is not None:
+            raise ConfigError(f"policy.lora.base=nf4: {name} has a bias, which 4-bit maps do not; set lora.base=plain")
         sizes = (old.in_features, old.out_features)
         linear = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=compute, quant_type="nf4", device="meta")
         linear.weight = None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.lora.adapter_files import deltas
+from reachrl.policies.lora.deltas import deltas
 
 _LEAST = 1e-3  # share of the weights that an adapter in use changes at least, also of weights in bfloat16
 
@@ -74,19 +74,22 @@ class Effect:
 
 
 @torch.no_grad()
-def merge_into(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -> None:
+def merge_into(
+    policy: nn.Module, folder: Path, name_of: Callable[[str], str], *, skipped: Callable[[str], bool]
+) -> None:
     """Fold the adapters in `folder` into a policy without adapters.
 
     Args:
         policy: holds the base's weights.
         folder: with a peft adapter.
+        name_of: the policy's name of a weight by the name it is stored under.
         skipped: which weights the policy knowingly does not have.
 
     Raises:
         CheckpointError: an adapter belongs to no weight of the policy, does not fit it, or all of them change nothing.
     """
     weights, effect = dict(policy.named_parameters()), Effect(folder)
-    for name, delta in deltas(folder).items():
+    for name, delta in deltas(folder, name_of).items():
         if name in weights:
             after = folded(folder, name, weights[name], delta)
             effect.count(weights[name], after, delta)

@@ -1,7 +1,21 @@
-"""Names of weights: Prismatic's own ones are brought into the official form wherever names are read."""
+"""Names of weights: which parts they are of, and how Prismatic's own ones become the official ones."""
 
 import re
 
+from peft import LoraConfig
+
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.policies.lora import adapters as lora
+
+VALUE = "value_head."
+HEAD = "language_model.lm_head.weight"
+LAYERS = "language_model.model.layers."
+TOWERS = ("featurizer", "fused_featurizer")
+TARGETS = {  # of adapters: how the names of linear maps end, by the parts that the configuration names
+    "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "projector": ("projector.fc1", "projector.fc2", "projector.fc3"),
+    "vision": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+}
 _PROJECTOR = {"0": "fc1", "2": "fc2", "4": "fc3"}
 _PREFIXES = {
     "vision_backbone.dino_featurizer.": "vision_backbone.featurizer.",
@@ -26,3 +40,8 @@ def canonical_key(key: str) -> str:
             key = official + key.removeprefix(native)
             break
     return _LAYER_SCALE.sub(r"\1.scale_factor", key)
+
+
+def adapter_sets(config: OpenVLAConfig) -> dict[str, LoraConfig]:
+    """What peft is told of each set of adapters, by its name; empty for a policy without adapters."""
+    return {} if config.lora is None else lora.adapter_sets(config.lora, TARGETS, critic=config.critic == "adapter")

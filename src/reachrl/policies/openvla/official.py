@@ -11,20 +11,17 @@ from pydantic import ValidationError
 from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
-from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.lora import adapters
+from reachrl.policies.openvla.names import TOWERS, canonical_key
+from reachrl.policies.openvla.statistics import dataset_of, norm_stats, official_stats
+from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json, read_shapes
 
-CONFIG_FILE = "config.json"
-STATS_FILE = "dataset_statistics.json"
 _PREPROCESSOR_FILE = "preprocessor_config.json"
-TOWERS = ("featurizer", "fused_featurizer")
 # Attention heads cannot be read off the shapes of fused projections, so the released towers are listed.
 KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
 # With these, blocks that are missing at the end of a file are noticed.
 _KNOWN_DEPTHS = {"vit_large_patch14_reg4_dinov2.lvd142m": 24, "vit_so400m_patch14_siglip_224": 27}
 _EMPTY_TOKEN_ID = 29871
-HEAD = "language_model.lm_head.weight"
 _RESIZES = ("resize-naive", "letterbox")
 
 
@@ -88,7 +85,7 @@ def official_config(
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
     """
-    raw, shapes = read_json(folder / CONFIG_FILE), read_shapes(folder)
+    raw, shapes = read_json(folder / CONFIG_FILE), read_shapes(folder, canonical_key)
     ids = tower_names(folder)
     try:
         _refuse_what_we_would_ignore(raw, folder)
@@ -221,6 +218,14 @@ def _language_model(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
     )
 
 
+def _num_action_tokens(folder: Path, dataset: str | None) -> int:
+    """One for each dimension of an action; where sets differ and none of them was named, the release's."""
+    name, names = dataset_of(folder, dataset), norm_stats(folder)
+    # A set that is not here may lie beside adapters on these weights.
+    sizes = {len(official_stats(folder, each).q01) for each in ([name] if name in names else names)}
+    return sizes.pop() if len(sizes) == 1 else 7
+
+
 # --- frames ------------------------------------------------------------------------------------------------------
 
 
@@ -270,72 +275,3 @@ def _pixel_statistics(saved: dict[str, Any], path: Path) -> dict[str, Any]:
             "triple of numbers for each tower (OpenVLAConfig's image_mean and image_std), the stds above 0"
         )
     return {"image_mean": saved["means"], "image_std": saved["stds"]}
-
-
-# --- action statistics -------------------------------------------------------------------------------------------
-
-
-def norm_stats(folder: Path) -> dict[str, Any]:
-    """All action statistics of a folder by dataset: its base's or its configuration's, and those beside it.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    if adapters.is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool
-        return norm_stats(adapters.base_of(folder)) | _beside(folder)
-    return _named(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE).get("norm_stats")) | _beside(folder)
-
-
-def _beside(folder: Path) -> dict[str, Any]:
-    """Fine-tuned checkpoints carry their own statistics beside the configuration."""
-    path = folder / STATS_FILE
-    return _named(path, read_json(path)) if path.is_file() else {}
-
-
-def _named(path: Path, stats: Any) -> dict[str, Any]:
-    if not isinstance(stats, dict | None):
-        raise CheckpointError(f"{path} holds action statistics as a {type(stats).__name__}, expected sets by name")
-    return stats or {}
-
-
-def dataset_of(folder: Path, dataset: str | None) -> str | None:
-    """The name of the action statistics that hold; None where no name was given and none goes without saying.
-
-    Args:
-        folder: an official checkpoint.
-        dataset: the name that was given. Without one it is the only set beside the configuration, which a fine-tuned
-            checkpoint acts by whatever its configuration inherited, or the only set at all.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    if dataset is not None:
-        return dataset
-    return next((next(iter(sets)) for sets in (_beside(folder), norm_stats(folder)) if len(sets) == 1), None)
-
-
-def official_stats(folder: Path, dataset: str) -> ActionStats:
-    """The action statistics of one dataset.
-
-    Raises:
-        CheckpointError: `dataset` is not among them, or its entry is damaged.
-    """
-    stats = norm_stats(folder)
-    if dataset not in stats:
-        raise CheckpointError(f"{folder} has no action statistics named {dataset!r}; it has {sorted(stats)}")
-    try:
-        action = stats[dataset]["action"]
-        return ActionStats.create(action["q01"], action["q99"], action.get("mask", [True] * len(action["q01"])))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"the action statistics {dataset!r} of {folder} are damaged ({error!r}); expected `action` with `q01` and "
-            "`q99`, finite numbers, one for each dimension"
-        ) from error
-
-
-def _num_action_tokens(folder: Path, dataset: str | None) -> int:
-    """One for each dimension of an action; where sets differ and none of them was named, the release's."""
-    name, names = dataset_of(folder, dataset), norm_stats(folder)
-    # A set that is not here may lie beside adapters on these weights.
-    sizes = {len(official_stats(folder, each).q01) for each in ([name] if name in names else names)}
-    return sizes.pop() if len(sizes) == 1 else 7

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.names import canonical_key
 from reachrl.run.stored_weights import check_finite, indexed_files
 
 SINGLE_FILE = "model.safetensors"
@@ -24,7 +23,7 @@ _PICKLES = ("*.pt", "pytorch_model*.bin", "checkpoints/*.pt")
 class StoredTensor:
     """What a safetensors header says about one tensor."""
 
-    key: str  # the name in the file, which may be Prismatic's
+    key: str  # the name in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16, ...
 
@@ -48,7 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"the weights in {folder} are pickles ({', '.join(pickles[:_SHOWN])}), which are never opened here: a "
                 "pickle can run any code. Load them with the tool that wrote them and write the tensors to "
-                f"{SINGLE_FILE} with safetensors.torch.save_file; Prismatic's names may stay as they are"
+                f"{SINGLE_FILE} with safetensors.torch.save_file; their names may stay as they are"
             )
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a checkpoint folder?")
     return indexed_files(folder / INDEX_FILE)
@@ -90,8 +89,12 @@ def read_header(path: Path) -> list[StoredTensor]:
         ) from error
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder by their official names, without reading the tensors.
+def read_headers(folder: Path, name_of: Callable[[str], str]) -> dict[str, StoredTensor]:
+    """All tensors of a folder by their names in the policy, without reading the tensors.
+
+    Args:
+        folder: with safetensors files.
+        name_of: the policy's name of a weight by the name it is stored under.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors, two tensors stand for one weight, or the
@@ -100,7 +103,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         for tensor in read_header(path):
-            name = canonical_key(tensor.key)
+            name = name_of(tensor.key)
             if name in tensors:
                 raise CheckpointError(
                     f"{folder} holds the weight {name} twice: as {tensors[name].key} and, in {path.name}, as "
@@ -109,7 +112,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     if not (folder / SINGLE_FILE).is_file():
         listed = read_json(folder / INDEX_FILE)["weight_map"]
-        if absent := [key for key in listed if canonical_key(key) not in tensors]:
+        if absent := [key for key in listed if name_of(key) not in tensors]:
             raise CheckpointError(
                 f"{folder / INDEX_FILE} names weights that no shard holds: {', '.join(absent[:_SHOWN])}"
                 f"{', ...' if len(absent) > _SHOWN else ''}; download or copy the shards again"
@@ -117,13 +120,13 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Official names and shapes of all stored tensors, without reading the tensors.
+def read_shapes(folder: Path, name_of: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
+    """Names in the policy and shapes of all stored tensors, without reading the tensors.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors, or two tensors stand for one weight.
     """
-    return {name: tensor.shape for name, tensor in read_headers(folder).items()}
+    return {name: tensor.shape for name, tensor in read_headers(folder, name_of).items()}
 
 
 def check_shapes(
@@ -169,7 +172,7 @@ def check_shapes(
 
 
 def _remedy(missing: list[str]) -> str:
-    if missing == ["language_model.lm_head.weight"]:
+    if len(missing) == 1 and missing[0].endswith("lm_head.weight"):
         return (
             "A head that is missing alone was tied to the embedding: if it was, set tie_word_embeddings to true in "
             "text_config of config.json"
@@ -178,12 +181,18 @@ def _remedy(missing: list[str]) -> str:
 
 
 @torch.no_grad()
-def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[Tensor], None]] | None = None) -> None:
+def copy_weights(
+    module: nn.Module,
+    folder: Path,
+    name_of: Callable[[str], str],
+    take: Mapping[str, Callable[[Tensor], None]] | None = None,
+) -> None:
     """Copy every stored tensor the module has, one at a time; names and shapes were checked before.
 
     Args:
         module: where to.
         folder: where from.
+        name_of: the module's name of a weight by the name it is stored under.
         take: by name, what is given a tensor in place of copying it.
 
     Raises:
@@ -195,7 +204,7 @@ def copy_weights(module: nn.Module, folder: Path, take: Mapping[str, Callable[[T
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
-                known = canonical_key(name)
+                known = name_of(name)
                 target = targets.get(known)
                 if known not in takers and target is None:
                     continue

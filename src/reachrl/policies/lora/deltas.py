@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.lora.adapters import (
-    CONFIG_FILE,
-    PREFIX,
-    VALUE_FILE,
-    WEIGHTS_FILE,
-    base_of,
-    peft_config,
-    place,
-    read_adapter,
-    sets,
-)
-from reachrl.policies.openvla.names import canonical_key
+from reachrl.policies.lora.adapters import PREFIX, Sets
+from reachrl.policies.lora.files import CONFIG_FILE, VALUE_FILE, WEIGHTS_FILE, base_of, place, read_adapter
 from reachrl.policies.storage.weights import read_json, weight_files
 
 # Options of peft's LoRA under which the same two matrices would mean something else.
@@ -35,15 +25,19 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
 _SHOWN = 6
 
 
-def deltas(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+def deltas(folder: Path, name_of: Callable[[str], str]) -> dict[str, tuple[Tensor, Tensor, float]]:
     """What the adapters in `folder` add, as (A, B, scale) for each weight they change, by its name.
+
+    Args:
+        folder: with plain LoRA in peft's files.
+        name_of: the policy's name of a weight by the name it is stored under.
 
     Raises:
         CheckpointError: files are missing or damaged, the adapters are of a kind that cannot be folded in, a tensor
             is no part of a pair of the stated rank, or adapters of another tool change nothing at all.
     """
     rank, scale = _rank_and_scale(folder / CONFIG_FILE)
-    pairs = _pairs(folder / WEIGHTS_FILE, matrices(folder))
+    pairs = _pairs(folder / WEIGHTS_FILE, matrices(folder, name_of))
     odd = [
         f"{name} ({list(a.shape)} and {list(b.shape)})"
         for name, (a, b) in pairs.items()
@@ -63,8 +57,8 @@ def deltas(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     return {name: (a, b, scale) for name, (a, b) in pairs.items()}
 
 
-def matrices(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter by official names, such as `NAME.lora_A.weight`.
+def matrices(folder: Path, name_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """The tensors of an adapter by the policy's names, such as `NAME.lora_A.weight`.
 
     Of an adapted head peft stores the frozen weight too, as `NAME.base_layer.weight`; with `save_embedding_layers`
     also that of the embedding, as `NAME.weight`. Where these are the base's they say nothing new and are left out.
@@ -76,20 +70,21 @@ def matrices(folder: Path) -> dict[str, Tensor]:
     for key, tensor in read_adapter(folder).items():
         name = key.removeprefix(PREFIX)
         target = found if ".lora_" in name else copies
-        if target.setdefault(known := canonical_key(name), tensor) is not tensor:
+        if target.setdefault(known := name_of(name), tensor) is not tensor:
             raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {known} twice: save the adapters anew with peft")
     if copies:
-        _check_copies(folder, {name.replace(".base_layer.", "."): tensor for name, tensor in copies.items()})
+        found_copies = {name.replace(".base_layer.", "."): tensor for name, tensor in copies.items()}
+        _check_copies(folder, found_copies, name_of)
     return found
 
 
-def _check_copies(folder: Path, copies: dict[str, Tensor]) -> None:
+def _check_copies(folder: Path, copies: dict[str, Tensor], name_of: Callable[[str], str]) -> None:
     """Refuse weights beside the matrices that are not those of the base, rounded to the type they are stored in."""
     left, differing = set(copies), []
     for path in weight_files(base_of(folder)):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (not a dictionary)
-                if (name := canonical_key(key)) in left:
+                if (name := name_of(key)) in left:
                     left.remove(name)
                     if not torch.equal(copies[name], file.get_tensor(key).to(copies[name].dtype)):
                         differing.append(name)
@@ -166,26 +161,26 @@ def rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, float(alpha)
 
 
-def check_agreement(folder: Path, config: OpenVLAConfig) -> None:
+def check_agreement(folder: Path, sets: Sets) -> None:
     """Refuse a saved policy whose own configuration describes other adapters than peft's file beside it.
 
     The policy acts by the one and is exported by the other.
 
     Args:
         folder: with adapters and a configuration of ours.
-        config: that configuration.
+        sets: by that configuration; none where it describes a policy without adapters.
 
     Raises:
         CheckpointError: naming what differs.
     """
-    if config.lora is None:
+    if not sets:
         raise CheckpointError(
             f"{folder} holds adapters, but its config.json describes a policy without (lora is unset); put the two "
             "files of one policy together"
         )
-    for adapter in sets(config.critic == "adapter"):
+    for adapter, ours in sets.items():
         path = place(folder, adapter) / CONFIG_FILE
-        stated, ours = read_json(path), peft_config(config.lora, adapter)
+        stated = read_json(path)
         _rank_and_scale(path)
         targets = stated.get("target_modules")
         differing = [

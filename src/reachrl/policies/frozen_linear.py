@@ -1,4 +1,4 @@
-"""Linear maps that are not trained but given: as they are, or in 8 bits."""
+"""Linear maps whose weights are copied in, never trained: as they are, or in 8 bits."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,252 @@
+"""A policy on disk: read as a value before it is built, written complete or not at all."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from reachrl.config.marks import Affects, affecting
+from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.towers import ViTTowerConfig
+from reachrl.errors import CheckpointError
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.lora import files as lora_files
+from reachrl.policies.lora.deltas import check_agreement
+from reachrl.policies.lora.files import VALUE_FILE, base_name, base_of, is_adapter
+from reachrl.policies.openvla.names import VALUE, adapter_sets
+from reachrl.policies.openvla.official import is_official, official_config, problems_of
+from reachrl.policies.openvla.oft import refuse_oft
+from reachrl.policies.openvla.statistics import dataset_of, norm_stats, official_stats
+from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.saved import (
+    CONFIG_FILE,
+    STATS_FILE,
+    TOKENIZER_FILE,
+    SavedPolicy,
+    compare_architectures,
+    read_stats,
+    write_policy,
+    write_state,
+    write_stats,
+)
+from reachrl.policies.storage.weights import SINGLE_FILE, read_json
+from reachrl.registry import is_trusted
+from reachrl.run.manifest import verify_if_sealed
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from reachrl.policies.openvla.policy import OpenVLAPolicy
+
+PIXEL_STATISTICS = ("image_mean", "image_std")
+# The critic is ours: an official checkpoint has none and its configuration does not mention it. Its pixel statistics
+# are taken over, not compared.
+NOT_OFFICIAL = {"critic", "value_hidden_size", "num_action_tokens", *PIXEL_STATISTICS}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def save(policy: "OpenVLAPolicy", folder: Path) -> None:
+    """Write the policy aside and rename it into place; an earlier one in `folder` stays until then.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; what was there before is intact.
+    """
+    write_policy(folder, lambda aside: _write(policy, aside))
+
+
+def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
+    """Whole weights; or, on a frozen base, the adapters and the value head alone."""
+    config = policy.config
+    # What the weights began as, for an export in its layout; reading puts the folder itself in its place.
+    update: dict[str, Path | None] = {"checkpoint": policy.origin}
+    if config.lora is None:
+        write_state(policy.state_dict(), folder / SINGLE_FILE)
+    else:
+        assert policy.base is not None
+        update["checkpoint"] = policy.base
+        lora_files.save(policy, adapter_sets(config), folder, base=policy.base)
+        write_state(policy.value_head.state_dict(prefix=VALUE), folder / VALUE_FILE)
+    text = config.model_copy(update=update).model_dump_json(indent=2)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_stats(folder, policy.action_stats)
+    if policy.tokenizer is not None:
+        policy.tokenizer.save(folder / TOKENIZER_FILE)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read(
+    folder: Path, *, tower_heads: Sequence[int] | None = None, dataset: str | None = None
+) -> SavedPolicy[OpenVLAConfig]:
+    """Everything of a policy but its weights, official or ours, whole or adapters.
+
+    Args:
+        folder: on this machine, or `owner/name` on the hub.
+        tower_heads: see `official_config`.
+        dataset: the action statistics of an official checkpoint to use, when it holds several.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, altered after it was written, or of a policy we cannot build.
+    """
+    given, folder = Path(folder), locate(Path(folder))
+    verify_if_sealed(folder)
+    config = _config(folder, tower_heads, dataset).model_copy(update={"checkpoint": given})
+    adapter = is_adapter(folder)
+    whole = base_of(folder) if adapter else folder
+    base = base_name(folder) if adapter else given.resolve() if given.is_dir() else given
+    return SavedPolicy(
+        folder=folder,
+        config=config,
+        whole=whole,
+        is_adapter=adapter,
+        ours=_is_ours(folder),
+        stats=_stats(folder, dataset),
+        tokenizer=next((place / TOKENIZER_FILE for place in (folder, whole) if (place / TOKENIZER_FILE).is_file()), None),
+        base=base,
+        origin=origin_of(base, whole),
+    )
+
+
+def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset: str | None = None) -> OpenVLAConfig:
+    """The configuration of a checkpoint alone, official or ours, with `checkpoint` set to what was given.
+
+    Args:
+        folder: on this machine, or `owner/name` on the hub.
+        tower_heads: see `official_config`.
+        dataset: see `official_config`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a policy we cannot build.
+    """
+    return _config(locate(Path(folder)), tower_heads, dataset).model_copy(update={"checkpoint": Path(folder)})
+
+
+def _config(folder: Path, tower_heads: Sequence[int] | None, dataset: str | None) -> OpenVLAConfig:
+    if is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
+        refuse_oft(folder)
+        return _config(base_of(folder), tower_heads, dataset)
+    if is_official(folder):
+        refuse_oft(folder)
+        return official_config(folder, tower_heads, dataset)
+    try:
+        config = OpenVLAConfig.model_validate(read_json(folder / CONFIG_FILE))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} describes no policy of this version: {problems_of(error)}"
+        ) from error
+    if is_adapter(folder):
+        check_agreement(folder, adapter_sets(config))
+    return _without_foreign_program(config, folder)
+
+
+def _without_foreign_program(config: OpenVLAConfig, folder: Path) -> OpenVLAConfig:
+    """A stored configuration does not say which program decodes, unless the user has named the same."""
+    if config.decoder == "own" or is_trusted(str(config.vllm.python)):
+        return config
+    logger.warning(
+        "%s: policy.vllm.python=%s is not started because a stored file names it: the policy decodes by itself, which "
+        "draws other samples of the same distribution. Type policy.vllm.python=... to have it decode",
+        folder / CONFIG_FILE, config.vllm.python,
+    )  # fmt: skip
+    return config.model_copy(update={"decoder": "own", "vllm": config.vllm.model_copy(update={"python": None})})
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / VALUE_FILE).is_file() if is_adapter(folder) else not is_official(folder)
+
+
+def _stats(folder: Path, dataset: str | None) -> ActionStats | tuple[str, ...]:
+    """The action statistics that hold in a folder; several sets without a name are left for later."""
+    if is_adapter(folder) and not _is_ours(folder) and not (folder / STATS_FILE).is_file():
+        return _stats(base_of(folder), dataset)
+    if _is_ours(folder):
+        return read_stats(folder)
+    name = dataset_of(folder, dataset)
+    return tuple(sorted(norm_stats(folder))) if name is None else official_stats(folder, name)
+
+
+def origin_of(name: Path, whole: Path) -> Path | None:
+    """The official checkpoint that whole weights, official or ours, began as; None where they began as random ones.
+
+    Args:
+        name: what the weights were asked for by: a folder, or `owner/name` on the hub.
+        whole: their folder on this machine.
+    """
+    if is_official(whole):
+        return whole.resolve() if name.is_dir() else name
+    origin = read_json(whole / CONFIG_FILE).get("checkpoint")
+    return None if origin is None else Path(str(origin))
+
+
+# --- what is stored beside what is configured --------------------------------------------------------------------
+
+
+def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
+    """The part of a configuration that decides which weights fit."""
+    architecture = affecting(config, Affects.ARCHITECTURE)
+    llm = architecture["language_model"]
+    if llm["num_kv_heads"] == llm["num_heads"]:  # as if it were not said
+        llm["num_kv_heads"] = None
+    return architecture
+
+
+def read_for(config: OpenVLAConfig) -> SavedPolicy[OpenVLAConfig]:
+    """What `config.checkpoint` names, which no file says everything of.
+
+    Raises:
+        CheckpointError: see `read`.
+    """
+    assert config.checkpoint is not None
+    heads = [tower.num_heads if isinstance(tower, ViTTowerConfig) else 1 for tower in config.towers]
+    return read(config.checkpoint, tower_heads=heads, dataset=config.dataset)
+
+
+def agreed(config: OpenVLAConfig, saved: SavedPolicy[OpenVLAConfig]) -> OpenVLAConfig:
+    """The configuration to build a policy by: as configured, with frames normalised as the weights were trained.
+
+    Raises:
+        CheckpointError: the folder holds another architecture than is configured.
+    """
+    stored, folder, official = saved.config, saved.folder, is_official(saved.whole)
+    ignored = set(NOT_OFFICIAL) if official else set()
+    if stored.resize != config.resize:
+        logger.warning(
+            "%s was trained on frames made square by policy.resize=%s, configured is %s",
+            folder, stored.resize, config.resize,
+        )  # fmt: skip
+    if stored.lora is None or config.lora is None:  # adapters begin as nothing, and can be folded in
+        ignored |= {"lora"}
+    wanted = "plain" if config.lora is None else config.lora.base
+    if stored.lora is not None and stored.lora.base != wanted:
+        ignored |= {"lora.base"}  # the same matrices, beside weights that are not quite the same
+        logger.warning(
+            "the adapters in %s were trained with policy.lora.base=%s, and are put on a base held as %s: the policy is "
+            "not exactly the one that was trained", folder, stored.lora.base, wanted,
+        )  # fmt: skip
+    if "adapter" in (stored.critic, config.critic):
+        ignored |= {"critic"}
+    compare_architectures(architecture_of(stored), architecture_of(config), folder, ignored)
+    if official and set(PIXEL_STATISTICS) <= stored.model_fields_set:
+        return _with_pixel_statistics(config, stored, folder)
+    return config
+
+
+def _with_pixel_statistics(config: OpenVLAConfig, stored: OpenVLAConfig, folder: Path) -> OpenVLAConfig:
+    trained = {name: getattr(stored, name) for name in PIXEL_STATISTICS}
+    if all(getattr(config, name) == value for name, value in trained.items()):
+        return config
+    logger.warning(
+        "%s was trained on pixels normalised by %s: these are used in place of those configured, %s",
+        folder, trained, {name: getattr(config, name) for name in trained},
+    )  # fmt: skip
+    try:
+        return type(config).model_validate(config.model_dump() | trained)
+    except ValidationError as error:  # a decoder that cannot do with them
+        raise CheckpointError(
+            f"{folder} states pixel statistics that this policy cannot use: {problems_of(error)}"
+        ) from error

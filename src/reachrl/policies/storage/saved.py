@@ -1,0 +1,131 @@
+"""A saved policy as a value, and the files that every family of policies writes alike."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reachrl.errors import CheckpointError
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.storage.weights import read_json
+from reachrl.run.atomic import replace_folder_atomic
+from reachrl.run.manifest import seal
+from reachrl.run.stored_weights import check_finite
+
+CONFIG_FILE = "config.json"
+STATS_FILE = "dataset_statistics.json"
+TOKENIZER_FILE = "tokenizer.json"
+OUR_STATS = "reachrl"  # the name of the one set of action statistics that we write
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedPolicy(Generic[Config]):
+    """What a folder says of a policy, and where its weights lie: enough to build the policy and then fill it.
+
+    Whole weights lie in `folder` itself; of adapters, in `whole`, the folder of their base.
+    """
+
+    folder: Path  # on this machine
+    config: Config  # that the weights were trained with; its `checkpoint` is the name that was given
+    whole: Path
+    is_adapter: bool  # whether `folder` holds adapters on the weights in `whole`
+    ours: bool  # whether ReachRL wrote `folder`
+    stats: ActionStats | tuple[str, ...]  # instead of statistics: the names to choose from, while nobody has chosen
+    tokenizer: Path | None  # its file
+    base: Path  # the name, a folder or `owner/name`, by which adapters on these whole weights remember them
+    origin: Path | None  # the foreign checkpoint that the whole weights began as; None: random ones
+
+
+def write_policy(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a policy's files aside, then rename and seal them; an earlier one in `folder` stays until then.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; what was there before is intact.
+    """
+
+    def fill_and_seal(aside: Path) -> None:
+        fill(aside)
+        seal(aside)
+
+    replace_folder_atomic(Path(folder), fill_and_seal)
+
+
+def write_state(state: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, wherever they are, into one safetensors file."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def write_stats(folder: Path, stats: ActionStats) -> None:
+    """Write the one set of action statistics of a policy of ours."""
+    action = {"q01": stats.q01.tolist(), "q99": stats.q99.tolist(), "mask": stats.mask.tolist()}
+    (folder / STATS_FILE).write_text(json.dumps({OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_stats(folder: Path) -> ActionStats:
+    """Read what `write_stats` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        action = read_json(folder / STATS_FILE)[OUR_STATS]["action"]
+        return ActionStats.create(action["q01"], action["q99"], action["mask"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATS_FILE} holds no action statistics: {error!r}") from error
+
+
+def load_head(head: nn.Module, path: Path, prefix: str) -> None:
+    """Read a head that was written apart from the weights, its names beginning with `prefix`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or the head is of another size.
+    """
+    try:
+        state = load_file(path)
+        for name, tensor in state.items():
+            check_finite(tensor, name, path)
+        head.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is missing, truncated or of another size: {error}") from error
+
+
+def compare_architectures(stored: dict[str, Any], expected: dict[str, Any], folder: Path, ignored: set[str]) -> None:
+    """Compare two architectures field by field.
+
+    Args:
+        stored: the folder's.
+        expected: the configuration's.
+        folder: named in the message.
+        ignored: fields that may differ: of the first level, or whole paths such as `lora.base`.
+
+    Raises:
+        CheckpointError: naming every field that differs.
+    """
+    have, want = (
+        {key: value for key, value in _flatten(all_of).items() if not {key, key.partition(".")[0]} & ignored}
+        for all_of in (stored, expected)
+    )
+    different = [
+        f"{key} (checkpoint {have.get(key)!r}, configured {want.get(key)!r})"
+        for key in sorted(have.keys() | want.keys())
+        if have.get(key) != want.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{folder} holds a policy of another architecture: {'; '.join(different[:12])}. "
+            "Use the policy section the checkpoint was trained with"
+        )
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {path: value}
+    return {k: v for key, item in items for k, v in _flatten(item, f"{path}.{key}" if path else str(key)).items()}
