@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reachrl.config.policy import LoRAConfig, OpenVLAConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.checkpoint import read_config
 from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.openvla.verify import verify
 
 RAW = json.loads((DATA / "config.json").read_text())

@@ -15,8 +15,8 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ConvStage
 from reachrl.errors import CheckpointError, StorageError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.openvla import checkpoint
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.storage import saved
 from reachrl.types import Observation
 
 
@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_what_was_there(
     def full(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saved, "save_file", full)
     with pytest.raises(StorageError, match="No space left"):
         policy.save_pretrained(tmp_path / "policy")
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]

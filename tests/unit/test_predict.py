@@ -9,7 +9,7 @@ from small_policy import small
 
 import reachrl
 from reachrl.errors import ConfigError
-from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla import storage
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
@@ -26,12 +26,12 @@ def policy():
 def test_an_official_checkpoint_of_the_hub_moves_the_robot_as_the_official_code(tmp_path, monkeypatch):
     folder = write_official(tmp_path / "downloaded")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
-    described = checkpoint.official_config
+    described = storage.official_config
 
     def with_heads(folder, heads=None, dataset=None):  # which released sizes do not need
         return described(folder, heads or HEADS, dataset)
 
-    monkeypatch.setattr(checkpoint, "official_config", with_heads)
+    monkeypatch.setattr(storage, "official_config", with_heads)
     policy = reachrl.load_policy("owner/tiny", dataset="tiny_b", device="cpu")
     recorded = read("io")
     row = OpenVLAInputs(

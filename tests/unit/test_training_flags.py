@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import peft_merge
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +13,9 @@ from small_policy import adapted, foreign, inputs, small
 from torch import nn
 
 from reachrl.config.policy import LoRAConfig
-from reachrl.policies.lora import peft_merge
 from reachrl.policies.openvla import export
-from reachrl.policies.openvla.checkpoint import read_config
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.storage import read_config
 
 # bitsandbytes quantises rows in blocks of 64.
 WIDE = {"language_model": {"hidden_size": 64, "intermediate_size": 64, "num_layers": 2, "num_heads": 2}}

@@ -9,7 +9,7 @@ from reachrl.cli.terminal import Terminal
 from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from reachrl.policies.openvla.export import Comparison
+    from reachrl.policies.openvla.export import Merge
 
 
 def export(
@@ -30,16 +30,15 @@ def export(
     """Write a trained policy for other tools: adapters in peft's format, or whole weights in the official layout.
 
     A policy trained with adapters gives its adapters alone or, with --merge, whole weights in the layout of the base
-    they were trained on, for example OpenVLA's own. These are compared with what peft computes from base and adapters
-    on the same frames, in float32 (4 bytes of memory a weight); when the two disagree by more than rounding explains,
-    nothing is written.
+    they were trained on, for example OpenVLA's own. They are read back and compared, number by number, with the base
+    plus the product of the adapters' matrices; where rounding does not explain a difference, nothing is written.
     Adapters trained on a 4-bit base are folded into the base as it is stored, which is not exactly the policy that was
     trained; the difference is printed.
 
     A policy trained without adapters is written as an official checkpoint: configuration, other files and weights that
     are never read are those of the checkpoint it began as. Its critic is left out.
     """
-    from reachrl.policies.lora.adapters import is_adapter
+    from reachrl.policies.lora.files import is_adapter
 
     console = Terminal()
     if base is not None and is_adapter(folder):
@@ -62,12 +61,11 @@ def export(
         console.print(f"official checkpoint written to {out}, with the other files of {origin}; the critic is left out")
 
 
-def _show(console: Terminal, result: "Comparison", out: Path) -> None:
+def _show(console: Terminal, result: "Merge", out: Path) -> None:
     console.print(f"merged checkpoint written to {out}")
     console.print(
-        f"log-probabilities differ from peft's by {result.difference:.2g} nats in the mean (allowed "
-        f"{result.tolerance:.2g}; the adapters change them by {result.effect:.2g}, rounding to the base's type by "
-        f"{result.rounding:.2g}); {result.same_tokens:.0%} of the greedy tokens are equal"
+        f"read back, each of its {result.check.num_weights} adapted weights is the base's plus the adapters' product "
+        f"({result.check.change:.2g} of their length), rounded once"
     )
     if result.trained is not None:
         console.print(

@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
-import torch
-
 from reachrl.policies.llama import (
     PLAIN,
     LayerPass,
-    Rotary,
     attend,
     causal_mask,
     decoder_layers,

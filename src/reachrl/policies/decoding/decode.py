@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
-from reachrl.policies.decoding.recordings import Recordings
 from reachrl.policies.decoding.cache import Prompt, prefill, step
+from reachrl.policies.decoding.recordings import Recordings
 from reachrl.policies.llama import PLAIN, LayerPass
 
 

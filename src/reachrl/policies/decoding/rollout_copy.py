@@ -7,8 +7,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.decoding.recordings import CudaGraphs, Recordings
+from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.llama import FUSED, PLAIN, LayerPass, compiled, decoder_layers, fuse
 from reachrl.policies.lora.four_bit import dense_weight, weight_dtype
 from reachrl.policies.lora.merging import merged

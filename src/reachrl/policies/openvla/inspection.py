@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.policies.lora import adapters
-from reachrl.policies.lora.adapter_files import rank_and_alpha
-from reachrl.policies.openvla.checkpoint import TOKENIZER_FILE, read_config
+from reachrl.policies.lora import files as adapters
+from reachrl.policies.lora.deltas import rank_and_alpha
+from reachrl.policies.openvla.names import TOWERS, canonical_key
 from reachrl.policies.openvla.official import (
     KNOWN_HEADS,
-    TOWERS,
     is_dead,
     is_official,
-    norm_stats,
     official_config,
-    official_stats,
     tower_names,
 )
 from reachrl.policies.openvla.oft import oft_signal
+from reachrl.policies.openvla.statistics import norm_stats, official_stats
+from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer
 from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.saved import TOKENIZER_FILE
 from reachrl.policies.storage.weights import StoredTensor, read_header, read_headers, read_json
 
 EXAMPLE = "pick up the red block"
@@ -137,7 +137,7 @@ def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
     # A folder of OpenVLA-OFT is shown as what it is, where `read_config` would refuse it.
     heads = [KNOWN_HEADS.get(name, 1) for name in names]
     config = official_config(folder, heads) if official else read_config(folder)
-    tensors = read_headers(folder)
+    tensors = read_headers(folder, canonical_key)
     native = any(name != tensor.key for name, tensor in tensors.items())
     return CheckpointInfo(
         folder=folder,

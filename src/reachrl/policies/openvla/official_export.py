@@ -10,19 +10,18 @@ from safetensors.torch import save_file
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import ConfigError
-from reachrl.policies.openvla.checkpoint import (
-    CONFIG_FILE,
+from reachrl.policies.openvla.export import copy_surroundings
+from reachrl.policies.openvla.names import HEAD, canonical_key
+from reachrl.policies.openvla.official import is_dead, is_official, ties_embeddings
+from reachrl.policies.openvla.storage import (
     NOT_OFFICIAL,
     PIXEL_STATISTICS,
-    compare_architectures,
+    architecture_of,
     origin_of,
     read_config,
 )
-from reachrl.policies.openvla.export import copy_surroundings, write_new
-from reachrl.policies.openvla.names import canonical_key
-from reachrl.policies.openvla.official import HEAD, is_dead, is_official, ties_embeddings
-from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.storage.hub import locate
+from reachrl.policies.storage.saved import CONFIG_FILE, compare_architectures, write_new
 from reachrl.policies.storage.weights import INDEX_FILE, SINGLE_FILE, check_shapes, read_json, read_shapes, weight_files
 from reachrl.run.manifest import verify_if_sealed
 
@@ -59,7 +58,7 @@ def export_official(folder: Path, out: Path, *, base: Path | None = None) -> Pat
             f"{folder} has convolutional towers (policy.towers), which the official layout does not know; it holds "
             "vision transformers by their names in timm"
         )
-    origin = base or origin_of(folder)
+    origin = base or origin_of(folder, folder)
     if origin is None:
         raise ConfigError(
             f"{folder} does not say which official checkpoint its weights began as; the official layout names vision "
@@ -85,12 +84,10 @@ def _check_base(config: OpenVLAConfig, folder: Path, base: Path) -> None:
     ignored = NOT_OFFICIAL
     if set(PIXEL_STATISTICS) <= stored.model_fields_set:
         ignored = ignored - set(PIXEL_STATISTICS)
-    compare_architectures(
-        OpenVLAPolicy.architecture_of(stored), OpenVLAPolicy.architecture_of(config), base, set(ignored) | {"lora"}
-    )
+    compare_architectures(architecture_of(stored), architecture_of(config), base, set(ignored) | {"lora"})
     check_shapes(
-        {key: shape for key, shape in read_shapes(folder).items() if not key.startswith(_CRITIC)},
-        read_shapes(base),
+        {key: shape for key, shape in read_shapes(folder, canonical_key).items() if not key.startswith(_CRITIC)},
+        read_shapes(base, canonical_key),
         base,
         skipped=lambda key: is_dead(key, config),
         optional=lambda key: key == HEAD and ties_embeddings(base),

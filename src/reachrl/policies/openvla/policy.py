@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.config.base import Section
-from reachrl.config.marks import Affects, affecting
 from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
@@ -26,13 +25,15 @@ from reachrl.policies.decoding.decode import action_logits, decode
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import PLAIN, build_llama, decoder_layers, last_hidden
 from reachrl.policies.lora import adapters
-from reachrl.policies.openvla import checkpoint
+from reachrl.policies.openvla import filling, storage
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.inputs import OpenVLAInputs
+from reachrl.policies.openvla.names import TARGETS, VALUE, adapter_sets
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla.sequence import embed, pad
 from reachrl.policies.openvla.tokenizer import PROMPT, PromptTokenizer, build_tokenizer
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
+from reachrl.policies.storage.saved import SavedPolicy
 from reachrl.types import Observation
 
 logger = logging.getLogger(__name__)
@@ -47,15 +48,22 @@ class OpenVLAPolicy(Policy):
 
     Config: ClassVar[type[Section]] = OpenVLAConfig
 
-    def __init__(self, config: OpenVLAConfig, tokenizer: PromptTokenizer | None = None) -> None:
+    def __init__(self, config: OpenVLAConfig, saved: SavedPolicy[OpenVLAConfig] | None = None) -> None:
         """Build the policy; random weights unless `config.checkpoint` names a folder.
 
         Under `with torch.device(...)` it is made on that device, and stored weights go straight there.
+
+        Args:
+            config: sizes, and what to begin from.
+            saved: what `config.checkpoint` holds, where it was read already.
 
         Raises:
             CheckpointError: `config.checkpoint` cannot be read or has another architecture.
         """
         super().__init__()
+        if config.checkpoint is not None:
+            saved = saved or storage.read_for(config)
+            config = storage.agreed(config, saved)
         self.config = config
         llm = config.language_model
         self.num_action_tokens = config.num_action_tokens
@@ -63,19 +71,25 @@ class OpenVLAPolicy(Policy):
         full = config.vocabulary == "full"
         self.num_choices = llm.vocab_size if full else NUM_ACTION_BINS
         self._first_choice = 0 if full else self.first_action_id
-        with torch.device("meta") if config.checkpoint is not None else nullcontext():
-            self._build()
-        # Instead of statistics: the names of those to choose from, while nobody has chosen.
-        self._action_stats: ActionStats | tuple[str, ...] = ActionStats.identity(config.num_action_tokens)
         self._rollout: RolloutCopy | None = None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
-        self.origin: Path | None = None  # the official checkpoint, a folder or `owner/name`, the weights began as
-        self.tokenizer = tokenizer
-        if tokenizer is None and config.tokenizer == "built_in":
-            self.tokenizer = PromptTokenizer(build_tokenizer(llm), llm)
-        if config.checkpoint is not None:
-            checkpoint.load_into(self, config.checkpoint, torch.get_default_device())
+        self.origin = None if saved is None else saved.origin  # the official checkpoint that the weights began as
+        self.tokenizer = self._tokenizer(saved)
+        # Instead of statistics: the names of those to choose from, while nobody has chosen.
+        self._action_stats: ActionStats | tuple[str, ...] = ActionStats.identity(config.num_action_tokens)
+        if saved is not None:
+            self._take_action_stats(saved.stats)
+        with nullcontext() if saved is None else torch.device("meta"):
+            self._build()
+        if saved is not None:
+            filling.fill(self, saved, torch.get_default_device())
         self.eval()  # after everything that makes modules, which begin as if they were being trained
+
+    def _tokenizer(self, saved: SavedPolicy[OpenVLAConfig] | None) -> PromptTokenizer | None:
+        llm = self.config.language_model
+        if self.config.tokenizer == "built_in":
+            return PromptTokenizer(build_tokenizer(llm), llm)
+        return None if saved is None or saved.tokenizer is None else PromptTokenizer.from_file(saved.tokenizer, llm)
 
     def _build(self) -> None:
         config, llm = self.config, self.config.language_model
@@ -111,9 +125,10 @@ class OpenVLAPolicy(Policy):
         """Freeze what was loaded from `base` and train adapters beside it, as `config.lora` says."""
         assert self.config.lora is not None
         self.base, self._rollout = base, None
-        critic = self.config.critic == "adapter"
-        adapters.add_adapters(self, self.config.lora, critic=critic)
-        if critic:
+        adapters.check_parts(self, self.config.lora, TARGETS)
+        sets = adapter_sets(self.config)
+        adapters.add_adapters(self, sets, trained=(VALUE,), four_bit=self.config.four_bit)
+        if adapters.CRITIC in sets:
             adapters.copy_set(self, adapters.ACTOR, adapters.CRITIC)  # it begins as the actor
 
     # --- from observations -------------------------------------------------------------------------------------
@@ -172,7 +187,13 @@ class OpenVLAPolicy(Policy):
         if not self.config.rollout_copy:
             return None
         if self._rollout is None:
-            self._rollout = RolloutCopy(self.projector, self.language_model.model, self.config)
+            self._rollout = RolloutCopy(
+                self.projector,
+                self.language_model.model,
+                float8=self.config.rollout_precision == "float8",
+                records_steps=self.config.records_steps,
+                compiles_prefill=self.config.compile_prefill,
+            )
         self._rollout.update()
         return self._rollout
 
@@ -299,9 +320,11 @@ class OpenVLAPolicy(Policy):
             )
         return self._action_stats
 
-    def leave_action_stats_open(self, names: tuple[str, ...]) -> None:
-        """Refuse to map actions until statistics are set; `names` are those to choose from, if there are any."""
-        self._action_stats = names or ActionStats.identity(self.num_action_tokens)
+    def _take_action_stats(self, stats: ActionStats | tuple[str, ...]) -> None:
+        if isinstance(stats, ActionStats):
+            self.set_action_stats(stats.q01, stats.q99, stats.mask)
+        elif stats:
+            self._action_stats = stats
 
     def decode_actions(self, action_ids: Int64[Tensor, "B A"]) -> np.ndarray:
         """Map action tokens to actions f32[B D] in the environment's units."""
@@ -350,7 +373,7 @@ class OpenVLAPolicy(Policy):
 
         With `config.lora`, the weights are the adapters (a standard peft folder) and the value head.
         """
-        checkpoint.save(self, folder)
+        storage.save(self, folder)
 
     def restore(self, folder: Path) -> None:
         """Read back what `save_pretrained` wrote, without building a second policy.
@@ -358,7 +381,11 @@ class OpenVLAPolicy(Policy):
         Raises:
             CheckpointError: a file is missing, truncated or of another architecture.
         """
-        checkpoint.restore(self, folder)
+        saved = storage.read(folder)
+        filling.refill(self, saved)
+        self._take_action_stats(saved.stats)
+        if self.tokenizer is None:
+            self.tokenizer = self._tokenizer(saved)
 
     @classmethod
     def from_pretrained(cls, folder: Path, **options: Any) -> "OpenVLAPolicy":
@@ -372,12 +399,13 @@ class OpenVLAPolicy(Policy):
             CheckpointError: a file is missing, truncated or of another architecture.
             ConfigError: the options do not go with the stored ones.
         """
-        stored = checkpoint.read_config(folder, dataset=options.get("dataset"))
+        saved = storage.read(folder, dataset=options.get("dataset"))
+        stored = saved.config
         if all(getattr(stored, key) == value for key, value in options.items()):
-            return cls(stored)
+            return cls(stored, saved)
         try:
             said = {key: getattr(stored, key) for key in stored.model_fields_set}
-            return cls(OpenVLAConfig.model_validate(said | options))
+            return cls(OpenVLAConfig.model_validate(said | options), saved)
         except ValidationError as error:
             raise ConfigError(f"{folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
@@ -401,8 +429,8 @@ class OpenVLAPolicy(Policy):
         Raises:
             CheckpointError: a file is missing or truncated, or its keys are not those of the architecture.
         """
-        config = checkpoint.read_config(folder, tower_heads, dataset)
-        return cls(config.model_copy(update={"dataset": dataset, "critic": critic}))
+        saved = storage.read(folder, tower_heads=tower_heads, dataset=dataset)
+        return cls(saved.config.model_copy(update={"dataset": dataset, "critic": critic}), saved)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`."""
@@ -432,13 +460,4 @@ class OpenVLAPolicy(Policy):
 
     def architecture(self) -> dict[str, Any]:
         """What must be equal for weights to fit; stored in checkpoints and compared on load."""
-        return self.architecture_of(self.config)
-
-    @staticmethod
-    def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
-        """The part of a configuration that decides which weights fit."""
-        architecture = affecting(config, Affects.ARCHITECTURE)
-        llm = architecture["language_model"]
-        if llm["num_kv_heads"] == llm["num_heads"]:  # as if it were not said
-            llm["num_kv_heads"] = None
-        return architecture
+        return storage.architecture_of(self.config)

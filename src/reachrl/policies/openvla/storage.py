@@ -32,7 +32,6 @@ from reachrl.policies.storage.saved import (
     write_stats,
 )
 from reachrl.policies.storage.weights import SINGLE_FILE, read_json
-from reachrl.registry import is_trusted
 from reachrl.run.manifest import verify_if_sealed
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def read(
         is_adapter=adapter,
         ours=_is_ours(folder),
         stats=_stats(folder, dataset),
-        tokenizer=next((place / TOKENIZER_FILE for place in (folder, whole) if (place / TOKENIZER_FILE).is_file()), None),
+        tokenizer=next((path for place in (folder, whole) if (path := place / TOKENIZER_FILE).is_file()), None),
         base=base,
         origin=origin_of(base, whole),
     )
@@ -141,19 +140,7 @@ def _config(folder: Path, tower_heads: Sequence[int] | None, dataset: str | None
         ) from error
     if is_adapter(folder):
         check_agreement(folder, adapter_sets(config))
-    return _without_foreign_program(config, folder)
-
-
-def _without_foreign_program(config: OpenVLAConfig, folder: Path) -> OpenVLAConfig:
-    """A stored configuration does not say which program decodes, unless the user has named the same."""
-    if config.decoder == "own" or is_trusted(str(config.vllm.python)):
-        return config
-    logger.warning(
-        "%s: policy.vllm.python=%s is not started because a stored file names it: the policy decodes by itself, which "
-        "draws other samples of the same distribution. Type policy.vllm.python=... to have it decode",
-        folder / CONFIG_FILE, config.vllm.python,
-    )  # fmt: skip
-    return config.model_copy(update={"decoder": "own", "vllm": config.vllm.model_copy(update={"python": None})})
+    return config
 
 
 def _is_ours(folder: Path) -> bool:
@@ -244,9 +231,4 @@ def _with_pixel_statistics(config: OpenVLAConfig, stored: OpenVLAConfig, folder:
         "%s was trained on pixels normalised by %s: these are used in place of those configured, %s",
         folder, trained, {name: getattr(config, name) for name in trained},
     )  # fmt: skip
-    try:
-        return type(config).model_validate(config.model_dump() | trained)
-    except ValidationError as error:  # a decoder that cannot do with them
-        raise CheckpointError(
-            f"{folder} states pixel statistics that this policy cannot use: {problems_of(error)}"
-        ) from error
+    return config.model_copy(update=trained)

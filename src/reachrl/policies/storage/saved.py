@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reachrl.errors import CheckpointError
+from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.storage.weights import read_json
 from reachrl.run.atomic import replace_folder_atomic
@@ -22,6 +22,7 @@ STATS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
 OUR_STATS = "reachrl"  # the name of the one set of action statistics that we write
 Config = TypeVar("Config")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +43,31 @@ class SavedPolicy(Generic[Config]):
     origin: Path | None  # the foreign checkpoint that the whole weights began as; None: random ones
 
 
-def write_policy(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a policy's files aside, then rename and seal them; an earlier one in `folder` stays until then.
+def write_policy(folder: Path, fill: Callable[[Path], T]) -> T:
+    """Let `fill` write a policy's files aside, then seal and rename them; an earlier one in `folder` stays until then.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; what was there before is intact.
     """
 
-    def fill_and_seal(aside: Path) -> None:
-        fill(aside)
+    def fill_and_seal(aside: Path) -> T:
+        result = fill(aside)
         seal(aside)
+        return result
 
-    replace_folder_atomic(Path(folder), fill_and_seal)
+    return replace_folder_atomic(Path(folder), fill_and_seal)
+
+
+def write_new(folder: Path, fill: Callable[[Path], T]) -> T:
+    """`write_policy`, into a folder that must not exist.
+
+    Raises:
+        ConfigError: it exists.
+        StorageError: it cannot be written.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already; name a new folder")
+    return write_policy(folder, fill)
 
 
 def write_state(state: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Merging as peft does it: what our own is compared with."""
+"""Adapters put on and merged by peft itself: what our own merge is compared with."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.lora.adapter_files import matrices
-from reachrl.policies.lora.adapters import ACTOR, CONFIG_FILE
+from reachrl.policies.lora.adapters import ACTOR
+from reachrl.policies.lora.deltas import matrices
+from reachrl.policies.lora.files import CONFIG_FILE
+from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.storage.weights import read_json
 
 
@@ -27,7 +29,7 @@ def attach(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -
         CheckpointError: files are missing or damaged, or an adapter belongs to no weight of the policy.
     """
     raw = read_json(folder / CONFIG_FILE)
-    state = {key: tensor for key, tensor in matrices(folder).items() if not skipped(key)}
+    state = {key: tensor for key, tensor in matrices(folder, canonical_key).items() if not skipped(key)}
     # What was adapted is read off the file: patterns of names mean other modules in another tool's model.
     targets = sorted({key.partition(".lora_")[0] for key in state})
     missing = [name for name in targets if name not in dict(policy.named_modules())]
