@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from reachrl.demos.collect import shard_name
 from reachrl.demos.shard import ShardWriter, iter_shard
+from reachrl.report.embed import films_by_task
 from reachrl.report.report import write_report
-from reachrl.report.video import films_by_task, read_video, write_video
+from reachrl.report.video import read_video, write_video
 from reachrl.run.file_names import file_name
 from reachrl.types import Start, Trajectory
 

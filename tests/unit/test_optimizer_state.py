@@ -58,17 +58,6 @@ def test_options_are_those_of_the_optimizer_that_goes_on(tmp_path: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_counters_beside_the_options_are_state(tmp_path: Path) -> None:
-    _, optimizer = make()
-    optimizer.param_groups[1]["iterations"] = 5
-    save_optimizer(optimizer, tmp_path / "o.safetensors")
-    _, fresh = make()
-    fresh.param_groups[0]["iterations"] = fresh.param_groups[1]["iterations"] = 0
-    load_optimizer(fresh, tmp_path / "o.safetensors")
-    assert fresh.param_groups[1]["iterations"] == 5
-    assert "iterations" not in fresh.param_groups[0]  # not counted there: not known, which is not 0
-
-
 def test_without_the_state_the_steps_differ(tmp_path: Path) -> None:
     model, optimizer = make()
     steps(model, optimizer, 0, 7)

@@ -209,8 +209,7 @@ def test_films_show_the_reward_that_training_ended_with(run, monkeypatch):
     told = {"before": build_reward(scaled, run), "after": after}
     for when, paid in told.items():
         films = []
-        monkeypatch.setattr(assess, "draw_overlay", lambda *_, process, films=films, **__: films.append(process))
-        monkeypatch.setattr(assess, "write_video", lambda *args, **kwargs: None)
+        monkeypatch.setattr(assess, "write_film", lambda *_, process, films=films, **__: films.append(process))
         assess._evaluate_one(scaled, run, Display(quiet=True), SimpleNamespace(prompt=str), None, [], when)
         expected = [episode_rewards(scaled, paid, film(seed)).parts["process"][:, 0].tolist() for seed in (1, 0, 0)]
         assert films == expected * len(scaled.eval.modes)

@@ -10,7 +10,9 @@ import pytest
 
 from reachrl.errors import StorageError
 from reachrl.report import video
-from reachrl.report.video import clip, clips_that_fit, draw_overlay, poster, read_video, write_video
+from reachrl.report.embed import clip, clips_that_fit, poster
+from reachrl.report.overlay import draw_overlay
+from reachrl.report.video import read_video, write_video
 
 CURVE_ROWS = slice(44, 94)  # of a drawn frame with a caption of one line
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.stats import binomtest
 
 from reachrl.functional.stats import explained_variance, paired_test, seed_interval, wilson
 
@@ -73,3 +74,8 @@ def test_three_seeds_carry_what_three_seeds_carry():
     mean, low, high = seed_interval([3.3, -1.7, 8.8])
     assert (mean, high - mean) == pytest.approx((3.47, 13.05), abs=0.01) and low < 0
     assert seed_interval([5.0]) == (5.0, -np.inf, np.inf)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 5), (3, 20), (41, 100), (1, 1)])
+def test_wilson_against_scipy(k: int, n: int) -> None:
+    assert wilson(k, n) == pytest.approx(binomtest(k, n).proportion_ci(method="wilson"), abs=1e-12)

@@ -6,8 +6,9 @@ every process takes the same step, and the same as one process would. Weights ar
 group is sharded, each has its part of them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Done, Pending, SharedWeights
@@ -19,14 +20,6 @@ from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout, Scored
 
 _END = "end"
-
-
-class Elsewhere(Protocol):
-    """Stands for a rollout that each process gets in another way than from the leader."""
-
-    def fetch(self) -> Rollout:
-        """The rollout, in this process."""
-        ...
 
 
 class LeadingLearner:
@@ -58,14 +51,14 @@ class LeadingLearner:
         """The current version to be sent."""
         return self._collective("pack_weights", shown=shown)
 
-    def score(self, rollout: Rollout, *, told: Elsewhere | None = None) -> Pending[Scored]:
+    def score(self, rollout: Rollout, *, number: int | None = None) -> Pending[Scored]:
         """Log-probs and values, each process for its block.
 
         Args:
             rollout: what was collected.
-            told: how the followers get it; None: from here.
+            number: under which the followers were offered the rollout; None sends it to them.
         """
-        self.group.send(("score_now", {"rollout": told or rollout}))
+        self.group.send(("score_now", {"rollout": rollout if number is None else number}))
         return Done(self.learner.score_now(rollout))
 
     def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
@@ -110,12 +103,13 @@ class LeadingLearner:
         return getattr(self.learner, name)(**arguments)
 
 
-def follow(learner: LocalLearner, group: Group) -> None:
+def follow(learner: LocalLearner, group: Group, take: Callable[[int], Rollout] | None = None) -> None:
     """Do what the leader does until it ends.
 
     Args:
         learner: of this process, with the group; its weights become the leader's.
         group: of more than one process.
+        take: returns a rollout that was offered to this process, where the leader names it by number.
     """
     rollout: Rollout | None = None
     while True:
@@ -124,15 +118,12 @@ def follow(learner: LocalLearner, group: Group) -> None:
             group.leave()
             return
         if name == "score_now":
-            rollout = arguments["rollout"] = _here(arguments["rollout"])
+            sent = arguments["rollout"]
+            rollout = arguments["rollout"] = take(sent) if take is not None and isinstance(sent, int) else sent
         elif name == "update":
             arguments["rollout"], rollout = rollout, None
         getattr(learner, name)(**arguments)
         learner.take_spans()  # the leader's tell enough
-
-
-def _here(rollout: Rollout | Elsewhere) -> Rollout:
-    return rollout if isinstance(rollout, Rollout) else rollout.fetch()
 
 
 def dismiss() -> None:

@@ -1,15 +1,7 @@
-"""One attempt of a scripted expert, and the worker (`python -m reachrl.demos.expert`) that makes attempts on request.
-
-A plain child process rather than `multiprocessing`: spawning there imports the parent's main script, and with it
-whatever that imports, into every worker.
-"""
+"""One attempt of a scripted expert, and the worker process (`reachrl.demos.expert`) that makes attempts on request."""
 
 import copy
 import os
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from reachrl.child import pipe_to_parent
 from reachrl.config.demos import DemosSection
 from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env, Shown
@@ -169,18 +162,9 @@ def serve(pipe: Connection) -> None:
             env.close()
 
 
-def _exit_without(parent: int) -> None:
-    """End this process when its parent has gone, even in the middle of a simulator step."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
 def main() -> None:
-    """Entry of the worker process: arguments are the pipe's file descriptor and the parent's process id."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_exit_without, args=(int(sys.argv[2]),), daemon=True).start()
-    serve(Connection(int(sys.argv[1])))
+    """Entry point of the worker process."""
+    serve(pipe_to_parent())
     os._exit(0)  # GL libraries complain when Python tears them down
 
 

@@ -10,8 +10,10 @@ from jaxtyping import Float32
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
-def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(k: int | float, n: int | float, z: float = Z95) -> tuple[float, float]:
     """Wilson score interval of a success rate of `k` in `n`; (0, 1) when nothing was tried.
+
+    Pooled rates give counts that are not whole.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """

@@ -149,9 +149,9 @@ def _interim_report(config: TrainConfig, run: "Run", display: Display) -> dict[s
     """Draw what an unfinished run has so far; the stage stays unfinished."""
     from reachrl.report.report import write_report
 
-    path = write_report(run.path)
+    write_report(run.path)
     display.log(
-        f"report: {path}, of an unfinished run: training has done {trained_iterations(run.path)} of "
+        f"{run.path} is unfinished: training has done {trained_iterations(run.path)} of "
         f"{config.num_iterations} iterations"
     )
     return {}

@@ -22,7 +22,7 @@ from reachrl.pipeline.refit import audit_figures
 from reachrl.pipeline.reinforce import build_reward, trained_reward
 from reachrl.policies.base import Policy
 from reachrl.report.report import write_report
-from reachrl.report.video import draw_overlay, write_video
+from reachrl.report.video import write_film
 from reachrl.rewards.base import Reward
 from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rollout.episodes import PlayedEpisode
@@ -157,7 +157,6 @@ def run_report(config: TrainConfig, run: Run, display: Display) -> dict[str, Any
     """Write `summary.json` and `report.html` from what lies in the run folder."""
     write_json_atomic(run.summary, summary(config, run))
     path = write_report(run.path)
-    display.log(f"report: {path}")
     return {"report": path.name}
 
 
@@ -200,7 +199,8 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
 
 def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode, when: str) -> None:
     parts = episode_rewards(config, reward, episode).parts
-    frames = draw_overlay(
+    write_film(
+        run.videos / f"{when}_{file_name(episode.start.task, '.mp4')}",
         episode.frames(),
         instruction=episode.instruction,
         # An untrained critic has nothing to say about the warm-started policy.
@@ -208,7 +208,6 @@ def _film(config: TrainConfig, run: Run, reward: Reward, episode: PlayedEpisode,
         process=parts["process"][:, 0].tolist() if "process" in parts else None,
         success=episode.success,
     )
-    write_video(run.videos / f"{when}_{file_name(episode.start.task, '.mp4')}", frames, fps=5)
 
 
 def _reward_quality(config: TrainConfig, run: Run) -> dict[str, Any] | None:

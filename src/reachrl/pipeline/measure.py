@@ -16,8 +16,7 @@ from reachrl.evaluation import against_headline, evaluate, heldout_starts, outco
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
 from reachrl.report.result_page import write_result_page
-from reachrl.report.video import draw_overlay, write_video
-from reachrl.rewards.process.pretrained import weight_files
+from reachrl.report.video import write_film
 from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.atomic import storage_errors, write_json_atomic
 from reachrl.run.file_names import file_name
@@ -26,6 +25,7 @@ from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog, read_metrics
 from reachrl.run.provenance import collect_provenance
 from reachrl.run.records import AnyObject, read_record
+from reachrl.run.stored_weights import safetensors_files
 from reachrl.types import Start
 
 Key = tuple[str, str, int]  # mode, task, start
@@ -62,7 +62,7 @@ class Measurement:
         return {
             "protocol": self.protocol,
             "policy": self.weights,
-            "weights": fingerprint(weight_files(folder)) if folder.is_dir() else None,
+            "weights": fingerprint(safetensors_files(folder)) if folder.is_dir() else None,
             "modes": list(self.config.eval.modes),
             "protocol_hash": protocol_hash(self.config),
         }
@@ -140,7 +140,11 @@ def _claim(measurement: Measurement) -> None:
         write_json_atomic(file, asked)
         return
     there = read_record(file, AnyObject, remedy="choose another --out")
-    if asked["weights"] and there.get("weights") and is_of(there["weights"], weight_files(Path(measurement.weights))):
+    if (
+        asked["weights"]
+        and there.get("weights")
+        and is_of(there["weights"], safetensors_files(Path(measurement.weights)))
+    ):
         asked["weights"] = there["weights"]  # as an earlier version wrote it
     differing = [key for key in asked if key != "policy" and there.get(key) != asked[key]]
     if differing:
@@ -192,7 +196,5 @@ def _play_each_mode(
 
 
 def _film(folder: Path, episode: PlayedEpisode) -> None:
-    drawn = draw_overlay(
-        episode.frames(), instruction=episode.instruction, values=None, process=None, success=episode.success
-    )
-    write_video(folder / file_name(episode.start.task, ".mp4"), drawn, fps=20)
+    path = folder / file_name(episode.start.task, ".mp4")
+    write_film(path, episode.frames(), instruction=episode.instruction, success=episode.success, fps=20)

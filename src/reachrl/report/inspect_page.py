@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from reachrl.report import plots
+from reachrl.report.embed import data_uri
 from reachrl.report.pages import drawn, write_page
-from reachrl.report.video import data_uri
 
 FRAME = 92  # pixels of a frame in a strip
 FRAMES = 11  # of a strip, evenly over the episode

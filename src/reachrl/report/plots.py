@@ -4,34 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from reachrl.functional.stats import wilson
 from reachrl.report.formats import percent, plain, task_labels
 from reachrl.report.svg import Chart, span
-
-Z95 = 1.959963984540054
-
-
-def wilson95(k: float, n: float) -> tuple[float, float]:
-    """Return the 95 % interval of a success rate.
-
-    Args:
-        k: Successes.
-        n: Trials; 0 gives (0, 1).
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
-    """
-    if n <= 0:
-        return 0.0, 1.0
-    rate, z2 = k / n, Z95 * Z95
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def rate_of(record: dict[str, Any]) -> tuple[float, tuple[float, float]]:
     """Return the rate and interval of a `{k, n, ...}` record, computing what it does not carry."""
     k, n = record["k"], record["n"]
     rate = record.get("rate")
-    low, high = record.get("wilson95") or wilson95(k, n)
+    low, high = record.get("wilson95") or wilson(k, n)
     return (k / n if n else 0.0) if rate is None else rate, (low, high)
 
 
@@ -50,7 +32,7 @@ def moving_success(train: Sequence[dict[str, Any]], window: int) -> list[tuple[f
         recent = train[max(0, i - window + 1) : i + 1]
         k, n = (sum(r.get(key) or 0 for r in recent) for key in ("success_k", "success_n"))
         if n:
-            pooled.append((record["iteration"], k / n, *wilson95(k, n)))
+            pooled.append((record["iteration"], k / n, *wilson(k, n)))
     return pooled
 
 
@@ -72,7 +54,7 @@ def moving_uniform_success(train: Sequence[dict[str, Any]], window: int) -> list
         if weight:
             rate = sum(r["success_uniform"] * r["success_uniform_weight"] for r in recent) / weight
             n = weight**2 / sum(r["success_uniform_weight"] ** 2 / r["success_uniform_n"] for r in recent)
-            pooled.append((record["iteration"], rate, *wilson95(rate * n, n)))
+            pooled.append((record["iteration"], rate, *wilson(min(rate, 1.0) * n, n)))
     return pooled
 
 
@@ -272,7 +254,7 @@ def calibration_chart(bins: Sequence[dict[str, Any]]) -> str:
     most = max([b["n"] for b in known], default=1)
     chart.line([(b["p"], b["observed"]) for b in known], "c-process", css="line thin")
     for b in known:
-        chart.whisker(b["p"], *wilson95(b["observed"] * b["n"], b["n"]), "c-process")
+        chart.whisker(b["p"], *wilson(b["observed"] * b["n"], b["n"]), "c-process")
         note = f"predicted {percent(b['p'])}, observed {percent(b['observed'])} of {b['n']}"
         chart.dot(b["p"], b["observed"], "c-process", radius=3 + 6 * math.sqrt(b["n"] / most), note=note)
     return chart.render()

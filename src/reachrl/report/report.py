@@ -9,10 +9,10 @@ from pydantic import BaseModel
 
 from reachrl.errors import StorageError
 from reachrl.report import plots
+from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit, films_by_task
 from reachrl.report.formats import duration, gibibytes
 from reachrl.report.pages import drawn, render_page
 from reachrl.report.timeline import timeline_section
-from reachrl.report.video import clips_that_fit, films_by_task
 from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.configuration import flatten_config, read_history
 from reachrl.run.metrics import read_metrics
@@ -26,7 +26,6 @@ from reachrl.run.records import (
     read_record,
 )
 
-MAX_VIDEO_BYTES = 8_000_000  # base64 adds a third; the whole page stays under 15 MB
 MAX_TURNS = 60
 
 # (title, metric, how it is read); drawn where the training records carry the metric.

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from reachrl.report import plots
+from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit, films_by_task
 from reachrl.report.formats import task_labels
 from reachrl.report.pages import drawn, write_page
-from reachrl.report.report import MAX_VIDEO_BYTES
-from reachrl.report.video import clips_that_fit, films_by_task
 
 _LABEL_WIDTH = 210  # pixels
 _LABEL_LENGTH = 32  # characters that fit into it

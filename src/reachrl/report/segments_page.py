@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 
+from reachrl.report.embed import data_uri
 from reachrl.report.formats import plain
 from reachrl.report.pages import write_page
 from reachrl.report.svg import Chart, span
-from reachrl.report.video import data_uri
 
 THUMBNAIL = 128  # pixels of a thumbnail's longer side, at most
 WIDTH, LEFT, RIGHT = 640, 44, 14

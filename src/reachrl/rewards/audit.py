@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from reachrl.config.audit import AuditSection
-from reachrl.report.video import draw_overlay, write_video
+from reachrl.report.video import write_film
 from reachrl.rewards.episodes import whole_episodes
 from reachrl.types import Rewards, Rollout
 
@@ -46,7 +47,7 @@ class RewardAudit:
         self._open: dict[int, list[float]] = {}  # env -> [score, decisions, reward] so far of the episode it is in
         self._alarmed = False
         self._filming = ThreadPoolExecutor(1, "films")  # training does not wait for films
-        self._films: list[Future[None]] = []
+        self._films: list[Future[Path]] = []
 
     def observe(self, rollout: Rollout, rewards: Rewards, *, iteration: int) -> dict[str, float | None]:
         """Take in an iteration's episodes; warns and films where score and success have parted.
@@ -171,15 +172,11 @@ class RewardAudit:
             process = rewards.progress[first : t + 1, n].tolist()
             path = self.videos / f"alarm_iteration{iteration:04d}_{number}.mp4"
             names.append(str(path))
-            self._films.append(self._filming.submit(_write_film, path, images, rollout.instructions[t][n], process))
+            film = partial(
+                write_film, path, images, instruction=rollout.instructions[t][n], success=False, process=process
+            )
+            self._films.append(self._filming.submit(film))
         return names
-
-
-def _write_film(path: Path, images: np.ndarray, instruction: str, process: list[float]) -> None:
-    """A failed episode: frames u8[T+1 H W 3] with the scores of its T decisions drawn on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = draw_overlay(images, instruction=instruction, values=None, process=process, success=False)
-    write_video(path, frames, fps=5)
 
 
 def correlation(numbers: Float[np.ndarray, "B"], success: Bool[np.ndarray, "B"]) -> float | None:

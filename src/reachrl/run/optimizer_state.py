@@ -23,8 +23,7 @@ def _description(optimizer: Optimizer) -> dict[str, Any]:
 def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | None = None) -> None:
     """Write the optimizer's state (moments, step counters); the file is complete or absent.
 
-    Its options (learning rates, decay) are the configuration's, which may change between two attempts at a run. What
-    its owner counts in `param_groups` under a name that is no option of the class is state, and kept.
+    Its options (learning rates, decay) are the configuration's, which may change between two attempts at a run.
 
     Args:
         optimizer: any optimizer whose state is tensors and JSON values (AdamW, Adam, SGD, ...).
@@ -44,8 +43,7 @@ def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | Non
                 tensors[key] = value.detach().cpu().contiguous().clone()
             else:
                 values[key] = value
-    counters = [_counters(optimizer, group) for group in state["param_groups"]]
-    content = {**_description(optimizer), "counters": counters, "values": values, "indices": list(state["state"])}
+    content = {**_description(optimizer), "values": values, "indices": list(state["state"])}
     copy = aside(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +66,7 @@ def load_optimizer(optimizer: Optimizer, path: Path) -> None:
 def read_optimizer(optimizer: Optimizer, path: Path) -> dict[str, Any]:
     """What `save_optimizer` wrote, in the form of `optimizer.state_dict()`, for an optimizer over the same parameters.
 
-    The options in it are those of `optimizer`; a counter that the file does not have is left out.
+    The options in it are those of `optimizer`.
 
     Raises:
         CheckpointError: the file is missing or truncated, or belongs to another optimizer or other parameters.
@@ -92,18 +90,7 @@ def read_optimizer(optimizer: Optimizer, path: Path) -> dict[str, Any]:
     for key, value in [*tensors.items(), *content["values"].items()]:
         _, index, name = key.split(".", 2)
         state[int(index)][name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    counted = content.get("counters") or content.get("groups") or [{}] * len(groups)  # `groups` of earlier versions
-    for group, stored in zip(groups, counted, strict=True):
-        for name in _counters(optimizer, group):
-            del group[name]
-        group |= _counters(optimizer, stored)
-    return {"state": state, "param_groups": groups}
-
-
-def _counters(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    """What a parameter group holds beside the parameters and the options of the optimizer's class."""
-    return {name: value for name, value in group.items() if name != "params" and name not in optimizer.defaults}
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _first_difference(found: list[list[list[int]]], expected: list[list[list[int]]]) -> str:

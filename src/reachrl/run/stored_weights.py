@@ -39,6 +39,17 @@ def indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
+def safetensors_files(folder: Path) -> list[Path]:
+    """Every safetensors file of a folder, by name; none is allowed.
+
+    Raises:
+        CheckpointError: an index names a file that is missing or lies elsewhere.
+    """
+    for index in folder.glob("*.index.json"):
+        indexed_files(index)
+    return sorted(folder.glob("*.safetensors"))
+
+
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:
     """Refuse weights with NaN or infinities: whatever is computed with them is nothing, and looks like a bad policy.
 

@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -25,36 +25,28 @@ from reachrl.types import Rewards, Rollout, Scored
 _OFFER_TIMEOUT_S = 60.0  # offers are made before anyone is told to fetch them
 
 
-class _Offers:
+class OfferedRollouts:
     """Rollouts that the training process has offered to this learner, until it takes them."""
 
     def __init__(self) -> None:
         self._changed, self._rollouts = threading.Condition(), dict[int, Rollout]()
 
     def put(self, number: int, rollout: Rollout) -> None:
+        """Keep a rollout, in place of one that nobody took: that one belongs to a call that failed."""
         with self._changed:
-            self._rollouts = {number: rollout}  # one that nobody took belongs to a call that failed
+            self._rollouts = {number: rollout}
             self._changed.notify_all()
 
     def take(self, number: int) -> Rollout:
+        """Wait for a rollout and give it up.
+
+        Raises:
+            LearnerLostError: it was not offered in time.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: number in self._rollouts, timeout=_OFFER_TIMEOUT_S):
                 raise LearnerLostError(f"rollout {number} did not reach a learner within {_OFFER_TIMEOUT_S:g} s")
             return self._rollouts.pop(number)
-
-
-_OFFERS = _Offers()  # one learner in each process
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """Stands for a rollout that every learner was offered: what the leader tells its followers to fetch."""
-
-    number: int
-
-    def fetch(self) -> Rollout:
-        """The rollout itself, in this process."""
-        return _OFFERS.take(self.number)
 
 
 class LearnerProcess:
@@ -71,6 +63,7 @@ class LearnerProcess:
         self._config, self._warm, self._rank, self._size = config, warm, rank, config.backend.learners
         self._hands_over = config.backend.placement == "colocated"
         self._learner: LocalLearner | LeadingLearner | None = None
+        self._offers = OfferedRollouts()
         self._rollout: Rollout | None = None  # that was scored last
 
     def sees(self, path: Path) -> bool:
@@ -95,7 +88,7 @@ class LearnerProcess:
         """Meet the others and do as the leader does, until it ends."""
         limit_threads(self._config)
         learner, group = self._join(address)
-        follow(learner, group)
+        follow(learner, group, self._offers.take)
 
     def _join(self, address: tuple[str, int]) -> tuple[LocalLearner, Group]:
         config = self._config
@@ -121,14 +114,14 @@ class LearnerProcess:
     @ray.method(concurrency_group="offers")
     def offer(self, number: int, rollout: Rollout) -> None:
         """Lay a rollout ready; runs beside `follow`."""
-        _OFFERS.put(number, rollout)
+        self._offers.put(number, rollout)
 
     def score(self, number: int) -> Scored:
         """Log-probs and values of an offered rollout."""
         assert self._learner is not None
-        self._rollout = _OFFERS.take(number)
+        self._rollout = self._offers.take(number)
         if isinstance(self._learner, LeadingLearner):
-            return self._learner.score(self._rollout, told=Offered(number)).result()
+            return self._learner.score(self._rollout, number=number).result()
         return self._learner.score(self._rollout).result()
 
     def update(self, rewards: Rewards, scored: Scored, iteration: int) -> tuple[Stats, list[Span]]:

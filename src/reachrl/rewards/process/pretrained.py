@@ -12,7 +12,7 @@ from torch import nn
 
 from reachrl.errors import CheckpointError, ConfigError, MissingExtra
 from reachrl.registry import trust
-from reachrl.run.stored_weights import check_finite, indexed_files
+from reachrl.run.stored_weights import check_finite, safetensors_files
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
     """
     # For the process: its gradients under a mask are NaN at some lengths (pytorch/pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    weight_files(folder)
+    safetensors_files(folder)
     model, found = read_part(
         cls.from_pretrained,
         folder,
@@ -140,17 +140,6 @@ def read_weights(cls: Any, folder: Path, *, dtype: str | torch.dtype, new_head: 
         )
     log.warning("%s lacks %s: they begin as random numbers.", folder, named)
     return model
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Every safetensors file of a folder.
-
-    Raises:
-        CheckpointError: an index names one that is missing or lies elsewhere.
-    """
-    for index in folder.glob("*.index.json"):
-        indexed_files(index)
-    return sorted(folder.glob("*.safetensors"))
 
 
 def import_class(target: str, option: str) -> Any:

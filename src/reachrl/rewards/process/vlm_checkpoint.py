@@ -10,10 +10,11 @@ from peft import LoraConfig
 
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.rewards.process.base import REMEDY
-from reachrl.rewards.process.pretrained import read_part, read_weights, weight_files
+from reachrl.rewards.process.pretrained import read_part, read_weights
 from reachrl.rewards.process.vlm_families import FAMILIES, VisionFamily
 from reachrl.rewards.process.vlm_inputs import own_template
 from reachrl.run.fingerprint import fingerprint, is_of
+from reachrl.run.stored_weights import safetensors_files
 from reachrl.tokenizer_state import forget_calls
 
 SUPPORTED = "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl) and SmolVLM (smolvlm, idefics3)"
@@ -65,7 +66,7 @@ def read_checkpoint(weights: Path, words: Path, *, dtype: str | torch.dtype) -> 
         tokenizer=tokenizer,
         processor=read_part(family.processor_class().from_pretrained, words, trust_remote_code=False),
         family=family,
-        fingerprint=fingerprint(weight_files(weights)),
+        fingerprint=fingerprint(safetensors_files(weights)),
     )
 
 
@@ -96,7 +97,7 @@ def read_base(place: Path, adapters: LoraConfig, *, fitted_on: str) -> VLMCheckp
     advice = f"if it has moved, write its place into base_model_name_or_path of {place / 'adapter_config.json'}"
     if not below.is_dir():
         raise CheckpointError(f"The checkpoint {below}, below the adapters in {place}, is not there; {advice}.")
-    if not is_of(fitted_on, weight_files(below)):
+    if not is_of(fitted_on, safetensors_files(below)):
         raise CheckpointError(
             f"The adapters in {place} were fitted on other weights than {below} holds now. Put that checkpoint back; "
             f"{advice}."
