@@ -23,8 +23,8 @@ import torch
 from busy_env import BusyConfig
 from pipeline_simulator import Layout, Stages, simulate, table_openvla
 from reachrl.backends.base import Workers
-from reachrl.backends.building import new_policy
 from reachrl.backends.local import LocalActors, open_groups
+from reachrl.backends.policy_loading import new_policy
 from reachrl.config.loading import load_config
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import find_device

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from reachrl import threads
 
 if TYPE_CHECKING:
-    from reachrl.api import evaluate, load_policy, train
+    from reachrl.api import evaluate, train
+    from reachrl.backends.policy_loading import load_policy
     from reachrl.config.loading import load_config
 
 __all__ = ["__version__", "evaluate", "load_config", "load_policy", "train"]
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "evaluate": "reachrl.api",
     "load_config": "reachrl.config.loading",
-    "load_policy": "reachrl.api",
+    "load_policy": "reachrl.backends.policy_loading",
     "train": "reachrl.api",
 }
 

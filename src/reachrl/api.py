@@ -1,7 +1,6 @@
-"""The functions that `import reachrl` offers: load a policy, train, evaluate."""
+"""The functions `reachrl.train` and `reachrl.evaluate`."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +11,13 @@ from reachrl.cli.display import Display
 from reachrl.cli.terminal import Terminal
 from reachrl.config.evaluation import mode_temperature
 from reachrl.config.train import TrainConfig
-from reachrl.errors import CheckpointError, ConfigError, StopTraining
+from reachrl.errors import ConfigError, StopTraining
 from reachrl.pipeline import STAGES, run_stage, trained_iterations
 from reachrl.results import EvaluationResult, TrainResult
 from reachrl.run.checkpoint import latest_checkpoint
 from reachrl.run.metrics import read_metrics
 
 if TYPE_CHECKING:
-    import torch
-
     from reachrl.loop import Callback
     from reachrl.policies.base import Policy
 
@@ -79,7 +76,7 @@ def evaluate(
         ConfigError: another mode, or a policy for another environment.
         ReachRLError: the policy cannot be loaded, or an environment keeps failing.
     """
-    from reachrl.backends.building import limit_threads
+    from reachrl.backends.policy_loading import limit_threads, load_policy
     from reachrl.envs.vector import VectorEnv
     from reachrl.evaluation import evaluate as play
     from reachrl.evaluation import heldout_starts, protocol_hash
@@ -104,67 +101,6 @@ def evaluate(
             acting.eval(), envs, starts, mode=mode, config=config.eval, on_episode=lambda _: progress.advance(1)
         )
     return EvaluationResult.of(mode, found.record(), protocol_hash=protocol_hash(config), caveats=caveats(config))
-
-
-def load_policy(source: Path | str, *, device: "torch.device | str" = "auto", dataset: str | None = None) -> "Policy":
-    """Read a policy to act with.
-
-    Args:
-        source: a saved policy; a run folder (its trained policy) or one of its `checkpoints/step_N`; adapters; an
-            official OpenVLA checkpoint, as a folder or as `owner/name` on the Hugging Face hub.
-        device: such as `cpu` or `cuda:1`; `auto` is the first GPU if there is one.
-        dataset: of an official checkpoint with several sets of action statistics: the one for your robot.
-
-    Returns:
-        The policy, ready for `policy.predict`.
-
-    Raises:
-        CheckpointError: nothing there is a policy, or a file is missing, damaged or of another architecture.
-        ConfigError: no such device, or the policy is of a class that only a stored file names.
-    """
-    import torch
-
-    from reachrl.backends.building import find_device
-    from reachrl.registry import resolve
-
-    folder = policy_folder(Path(os.path.expanduser(source)))
-    options = {} if dataset is None else {"dataset": dataset}
-    with torch.device(find_device(str(device))):
-        return resolve("policies", _kind(folder)).from_pretrained(folder, **options).eval()
-
-
-def policy_folder(source: Path) -> Path:
-    """The folder of the policy that a run folder or a training checkpoint holds; others as they are.
-
-    Raises:
-        CheckpointError: a run whose training has not finished.
-    """
-    if (source / "state.json").is_file() and (source / "policy").is_dir():
-        return source / "policy"
-    if not (source / "stages.json").is_file():
-        return source
-    if (source / "policy").is_dir():
-        return source / "policy"
-    latest = latest_checkpoint(source / "checkpoints")
-    remedy = "train first" if latest is None else f"load its last checkpoint, {latest}, or finish it"
-    raise CheckpointError(f"{source}: training has not finished in this run, so it has no policy/ yet; {remedy}")
-
-
-def _kind(folder: Path) -> str:
-    """The kind of a saved policy: what the configuration of the run around it says, else the built-in one."""
-    from reachrl.registry import check_stored
-
-    run = next((each for each in folder.absolute().parents[:3] if (each / "stages.json").is_file()), None)
-    if run is None or not (run / "config.json").is_file():
-        return "openvla"
-    try:
-        kind = str(json.loads((run / "config.json").read_text(encoding="utf-8"))["policy"]["kind"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{run / 'config.json'} does not say of which kind the policy is: {error!r}") from error
-    check_stored(
-        "policies", kind, where=str(run / "config.json"), remedy="import its class and call from_pretrained(folder)"
-    )
-    return kind
 
 
 def _display(quiet: bool) -> Display:

@@ -113,6 +113,6 @@ class TrainResult:
     @cached_property
     def policy(self) -> "Policy":
         """The policy, loaded when first asked for."""
-        from reachrl.api import load_policy
+        from reachrl.backends.policy_loading import load_policy
 
         return load_policy(self.policy_folder, device=self.device)

@@ -9,7 +9,7 @@ from reachrl.config.curriculum import SuccessRateConfig, UniformConfig
 from reachrl.curriculum.success_rate import SuccessRateSampler
 from reachrl.curriculum.uniform import UniformSampler
 from reachrl.functional.stats import weighted_rate
-from reachrl.loop import uniform_success
+from reachrl.iteration_record import uniform_success
 from reachrl.types import Episode, Start
 
 TASKS = ("never", "half", "always")

@@ -9,7 +9,7 @@ from test_run_report import make_run
 from reachrl.cli.results import show_evaluations
 from reachrl.config.loading import load_config
 from reachrl.errors import StorageError
-from reachrl.pipeline.assess import summary
+from reachrl.pipeline.evaluation import summary
 from reachrl.report.report import render_report
 from reachrl.run.directory import Run
 from reachrl.run.metrics import read_metrics

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reachrl.backends.building import new_policy, saved_policy
+from reachrl.backends.policy_loading import new_policy, saved_policy
 from reachrl.cli.display import Display
 from reachrl.config.demos import SFTSection
 from reachrl.config.loading import config_dict, load_config

@@ -13,7 +13,7 @@ from reachrl.demos.shard import iter_shard
 from reachrl.envs.vector import VectorEnv
 from reachrl.evaluation import ValidationCurve, compare, evaluate, heldout_starts, protocol_hash
 from reachrl.functional.stats import wilson
-from reachrl.pipeline.reinforce import policy_trajectories
+from reachrl.pipeline.rl_stages import policy_trajectories
 from reachrl.registry import build
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.directory import Run

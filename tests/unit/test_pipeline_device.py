@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reachrl.backends.building import device_of
+from reachrl.backends.policy_loading import device_of
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 

@@ -13,8 +13,8 @@ from reachrl.config.loading import load_config
 from reachrl.demos.shard import iter_shard, write_shard
 from reachrl.demos.store import finish_store
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.pipeline import assess
-from reachrl.pipeline.assess import episode_rewards
+from reachrl.pipeline import evaluation
+from reachrl.pipeline.evaluation import episode_rewards
 from reachrl.pipeline.refit import (
     Refitter,
     audit_figures,
@@ -22,7 +22,7 @@ from reachrl.pipeline.refit import (
     first_data,
     read_version,
 )
-from reachrl.pipeline.reinforce import build_reward, trained_reward
+from reachrl.pipeline.rl_stages import build_reward, trained_reward
 from reachrl.rewards.process.fit import fit_reward_model
 from reachrl.rewards.running_scale import RunningScale
 from reachrl.rollout.episodes import PlayedEpisode, Turn
@@ -205,12 +205,12 @@ def test_films_show_the_reward_that_training_ended_with(run, monkeypatch):
     assert not np.allclose(first, unscaled)  # another version of the model
 
     played = SimpleNamespace(episodes=[film(1), film(0), film(0)], record=lambda: {"episodes": []})
-    monkeypatch.setattr(assess, "evaluate", lambda *args, **kwargs: played)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: played)
     told = {"before": build_reward(scaled, run), "after": after}
     for when, paid in told.items():
         films = []
-        monkeypatch.setattr(assess, "write_film", lambda *_, process, films=films, **__: films.append(process))
-        assess._evaluate_one(scaled, run, Display(quiet=True), SimpleNamespace(prompt=str), None, [], when)
+        monkeypatch.setattr(evaluation, "write_film", lambda *_, process, films=films, **__: films.append(process))
+        evaluation._evaluate_one(scaled, run, Display(quiet=True), SimpleNamespace(prompt=str), None, [], when)
         expected = [episode_rewards(scaled, paid, film(seed)).parts["process"][:, 0].tolist() for seed in (1, 0, 0)]
         assert films == expected * len(scaled.eval.modes)
     turns = json.loads(run.conversation.read_text())["turns"]

@@ -22,7 +22,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from reachrl.config.loading import load_config
 from reachrl.config.reward_model import VLMRewardModelConfig
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.pipeline.reinforce import run_reward
+from reachrl.pipeline.rl_stages import run_reward
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, new_reward_model
 from reachrl.rewards.process.optimise import optimise

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_policy import toy_config, toy_policy
 
-from reachrl.backends.building import new_policy, warm_policy
+from reachrl.backends.policy_loading import new_policy, warm_policy
 from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
 from reachrl.types import Observation

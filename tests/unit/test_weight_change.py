@@ -19,7 +19,7 @@ from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.config.train import refuse_rounded_training
 from reachrl.demos.sft import _optimizer as sft_optimizer
 from reachrl.errors import ConfigError
-from reachrl.loop import warn_of_lost_steps
+from reachrl.iteration_record import warn_of_lost_steps
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.rewards.process.optimise import _optimizer as reward_optimizer
 from reachrl.rewards.process.small import SmallRewardModel

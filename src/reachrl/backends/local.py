@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reachrl.backends.base import Backend, Done, Pending, SharedWeights, Weights, Workers
-from reachrl.backends.building import new_policy, warm_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import new_learner
+from reachrl.backends.policy_loading import new_policy, warm_policy
 from reachrl.backends.shares import even_shares
 from reachrl.backends.weights import PackedWeights, actor_gap, load_packed
 from reachrl.config.algorithm import Needs

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 _RUNNERS = {
     "demos": "reachrl.pipeline.warm_start:run_demos",
     "sft": "reachrl.pipeline.warm_start:run_sft",
-    "reward": "reachrl.pipeline.reinforce:run_reward",
-    "train": "reachrl.pipeline.reinforce:run_train",
-    "eval": "reachrl.pipeline.assess:run_eval",
-    "report": "reachrl.pipeline.assess:run_report",
+    "reward": "reachrl.pipeline.rl_stages:run_reward",
+    "train": "reachrl.pipeline.rl_stages:run_train",
+    "eval": "reachrl.pipeline.evaluation:run_eval",
+    "report": "reachrl.pipeline.evaluation:run_report",
 }
 STAGES: tuple[str, ...] = tuple(_RUNNERS)
 _TRAINING = ("demos", "sft", "reward", "train")  # what leads up to trained weights
@@ -52,7 +52,7 @@ def run_stage(
     """
     if config.num_threads is not None and not os.environ.get("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(config.num_threads)  # read when OpenMP's runtime is loaded, with PyTorch
-    from reachrl.backends.building import limit_threads
+    from reachrl.backends.policy_loading import limit_threads
     from reachrl.evaluation import protocol_hash
     from reachrl.pipeline.resumption import permit
     from reachrl.run.directory import Run
@@ -70,7 +70,7 @@ def run_stage(
             "`reachrl train` without torchrun"
         )
     if rank > 0:
-        from reachrl.pipeline.reinforce import follow_train
+        from reachrl.pipeline.rl_stages import follow_train
 
         follow_train(config)
         return {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reachrl.backends.building import limit_threads, new_policy, saved_policy
+from reachrl.backends.policy_loading import limit_threads, new_policy, saved_policy
 from reachrl.config.loading import config_dict
 from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig

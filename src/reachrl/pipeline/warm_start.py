@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from reachrl.backends.building import new_policy
+from reachrl.backends.policy_loading import new_policy
 from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft

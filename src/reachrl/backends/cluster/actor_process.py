@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from reachrl.backends.building import device_of, limit_threads, saved_policy
 from reachrl.backends.cluster.transfer import fetched
 from reachrl.backends.local import LocalActors, open_groups
+from reachrl.backends.policy_loading import device_of, limit_threads, saved_policy
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.train import TrainConfig

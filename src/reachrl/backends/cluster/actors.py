@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from reachrl.backends.base import Pending, Weights
 from reachrl.backends.cluster.actor_process import Collected
-from reachrl.backends.cluster.calls import Call, Later, Remote, insist
+from reachrl.backends.cluster.calls import Call, Remote, RemoteFuture, insist
 from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
 from reachrl.envs.base import Shown
@@ -114,7 +114,7 @@ class ClusterActors:
         # Stored as it is now: a part that is collected again must not see what the curriculum learns meanwhile.
         stored = ray.put(assign)
         parts = self._ask_all("collect", lambda _: (stored, num_steps))
-        return Later(lambda: self._finish(parts.result()))
+        return RemoteFuture(lambda: self._finish(parts.result()))
 
     def metrics(self) -> dict[str, float]:
         """Losses, repetitions, moves, and how far the actors' log-probs are from the learner's."""
@@ -210,14 +210,16 @@ class ClusterActors:
 
     # ---- losses ----
 
-    def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> Later:
+    def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> RemoteFuture:
         """Call every actor now; whoever waits for the answers has what was lost done again by a successor."""
 
         def begin(number: int) -> Call:
             return self._actors[number].begin(method, *arguments(number))
 
         calls = [begin(number) for number in range(len(self._actors))]
-        return Later(lambda: [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)])
+        return RemoteFuture(
+            lambda: [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)]
+        )
 
     def _insist(self, number: int, call: Call, begin: Callable[[], Call]) -> Any:
         """The call's answer, from a successor if need be."""

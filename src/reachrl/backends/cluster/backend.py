@@ -63,13 +63,13 @@ class RayBackend(Backend):
             )
         bundles = reservation(self.config, gpus=False, evaluator=True)
         started = _start_ray(self.config, cpus=math.ceil(sum(bundle["CPU"] for bundle in bundles)))
-        crew: _Crew | None = None
+        layout: ProcessLayout | None = None
         try:
-            crew = _Crew(config, self.config, warm.absolute())
-            yield crew.workers()
+            layout = ProcessLayout(config, self.config, warm.absolute())
+            yield layout.workers()
         finally:
-            if crew is not None:
-                crew.close()
+            if layout is not None:
+                layout.close()
             if started:
                 ray.shutdown()
 
@@ -92,7 +92,7 @@ def reservation(config: RayBackendConfig, *, gpus: bool, evaluator: bool) -> lis
     return bundles + [{"CPU": config.cpus_per_actor} | gpu] * evaluator
 
 
-class _Crew:
+class ProcessLayout:
     """The processes of one run.
 
     Args:

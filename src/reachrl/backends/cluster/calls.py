@@ -52,7 +52,7 @@ class Remote:
         ray.kill(self.handle, no_restart=True)
 
 
-class Later:
+class RemoteFuture:
     """Work under way whose end somebody has to wait for.
 
     Args:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from reachrl.backends.building import limit_threads, saved_policy
 from reachrl.backends.cluster.transfer import fetched
 from reachrl.backends.local import LocalEvaluator
+from reachrl.backends.policy_loading import limit_threads, saved_policy
 from reachrl.backends.weights import PackedWeights, load_packed
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.train import TrainConfig

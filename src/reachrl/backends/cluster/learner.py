@@ -10,7 +10,7 @@ import ray
 
 from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Pending
-from reachrl.backends.cluster.calls import Call, Later, Lost, Remote
+from reachrl.backends.cluster.calls import Call, Lost, Remote, RemoteFuture
 from reachrl.backends.weights import PackedWeights
 from reachrl.envs.base import Shown
 from reachrl.errors import LearnerLostError
@@ -56,7 +56,7 @@ class ClusterLearner:
         offers = [each.begin("offer", self._offered, stored) for each in (self._leader, *self._others)]
         for offer in offers:
             self._wait(offer)
-        return Later(partial(self._wait, self._leader.begin("score", self._offered)))
+        return RemoteFuture(partial(self._wait, self._leader.begin("score", self._offered)))
 
     def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
         """One iteration of the algorithm on the rollout that was scored last."""

@@ -10,10 +10,10 @@ import ray
 import torch
 
 from reachrl.algorithms.base import Stats
-from reachrl.backends.building import limit_threads, warm_policy
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner, new_learner
+from reachrl.backends.policy_loading import limit_threads, warm_policy
 from reachrl.backends.weights import PackedWeights
 from reachrl.config.backend import RayBackendConfig
 from reachrl.config.train import TrainConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from reachrl.backends.building import device_of, limit_threads
+from reachrl.backends.policy_loading import device_of, limit_threads
 from reachrl.config.train import TrainConfig
 from reachrl.rewards.process.base import RewardModel
 

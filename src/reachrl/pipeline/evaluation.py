@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from reachrl.backends.building import saved_policy
+from reachrl.backends.policy_loading import saved_policy
 from reachrl.config.evaluation import mode_temperature
 from reachrl.config.loading import config_hash
 from reachrl.config.train import TrainConfig
@@ -19,7 +19,7 @@ from reachrl.errors import StorageError
 from reachrl.evaluation import against_headline, compare, evaluate, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.pipeline.refit import audit_figures
-from reachrl.pipeline.reinforce import build_reward, trained_reward
+from reachrl.pipeline.rl_stages import build_reward, trained_reward
 from reachrl.policies.base import Policy
 from reachrl.report.report import write_report
 from reachrl.report.video import write_film

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from reachrl.backends.base import Backend
-from reachrl.backends.building import device_of, saved_policy
 from reachrl.backends.local import LocalBackend
+from reachrl.backends.policy_loading import device_of, saved_policy
 from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError, LearnerLostError, StopTraining
-from reachrl.loop import Callback, TrainState, saved_reward_state, train
+from reachrl.loop import Callback, train
 from reachrl.pipeline.base import Display, StageProgress
 from reachrl.pipeline.refit import Refitter, first_data, read_version, with_first_pose
 from reachrl.pipeline.resumption import forget_results
@@ -28,6 +28,7 @@ from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
 from reachrl.run.directory import Run
+from reachrl.training_checkpoint import TrainState, saved_reward_state
 from reachrl.types import Start, Trajectory
 
 log = logging.getLogger(__name__)

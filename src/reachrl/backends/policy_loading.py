@@ -1,5 +1,7 @@
-"""The configured policy on the configured device, in whichever process asks."""
+"""Policies: new ones, saved ones, and the devices they are computed on."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import torch
 from reachrl import torchrun
 from reachrl.config.marks import Affects, marks
 from reachrl.config.train import TrainConfig
-from reachrl.errors import ConfigError
+from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.base import Policy
-from reachrl.registry import build, resolve
+from reachrl.registry import build, check_stored, resolve
+from reachrl.run.checkpoint import latest_checkpoint
 from reachrl.run.cores import available_cores
 
 
@@ -92,3 +95,57 @@ def warm_policy(config: TrainConfig, folder: Path, device: torch.device | None =
         torch.manual_seed(config.seed)  # of a value head that begins anew
         policy.reset_critic()
     return policy
+
+
+def load_policy(source: Path | str, *, device: torch.device | str = "auto", dataset: str | None = None) -> Policy:
+    """Read a policy to act with.
+
+    Args:
+        source: a saved policy; a run folder (its trained policy) or one of its `checkpoints/step_N`; adapters; an
+            official OpenVLA checkpoint, as a folder or as `owner/name` on the Hugging Face hub.
+        device: such as `cpu` or `cuda:1`; `auto` is the first GPU if there is one.
+        dataset: of an official checkpoint with several sets of action statistics: the one for your robot.
+
+    Returns:
+        The policy, ready for `policy.predict`.
+
+    Raises:
+        CheckpointError: nothing there is a policy, or a file is missing, damaged or of another architecture.
+        ConfigError: no such device, or the policy is of a class that only a stored file names.
+    """
+    folder = policy_folder(Path(os.path.expanduser(source)))
+    options = {} if dataset is None else {"dataset": dataset}
+    with torch.device(find_device(str(device))):
+        return resolve("policies", _kind(folder)).from_pretrained(folder, **options).eval()
+
+
+def policy_folder(source: Path) -> Path:
+    """The folder of the policy that a run folder or a training checkpoint holds; others as they are.
+
+    Raises:
+        CheckpointError: a run whose training has not finished.
+    """
+    if (source / "state.json").is_file() and (source / "policy").is_dir():
+        return source / "policy"
+    if not (source / "stages.json").is_file():
+        return source
+    if (source / "policy").is_dir():
+        return source / "policy"
+    latest = latest_checkpoint(source / "checkpoints")
+    remedy = "train first" if latest is None else f"load its last checkpoint, {latest}, or finish it"
+    raise CheckpointError(f"{source}: training has not finished in this run, so it has no policy/ yet; {remedy}")
+
+
+def _kind(folder: Path) -> str:
+    """The kind of a saved policy: what the configuration of the run around it says, else the built-in one."""
+    run = next((each for each in folder.absolute().parents[:3] if (each / "stages.json").is_file()), None)
+    if run is None or not (run / "config.json").is_file():
+        return "openvla"
+    try:
+        kind = str(json.loads((run / "config.json").read_text(encoding="utf-8"))["policy"]["kind"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run / 'config.json'} does not say of which kind the policy is: {error!r}") from error
+    check_stored(
+        "policies", kind, where=str(run / "config.json"), remedy="import its class and call from_pretrained(folder)"
+    )
+    return kind

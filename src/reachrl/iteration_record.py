@@ -1,0 +1,86 @@
+"""One iteration as a record of `metrics.jsonl`, and the warnings that its figures give cause for."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from reachrl.algorithms.base import Stats
+from reachrl.config.train import TrainConfig
+from reachrl.curriculum.base import TaskSampler
+from reachrl.functional.stats import weighted_rate
+from reachrl.run.weight_change import ALARM
+from reachrl.training_checkpoint import TrainState
+from reachrl.types import Episode, Rewards, Rollout
+
+log = logging.getLogger(__name__)
+
+
+def metrics(
+    state: TrainState,
+    rollout: Rollout,
+    rewards: Rewards,
+    stats: Stats,
+    curriculum: TaskSampler,
+) -> dict[str, Any]:
+    """One iteration's line of `metrics.jsonl`."""
+    episodes, valid = rollout.episodes, rollout.valid
+    num_valid = max(int(valid.sum()), 1)
+    return (
+        {
+            "kind": "train",
+            "iteration": state.iteration,
+            "env_steps": state.env_steps + rollout.num_env_steps,
+            "episodes": state.episodes + len(episodes),
+            "success_k": sum(episode.success for episode in episodes),
+            "success_n": len(episodes),
+            "success": sum(episode.success for episode in episodes) / len(episodes) if episodes else None,
+            "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
+        }
+        | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}
+        | stats
+        | uniform_success(episodes, curriculum)
+        | curriculum.metrics()
+    )
+
+
+def uniform_success(episodes: Sequence[Episode], curriculum: TaskSampler) -> dict[str, float | None]:
+    """Success as if every (task, training start) had been drawn equally often, whatever the curriculum preferred.
+
+    Each episode weighs 1 / (number of starts x its chance of being drawn), so a policy that stands still has the
+    same expected figure whatever the curriculum asks for. All None where a chance is unknown or no episode ended.
+
+    Returns:
+        `success_uniform`, the sum of the weights (to pool iterations by), and the effective number of episodes.
+    """
+    names = ("success_uniform", "success_uniform_weight", "success_uniform_n")
+    chances = [episode.chance for episode in episodes if episode.chance is not None]
+    if not episodes or len(chances) < len(episodes):
+        return dict.fromkeys(names)
+    units = len(curriculum.tasks) * curriculum.num_starts
+    weights = [1 / (units * chance) for chance in chances]
+    rate, effective = weighted_rate([episode.success for episode in episodes], weights)
+    return dict(zip(names, (rate, sum(weights), effective), strict=True))
+
+
+def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> None:
+    """Say so when the sampler's log-probs part from the learner's: the ratio then rests on the wrong policy."""
+    gap, alarm = stats["engine_kl"], config.rollout.engine_kl_alarm
+    if gap > alarm:
+        log.warning(
+            "iteration %d: sampler and learner log-probs differ (engine_kl %.4f > %.4f); check that both use the "
+            "same weights, temperature and numeric format, or set algorithm.importance_cap",
+            state.iteration, gap, alarm,
+        )  # fmt: skip
+
+
+def warn_of_lost_steps(state: TrainState, stats: Stats) -> None:
+    """Say so when steps are rounded away instead of changing the weights."""
+    for name, share in (("policy", stats.get("changed_weights")), ("critic", stats.get("value_changed_weights"))):
+        if share is not None and share < ALARM:  # of NaN there is nothing to say
+            log.warning(
+                "iteration %d: the last step changed %.0f %% of the %s's weights that had a gradient; the rest was "
+                "rounded away. Raise its learning rate, or hold its weights in float32",
+                state.iteration, 100 * share, name,
+            )  # fmt: skip
