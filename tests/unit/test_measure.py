@@ -121,7 +121,7 @@ def test_an_outcome_is_recorded_once_its_film_stands(policy, tmp_path, monkeypat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(measuring, "write_video", kill)
+        patch.setattr(measuring, "write_film", kill)
         with pytest.raises(Killed):
             measure(measurement(policy, out), QUIET)
     assert ("greedy", "red-square", 0) not in played(out)

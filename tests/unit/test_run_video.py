@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reachrl.errors import StorageError
-from reachrl.report import video
+from reachrl.report import overlay, video
 from reachrl.report.embed import clip, clips_that_fit, poster
 from reachrl.report.overlay import draw_overlay
 from reachrl.report.video import read_video, write_video
@@ -77,7 +77,7 @@ def test_verdict_only_on_the_last_frame_and_the_picture_is_the_frame_enlarged(su
     drawn = draw_overlay(frames, instruction="open it", values=[0.0] * 4, process=None, success=success)
     _, height, width, _ = drawn.shape
     assert height % 2 == 0 and width % 2 == 0 and width >= 288
-    right, wrong = video.SUCCESS_COLOUR, video.FAILURE_COLOUR
+    right, wrong = overlay.SUCCESS_COLOUR, overlay.FAILURE_COLOUR
     if not success:
         right, wrong = wrong, right
     for t in range(4):
@@ -96,9 +96,9 @@ def test_curves_rise_with_the_numbers_and_hide_the_future() -> None:
     frames = np.zeros((6, 96, 96, 3), np.uint8)
     values = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     drawn = draw_overlay(frames, instruction="x", values=values, process=[0.5] * 5, success=True)
-    heights = [curve_height(frame, video.VALUE_COLOUR) for frame in drawn]
+    heights = [curve_height(frame, overlay.VALUE_COLOUR) for frame in drawn]
     assert all(b < a for a, b in itertools.pairwise(heights))
-    columns = [np.nonzero(close(frame[CURVE_ROWS], video.VALUE_COLOUR, 3).any(0))[0].max() for frame in drawn]
+    columns = [np.nonzero(close(frame[CURVE_ROWS], overlay.VALUE_COLOUR, 3).any(0))[0].max() for frame in drawn]
     assert all(b > a for a, b in itertools.pairwise(columns))
     silent = draw_overlay(frames, instruction="x", values=None, process=[float("nan")] * 5, success=True)
-    assert np.isnan(curve_height(silent[2], video.VALUE_COLOUR))
+    assert np.isnan(curve_height(silent[2], overlay.VALUE_COLOUR))
