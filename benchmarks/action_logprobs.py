@@ -48,18 +48,18 @@ def build(batch: int) -> tuple[OpenVLAPolicy, OpenVLAInputs, torch.Tensor]:
     return policy, inputs, torch.randint(_FIRST, _FIRST + NUM_ACTION_BINS, (batch, 7))
 
 
-def restricted(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: torch.Tensor) -> torch.Tensor:
-    return policy.evaluate(inputs, action_ids).logprobs
+def restricted(policy: OpenVLAPolicy, inputs: OpenVLAInputs, token_ids: torch.Tensor) -> torch.Tensor:
+    return policy.evaluate(inputs, token_ids).logprobs
 
 
-def full(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: torch.Tensor) -> torch.Tensor:
+def full(policy: OpenVLAPolicy, inputs: OpenVLAInputs, token_ids: torch.Tensor) -> torch.Tensor:
     llama = policy.language_model
     assert inputs.vision_features is not None
-    text = llama.model.embed_tokens(torch.cat([inputs.prompt_ids, action_ids[:, :-1]], 1))
+    text = llama.model.embed_tokens(torch.cat([inputs.prompt_ids, token_ids[:, :-1]], 1))
     embeds = torch.cat([text[:, :1], policy.projector(inputs.vision_features), text[:, 1:]], 1)
     logits = llama(inputs_embeds=embeds, use_cache=False).logits
-    logprobs = F.log_softmax(logits.float(), -1)[:, -action_ids.shape[1] :]
-    return logprobs.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)
+    logprobs = F.log_softmax(logits.float(), -1)[:, -token_ids.shape[1] :]
+    return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
 def resident(field: str) -> int:
@@ -72,14 +72,14 @@ def resident(field: str) -> int:
 
 def measure(variant: str, batch: int, rounds: int) -> dict[str, float]:
     """Median seconds of forward and backward, and peak memory beyond the model and its gradients."""
-    policy, inputs, action_ids = build(batch)
+    policy, inputs, token_ids = build(batch)
     score = {"restricted": restricted, "full": full}[variant]
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before, seconds = resident("VmRSS"), []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        score(policy, inputs, action_ids).sum().backward()
+        score(policy, inputs, token_ids).sum().backward()
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds[1:]), "peak_bytes": resident("VmHWM") - before}
 
@@ -87,13 +87,13 @@ def measure(variant: str, batch: int, rounds: int) -> dict[str, float]:
 @torch.no_grad()
 def check() -> None:
     """The two must agree once the full distribution is renormalised over the action tokens."""
-    policy, inputs, action_ids = build(2)
-    text = policy.language_model.model.embed_tokens(torch.cat([inputs.prompt_ids, action_ids[:, :-1]], 1))
+    policy, inputs, token_ids = build(2)
+    text = policy.language_model.model.embed_tokens(torch.cat([inputs.prompt_ids, token_ids[:, :-1]], 1))
     assert inputs.vision_features is not None
     embeds = torch.cat([text[:, :1], policy.projector(inputs.vision_features), text[:, 1:]], 1)
     logits = policy.language_model(inputs_embeds=embeds, use_cache=False).logits[:, -7:, _FIRST : _FIRST + 256]
-    expected = logits.log_softmax(-1).gather(-1, (action_ids - _FIRST).unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(restricted(policy, inputs, action_ids), expected, rtol=0, atol=1e-5)
+    expected = logits.log_softmax(-1).gather(-1, (token_ids - _FIRST).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(restricted(policy, inputs, token_ids), expected, rtol=0, atol=1e-5)
 
 
 def main() -> None:

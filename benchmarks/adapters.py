@@ -63,7 +63,7 @@ def compare(size: str, batch: int, rounds: int) -> str:
         policies = build(size, Path(folder))
     seconds: dict[str, list[float]] = {name: [] for name in policies}
     samples = {name: policy.act(prompts(policy, batch)) for name, policy in policies.items()}  # warm up
-    if not torch.equal(samples["adapters"].action_ids, samples["adapters, copy"].action_ids):
+    if not torch.equal(samples["adapters"].token_ids, samples["adapters, copy"].token_ids):
         raise SystemExit(f"{size}, batch {batch}: the copy decodes other tokens")
     for _ in range(rounds):
         for name, policy in policies.items():

@@ -49,7 +49,7 @@ def parts() -> dict[str, Callable[[], object]]:
         return policy.encode(Observation(images={"camera": images}, instructions=("close the window",) * rows))
 
     acting, scoring, training = seen(15), seen(256), seen(64)
-    ids = policy.act(scoring).action_ids
+    ids = policy.act(scoring).token_ids
 
     @torch.no_grad()
     def score() -> None:

@@ -88,7 +88,7 @@ def compare(config: LanguageModelConfig, length: int, num_tokens: int, batch: in
             num_tokens=num_tokens,
             temperature=1.0,
             gumbel=None,
-        ).action_ids
+        ).token_ids
 
     @torch.no_grad()
     def generate() -> torch.Tensor:

@@ -76,8 +76,8 @@ class Iteration:
             noise = self.rng.gumbel(size=(*self.ids.shape[1:], NUM_ACTION_BINS)).astype(np.float32)
             gumbel = torch.from_numpy(noise).to(self.policy.device)
             sample = self.policy.act(self.pixels(self.images[t]), gumbel=gumbel)
-            self.policy.decode_actions(sample.action_ids)
-            self.ids[t], self.behaviour[t] = sample.action_ids.cpu(), sample.logprobs.float().cpu()
+            self.policy.decode_actions(sample.token_ids)
+            self.ids[t], self.behaviour[t] = sample.token_ids.cpu(), sample.logprobs.float().cpu()
         self.images[-1] = self.rng.integers(0, 256, self.images[-1].shape, np.uint8)
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class Iteration:
         self.batch = Batch(
             rows=torch.arange(self.steps * self.envs),
             inputs=self.rows,
-            action_ids=self.ids.flatten(0, 1),
+            token_ids=self.ids.flatten(0, 1),
             behaviour_logprobs=self.behaviour.flatten(0, 1),
             old_logprobs=self.old_logprobs,
             old_values=self.values[:-1].flatten(),

@@ -110,7 +110,7 @@ def run_decode(bench: Bench) -> None:
         ours = bench.case("decode", f"act, batch {batch}", lambda i=inputs: decode_ours(bench, i))
 
         def library(inputs: OpenVLAInputs = inputs, ours: Result | None = ours) -> Result:
-            equal = (generate(policy, inputs) == policy.act(inputs).action_ids).float().mean(0)
+            equal = (generate(policy, inputs) == policy.act(inputs).token_ids).float().mean(0)
             seconds = bench.median(lambda: generate(policy, inputs))
             shares = f"{equal.mean():.0%} of the tokens are equal, {equal[0]:.0%} of the first ones"
             faster = f"act is {seconds / ours.seconds:.2f}x as fast; " if ours else ""
@@ -272,8 +272,8 @@ def run_coarse(bench: Bench) -> None:
         inputs = make_inputs(policy, batch, cached=False)
         first = policy.act(inputs)
         # noise that outweighs every logit: all variants choose the same tokens
-        noise = torch.zeros((*first.action_ids.shape, NUM_ACTION_BINS), device=policy.device)
-        noise.scatter_(-1, (first.action_ids - policy.first_action_id).unsqueeze(-1), 1e6)
+        noise = torch.zeros((*first.token_ids.shape, NUM_ACTION_BINS), device=policy.device)
+        noise.scatter_(-1, (first.token_ids - policy.first_action_id).unsqueeze(-1), 1e6)
         exact = policy.act(inputs, gumbel=noise).logprobs.float()
         variants: dict[str, dict[str, object]] = {
             "as trained": {},

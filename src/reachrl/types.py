@@ -121,7 +121,7 @@ class Rollout:
     last_observation: Observation  # after step T, the bootstrap of rows still running
     final_observation: Observation  # E rows: what each of the E ended episodes showed last
     final_rows: Int64[np.ndarray, "E 2"]  # (t, n) of the step that ended each of them
-    action_ids: Int64[np.ndarray, "T N A"]
+    token_ids: Int64[np.ndarray, "T N A"]
     behaviour_logprobs: Float32[np.ndarray, "T N A"]
     success: Bool[np.ndarray, "T N"]
     terminated: Bool[np.ndarray, "T N"]

@@ -92,15 +92,15 @@ def test_a_broken_promise_of_a_reward_model_is_named(broken, message, tmp_path):
 
 
 class OtherTemperature(TablePolicy):
-    def evaluate(self, inputs, action_ids, *, temperature: float = 1.0) -> Evaluation:
-        return super().evaluate(inputs, action_ids)
+    def evaluate(self, inputs, token_ids, *, temperature: float = 1.0) -> Evaluation:
+        return super().evaluate(inputs, token_ids)
 
 
 class RowsInteract(TablePolicy):
     def act(self, inputs, *, temperature: float = 1.0, gumbel=None, with_values=True) -> ActionSample:
         sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
-        ids = sample.action_ids if len(sample.values) > 1 else sample.action_ids * 0
-        return ActionSample(action_ids=ids, logprobs=sample.logprobs, values=sample.values)
+        ids = sample.token_ids if len(sample.values) > 1 else sample.token_ids * 0
+        return ActionSample(token_ids=ids, logprobs=sample.logprobs, values=sample.values)
 
 
 class Shuffled(TableInputs):

@@ -16,10 +16,10 @@ from reachrl.types import Observation
 ROWS, ITERATIONS = 256, 25
 
 
-def succeeds(contexts, action_ids):
+def succeeds(contexts, token_ids):
     """Context 0 wants both tokens low, context 1 both high: a quarter of random actions."""
     wanted_high = torch.from_numpy(contexts == 1)[:, None]
-    return ((action_ids >= 128) == wanted_high).all(1)
+    return ((token_ids >= 128) == wanted_high).all(1)
 
 
 def ppo(policy, seed, **options):
@@ -57,7 +57,7 @@ def final_success(seed, *, shuffled, level="action", make=ppo):
             generator(seed, Stream.ROLLOUT_NOISE, iteration, 0).gumbel(size=(ROWS, 2, 256)).astype(np.float32)
         )
         sample = policy.act(inputs, gumbel=gumbel)
-        success = succeeds(contexts, sample.action_ids)
+        success = succeeds(contexts, sample.token_ids)
         rate = success.float().mean().item()
         rewards = success.float()
         if shuffled:
@@ -65,7 +65,7 @@ def final_success(seed, *, shuffled, level="action", make=ppo):
         batch = Batch(
             inputs=inputs.rows,
             rows=torch.arange(ROWS),
-            action_ids=sample.action_ids,
+            token_ids=sample.token_ids,
             behaviour_logprobs=sample.logprobs,
             old_logprobs=sample.logprobs,
             **credit(algorithm, rewards, sample),

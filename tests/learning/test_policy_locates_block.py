@@ -44,7 +44,7 @@ def test_a_block_is_located() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimiser.step()
     observation, target = pictures(rng, 200)
-    places = policy.decode_actions(policy.act(policy.encode(observation)).action_ids)
+    places = policy.decode_actions(policy.act(policy.encode(observation)).token_ids)
     assert np.abs(places - target).mean() < 0.15  # with unrelated rows for neighbouring bins: 0.58
     # without the right picture nothing is left: the answer comes from looking
     assert np.abs(places - np.roll(target, 1, axis=0)).mean() > 0.5

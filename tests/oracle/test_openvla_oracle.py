@@ -84,10 +84,10 @@ def test_logits_at_every_position_of_a_padded_batch(policy: OpenVLAPolicy, io: d
 
 def test_greedy_tokens_and_actions(policy: OpenVLAPolicy, io: dict[str, torch.Tensor]) -> None:
     sample = policy.act(inputs_of(io))
-    assert torch.equal(sample.action_ids, io["tokens"])
-    unit = unit_from_tokens(sample.action_ids.numpy(), 32000)
+    assert torch.equal(sample.token_ids, io["tokens"])
+    unit = unit_from_tokens(sample.token_ids.numpy(), 32000)
     np.testing.assert_allclose(policy.action_stats.unnormalise(unit), io["actions"].numpy(), rtol=0, atol=1e-15)
-    np.testing.assert_allclose(policy.decode_actions(sample.action_ids), io["actions"].numpy(), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(policy.decode_actions(sample.token_ids), io["actions"].numpy(), rtol=0, atol=1e-7)
 
 
 def test_actions_of_the_other_dataset(folder: Path, io: dict[str, torch.Tensor]) -> None:
@@ -111,7 +111,7 @@ def test_decoded_logprobs_are_the_recorded_ones(
     policy: OpenVLAPolicy, io: dict[str, torch.Tensor], temperature: float
 ) -> None:
     sample = policy.act(inputs_of(io), temperature=temperature)
-    scored = policy.evaluate(inputs_of(io), sample.action_ids, temperature=temperature)
+    scored = policy.evaluate(inputs_of(io), sample.token_ids, temperature=temperature)
     recorded = (io["tf_action_logits"] / temperature).log_softmax(-1)
     chosen = recorded.gather(-1, (io["tokens"] - 31744).unsqueeze(-1)).squeeze(-1)
     assert gap(sample.logprobs, chosen) <= 5e-5
@@ -145,7 +145,7 @@ def test_padding_changes_nothing(policy: OpenVLAPolicy, io: dict[str, torch.Tens
     ids = torch.tensor([place(row, width) for row in rows])
     inputs = OpenVLAInputs(prompt_ids=ids, prompt_mask=ids != 32000, pixel_values=io["pixel_values"])
     sample = policy.act(inputs)
-    assert torch.equal(sample.action_ids, io["tokens"])
+    assert torch.equal(sample.token_ids, io["tokens"])
     scored = policy.evaluate(inputs, io["tokens"])
     assert gap(scored.logprobs, policy.evaluate(inputs_of(io), io["tokens"]).logprobs) <= 1e-5
     assert gap(sample.logprobs, scored.logprobs) <= 1e-5
@@ -206,7 +206,7 @@ def test_separate_critic_starts_from_the_official_trunk(folder: Path, io: dict[s
         ours["model.layers.1.mlp.up_proj.weight"], policy.language_model.model.layers[1].mlp.up_proj.weight
     )
     sample = policy.act(inputs_of(io))
-    assert torch.equal(sample.action_ids, io["tokens"])
+    assert torch.equal(sample.token_ids, io["tokens"])
     assert torch.equal(sample.values, torch.zeros(3))
 
 

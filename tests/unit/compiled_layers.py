@@ -30,7 +30,7 @@ def main() -> None:
         for batch in batches:
             rows = torch.arange(batch) % 3
             ours, theirs = (policy.act(inputs(policy).rows(rows)) for policy in (compiled, plain))
-            assert torch.equal(ours.action_ids, theirs.action_ids)
+            assert torch.equal(ours.token_ids, theirs.token_ids)
             torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
         sys.stdout.write(f"{len(programs)}\n")
 

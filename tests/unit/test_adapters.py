@@ -57,7 +57,7 @@ def test_an_adapted_policy_is_the_policy_with_dense_updates(base: Path) -> None:
 def test_rollout_and_training_agree(base: Path) -> None:
     policy = adapted(base, critic="adapter")
     sample = policy.act(inputs(policy))
-    out = policy.evaluate(inputs(policy), sample.action_ids)
+    out = policy.evaluate(inputs(policy), sample.token_ids)
     assert torch.allclose(out.logprobs, sample.logprobs, atol=1e-5)
     assert torch.allclose(out.values, sample.values, atol=1e-5)
     assert torch.allclose(policy.values(inputs(policy)), sample.values, atol=1e-5)

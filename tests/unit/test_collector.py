@@ -43,7 +43,7 @@ def test_rollouts_replay_in_a_fresh_environment(setting):
     env = build("envs", config.env)
     episodes = [episode for rollout in rollouts for episode in rollout.episodes]
     images = np.concatenate([rollout.frames for rollout in rollouts])
-    ids = np.concatenate([rollout.action_ids for rollout in rollouts])
+    ids = np.concatenate([rollout.token_ids for rollout in rollouts])
     ends = np.concatenate([rollout.terminated | rollout.truncated for rollout in rollouts])
     finals = {}
     for number, rollout in enumerate(rollouts):
@@ -83,7 +83,7 @@ def test_behaviour_logprobs_and_old_logprobs_are_those_of_the_policy(setting):
         one = policy.encode(
             Observation(images={"camera": rollout.frames[t, n][None]}, instructions=(rollout.instructions[t][n],))
         )
-        out = policy.evaluate(one, torch.from_numpy(rollout.action_ids[t, n][None]), temperature=1.3)
+        out = policy.evaluate(one, torch.from_numpy(rollout.token_ids[t, n][None]), temperature=1.3)
         np.testing.assert_allclose(scored.old_logprobs[t, n], out.logprobs[0].detach().numpy(), atol=1e-5)
         assert scored.values[t, n] == pytest.approx(out.values.item(), abs=1e-5)
     for image, (t, n) in zip(rollout.final_frames, rollout.final_rows, strict=True):
@@ -102,13 +102,13 @@ def test_a_restored_collector_continues_as_if_nothing_had_happened(setting):
     resumed = Collector(policy, envs, seed=5, temperature=1.0)
     resumed.load_state(state)
     found = resumed.collect(assigner(config.env.tasks), STEPS, policy_version=1)
-    for name in ("frames", "action_ids", "behaviour_logprobs", "success", "truncated", "final_frames", "final_rows"):
+    for name in ("frames", "token_ids", "behaviour_logprobs", "success", "truncated", "final_frames", "final_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     assert found.episodes == expected.episodes
 
 
 def same_rollout(found, expected):
-    for name in ("frames", "action_ids", "success", "truncated", "valid", "final_frames", "final_rows", "progress"):
+    for name in ("frames", "token_ids", "success", "truncated", "valid", "final_frames", "final_rows", "progress"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     np.testing.assert_array_equal(found.last_observation.frames, expected.last_observation.frames)
     assert (found.instructions, found.episodes) == (expected.instructions, expected.episodes)
@@ -165,7 +165,7 @@ def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(sett
         inputs = learner._rows(rollout, rows)(rows)
         assert (inputs.vision_features is None) == train_vision
         policy.zero_grad()
-        ids = torch.from_numpy(rollout.action_ids).reshape(10, -1)
+        ids = torch.from_numpy(rollout.token_ids).reshape(10, -1)
         policy.evaluate(inputs, ids).logprobs.sum().backward()
         grads.append([p.grad.clone() for p in policy.parameter_groups()["trunk"] if p.grad is not None])
         assert np.isfinite(scored.values).all()

@@ -38,7 +38,7 @@ def test_outcomes_do_not_depend_on_the_number_of_environments(mode):
         assert bool(one.turns) == (one.start.index == 0)
         for a, b in zip(one.turns, three.turns, strict=True):
             np.testing.assert_array_equal(a.image, b.image)
-            np.testing.assert_array_equal(a.action_ids, b.action_ids)
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
     # A recorded episode is the one that its actions give in a fresh environment.
     episode = records[0].episodes[0]
     env = build("envs", config.env)
@@ -144,7 +144,7 @@ def test_noise_knows_the_split():
     with VectorEnv(config.env, 1) as envs:
         player = EpisodePlayer(policy, envs, mode="sampled", temperature=1e6, seed=5)  # uniform, whatever is seen
         played = player.play([Start(task, split, 0) for split in SPLITS], record=lambda _: True)
-    drawn = {each.start.split: each.turns[0].action_ids.tolist() for each in played}
+    drawn = {each.start.split: each.turns[0].token_ids.tolist() for each in played}
     assert len({tuple(ids) for ids in drawn.values()}) == 3
     shape = (policy.num_action_tokens, policy.num_choices)
     expected = generator(5, Stream.EVALUATION_NOISE, task, 0, 0).gumbel(size=shape).argmax(-1)

@@ -187,8 +187,8 @@ def test_acting_scoring_and_training_are_one_function(
     packed = {name: module.get_base_layer().weight.clone() for name, module in linears(policy).items()}
     sample = policy.act(inputs(policy))
     with torch.no_grad():
-        scored = policy.evaluate(inputs(policy), sample.action_ids)
-    trained = policy.evaluate(inputs(policy), sample.action_ids)
+        scored = policy.evaluate(inputs(policy), sample.token_ids)
+    trained = policy.evaluate(inputs(policy), sample.token_ids)
     for out in (scored, trained):
         assert torch.allclose(out.logprobs, sample.logprobs, atol=tolerance)
         assert torch.allclose(out.values, sample.values, atol=tolerance)
@@ -233,12 +233,12 @@ def test_the_copy_follows_every_step_and_what_is_restored(base: Path, tmp_path: 
         policy.evaluate(inputs(policy), ids).logprobs.sum().backward()
         optimizer.step()
         sample = policy.act(inputs(policy))
-        scored = policy.evaluate(inputs(policy), sample.action_ids).logprobs
+        scored = policy.evaluate(inputs(policy), sample.token_ids).logprobs
         assert torch.allclose(sample.logprobs, scored, atol=1e-5)
     adapted(base, seed=5, critic="adapter").save_pretrained(tmp_path / "policy")
     policy.restore(tmp_path / "policy")
     sample = policy.act(inputs(policy))
-    assert torch.allclose(sample.logprobs, policy.evaluate(inputs(policy), sample.action_ids).logprobs, atol=1e-5)
+    assert torch.allclose(sample.logprobs, policy.evaluate(inputs(policy), sample.token_ids).logprobs, atol=1e-5)
 
 
 # --- on disk, and on its way ------------------------------------------------------------------------

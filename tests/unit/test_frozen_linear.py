@@ -79,7 +79,7 @@ def test_decoding_in_8_bits_is_close_to_decoding_in_16(base: Path) -> None:
     whole, policy = (adapted(base, **{**FLOAT8, "rollout_precision": kind}) for kind in ("as_trained", "float8"))
     noise = torch.zeros(3, 4, 256).scatter_(-1, torch.arange(12).view(3, 4, 1), 1e6)  # the same tokens for both
     ours, theirs = (each.act(inputs(each), gumbel=noise) for each in (policy, whole))
-    assert torch.equal(ours.action_ids, theirs.action_ids)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
     gap = (ours.logprobs - theirs.logprobs).abs()
     assert 0 < gap.mean() < 0.1 and gap.max() < 0.3
     assert policy._rollout is not None

@@ -22,8 +22,8 @@ def test_it_is_the_softmax_over_every_token_and_keeps_the_contract(base) -> None
     embeds, valid = embed(policy.projector, policy.language_model.model, policy._features(rows), rows)
     logits = policy.language_model(inputs_embeds=embeds, attention_mask=valid.long(), position_ids=(
         valid.long().cumsum(1) - 1).clamp_min(0)).logits[:, -1]  # fmt: skip
-    assert torch.equal(sample.action_ids[:, 0], logits.argmax(-1))
-    expected = logits.log_softmax(-1).gather(1, sample.action_ids[:, :1]).squeeze(1)
+    assert torch.equal(sample.token_ids[:, 0], logits.argmax(-1))
+    expected = logits.log_softmax(-1).gather(1, sample.token_ids[:, :1]).squeeze(1)
     assert torch.allclose(sample.logprobs[:, 0], expected, atol=1e-5)
     assert policy.num_choices == policy.config.language_model.vocab_size == logits.shape[1]
 
@@ -42,5 +42,5 @@ def test_the_two_vocabularies_choose_alike_where_actions_are_likeliest(base) -> 
             policy.language_model.lm_head.weight[: policy.first_action_id] = 0
             policy.language_model.lm_head.weight[policy.config.language_model.vocab_end :] = 0
     ours, theirs = few.act(inputs(few)), all_tokens.act(inputs(all_tokens))
-    assert torch.equal(ours.action_ids, theirs.action_ids)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
     assert (ours.logprobs > theirs.logprobs).all()  # the rest of the vocabulary takes its share

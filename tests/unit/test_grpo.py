@@ -54,7 +54,7 @@ def by_number(rollout):
     for (t, n), episode in zip(rollout.final_rows.tolist(), rollout.episodes, strict=True):
         rows = slice(t + 1 - episode.num_steps, t + 1)
         place = sum(1 for (s, m) in rollout.final_rows.tolist() if m == n and s < t)
-        ids, images = rollout.action_ids[rows, n].tolist(), rollout.frames[rows, n].tobytes()
+        ids, images = rollout.token_ids[rows, n].tolist(), rollout.frames[rows, n].tobytes()
         found[place * rollout.valid.shape[1] + n] = (episode.start, episode.group, ids, images)
     return found
 

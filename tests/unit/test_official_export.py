@@ -41,7 +41,7 @@ def greedy(policy: OpenVLAPolicy) -> tuple[torch.Tensor, torch.Tensor]:
         prompt_ids=io["input_ids"].long(), prompt_mask=io["attention_mask"].bool(), pixel_values=io["pixel_values"]
     )
     sample = policy.act(rows, with_values=False)
-    return sample.action_ids, sample.logprobs
+    return sample.token_ids, sample.logprobs
 
 
 @pytest.fixture

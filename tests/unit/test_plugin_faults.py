@@ -31,8 +31,8 @@ class GreedyPolicy(TablePolicy):
 class DropoutPolicy(TablePolicy):
     """Scores by chance."""
 
-    def evaluate(self, inputs, action_ids, *, temperature=1.0):
-        out = super().evaluate(inputs, action_ids, temperature=temperature)
+    def evaluate(self, inputs, token_ids, *, temperature=1.0):
+        out = super().evaluate(inputs, token_ids, temperature=temperature)
         return replace(out, logprobs=out.logprobs + 0.1 * torch.randn_like(out.logprobs))
 
 
@@ -62,7 +62,7 @@ def rollout_of(policy):
     frames = {name: replace(each, images=dark(each.images)) for name, each in seen.items()}
     frames["images"] = dark(rollout.images)
     zeros = ids.astype(np.float32)
-    return replace(rollout, action_ids=ids, behaviour_logprobs=zeros, **frames)
+    return replace(rollout, token_ids=ids, behaviour_logprobs=zeros, **frames)
 
 
 def test_a_policy_that_ignores_the_noise():

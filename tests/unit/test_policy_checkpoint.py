@@ -60,10 +60,10 @@ def test_round_trip_is_exact(policy: OpenVLAPolicy, tmp_path: Path) -> None:
     other = OpenVLAPolicy.from_pretrained(tmp_path / "policy")
     assert other.architecture() == policy.architecture()
     ours, theirs = policy.act(policy.encode(observe())), other.act(other.encode(observe()))
-    assert torch.equal(ours.action_ids, theirs.action_ids)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
     assert torch.equal(ours.logprobs, theirs.logprobs)
     assert torch.equal(ours.values, theirs.values) and ours.values.abs().min() > 0
-    assert np.array_equal(policy.decode_actions(ours.action_ids), other.decode_actions(theirs.action_ids))
+    assert np.array_equal(policy.decode_actions(ours.token_ids), other.decode_actions(theirs.token_ids))
     assert np.array_equal(other.action_stats.q01, policy.action_stats.q01)
 
 

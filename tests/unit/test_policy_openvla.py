@@ -66,16 +66,16 @@ def gumbel_noise(batch: int, num_tokens: int = 4, seed: int = 0) -> torch.Tensor
     return torch.from_numpy(-np.log(-np.log(uniform))).float()
 
 
-def reference_logits(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: torch.Tensor) -> torch.Tensor:
+def reference_logits(policy: OpenVLAPolicy, inputs: OpenVLAInputs, token_ids: torch.Tensor) -> torch.Tensor:
     """Full-vocabulary logits of transformers' own forward pass, one unpadded row at a time."""
     llama: LlamaForCausalLM = policy.language_model
     rows = []
-    for i in range(len(action_ids)):
-        ids = torch.cat([inputs.prompt_ids[i][inputs.prompt_mask[i]], action_ids[i, :-1]])[None]
+    for i in range(len(token_ids)):
+        ids = torch.cat([inputs.prompt_ids[i][inputs.prompt_mask[i]], token_ids[i, :-1]])[None]
         patches = policy.projector(policy.vision_features(inputs.pixel_values[i : i + 1]))
         text = llama.get_input_embeddings()(ids)
         embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
-        rows.append(llama(inputs_embeds=embeds, use_cache=False).logits[0, -action_ids.shape[1] :])
+        rows.append(llama(inputs_embeds=embeds, use_cache=False).logits[0, -token_ids.shape[1] :])
     return torch.stack(rows)
 
 
@@ -83,12 +83,12 @@ def reference_logits(policy: OpenVLAPolicy, inputs: OpenVLAInputs, action_ids: t
 def test_evaluate_equals_transformers_forward(temperature: float) -> None:
     policy = build()
     inputs = policy.encode(observe(4))
-    action_ids = torch.randint(FIRST_ACTION, FIRST_ACTION + 256, (4, 4), generator=torch.Generator().manual_seed(0))
-    scored = policy.evaluate(inputs, action_ids, temperature=temperature)
-    logits = reference_logits(policy, inputs, action_ids)[..., FIRST_ACTION : FIRST_ACTION + 256].double() / temperature
+    token_ids = torch.randint(FIRST_ACTION, FIRST_ACTION + 256, (4, 4), generator=torch.Generator().manual_seed(0))
+    scored = policy.evaluate(inputs, token_ids, temperature=temperature)
+    logits = reference_logits(policy, inputs, token_ids)[..., FIRST_ACTION : FIRST_ACTION + 256].double() / temperature
     probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
     chosen = torch.stack(
-        [torch.stack([probs[b, a, action_ids[b, a] - FIRST_ACTION] for a in range(4)]) for b in range(4)]
+        [torch.stack([probs[b, a, token_ids[b, a] - FIRST_ACTION] for a in range(4)]) for b in range(4)]
     )
     assert probs.max() > 0.1  # not the uniform distribution
     torch.testing.assert_close(scored.logprobs.double(), chosen.log(), rtol=0, atol=2e-5)
@@ -105,14 +105,14 @@ def test_decoding_equals_teacher_forcing(critic: str, sampled: bool) -> None:
     inputs = policy.encode(observe(6))
     noise = gumbel_noise(6) if sampled else None
     sample = policy.act(inputs, temperature=1.4, gumbel=noise)
-    scored = policy.evaluate(inputs, sample.action_ids, temperature=1.4)
+    scored = policy.evaluate(inputs, sample.token_ids, temperature=1.4)
     torch.testing.assert_close(sample.logprobs, scored.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(sample.values, scored.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(sample.values, policy.values(inputs), rtol=0, atol=1e-5)
     assert sample.values.std() > 1e-3
-    logits = reference_logits(policy, inputs, sample.action_ids)[..., FIRST_ACTION : FIRST_ACTION + 256]
+    logits = reference_logits(policy, inputs, sample.token_ids)[..., FIRST_ACTION : FIRST_ACTION + 256]
     scores = logits / 1.4 + (0 if noise is None else noise)
-    assert torch.equal(scores.argmax(-1) + FIRST_ACTION, sample.action_ids)
+    assert torch.equal(scores.argmax(-1) + FIRST_ACTION, sample.token_ids)
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
@@ -124,7 +124,7 @@ def test_rows_do_not_depend_on_their_batch() -> None:
             images={"camera": observation.frames[i : i + 1]}, instructions=observation.instructions[i : i + 1]
         )
         sample = policy.act(policy.encode(alone), gumbel=noise[i : i + 1])
-        assert torch.equal(sample.action_ids[0], together.action_ids[i])
+        assert torch.equal(sample.token_ids[0], together.token_ids[i])
         torch.testing.assert_close(sample.logprobs[0], together.logprobs[i], rtol=0, atol=1e-5)
 
 
@@ -138,9 +138,9 @@ def test_sampling_frequencies_follow_the_softmax() -> None:
         vision_features=policy.vision_features(inputs.pixel_values).detach().expand(num_draws, -1, -1),
     )
     sample = policy.act(many, temperature=temperature, gumbel=gumbel_noise(num_draws, 1))
-    logits = reference_logits(policy, inputs, sample.action_ids[:1])[0, 0, FIRST_ACTION : FIRST_ACTION + 256].double()
+    logits = reference_logits(policy, inputs, sample.token_ids[:1])[0, 0, FIRST_ACTION : FIRST_ACTION + 256].double()
     expected = (logits / temperature).softmax(-1) * num_draws
-    counts = torch.bincount(sample.action_ids[:, 0] - FIRST_ACTION, minlength=256).double()
+    counts = torch.bincount(sample.token_ids[:, 0] - FIRST_ACTION, minlength=256).double()
     rare = expected < 5
     groups = [(counts[i], expected[i]) for i in torch.nonzero(~rare).flatten()]
     groups.append((counts[rare].sum(), expected[rare].sum()))
@@ -157,9 +157,9 @@ def test_cached_vision_features_give_the_same() -> None:
     policy = build()
     inputs = policy.encode(observe(3))
     cached = replace(inputs, pixel_values=None, vision_features=policy.vision_features(inputs.pixel_values).detach())
-    action_ids = policy.act(inputs).action_ids
-    assert torch.equal(policy.act(cached).action_ids, action_ids)
-    assert torch.equal(policy.evaluate(cached, action_ids).logprobs, policy.evaluate(inputs, action_ids).logprobs)
+    token_ids = policy.act(inputs).token_ids
+    assert torch.equal(policy.act(cached).token_ids, token_ids)
+    assert torch.equal(policy.evaluate(cached, token_ids).logprobs, policy.evaluate(inputs, token_ids).logprobs)
     with pytest.raises(ValueError, match="pixel_values or vision_features"):
         policy.act(replace(inputs, pixel_values=None))
 
@@ -168,8 +168,8 @@ def test_every_pixel_and_word_reaches_the_action() -> None:
     policy = build()
     inputs = policy.encode(observe(1))
     pixels = inputs.pixel_values.clone().requires_grad_()
-    action_ids = torch.full((1, 4), FIRST_ACTION)
-    policy.evaluate(replace(inputs, pixel_values=pixels), action_ids).logprobs[0, 0].backward()
+    token_ids = torch.full((1, 4), FIRST_ACTION)
+    policy.evaluate(replace(inputs, pixel_values=pixels), token_ids).logprobs[0, 0].backward()
     assert (pixels.grad.abs().amax(1) > 0).all()
     used = policy.language_model.model.embed_tokens.weight.grad.abs().sum(1).nonzero().flatten()
     assert set(inputs.prompt_ids[inputs.prompt_mask].tolist()) == set(used.tolist())
@@ -197,8 +197,8 @@ def gradients(policy: OpenVLAPolicy) -> dict[str, set[str]]:
 def test_value_loss_moves_only_what_it_should(critic: str, to_trunk: bool, roles: set[str]) -> None:
     policy = build(critic=critic, value_gradient_to_trunk=to_trunk)
     inputs = policy.encode(observe(2))
-    action_ids = policy.act(inputs).action_ids
-    for values in (policy.values(inputs), policy.evaluate(inputs, action_ids).values):
+    token_ids = policy.act(inputs).token_ids
+    for values in (policy.values(inputs), policy.evaluate(inputs, token_ids).values):
         values.square().sum().backward()
         moved = gradients(policy)
         assert {role for role, names in moved.items() if names} == roles
@@ -208,7 +208,7 @@ def test_value_loss_moves_only_what_it_should(critic: str, to_trunk: bool, roles
 def test_policy_loss_moves_the_actor_and_only_the_action_rows() -> None:
     policy = build(critic="separate")
     inputs = policy.encode(observe(2))
-    policy.evaluate(inputs, policy.act(inputs, gumbel=gumbel_noise(2)).action_ids).logprobs.sum().backward()
+    policy.evaluate(inputs, policy.act(inputs, gumbel=gumbel_noise(2)).token_ids).logprobs.sum().backward()
     head = policy.language_model.lm_head.weight.grad
     rows = head.abs().sum(1).nonzero().flatten()
     assert (rows.min(), rows.max(), len(rows)) == (FIRST_ACTION, FIRST_ACTION + 255, 256)
@@ -266,9 +266,9 @@ def test_bfloat16_trunk_agrees_roughly_and_keeps_its_value_head() -> None:
     assert half.value_head.fc1.weight.dtype == torch.float32
     assert half.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     inputs = full.encode(observe(2))
-    action_ids = full.act(inputs).action_ids
+    token_ids = full.act(inputs).token_ids
     torch.testing.assert_close(
-        half.evaluate(inputs, action_ids).logprobs, full.evaluate(inputs, action_ids).logprobs, rtol=0, atol=0.05
+        half.evaluate(inputs, token_ids).logprobs, full.evaluate(inputs, token_ids).logprobs, rtol=0, atol=0.05
     )
 
 

@@ -31,7 +31,7 @@ def make(seed=0, rows=48):
     batch = Batch(
         inputs=inputs.rows,
         rows=torch.arange(rows),
-        action_ids=sample.action_ids,
+        token_ids=sample.token_ids,
         behaviour_logprobs=sample.logprobs,
         old_logprobs=sample.logprobs,
         old_values=sample.values,
@@ -70,7 +70,7 @@ def test_one_minibatch_equals_plain_autograd_and_adamw():
     )
     update(PPO(config, policy, seed=3, temperature=1.0), batch)
 
-    out = reference.evaluate(batch.inputs(torch.arange(48)), batch.action_ids)
+    out = reference.evaluate(batch.inputs(torch.arange(48)), batch.token_ids)
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     surrogate, _ = policy_loss(
         out.logprobs, batch.old_logprobs, advantages, clip_eps_low=0.2, clip_eps_high=0.28, ratio_level="action"
@@ -163,7 +163,7 @@ def test_each_step_is_that_of_the_mean_over_its_own_minibatch():
     groups = [{"params": [reference.logits], "lr": 1e-2}, {"params": [reference.value], "lr": 1e-2}]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
     for rows in map(torch.tensor, seen[:3]):
-        out = reference.evaluate(batch.inputs(rows), batch.action_ids[rows])
+        out = reference.evaluate(batch.inputs(rows), batch.token_ids[rows])
         ratio = (out.logprobs - batch.old_logprobs[rows]).sum(-1).exp()
         surrogate = torch.min(ratio * advantages[rows], ratio.clamp(0.8, 1.28) * advantages[rows])
         error = torch.nn.functional.huber_loss(out.values, batch.returns[rows])
@@ -178,8 +178,8 @@ def kl_per_token(policy, batch):
     """Between the batch's old policy and the one there is now, with numpy alone."""
     table = policy.logits.detach().double().numpy()
     table = table - np.log(np.exp(table).sum(-1, keepdims=True))
-    contexts = batch.inputs(torch.arange(len(batch.action_ids))).pixels[:, 0].long().numpy()
-    ids = batch.action_ids.numpy()
+    contexts = batch.inputs(torch.arange(len(batch.token_ids))).pixels[:, 0].long().numpy()
+    ids = batch.token_ids.numpy()
     new = table[contexts[:, None], np.arange(ids.shape[1])[None], ids]
     gap = new - batch.old_logprobs.double().numpy()
     return float(np.mean(np.exp(gap) - 1 - gap))
@@ -253,8 +253,8 @@ def test_the_kl_stop_does_not_depend_on_the_number_of_tokens():
         wide = TablePolicy(TablePolicyConfig(num_action_tokens=2 * copies))
         with torch.no_grad():
             wide.logits.copy_(policy.logits.repeat(1, copies, 1))
-        ids, old = (field.repeat(1, copies) for field in (batch.action_ids, batch.old_logprobs))
-        wider = changed(batch, action_ids=ids, behaviour_logprobs=old, old_logprobs=old)
+        ids, old = (field.repeat(1, copies) for field in (batch.token_ids, batch.old_logprobs))
+        wider = changed(batch, token_ids=ids, behaviour_logprobs=old, old_logprobs=old)
         # Without a clip that bites, AdamW moves each token by the learning rate.
         config = PPOConfig(
             epochs=6, minibatch_size=48, lr=0.02, target_kl=2e-3, clip_eps_low=0.99, clip_eps_high=99, adam_eps=1e-12,

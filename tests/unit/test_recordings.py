@@ -47,7 +47,7 @@ def recorded(base: Path, **changes: object) -> tuple[OpenVLAPolicy, Traces]:
 
 
 def assert_equal(ours: ActionSample, theirs: ActionSample) -> None:
-    assert torch.equal(ours.action_ids, theirs.action_ids)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
     torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=0)
 
@@ -81,9 +81,9 @@ def test_one_size_is_recorded_once(base: Path) -> None:
 def test_the_next_replay_does_not_touch_what_was_given(base: Path) -> None:
     policy, _ = recorded(base)
     first = policy.act(rows(policy, 0, 1, 2), gumbel=noise(3))
-    kept = first.action_ids.clone(), first.logprobs.clone()
+    kept = first.token_ids.clone(), first.logprobs.clone()
     policy.act(rows(policy, 2, 0, 1), gumbel=noise(3, seed=1))
-    assert torch.equal(first.action_ids, kept[0]) and torch.equal(first.logprobs, kept[1])
+    assert torch.equal(first.token_ids, kept[0]) and torch.equal(first.logprobs, kept[1])
 
 
 def test_replays_use_the_newest_weights(base: Path) -> None:
@@ -93,7 +93,7 @@ def test_replays_use_the_newest_weights(base: Path) -> None:
         for parameter in policy.parameter_groups()["trunk"]:
             parameter.mul_(1.3)
     sample = policy.act(inputs(policy), gumbel=noise(3))
-    scored = policy.evaluate(inputs(policy), sample.action_ids).logprobs
+    scored = policy.evaluate(inputs(policy), sample.token_ids).logprobs
     assert traces.count == 1 and not torch.allclose(before.logprobs, sample.logprobs, atol=1e-3)
     torch.testing.assert_close(sample.logprobs, scored, atol=1e-5, rtol=0)
 
@@ -118,7 +118,7 @@ def test_cuda_graphs_decode_as_without_them(base: Path) -> None:
     for index in ((0,), (0, 1, 2), (2, 1, 0), (0, 1, 2, 0, 1)):
         for gumbel in (None, noise(len(index)).cuda()):
             samples = [each.act(rows(each, *index), gumbel=gumbel) for each in (policy, plain)]
-            assert torch.equal(samples[0].action_ids, samples[1].action_ids)
+            assert torch.equal(samples[0].token_ids, samples[1].token_ids)
             torch.testing.assert_close(samples[0].logprobs, samples[1].logprobs, atol=1e-4, rtol=0)
     assert policy._rollout is not None and plain._rollout is not None
     assert policy._rollout.recordings is not None and plain._rollout.recordings is None

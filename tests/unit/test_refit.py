@@ -164,7 +164,7 @@ def film(seed):
             observation=one_camera(rng.integers(0, 255, (1, 32, 32, 3), dtype=np.uint8)),
             ee_state=rng.random(4).astype(np.float32),
             progress=np.full(2, np.nan, np.float32),
-            action_ids=np.zeros(4, np.int64),
+            token_ids=np.zeros(4, np.int64),
             action=np.zeros(4, np.float32),
             logprob=0.0,
             value=0.0,

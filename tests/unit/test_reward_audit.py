@@ -35,7 +35,7 @@ def rollout_of(outcomes, scores, *, lost=()):
         last_observation=Observation(images={"camera": frames[0]}, instructions=("reach the goal",)),
         final_observation=one_camera(frames[: len(rows), 0]),
         final_rows=rows,
-        action_ids=np.zeros((steps, 1, 4), np.int64),
+        token_ids=np.zeros((steps, 1, 4), np.int64),
         behaviour_logprobs=np.zeros((steps, 1, 4), np.float32),
         success=success,
         terminated=ended & success,
@@ -131,7 +131,7 @@ def test_episodes_across_rollouts_count_once_and_lost_ones_not_at_all(tmp_path):
     parts = [(0, 6), (6, 12)]  # the second episode is cut in two
     for first, last in parts:
         cut = slice(first, last)
-        per_step = ["action_ids", "behaviour_logprobs", "ee_state", "progress"]
+        per_step = ["token_ids", "behaviour_logprobs", "ee_state", "progress"]
         per_step += ["success", "terminated", "truncated", "valid"]
         inside = [i for i, (t, _) in enumerate(rollout.final_rows) if first <= t < last]
         part = replace(

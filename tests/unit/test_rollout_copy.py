@@ -12,7 +12,7 @@ from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 def greedy(policy: OpenVLAPolicy) -> tuple[torch.Tensor, torch.Tensor]:
     sample = policy.act(inputs(policy))
-    return sample.action_ids, sample.logprobs
+    return sample.token_ids, sample.logprobs
 
 
 @pytest.mark.parametrize("parts", [("language_model",), ("language_model", "projector")])
@@ -41,7 +41,7 @@ def test_it_follows_every_optimiser_step(base: Path, foreach: bool) -> None:
         policy.evaluate(inputs(policy), ids).logprobs.sum().backward()
         optimizer.step()
         sample = policy.act(inputs(policy))
-        scored = policy.evaluate(inputs(policy), sample.action_ids).logprobs
+        scored = policy.evaluate(inputs(policy), sample.token_ids).logprobs
         assert torch.allclose(sample.logprobs, scored, atol=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_it_follows_restored_weights_and_whole_weights(base: Path, tmp_path: Pat
     with torch.no_grad():
         whole.language_model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     sample = whole.act(inputs(whole))
-    assert torch.allclose(sample.logprobs, whole.evaluate(inputs(whole), sample.action_ids).logprobs, atol=1e-5)
+    assert torch.allclose(sample.logprobs, whole.evaluate(inputs(whole), sample.token_ids).logprobs, atol=1e-5)
 
 
 def test_fifty_updates_later_nothing_has_drifted(base: Path) -> None:

@@ -51,11 +51,11 @@ def test_actions_are_drawn_at_the_named_temperature_with_the_same_noise():
     with VectorEnv(config.env, len(starts)) as envs:
         for mode in ("greedy", "sampled@0.6", "sampled"):
             result = evaluate(policy, envs, starts, mode=mode, config=options, record=lambda _: True)
-            drawn[mode] = {e.start: e.turns[0].action_ids[0] for e in result.episodes}
+            drawn[mode] = {e.start: e.turns[0].token_ids[0] for e in result.episodes}
         inputs = policy.encode(envs.reset(starts, starts))
     # The sampler's distribution of the first token, from the log-probs of every choice.
     shape = (len(starts), policy.num_action_tokens, policy.num_choices)
-    lowest = int(policy.act(inputs, gumbel=torch.zeros(shape).index_fill(2, torch.tensor(0), 1e6)).action_ids[0, 0])
+    lowest = int(policy.act(inputs, gumbel=torch.zeros(shape).index_fill(2, torch.tensor(0), 1e6)).token_ids[0, 0])
     for choice in range(policy.num_choices):
         ids = torch.full(shape[:2], lowest + choice)
         with torch.no_grad():

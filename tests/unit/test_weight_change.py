@@ -72,7 +72,7 @@ def batch(policy: OpenVLAPolicy) -> Batch:
     return Batch(
         rows=torch.arange(3),
         inputs=rows.rows,
-        action_ids=ids,
+        token_ids=ids,
         behaviour_logprobs=out.logprobs,
         old_logprobs=out.logprobs,
         old_values=out.values,

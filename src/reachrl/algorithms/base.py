@@ -32,7 +32,7 @@ class Batch:
     """
 
     rows: Int64[Tensor, "B"]
-    action_ids: Int64[Tensor, "B A"]
+    token_ids: Int64[Tensor, "B A"]
     behaviour_logprobs: Float[Tensor, "B A"]
     old_logprobs: Float[Tensor, "B A"]
     advantages: Float[Tensor, "B"]
@@ -138,7 +138,7 @@ def decisions(rollout: Rollout, scored: Scored, keep: Int64[Tensor, "B"], **cred
         credit: further arrays [T N ...] by name, such as `advantages`.
     """
     arrays = {
-        "action_ids": rollout.action_ids,
+        "token_ids": rollout.token_ids,
         "behaviour_logprobs": rollout.behaviour_logprobs,
         "old_logprobs": scored.old_logprobs,
     } | credit

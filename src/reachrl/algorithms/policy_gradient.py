@@ -174,7 +174,7 @@ class PolicyGradient(Algorithm):
             loss = torch.zeros((), device=device)
             values: Tensor | None = None
             if train_policy:
-                out = self._evaluate(inputs, batch.action_ids[micro])
+                out = self._evaluate(inputs, batch.token_ids[micro])
                 values = out.values
                 loss = self._policy_loss(out, batch, micro, share, sums)
             elif self._value_parameters:
@@ -223,9 +223,9 @@ class PolicyGradient(Algorithm):
         sums["log_ratio_max"] = max(sums["log_ratio_max"], ratio_stats["log_ratio_max"].item())
         return surrogate.mean() - config.entropy_coef * out.entropy.mean()
 
-    def _evaluate(self, inputs: PolicyInputs, action_ids: Tensor) -> Evaluation:
+    def _evaluate(self, inputs: PolicyInputs, token_ids: Tensor) -> Evaluation:
         """Score given actions, with values only where there is a critic."""
-        ids = action_ids.to(self.policy.device)
+        ids = token_ids.to(self.policy.device)
         if self._value_parameters:
             return self.policy.evaluate(inputs, ids, temperature=self.temperature)
         return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)
@@ -243,20 +243,20 @@ class PolicyGradient(Algorithm):
         inputs = batch.inputs(rows)
         if not with_policy:
             return self.policy.values(inputs).sum()
-        out = self._evaluate(inputs, batch.action_ids[rows])
+        out = self._evaluate(inputs, batch.token_ids[rows])
         total = out.logprobs.sum() + out.entropy.sum()
         return total if out.values is None else total + out.values.sum()
 
     @torch.no_grad()
     def _kl_since(self, batch: Batch, iteration: int, most: int) -> float:
         """KL(old || current policy) in nats per token: the mean over the batch, or over `most` random rows of it."""
-        order = generator(self.seed, Stream.KL_ROWS, iteration).permutation(len(batch.action_ids))
+        order = generator(self.seed, Stream.KL_ROWS, iteration).permutation(len(batch.token_ids))
         rows = torch.from_numpy(order[:most])
         parts = equal_parts(rows if batch.own is None else rows[batch.own[rows]], self.config.score_batch_size)
         idle = self._passes_of_the_others(len(parts))
         total = torch.zeros((), dtype=torch.float64)
         for part in parts:
-            out = self._evaluate(batch.inputs(part), batch.action_ids[part])
+            out = self._evaluate(batch.inputs(part), batch.token_ids[part])
             total += token_kl(out.logprobs.cpu().double(), batch.old_logprobs[part].double()).sum()
         for _ in range(idle):
             self._scores(batch, rows[:1], with_policy=True)

@@ -104,7 +104,7 @@ class LocalLearner:
         flat = rollout.decisions()
         if len(self._scored) < len(flat):  # all of them need no copy
             flat = flat.rows(self._scored)
-        ids = torch.from_numpy(rollout.action_ids.reshape(steps * envs, -1)[self._scored])
+        ids = torch.from_numpy(rollout.token_ids.reshape(steps * envs, -1)[self._scored])
         logprobs, values, cached = [], [], []
         block = self.group.block(len(ids))
         batch = self.config.score_batch_size
@@ -240,9 +240,9 @@ class LocalLearner:
                 inputs = self._encode(flat, rows)
                 self._evaluate(inputs, ids[rows])
 
-    def _evaluate(self, inputs: PolicyInputs, action_ids: Tensor) -> Evaluation:
+    def _evaluate(self, inputs: PolicyInputs, token_ids: Tensor) -> Evaluation:
         """Score given actions, with values only if the algorithm needs them."""
-        ids = action_ids.to(self.policy.device)
+        ids = token_ids.to(self.policy.device)
         if self.config.needs.values:
             return self.policy.evaluate(inputs, ids, temperature=self.temperature)
         return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)

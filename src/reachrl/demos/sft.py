@@ -116,7 +116,7 @@ class _Training:
             raise ConfigError(f"{store.folder}: no step to train on; collect at least one demonstration per task.")
         self.steps = total_steps(config, len(self.train_rows))
         with torch.no_grad():
-            self.action_ids = policy.encode_actions(self.data.actions).cpu()
+            self.token_ids = policy.encode_actions(self.data.actions).cpu()
         self.optimizer = _optimizer(policy, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step = 0
@@ -178,7 +178,7 @@ class _Training:
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
             inputs = self.policy.encode(observation.rows(part))
-            targets = self.action_ids[rows[part]].to(self.policy.device)
+            targets = self.token_ids[rows[part]].to(self.policy.device)
             # The mean over the whole minibatch, whatever the size of the parts.
             loss = -self.policy.evaluate(inputs, targets).logprobs.sum() / (len(rows) * targets.shape[1])
             loss.backward()
@@ -213,9 +213,9 @@ class _Training:
             part = rows[first : first + size]
             images = {camera: seen[part] for camera, seen in self.data.images.items()}
             inputs = self.policy.encode(self._observation(part, images))
-            targets = self.action_ids[part].to(self.policy.device)
+            targets = self.token_ids[part].to(self.policy.device)
             nll -= self.policy.evaluate(inputs, targets).logprobs.double().mean(dim=1).sum().item()
-            greedy = self.policy.act(inputs).action_ids
+            greedy = self.policy.act(inputs).token_ids
             right += (greedy == targets).double().mean(dim=1).sum().item()
             error += float(np.abs(self.policy.decode_actions(greedy) - self.data.actions[part]).mean(axis=1).sum())
         count = len(rows)

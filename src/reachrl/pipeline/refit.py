@@ -121,7 +121,7 @@ def episode_trajectories(rollout: Rollout) -> list[Trajectory]:
                     camera: np.concatenate([frames[rows, n], rollout.final_observation.images[camera][place, None]])
                     for camera, frames in rollout.images.items()
                 },
-                actions=rollout.action_ids[rows, n].astype(np.float32),
+                actions=rollout.token_ids[rows, n].astype(np.float32),
                 ee_state=with_first_pose(rollout.ee_state[rows, n]),
                 success=bool(rollout.success[t, n]),
                 source="policy",

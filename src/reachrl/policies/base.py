@@ -57,12 +57,12 @@ class PolicyInputs:
 class ActionSample:
     """What the decoder returns for `B` rows in one pass.
 
-    `action_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the sampling
+    `token_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the sampling
     distribution (over the policy's `num_choices` tokens, after the temperature); `values` are read at the
     first action position; they may be None where nobody asked for them.
     """
 
-    action_ids: Int64[Tensor, "B A"]
+    token_ids: Int64[Tensor, "B A"]
     logprobs: Float[Tensor, "B A"]
     values: Float[Tensor, "B"] | None
 
@@ -177,11 +177,11 @@ class Policy(nn.Module, ABC):
             gumbel = torch.from_numpy(noise).to(self.device)
         inputs = self.encode(observation)
         sample = self.act(inputs, temperature=temperature or 1.0, gumbel=gumbel, with_values=False)
-        return self.decode_actions(sample.action_ids)
+        return self.decode_actions(sample.token_ids)
 
     @torch.no_grad()
     def acting_logprobs(
-        self, inputs: Any, action_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self, inputs: Any, token_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
     ) -> Float[Tensor, "B A"]:
         """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token.
 
@@ -195,9 +195,9 @@ class Policy(nn.Module, ABC):
             noise.scatter_(-1, choices.unsqueeze(-1), 1e6)
             return self.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
 
-        first_id = act(torch.zeros_like(action_ids)).action_ids[0, 0]
-        sample = act(action_ids - first_id)
-        if not sample.action_ids.equal(action_ids):
+        first_id = act(torch.zeros_like(token_ids)).token_ids[0, 0]
+        sample = act(token_ids - first_id)
+        if not sample.token_ids.equal(token_ids):
             raise ExtensionError(
                 f"{type(self).__name__}.act did not take the tokens that its noise chooses: a token must be "
                 "argmax(logits / temperature + gumbel) over `num_choices` tokens in the order of their ids. Mend "
@@ -209,7 +209,7 @@ class Policy(nn.Module, ABC):
     def evaluate(
         self,
         inputs: Any,
-        action_ids: Int64[Tensor, "B A"],
+        token_ids: Int64[Tensor, "B A"],
         *,
         temperature: float = 1.0,
         with_values: bool = True,
@@ -224,7 +224,7 @@ class Policy(nn.Module, ABC):
         """State values; the same number that `act` and `evaluate` return for the same state."""
 
     @abstractmethod
-    def decode_actions(self, action_ids: Int64[Tensor, "B A"]) -> np.ndarray:
+    def decode_actions(self, token_ids: Int64[Tensor, "B A"]) -> np.ndarray:
         """Map action tokens to actions f32[B D] in the environment's units."""
 
     @abstractmethod

@@ -90,9 +90,9 @@ class Collector:
             began, observation = time.time(), self._observation
             inputs = self.policy.encode(observation)
             sample = self.policy.act(inputs, temperature=self.temperature, gumbel=self._noise(), with_values=False)
-            actions = self.policy.decode_actions(sample.action_ids)
+            actions = self.policy.decode_actions(sample.token_ids)
             rows["observations"].append(observation)
-            rows["ids"].append(sample.action_ids.cpu().numpy())
+            rows["ids"].append(sample.token_ids.cpu().numpy())
             rows["logprobs"].append(sample.logprobs.float().cpu().numpy())
             self.envs.send(actions, _starts(self._next_draws))
             self._log.add("decode", began)
@@ -221,7 +221,7 @@ class Collector:
             last_observation=last,
             final_observation=Observation.concat([last.rows(slice(0)), *(final for final, _ in finals)]),
             final_rows=np.array([row for _, row in finals], dtype=np.int64).reshape(-1, 2),
-            action_ids=np.stack(rows["ids"]),
+            token_ids=np.stack(rows["ids"]),
             behaviour_logprobs=np.stack(rows["logprobs"]),
             success=np.stack([step.success for step in steps]),
             terminated=np.stack([step.terminated for step in steps]),

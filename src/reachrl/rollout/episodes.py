@@ -30,7 +30,7 @@ class Turn:
     observation: Observation  # one row
     ee_state: np.ndarray  # f32[4] after the action
     progress: np.ndarray  # f32[2] before and after the action; NaN where the simulator reports none
-    action_ids: np.ndarray  # i64[A]
+    token_ids: np.ndarray  # i64[A]
     action: np.ndarray  # f32[D]
     logprob: float
     value: float
@@ -113,7 +113,7 @@ class EpisodePlayer:
         while len(finished) < len(starts):
             current = at(places)
             sample = self._act(observation, current, lengths)
-            actions = self.policy.decode_actions(sample.action_ids)
+            actions = self.policy.decode_actions(sample.token_ids)
             fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)
             for n, (place, start) in enumerate(zip(places, current, strict=True)):
@@ -183,7 +183,7 @@ def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, s
         observation=observation.rows(slice(n, n + 1)),
         ee_state=step.ee_state[n],
         progress=step.progress[n],
-        action_ids=sample.action_ids[n].cpu().numpy(),
+        token_ids=sample.token_ids[n].cpu().numpy(),
         action=actions[n],
         logprob=float(sample.logprobs[n].sum()),
         value=float(sample.values[n]),  # pyright: ignore[reportOptionalSubscript]  (asked for above)

@@ -8,7 +8,7 @@ import numpy as np
 from reachrl.types import Observation, Rewards, Rollout
 
 _BY_STEP_AND_ENV = (
-    *("action_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid"),
+    *("token_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid"),
     *("ee_state", "progress"),
 )
 

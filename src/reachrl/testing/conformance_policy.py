@@ -42,7 +42,7 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
 
 @torch.no_grad()
 def _check_scores(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
-    scored = policy.evaluate(inputs, sample.action_ids, temperature=temperature)
+    scored = policy.evaluate(inputs, sample.token_ids, temperature=temperature)
     _same(sample.logprobs, scored.logprobs, "act's log-probs are not those evaluate gives the same actions")
     if sample.values is None or scored.values is None:
         raise ExtensionError("act and evaluate return values unless with_values is false.")
@@ -56,37 +56,37 @@ def _check_scores(policy: Policy, inputs: PolicyInputs, sample: ActionSample, te
 def _check_rows_alone(
     policy: Policy, inputs: PolicyInputs, sample: ActionSample, gumbel: torch.Tensor, temperature: float
 ) -> None:
-    for row in range(len(sample.action_ids)):
+    for row in range(len(sample.token_ids)):
         index = torch.tensor([row], device=policy.device)
         alone = policy.act(inputs.rows(index), temperature=temperature, gumbel=gumbel[index])
-        if not torch.equal(alone.action_ids, sample.action_ids[index]):
+        if not torch.equal(alone.token_ids, sample.token_ids[index]):
             raise ExtensionError(f"row {row} decodes to other tokens alone than in its batch; rows must not interact.")
         _same(alone.logprobs, sample.logprobs[index], "a row's log-probs depend on its batch")
 
 
 @torch.no_grad()
 def _check_cached_vision(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
-    scored = policy.evaluate(policy.cache(inputs), sample.action_ids, temperature=temperature)
+    scored = policy.evaluate(policy.cache(inputs), sample.token_ids, temperature=temperature)
     _same(sample.logprobs, scored.logprobs, "log-probs from cached rows differ from those from the rows of encode")
 
 
 @torch.no_grad()
 def _check_batches(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temperature: float) -> None:
     """Rows survive being taken apart, put together and moved, before and after `cache`."""
-    count = len(sample.action_ids)
+    count = len(sample.token_ids)
     if len(inputs) != count:
         raise ExtensionError(f"encode's rows say they are {len(inputs)}; {count} were observed.")
     backwards = torch.arange(count - 1, -1, -1)
-    expected = policy.evaluate(inputs, sample.action_ids, temperature=temperature).logprobs[backwards]
+    expected = policy.evaluate(inputs, sample.token_ids, temperature=temperature).logprobs[backwards]
     for each, of in ((inputs, "encode"), (policy.cache(inputs), "cache")):
         parts = [each.rows(index) for index in backwards.split(max(1, count // 2))]
         together = type(each).concat([part.to("cpu").to(policy.device) for part in parts])
-        scored = policy.evaluate(together, sample.action_ids[backwards], temperature=temperature)
+        scored = policy.evaluate(together, sample.token_ids[backwards], temperature=temperature)
         _same(expected, scored.logprobs, f"rows of {of} taken with `rows` and joined with `concat` get other log-probs")
 
 
 def _check_actions(policy: Policy, sample: ActionSample) -> None:
-    actions = policy.decode_actions(sample.action_ids)
+    actions = policy.decode_actions(sample.token_ids)
     again = policy.decode_actions(policy.encode_actions(actions))
     if not np.allclose(actions, again, atol=1e-5):
         raise ExtensionError("decode_actions(encode_actions(a)) is not a for an action that a token stands for.")

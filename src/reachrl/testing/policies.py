@@ -81,14 +81,14 @@ class TablePolicy(Policy):
         logits = self.logits[self._contexts(inputs)] / temperature
         ids = (logits if gumbel is None else logits + gumbel).argmax(-1)
         logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-        return ActionSample(action_ids=ids, logprobs=logprobs, values=self.values(inputs))
+        return ActionSample(token_ids=ids, logprobs=logprobs, values=self.values(inputs))
 
     def evaluate(
-        self, inputs: TableInputs, action_ids: Tensor, *, temperature: float = 1.0, with_values: bool = True
+        self, inputs: TableInputs, token_ids: Tensor, *, temperature: float = 1.0, with_values: bool = True
     ) -> Evaluation:
         """Look the logits up."""
         table = (self.logits[self._contexts(inputs)] / temperature).log_softmax(-1)
-        logprobs = table.gather(-1, action_ids[..., None]).squeeze(-1)
+        logprobs = table.gather(-1, token_ids[..., None]).squeeze(-1)
         entropy = -(table.exp() * table).sum(-1)
         return Evaluation(logprobs=logprobs, entropy=entropy, values=self.values(inputs) if with_values else None)
 
@@ -96,9 +96,9 @@ class TablePolicy(Policy):
         """Look the value up."""
         return self.value[self._contexts(inputs)]
 
-    def decode_actions(self, action_ids: Tensor) -> np.ndarray:
+    def decode_actions(self, token_ids: Tensor) -> np.ndarray:
         """Tokens spread evenly over [-1, 1]."""
-        return (action_ids.numpy() / 127.5 - 1).astype(np.float32)
+        return (token_ids.numpy() / 127.5 - 1).astype(np.float32)
 
     def encode_actions(self, actions: np.ndarray) -> Tensor:
         """The nearest token."""

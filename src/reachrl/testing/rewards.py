@@ -14,7 +14,7 @@ from reachrl.rewards.episodes import episode_parts
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
 _PER_STEP = (
-    "action_ids",
+    "token_ids",
     "behaviour_logprobs",
     "success",
     "terminated",
@@ -56,7 +56,7 @@ def make_rollout(
         last_observation=one_camera(generator.integers(0, 256, (num_envs, *size), dtype=np.uint8), instruction),
         final_observation=one_camera(generator.integers(0, 256, (len(rows), *size), dtype=np.uint8), instruction),
         final_rows=rows.reshape(-1, 2).astype(np.int64),
-        action_ids=np.zeros((*shape, 4), dtype=np.int64),
+        token_ids=np.zeros((*shape, 4), dtype=np.int64),
         behaviour_logprobs=np.zeros((*shape, 4), dtype=np.float32),
         success=terminated.copy(),
         terminated=terminated,

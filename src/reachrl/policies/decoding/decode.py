@@ -18,7 +18,7 @@ from reachrl.policies.llama import PLAIN, LayerPass
 class Decoded:
     """What one pass over a batch yields."""
 
-    action_ids: Int64[Tensor, "B A"]  # vocabulary ids
+    token_ids: Int64[Tensor, "B A"]  # vocabulary ids
     logprobs: Float[Tensor, "B A"]
     first_hidden: Float[Tensor, "B E"]  # at the prompt's last position: what the value head reads
 
@@ -113,4 +113,4 @@ def decode(
     else:
         noise = torch.zeros(batch, num_tokens, len(head), device=head.device) if gumbel is None else gumbel
         ids, logprobs = recordings.replay(choose, prompt, noise, name=temperature)
-    return Decoded(action_ids=ids, logprobs=logprobs, first_hidden=prompt.hidden)
+    return Decoded(token_ids=ids, logprobs=logprobs, first_hidden=prompt.hidden)

@@ -265,12 +265,12 @@ class OpenVLAPolicy(Policy):
             )
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None
-        return ActionSample(action_ids=decoded.action_ids, logprobs=decoded.logprobs, values=values)
+        return ActionSample(token_ids=decoded.token_ids, logprobs=decoded.logprobs, values=values)
 
     def action_logits(
         self,
         inputs: OpenVLAInputs,
-        action_ids: Int64[Tensor, "B A"],
+        token_ids: Int64[Tensor, "B A"],
         *,
         temperature: float = 1.0,
         with_values: bool = True,
@@ -279,23 +279,23 @@ class OpenVLAPolicy(Policy):
         features = self._features(inputs)
         model = self.language_model.model
         with self._arithmetic():
-            embeds, valid = embed(self.projector, model, features, inputs, action_ids[:, :-1])
-            hidden = self._hidden(model, embeds, valid, action_ids.shape[1])
+            embeds, valid = embed(self.projector, model, features, inputs, token_ids[:, :-1])
+            hidden = self._hidden(model, embeds, valid, token_ids.shape[1])
             logits = action_logits(hidden, self._head(), temperature)
             return logits, self._value(features, inputs, hidden[:, 0]) if with_values else None
 
     def evaluate(
         self,
         inputs: OpenVLAInputs,
-        action_ids: Int64[Tensor, "B A"],
+        token_ids: Int64[Tensor, "B A"],
         *,
         temperature: float = 1.0,
         with_values: bool = True,
     ) -> Evaluation:
         """Score given actions over the action positions only, with gradients."""
-        logits, values = self.action_logits(inputs, action_ids, temperature=temperature, with_values=with_values)
+        logits, values = self.action_logits(inputs, token_ids, temperature=temperature, with_values=with_values)
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(-1, (action_ids - self._first_choice).unsqueeze(-1)).squeeze(-1)
+        chosen = logprobs.gather(-1, (token_ids - self._first_choice).unsqueeze(-1)).squeeze(-1)
         return Evaluation(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1), values=values)
 
     def values(self, inputs: OpenVLAInputs) -> Float[Tensor, "B"]:
@@ -326,9 +326,9 @@ class OpenVLAPolicy(Policy):
         elif stats:
             self._action_stats = stats
 
-    def decode_actions(self, action_ids: Int64[Tensor, "B A"]) -> np.ndarray:
+    def decode_actions(self, token_ids: Int64[Tensor, "B A"]) -> np.ndarray:
         """Map action tokens to actions f32[B D] in the environment's units."""
-        unit = unit_from_tokens(action_ids.cpu().numpy(), self.config.language_model.vocab_end)
+        unit = unit_from_tokens(token_ids.cpu().numpy(), self.config.language_model.vocab_end)
         return self.action_stats.unnormalise(unit).astype(np.float32)
 
     def encode_actions(self, actions: np.ndarray) -> Int64[Tensor, "B A"]:

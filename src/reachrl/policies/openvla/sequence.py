@@ -27,20 +27,20 @@ def embed(
     model: LlamaModel,
     features: Float[Tensor, "B P F"],
     inputs: OpenVLAInputs,
-    action_ids: Int64[Tensor, "B K"] | None = None,
+    token_ids: Int64[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
     """Embed rows, whatever padding their prompts come with, and say which positions are real.
 
     Every row's first action position is at the same index.
     """
-    return arrange(model, projector(features), inputs, action_ids)
+    return arrange(model, projector(features), inputs, token_ids)
 
 
 def arrange(
     model: LlamaModel,
     patches: Float[Tensor, "B P E"],
     inputs: OpenVLAInputs,
-    action_ids: Int64[Tensor, "B K"] | None = None,
+    token_ids: Int64[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
     """The same, of patches that stand in the sequence as they are."""
     ids, mask = inputs.prompt_ids, inputs.prompt_mask
@@ -51,9 +51,9 @@ def arrange(
     if mask.device.type == "cpu":  # padding that all rows share costs time; elsewhere fixed shapes are worth more
         used = mask.any(0)
         ids, mask = ids[:, used], mask[:, used]
-    if action_ids is not None:
-        ids = torch.cat([ids, action_ids], 1)
-        mask = torch.cat([mask, torch.ones_like(action_ids, dtype=torch.bool)], 1)
+    if token_ids is not None:
+        ids = torch.cat([ids, token_ids], 1)
+        mask = torch.cat([mask, torch.ones_like(token_ids, dtype=torch.bool)], 1)
     text = model.embed_tokens(ids)
     seen = torch.ones(patches.shape[:2], dtype=torch.bool, device=mask.device)
     embeds = torch.cat([text[:, :1], patches, text[:, 1:]], 1)

@@ -144,7 +144,7 @@ def _compute(policy: OpenVLAPolicy, tensors: dict[str, Tensor]) -> dict[str, Ten
         ids, mask = tensors["input_ids"].long(), tensors["attention_mask"].bool()
         inputs = OpenVLAInputs(prompt_ids=ids, prompt_mask=mask, vision_features=features)
         ours["action_row_logits"] = _row_logits(policy, inputs, ours["projected"])
-        ours["tokens"] = policy.act(inputs).action_ids
+        ours["tokens"] = policy.act(inputs).token_ids
         if "actions" in tensors:
             unit = unit_from_tokens(ours["tokens"].numpy(), policy.config.language_model.vocab_end)
             ours["actions"] = torch.from_numpy(policy.action_stats.unnormalise(unit))
