@@ -138,6 +138,8 @@ class Iteration:
             rows=torch.arange(self.steps * self.envs),
             inputs=self.rows,
             token_ids=self.ids.flatten(0, 1),
+            token_mask=torch.ones_like(self.ids.flatten(0, 1), dtype=torch.bool),
+            malformed=torch.zeros(self.steps * self.envs, dtype=torch.bool),
             behaviour_logprobs=self.behaviour.flatten(0, 1),
             old_logprobs=self.old_logprobs,
             old_values=self.values[:-1].flatten(),

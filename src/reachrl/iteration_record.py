@@ -36,6 +36,7 @@ def metrics(
             "success_k": sum(episode.success for episode in episodes),
             "success_n": len(episodes),
             "success": sum(episode.success for episode in episodes) / len(episodes) if episodes else None,
+            "malformed_rate": float(rollout.malformed[valid].mean()) if valid.any() else None,
             "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
         }
         | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}

@@ -1,7 +1,7 @@
 """The data that travels between environments, policies, rewards and the learner; rows can be taken out and joined.
 
-Dimension names used everywhere: `T` steps per env, `N` envs, `A` action tokens per action, `D` action
-dimensions, `S` numbers of a state, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
+Dimension names used everywhere: `T` steps per env, `N` envs, `A` token slots of an answer, `H` actions of a chunk, `D`
+action dimensions, `S` numbers of a state, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
 Images are by camera, in the environment's order; each camera may have a frame size of its own.
 
 Everything here is numpy, so that an environment worker never imports torch. The torch-side records
@@ -122,7 +122,9 @@ class Rollout:
     final_observation: Observation  # E rows: what each of the E ended episodes showed last
     final_rows: Int64[np.ndarray, "E 2"]  # (t, n) of the step that ended each of them
     token_ids: Int64[np.ndarray, "T N A"]
+    token_mask: Bool[np.ndarray, "T N A"]  # the slots that the policy filled; the others hold id 0 and log-prob 0
     behaviour_logprobs: Float32[np.ndarray, "T N A"]
+    malformed: Bool[np.ndarray, "T N"]  # the answer stood for no action: the policy's safe action was carried out
     success: Bool[np.ndarray, "T N"]
     terminated: Bool[np.ndarray, "T N"]
     truncated: Bool[np.ndarray, "T N"]

@@ -51,7 +51,7 @@ class Mine(Algorithm):
         assert self.updates == iteration
         rows = torch.arange(len(batch.rows))
         out = self.policy.evaluate(
-            batch.inputs(rows), batch.token_ids, temperature=self.temperature, with_values=False
+            batch.inputs(rows), batch.token_ids, batch.token_mask, temperature=self.temperature, with_values=False
         )
         ratio = (out.logprobs - batch.old_logprobs).sum(-1).exp()
         loss = -(ratio * batch.advantages).mean()

@@ -92,7 +92,7 @@ def test_a_broken_promise_of_a_reward_model_is_named(broken, message, tmp_path):
 
 
 class OtherTemperature(TablePolicy):
-    def evaluate(self, inputs, token_ids, *, temperature: float = 1.0) -> Evaluation:
+    def evaluate(self, inputs, token_ids, token_mask, *, temperature: float = 1.0) -> Evaluation:
         return super().evaluate(inputs, token_ids)
 
 
@@ -100,7 +100,7 @@ class RowsInteract(TablePolicy):
     def act(self, inputs, *, temperature: float = 1.0, gumbel=None, with_values=True) -> ActionSample:
         sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
         ids = sample.token_ids if len(sample.values) > 1 else sample.token_ids * 0
-        return ActionSample(token_ids=ids, logprobs=sample.logprobs, values=sample.values)
+        return ActionSample.full(ids, sample.logprobs, sample.values)
 
 
 class Shuffled(TableInputs):

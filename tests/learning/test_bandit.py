@@ -66,6 +66,8 @@ def final_success(seed, *, shuffled, level="action", make=ppo):
             inputs=inputs.rows,
             rows=torch.arange(ROWS),
             token_ids=sample.token_ids,
+            token_mask=sample.token_mask,
+            malformed=sample.malformed,
             behaviour_logprobs=sample.logprobs,
             old_logprobs=sample.logprobs,
             **credit(algorithm, rewards, sample),

@@ -38,13 +38,13 @@ def test_a_block_is_located() -> None:
     for step in range(250):
         optimiser.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 30)
         observation, target = pictures(rng, 32)
-        loss = -policy.evaluate(policy.encode(observation), policy.encode_actions(target)).logprobs.mean()
+        loss = -policy.evaluate(policy.encode(observation), policy.encode_actions(target[:, None])[0]).logprobs.mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimiser.step()
     observation, target = pictures(rng, 200)
-    places = policy.decode_actions(policy.act(policy.encode(observation)).token_ids)
+    places = policy.actions(policy.act(policy.encode(observation)))[:, 0]
     assert np.abs(places - target).mean() < 0.15  # with unrelated rows for neighbouring bins: 0.58
     # without the right picture nothing is left: the answer comes from looking
     assert np.abs(places - np.roll(target, 1, axis=0)).mean() > 0.5

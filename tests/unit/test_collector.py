@@ -60,7 +60,7 @@ def test_rollouts_replay_in_a_fresh_environment(setting):
             observation, _ = env.reset(options={"start": episode.start})
             for t in range(begin, end + 1):
                 np.testing.assert_array_equal(images[t, n], observation["images"]["camera"])
-                action = policy.decode_actions(torch.from_numpy(ids[t, n][None]))[0]
+                action = policy.decode_actions(torch.from_numpy(ids[t, n][None]))[0, 0]
                 observation, reward, terminated, truncated, _ = env.step(action)
                 assert (terminated or truncated) == bool(ends[t, n])
             np.testing.assert_array_equal(finals[end, n], observation["images"]["camera"])
@@ -184,7 +184,7 @@ def test_parts_with_longer_instructions_are_padded_together(setting):
             policy.cache(policy.encode(Observation(images={"camera": images[n][None]}, instructions=texts[n : n + 1])))
         )
     assert parts[0].prompt_ids.shape != parts[1].prompt_ids.shape
-    ids = policy.encode_actions(np.zeros((2, 4), np.float32))
+    ids, _ = policy.encode_actions(np.zeros((2, 1, 4), np.float32))
     together = policy.evaluate(OpenVLAInputs.concat(parts), ids)
     for n in range(2):
         alone = policy.evaluate(parts[n], ids[n : n + 1])

@@ -75,9 +75,11 @@ class ToyPolicy(Policy):
     def act(self, inputs: ToyInputs, *, temperature: float = 1.0, gumbel: Tensor | None = None) -> ActionSample:
         logits, values = self._logits(inputs)
         ids = logits.argmax(-1)
-        return ActionSample(token_ids=ids, logprobs=torch.zeros_like(ids, dtype=torch.float32), values=values)
+        return ActionSample.full(ids, torch.zeros_like(ids, dtype=torch.float32), values)
 
-    def evaluate(self, inputs: ToyInputs, token_ids: Tensor, *, temperature: float = 1.0) -> Evaluation:
+    def evaluate(
+        self, inputs: ToyInputs, token_ids: Tensor, token_mask: Tensor, *, temperature: float = 1.0
+    ) -> Evaluation:
         logits, values = self._logits(inputs)
         logprobs = logits.log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
         return Evaluation(logprobs=logprobs, entropy=torch.zeros_like(logprobs), values=values)
@@ -85,13 +87,14 @@ class ToyPolicy(Policy):
     def values(self, inputs: ToyInputs) -> Tensor:
         return self._logits(inputs)[1]
 
-    def decode_actions(self, token_ids: Tensor) -> np.ndarray:
+    def decode_actions(self, token_ids: Tensor, token_mask: Tensor) -> np.ndarray:
         q01, q99 = self.stats.numpy()
-        return (q01 + (token_ids.numpy() / 255) * (q99 - q01)).astype(np.float32)
+        return (q01 + (token_ids.numpy() / 255) * (q99 - q01)).astype(np.float32)[:, None]
 
-    def encode_actions(self, actions: np.ndarray) -> Tensor:
+    def encode_actions(self, actions: np.ndarray) -> tuple[Tensor, Tensor]:
         q01, q99 = self.stats.numpy()
-        return torch.from_numpy(np.rint(np.clip((actions - q01) / (q99 - q01), 0, 1) * 255).astype(np.int64))
+        ids = np.rint(np.clip((actions[:, 0] - q01) / (q99 - q01), 0, 1) * 255).astype(np.int64)
+        return torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.bool)
 
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
         self.stats.copy_(torch.from_numpy(np.stack([q01, q99])))
@@ -195,7 +198,7 @@ def test_toy_is_fitted(whole, store_folder: Path) -> None:
     policy.eval()
     for sign, sentence in enumerate(SENTENCES):
         inputs = policy.encode(Observation(images={"camera": images}, instructions=(sentence,) * SIZE))
-        actions = policy.decode_actions(policy.act(inputs).token_ids)
+        actions = policy.actions(policy.act(inputs))[:, 0]
         expected = np.stack([np.arange(SIZE) / (SIZE - 1) * 2 - 1, np.full(SIZE, 1.0 - 2 * sign)], 1)
         assert np.abs(actions - expected).max() < 0.01
 
@@ -336,9 +339,9 @@ def test_first_loss_and_gradient_equal_a_plain_formula(store_folder: Path, tmp_p
     seen: list[tuple[ToyInputs, Tensor]] = []
     evaluate = ToyPolicy.evaluate
 
-    def spy(self, inputs, token_ids, **kwargs):
+    def spy(self, inputs, token_ids, token_mask, **kwargs):
         seen.append((inputs, token_ids))
-        return evaluate(self, inputs, token_ids, **kwargs)
+        return evaluate(self, inputs, token_ids, token_mask, **kwargs)
 
     monkeypatch.setattr(ToyPolicy, "evaluate", spy)
     _, _, records = fit(store_folder, tmp_path, config)

@@ -133,6 +133,7 @@ def test_the_reference_names_every_figure_of_an_update():
     page = (ROOT / "docs" / "reference" / "run-folder.md").read_text()
     none = {name: torch.zeros(0) for name in ("advantages", "returns", "old_values")}
     none |= {name: torch.zeros(0, 2) for name in ("token_ids", "behaviour_logprobs", "old_logprobs")}
+    none |= {"token_mask": torch.zeros(0, 2, dtype=torch.bool), "malformed": torch.zeros(0, dtype=torch.bool)}
     algorithm = PPO(PPOConfig(), TablePolicy(TablePolicyConfig()), seed=0, temperature=1.0)
     figures = [*algorithm.update(Batch(rows=torch.arange(0), **none), iteration=0), "engine_kl"]
     assert [name for name in figures if f"`{name}`" not in page] == []

@@ -118,7 +118,7 @@ def test_one_of_several_statistics_must_be_named_before_the_first_action(tmp_pat
     tokens = torch.full((1, 7), 31800)
     for use in (
         lambda: policy.decode_actions(tokens),
-        lambda: policy.encode_actions(np.zeros((1, 7))),
+        lambda: policy.encode_actions(np.zeros((1, 1, 7))),
         lambda: policy.save_pretrained(tmp_path / "saved"),
     ):
         with pytest.raises(CheckpointError, match=r"2 sets.*\['tiny_a', 'tiny_b'\].*policy\.dataset"):

@@ -31,8 +31,8 @@ class GreedyPolicy(TablePolicy):
 class DropoutPolicy(TablePolicy):
     """Scores by chance."""
 
-    def evaluate(self, inputs, token_ids, *, temperature=1.0):
-        out = super().evaluate(inputs, token_ids, temperature=temperature)
+    def evaluate(self, inputs, token_ids, token_mask, *, temperature=1.0):
+        out = super().evaluate(inputs, token_ids, token_mask, temperature=temperature)
         return replace(out, logprobs=out.logprobs + 0.1 * torch.randn_like(out.logprobs))
 
 
@@ -61,15 +61,15 @@ def rollout_of(policy):
     seen = {name: getattr(rollout, name) for name in ("last_observation", "final_observation")}
     frames = {name: replace(each, images=dark(each.images)) for name, each in seen.items()}
     frames["images"] = dark(rollout.images)
-    zeros = ids.astype(np.float32)
-    return replace(rollout, token_ids=ids, behaviour_logprobs=zeros, **frames)
+    tokens = {"token_ids": ids, "token_mask": ids == 0, "behaviour_logprobs": ids.astype(np.float32)}
+    return replace(rollout, **tokens, **frames)
 
 
 def test_a_policy_that_ignores_the_noise():
     policy = GreedyPolicy(TablePolicyConfig())
     inputs = policy.encode(Observation(images={"camera": np.zeros((3, 1, 1, 3), np.uint8)}, instructions=("",) * 3))
     with pytest.raises(ExtensionError, match=r"GreedyPolicy\.act did not take the tokens .*argmax\(logits"):
-        policy.acting_logprobs(inputs, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+        policy.acting_logprobs(inputs, torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.ones(3, 2, dtype=torch.bool))
 
 
 def test_a_policy_that_scores_by_chance():

@@ -277,13 +277,13 @@ def test_actions_round_trip_in_the_environments_units() -> None:
     q01, q99 = np.array([-0.2, -1.0, 0.0, -1.0]), np.array([0.3, 1.0, 0.5, 1.0])
     policy.set_action_stats(q01, q99, np.array([True, True, True, False]))
     actions = np.random.default_rng(0).uniform(q01, q99, (50, 4)).astype(np.float32)
-    ids = policy.encode_actions(actions)
+    ids, _ = policy.encode_actions(actions[:, None])
     assert ids.min() >= FIRST_ACTION and ids.max() < FIRST_ACTION + 256
-    decoded = policy.decode_actions(ids)
+    decoded = policy.decode_actions(ids)[:, 0]
     assert decoded.dtype == np.float32
     half_bin = np.where([True, True, True, False], (q99 - q01) / 255 / 2, 1 / 255)
     assert (np.abs(decoded - actions) <= half_bin * 1.001).all()
-    assert policy.encode_actions(q99[None])[0, 0] == FIRST_ACTION  # the largest action has the smallest id
+    assert policy.encode_actions(q99[None, None])[0][0, 0] == FIRST_ACTION  # the largest action has the smallest id
     with pytest.raises(ConfigError, match="num_action_tokens = 4, but actions have 3 dimensions"):
         policy.set_action_stats(q01[:3], q99[:3], np.ones(3, bool))
 

@@ -8,6 +8,8 @@ import torch
 
 from reachrl.functional.ppo import importance_weights, policy_loss, token_kl, value_loss
 
+ALL = torch.ones(32, 4, dtype=torch.bool)
+
 
 def by_hand(new, old, advantage, low, high, level):
     """The clipped surrogate of one row with plain floats."""
@@ -26,13 +28,13 @@ def test_policy_loss_equals_the_scalar_formula(level):
     new, old = rng.normal(-3, 0.2, (32, 4)), rng.normal(-3, 0.2, (32, 4))
     advantages = rng.normal(size=32)
     loss, stats = policy_loss(
-        torch.tensor(new), torch.tensor(old), torch.tensor(advantages),
+        torch.tensor(new), torch.tensor(old), torch.tensor(advantages), ALL,
         clip_eps_low=0.2, clip_eps_high=0.3, ratio_level=level,
     )  # fmt: skip
     expected = [by_hand(n, o, a, 0.2, 0.3, level) for n, o, a in zip(new, old, advantages, strict=True)]
     np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-6)
     gaps = new - old
-    kl = token_kl(torch.tensor(new), torch.tensor(old))
+    kl = token_kl(torch.tensor(new), torch.tensor(old), ALL)
     np.testing.assert_allclose(kl.numpy(), np.mean(np.exp(gaps) - 1 - gaps, axis=1), rtol=1e-6)
     logs = gaps.sum(1, keepdims=True) if level == "action" else gaps
     assert stats["log_ratio_max"].item() == pytest.approx(np.abs(logs).max(), rel=1e-6)
@@ -44,6 +46,7 @@ def test_the_clipped_share_is_that_of_ratios_without_a_gradient(level):
     new = torch.tensor(rng.normal(-3, 0.2, (64, 4)), requires_grad=True)
     loss, stats = policy_loss(
         new, torch.tensor(rng.normal(-3, 0.2, (64, 4))), torch.tensor(rng.normal(size=64)),
+        torch.ones(64, 4, dtype=torch.bool),
         clip_eps_low=0.2, clip_eps_high=0.3, ratio_level=level,
     )  # fmt: skip
     loss.sum().backward()
@@ -60,7 +63,7 @@ def test_the_kl_of_a_token_is_that_of_the_distributions():
     exact = (old.exp() * (old - new)).sum(-1)  # of each of three tokens
     ids = torch.stack([torch.multinomial(row.exp(), 200_000, replacement=True, generator=generator) for row in old], 1)
     rows = torch.arange(3)
-    estimate = token_kl(new[rows, ids], old[rows, ids])
+    estimate = token_kl(new[rows, ids], old[rows, ids], torch.ones_like(ids, dtype=torch.bool))
     assert estimate.mean().item() == pytest.approx(exact.mean().item(), rel=0.01)
     assert 3 * estimate.mean().item() == pytest.approx(exact.sum().item(), rel=0.01)
 
@@ -75,6 +78,7 @@ def test_the_clip_stops_gradients_only_where_the_change_is_already_too_good(shif
         logprobs,
         torch.zeros(1, 2),
         torch.tensor([advantage]),
+        torch.ones(1, 2, dtype=torch.bool),
         clip_eps_low=0.2,
         clip_eps_high=0.2,
         ratio_level="action",
@@ -103,4 +107,6 @@ def test_importance_weights_are_truncated():
         torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.9]])),
         torch.log(torch.tensor([[0.5, 0.25], [0.1, 0.9]])),
     )
-    np.testing.assert_allclose(importance_weights(old, behaviour, cap=3.0).numpy(), [2.0, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        importance_weights(old, behaviour, torch.ones(2, 2, dtype=torch.bool), cap=3.0).numpy(), [2.0, 3.0], rtol=1e-6
+    )

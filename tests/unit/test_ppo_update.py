@@ -32,6 +32,8 @@ def make(seed=0, rows=48):
         inputs=inputs.rows,
         rows=torch.arange(rows),
         token_ids=sample.token_ids,
+        token_mask=sample.token_mask,
+        malformed=sample.malformed,
         behaviour_logprobs=sample.logprobs,
         old_logprobs=sample.logprobs,
         old_values=sample.values,
@@ -73,7 +75,13 @@ def test_one_minibatch_equals_plain_autograd_and_adamw():
     out = reference.evaluate(batch.inputs(torch.arange(48)), batch.token_ids)
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     surrogate, _ = policy_loss(
-        out.logprobs, batch.old_logprobs, advantages, clip_eps_low=0.2, clip_eps_high=0.28, ratio_level="action"
+        out.logprobs,
+        batch.old_logprobs,
+        advantages,
+        batch.token_mask,
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+        ratio_level="action",
     )
     error = value_loss(out.values, batch.old_values, batch.returns, kind="huber").mean()
     (surrogate.mean() - 0.01 * out.entropy.mean() + 0.5 * error).backward()
@@ -254,7 +262,8 @@ def test_the_kl_stop_does_not_depend_on_the_number_of_tokens():
         with torch.no_grad():
             wide.logits.copy_(policy.logits.repeat(1, copies, 1))
         ids, old = (field.repeat(1, copies) for field in (batch.token_ids, batch.old_logprobs))
-        wider = changed(batch, token_ids=ids, behaviour_logprobs=old, old_logprobs=old)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        wider = changed(batch, token_ids=ids, token_mask=mask, behaviour_logprobs=old, old_logprobs=old)
         # Without a clip that bites, AdamW moves each token by the learning rate.
         config = PPOConfig(
             epochs=6, minibatch_size=48, lr=0.02, target_kl=2e-3, clip_eps_low=0.99, clip_eps_high=99, adam_eps=1e-12,

@@ -165,6 +165,8 @@ def film(seed):
             ee_state=rng.random(4).astype(np.float32),
             progress=np.full(2, np.nan, np.float32),
             token_ids=np.zeros(4, np.int64),
+            token_mask=np.ones(4, bool),
+            malformed=False,
             action=np.zeros(4, np.float32),
             logprob=0.0,
             value=0.0,

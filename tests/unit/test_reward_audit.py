@@ -36,7 +36,9 @@ def rollout_of(outcomes, scores, *, lost=()):
         final_observation=one_camera(frames[: len(rows), 0]),
         final_rows=rows,
         token_ids=np.zeros((steps, 1, 4), np.int64),
+        token_mask=np.ones((steps, 1, 4), bool),
         behaviour_logprobs=np.zeros((steps, 1, 4), np.float32),
+        malformed=np.zeros((steps, 1), bool),
         success=success,
         terminated=ended & success,
         truncated=ended & ~success,
@@ -131,7 +133,7 @@ def test_episodes_across_rollouts_count_once_and_lost_ones_not_at_all(tmp_path):
     parts = [(0, 6), (6, 12)]  # the second episode is cut in two
     for first, last in parts:
         cut = slice(first, last)
-        per_step = ["token_ids", "behaviour_logprobs", "ee_state", "progress"]
+        per_step = ["token_ids", "token_mask", "behaviour_logprobs", "malformed", "ee_state", "progress"]
         per_step += ["success", "terminated", "truncated", "valid"]
         inside = [i for i, (t, _) in enumerate(rollout.final_rows) if first <= t < last]
         part = replace(

@@ -73,6 +73,8 @@ def batch(policy: OpenVLAPolicy) -> Batch:
         rows=torch.arange(3),
         inputs=rows.rows,
         token_ids=ids,
+        token_mask=torch.ones_like(ids, dtype=torch.bool),
+        malformed=torch.zeros(3, dtype=torch.bool),
         behaviour_logprobs=out.logprobs,
         old_logprobs=out.logprobs,
         old_values=out.values,

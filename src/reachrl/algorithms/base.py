@@ -33,6 +33,10 @@ class Batch:
 
     rows: Int64[Tensor, "B"]
     token_ids: Int64[Tensor, "B A"]
+    token_mask: Bool[Tensor, "B A"]
+    """The slots that hold a row's tokens; the others hold id 0 and log-prob 0, and no mean counts them."""
+    malformed: Bool[Tensor, "B"]
+    """Rows that stood for no action; they are learned from like the others."""
     behaviour_logprobs: Float[Tensor, "B A"]
     old_logprobs: Float[Tensor, "B A"]
     advantages: Float[Tensor, "B"]
@@ -139,6 +143,8 @@ def decisions(rollout: Rollout, scored: Scored, keep: Int64[Tensor, "B"], **cred
     """
     arrays = {
         "token_ids": rollout.token_ids,
+        "token_mask": rollout.token_mask,
+        "malformed": rollout.malformed,
         "behaviour_logprobs": rollout.behaviour_logprobs,
         "old_logprobs": scored.old_logprobs,
     } | credit

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from reachrl.algorithms.base import Algorithm, Batch, Group, Stats
 from reachrl.config.algorithm import KL_ROWS, STOP_ROWS, PolicyGradientSection
-from reachrl.errors import DivergedError, ExtensionError
-from reachrl.functional.ppo import importance_weights, policy_loss, token_kl
+from reachrl.errors import ConfigError, DivergedError, ExtensionError
+from reachrl.functional.ppo import evened, importance_weights, policy_loss, token_kl
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
 from reachrl.run.weight_change import WeightSample, check_float32
 from reachrl.streams import Stream, generator
@@ -57,6 +57,7 @@ class PolicyGradient(Algorithm):
             weight_decay=config.weight_decay,
         )
         self._trained = 0  # iterations that moved the policy
+        self._token_actions = _token_actions(config, policy)
 
     def update(self, batch: Batch, *, iteration: int) -> Stats:
         """Train on one iteration's batch; without rows, nothing is trained.
@@ -174,7 +175,7 @@ class PolicyGradient(Algorithm):
             loss = torch.zeros((), device=device)
             values: Tensor | None = None
             if train_policy:
-                out = self._evaluate(inputs, batch.token_ids[micro])
+                out = self._evaluate(inputs, batch, micro)
                 values = out.values
                 loss = self._policy_loss(out, batch, micro, share, sums)
             elif self._value_parameters:
@@ -200,11 +201,11 @@ class PolicyGradient(Algorithm):
     ) -> Tensor:
         """Mean clipped surrogate of the rows, minus the entropy bonus; adds their figures to `sums`."""
         config, device = self.config, self.policy.device
-        old_logprobs = batch.old_logprobs[micro].to(device)
+        mask, old_logprobs = batch.token_mask[micro].to(device), batch.old_logprobs[micro].to(device)
         importance = None
         if config.importance_cap is not None:
             behaviour = batch.behaviour_logprobs[micro].to(device)
-            importance = importance_weights(old_logprobs, behaviour, config.importance_cap)
+            importance = importance_weights(old_logprobs, behaviour, mask, config.importance_cap)
         if batch.weights is not None:
             weights = batch.weights[micro].to(device)
             importance = weights if importance is None else importance * weights
@@ -212,23 +213,26 @@ class PolicyGradient(Algorithm):
             out.logprobs,
             old_logprobs,
             batch.advantages[micro].to(device),
+            mask,
             clip_eps_low=config.clip_eps_low,
             clip_eps_high=config.clip_eps_high,
             ratio_level=config.ratio_level,
+            token_actions=None if self._token_actions is None else self._token_actions.to(device),
             importance=importance,
         )
+        entropy = evened(out.entropy, mask).mean()
         sums["policy_loss"] += share * surrogate.mean().item()
-        sums["entropy"] += share * out.entropy.mean().item()
+        sums["entropy"] += share * entropy.item()
         sums["clip_frac"] += share * ratio_stats["clip_frac"].item()
         sums["log_ratio_max"] = max(sums["log_ratio_max"], ratio_stats["log_ratio_max"].item())
-        return surrogate.mean() - config.entropy_coef * out.entropy.mean()
+        return surrogate.mean() - config.entropy_coef * entropy
 
-    def _evaluate(self, inputs: PolicyInputs, token_ids: Tensor) -> Evaluation:
-        """Score given actions, with values only where there is a critic."""
-        ids = token_ids.to(self.policy.device)
+    def _evaluate(self, inputs: PolicyInputs, batch: Batch, rows: Tensor) -> Evaluation:
+        """Score the tokens of `rows`, with values only where there is a critic."""
+        ids, mask = (each[rows].to(self.policy.device) for each in (batch.token_ids, batch.token_mask))
         if self._value_parameters:
-            return self.policy.evaluate(inputs, ids, temperature=self.temperature)
-        return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)
+            return self.policy.evaluate(inputs, ids, mask, temperature=self.temperature)
+        return self.policy.evaluate(inputs, ids, mask, temperature=self.temperature, with_values=False)
 
     def _passes_of_the_others(self, own: int) -> int:
         """How many more passes some other process makes over this minibatch, where all must make as many."""
@@ -243,7 +247,7 @@ class PolicyGradient(Algorithm):
         inputs = batch.inputs(rows)
         if not with_policy:
             return self.policy.values(inputs).sum()
-        out = self._evaluate(inputs, batch.token_ids[rows])
+        out = self._evaluate(inputs, batch, rows)
         total = out.logprobs.sum() + out.entropy.sum()
         return total if out.values is None else total + out.values.sum()
 
@@ -256,8 +260,9 @@ class PolicyGradient(Algorithm):
         idle = self._passes_of_the_others(len(parts))
         total = torch.zeros((), dtype=torch.float64)
         for part in parts:
-            out = self._evaluate(batch.inputs(part), batch.token_ids[part])
-            total += token_kl(out.logprobs.cpu().double(), batch.old_logprobs[part].double()).sum()
+            out = self._evaluate(batch.inputs(part), batch, part)
+            old, mask = batch.old_logprobs[part].double(), batch.token_mask[part]
+            total += token_kl(out.logprobs.cpu().double(), old, mask).sum()
         for _ in range(idle):
             self._scores(batch, rows[:1], with_policy=True)
         if self.group is not None:
@@ -335,6 +340,23 @@ class PolicyGradient(Algorithm):
                 "value_steps": value_steps,
             }
         return figures
+
+
+def _token_actions(config: PolicyGradientSection, policy: Policy) -> Tensor | None:
+    """Which action of a chunk each token slot belongs to, where ratios are those of actions; None: a row is one.
+
+    Raises:
+        ConfigError: the policy's tokens belong to no single action.
+    """
+    if config.ratio_level != "action" or policy.num_actions == 1:
+        return None
+    slots = policy.token_actions()
+    if slots is None:
+        raise ConfigError(
+            f"algorithm.ratio_level=action, but an answer of {type(policy).__name__} stands for {policy.num_actions} "
+            "actions as a whole: no token belongs to one of them. Set algorithm.ratio_level=chunk or token"
+        )
+    return slots
 
 
 def equal_parts(rows: Tensor, most: int) -> tuple[Tensor, ...]:

@@ -82,8 +82,8 @@ class LocalLearner:
         with self._log.span("pack weights"):
             acting = acting_parameters(self.policy, train_vision=self.config.train_vision)
             buckets = pack(sharding.whole_tensors(acting), keep=self.group.rank == 0)
-            ids, logprobs = learner_answer(self.policy, seed=self.seed, shown=shown, temperature=self.temperature)
-        return PackedWeights(self.version, buckets, ids, logprobs)
+            answer = learner_answer(self.policy, seed=self.seed, shown=shown, temperature=self.temperature)
+        return PackedWeights(self.version, buckets, *answer)
 
     def score(self, rollout: Rollout) -> Pending[Scored]:
         """Old log-probs and values of every decision, values of the frames that follow."""
@@ -104,19 +104,22 @@ class LocalLearner:
         flat = rollout.decisions()
         if len(self._scored) < len(flat):  # all of them need no copy
             flat = flat.rows(self._scored)
-        ids = torch.from_numpy(rollout.token_ids.reshape(steps * envs, -1)[self._scored])
+        ids, mask = (
+            torch.from_numpy(each.reshape(steps * envs, -1)[self._scored])
+            for each in (rollout.token_ids, rollout.token_mask)
+        )
         logprobs, values, cached = [], [], []
         block = self.group.block(len(ids))
         batch = self.config.score_batch_size
         for first in range(block.start, block.stop, batch):
             rows = slice(first, min(first + batch, block.stop))
             inputs = self._encode(flat, rows)
-            out = self._evaluate(inputs, ids[rows])
-            logprobs.append(out.logprobs.float().cpu())
+            out = self._evaluate(inputs, ids[rows], mask[rows])
+            logprobs.append(out.logprobs.float().cpu().where(mask[rows], 0))
             if out.values is not None:
                 values.append(out.values.float().cpu())
             cached.append(inputs)
-        self._pass_with_the_others(flat, ids, block, made=len(cached))
+        self._pass_with_the_others(flat, ids, mask, block, made=len(cached))
         self._inputs = None if self.config.train_vision else type(cached[0]).concat(cached)
         scored = np.zeros((steps * envs, ids.shape[1]), dtype=np.float32)
         scored[self._scored] = self.group.gather(torch.cat(logprobs)).numpy()
@@ -232,20 +235,20 @@ class LocalLearner:
     def close(self) -> None:
         """There is nobody to end."""
 
-    def _pass_with_the_others(self, flat: Observation, ids: Tensor, block: slice, *, made: int) -> None:
+    def _pass_with_the_others(self, flat: Observation, ids: Tensor, mask: Tensor, block: slice, *, made: int) -> None:
         """Where weights are split every process must make as many passes: whose block is smaller repeats a row."""
         if self.group.sharded:
             rows = slice(block.start, block.start + 1)
             for _ in range(self.group.passes(len(ids), self.config.score_batch_size) - made):
                 inputs = self._encode(flat, rows)
-                self._evaluate(inputs, ids[rows])
+                self._evaluate(inputs, ids[rows], mask[rows])
 
-    def _evaluate(self, inputs: PolicyInputs, token_ids: Tensor) -> Evaluation:
-        """Score given actions, with values only if the algorithm needs them."""
-        ids = token_ids.to(self.policy.device)
+    def _evaluate(self, inputs: PolicyInputs, token_ids: Tensor, token_mask: Tensor) -> Evaluation:
+        """Score given tokens, with values only if the algorithm needs them."""
+        ids, mask = token_ids.to(self.policy.device), token_mask.to(self.policy.device)
         if self.config.needs.values:
-            return self.policy.evaluate(inputs, ids, temperature=self.temperature)
-        return self.policy.evaluate(inputs, ids, temperature=self.temperature, with_values=False)
+            return self.policy.evaluate(inputs, ids, mask, temperature=self.temperature)
+        return self.policy.evaluate(inputs, ids, mask, temperature=self.temperature, with_values=False)
 
     def _encode(self, observation: Observation, rows: slice) -> PolicyInputs:
         inputs = self.policy.encode(observation.rows(rows))
@@ -304,10 +307,11 @@ def new_learner(config: TrainConfig, policy: Policy, group: Group, whole: Policy
 
 def _engine_kl(rollout: Rollout, scored: Scored) -> float:
     """KL(sampler || learner) in nats per action token; NaN without a valid decision."""
-    old, behaviour = (
-        torch.from_numpy(each[rollout.valid]) for each in (scored.old_logprobs, rollout.behaviour_logprobs)
+    old, behaviour, mask = (
+        torch.from_numpy(each[rollout.valid])
+        for each in (scored.old_logprobs, rollout.behaviour_logprobs, rollout.token_mask)
     )
-    return token_kl(old.double(), behaviour.double()).mean().item()
+    return token_kl(old.double(), behaviour.double(), mask).mean().item()
 
 
 def _read_state(path: Path) -> dict[str, Any]:

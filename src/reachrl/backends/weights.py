@@ -65,6 +65,7 @@ class PackedWeights:
     version: int
     buckets: tuple[Bucket, ...]
     probe_ids: np.ndarray  # i64[P A]
+    probe_mask: np.ndarray  # bool[P A]
     probe_logprobs: np.ndarray  # f32[P A]
 
 
@@ -128,20 +129,23 @@ def load_packed(policy: Policy, weights: PackedWeights, *, train_vision: bool) -
             places[info.name].copy_(tensor)
 
 
-def probe_batch(seed: int, shown: Shown, num_tokens: int) -> tuple[Observation, np.ndarray]:
-    """A fixed batch: noise in the shape of what environments show, and actions f32[P A] in mid-range."""
+def probe_batch(policy: Policy, seed: int, shown: Shown) -> tuple[Observation, np.ndarray]:
+    """A fixed batch: noise in the shape of what environments show, and actions f32[P H D] in mid-range."""
     rng = generator(seed, Stream.WEIGHT_PROBE)
     observation = shown.noise(rng, ("pick up the red block",) * PROBE_ROWS)
-    return observation, rng.uniform(-0.5, 0.5, (PROBE_ROWS, num_tokens)).astype(np.float32)
+    shape = (PROBE_ROWS, policy.num_actions, policy.action_dim)
+    return observation, rng.uniform(-0.5, 0.5, shape).astype(np.float32)
 
 
 @torch.no_grad()
-def learner_answer(policy: Policy, *, seed: int, shown: Shown, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Action tokens i64[P A] of the fixed batch and their log-probs f32[P A] as the trained policy scores them."""
-    observation, actions = probe_batch(seed, shown, policy.num_action_tokens)
-    ids = policy.encode_actions(actions)
-    out = policy.evaluate(policy.encode(observation), ids, temperature=temperature)
-    return ids.cpu().numpy(), out.logprobs.float().cpu().numpy()
+def learner_answer(
+    policy: Policy, *, seed: int, shown: Shown, temperature: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens i64[P A] of the fixed batch, their mask and log-probs f32[P A] as the trained policy scores them."""
+    observation, actions = probe_batch(policy, seed, shown)
+    ids, mask = policy.encode_actions(actions)
+    out = policy.evaluate(policy.encode(observation), ids, mask, temperature=temperature)
+    return ids.cpu().numpy(), mask.cpu().numpy(), out.logprobs.float().where(mask, 0).cpu().numpy()
 
 
 @torch.no_grad()
@@ -151,10 +155,11 @@ def actor_gap(policy: Policy, weights: PackedWeights, *, seed: int, shown: Shown
     Raises:
         WorkerError: it is too large for rounding: this policy acts with other weights than the learner has.
     """
-    observation, _ = probe_batch(seed, shown, policy.num_action_tokens)
-    inputs, ids = policy.encode(observation), torch.from_numpy(weights.probe_ids).to(policy.device)
-    logprobs = policy.acting_logprobs(inputs, ids, temperature=temperature)
-    gap = float(np.abs(logprobs.float().cpu().numpy() - weights.probe_logprobs).mean())
+    observation, _ = probe_batch(policy, seed, shown)
+    ids, mask = (torch.from_numpy(each).to(policy.device) for each in (weights.probe_ids, weights.probe_mask))
+    logprobs = policy.acting_logprobs(policy.encode(observation), ids, mask, temperature=temperature)
+    gaps = np.abs(logprobs.float().cpu().numpy() - weights.probe_logprobs)
+    gap = float(gaps[weights.probe_mask].mean())
     if not gap <= PROBE_TOLERANCE[policy.acting_dtype]:
         raise WorkerError(
             f"after weights version {weights.version} were sent, log-probs of a fixed batch differ by {gap:.4f} a "

@@ -63,8 +63,9 @@ class AlgorithmSection(Section):
 class PolicyGradientSection(AlgorithmSection):
     """Options of a policy gradient with clipped probability ratios."""
 
-    ratio_level: Annotated[Literal["action", "token"], Affects.FUTURE] = "action"
-    """One probability ratio per action (token log-probs summed) or one per token."""
+    ratio_level: Annotated[Literal["token", "action", "chunk"], Affects.FUTURE] = "action"
+    """What one probability ratio covers: a token, the tokens of one action (their log-probs summed), or all tokens of
+    a decision. For policies of one action a decision the last two are the same."""
     clip_eps_low: Annotated[Positive, Affects.FUTURE] = 0.2
     """The ratio is clipped below at 1 - clip_eps_low."""
     clip_eps_high: Annotated[Positive, Affects.FUTURE] = 0.28

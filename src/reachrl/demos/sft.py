@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int64
+from torch import Tensor
 from torch.optim import AdamW
 
 from reachrl.config.demos import SFTSection
@@ -23,6 +24,7 @@ from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import TrajectoryStore, Transitions
 from reachrl.errors import CheckpointError, ConfigError, DivergedError
+from reachrl.functional.ppo import evened
 from reachrl.policies.base import Policy
 from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
 from reachrl.run.manifest import is_sealed, seal, verify
@@ -116,7 +118,7 @@ class _Training:
             raise ConfigError(f"{store.folder}: no step to train on; collect at least one demonstration per task.")
         self.steps = total_steps(config, len(self.train_rows))
         with torch.no_grad():
-            self.token_ids = policy.encode_actions(self.data.actions).cpu()
+            self.token_ids, self.token_mask = (each.cpu() for each in policy.encode_actions(self.data.actions[:, None]))
         self.optimizer = _optimizer(policy, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step = 0
@@ -178,13 +180,17 @@ class _Training:
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
             inputs = self.policy.encode(observation.rows(part))
-            targets = self.token_ids[rows[part]].to(self.policy.device)
-            # The mean over the whole minibatch, whatever the size of the parts.
-            loss = -self.policy.evaluate(inputs, targets).logprobs.sum() / (len(rows) * targets.shape[1])
+            targets, mask = self._targets(rows[part])
+            # The mean over the tokens of the whole minibatch, whatever the size of the parts.
+            logprobs = self.policy.evaluate(inputs, targets, mask).logprobs.where(mask, 0)
+            loss = -logprobs.sum() / int(self.token_mask[rows].sum())
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         return total, norm.item()
+
+    def _targets(self, rows: Int64[np.ndarray, "B"]) -> tuple[Tensor, Tensor]:
+        return self.token_ids[rows].to(self.policy.device), self.token_mask[rows].to(self.policy.device)
 
     def _observation(self, rows: Int64[np.ndarray, "B"], images: dict[str, np.ndarray]) -> Observation:
         instructions = tuple(self.data.instructions[i] for i in self.data.instruction_ids[rows])
@@ -213,11 +219,12 @@ class _Training:
             part = rows[first : first + size]
             images = {camera: seen[part] for camera, seen in self.data.images.items()}
             inputs = self.policy.encode(self._observation(part, images))
-            targets = self.token_ids[part].to(self.policy.device)
-            nll -= self.policy.evaluate(inputs, targets).logprobs.double().mean(dim=1).sum().item()
-            greedy = self.policy.act(inputs).token_ids
-            right += (greedy == targets).double().mean(dim=1).sum().item()
-            error += float(np.abs(self.policy.decode_actions(greedy) - self.data.actions[part]).mean(axis=1).sum())
+            targets, mask = self._targets(part)
+            logprobs = self.policy.evaluate(inputs, targets, mask).logprobs.double()
+            nll -= evened(logprobs, mask).mean(dim=1).sum().item()
+            greedy = self.policy.act(inputs)
+            right += evened((greedy.token_ids == targets).double(), mask).mean(dim=1).sum().item()
+            error += float(np.abs(self.policy.actions(greedy)[:, 0] - self.data.actions[part]).mean(axis=1).sum())
         count = len(rows)
         return HeldoutScore(loss=nll / count, token_accuracy=right / count, action_error=error / count)
 

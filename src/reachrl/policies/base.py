@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
@@ -55,21 +55,33 @@ class PolicyInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionSample:
-    """What the decoder returns for `B` rows in one pass.
+    """The policy's answers to `B` rows, each in `A` token slots (`Policy.num_action_tokens`).
 
-    `token_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the sampling
-    distribution (over the policy's `num_choices` tokens, after the temperature); `values` are read at the
-    first action position; they may be None where nobody asked for them.
+    `token_mask` says which slots hold a token that the policy chose: one at least in every row. The other slots hold
+    token id 0 and log-prob 0. `token_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the
+    sampling distribution (over the policy's `num_choices` tokens, after the temperature); `values` are read at the
+    first action position; they may be None where nobody asked for them. `malformed` rows stand for no action.
     """
 
     token_ids: Int64[Tensor, "B A"]
+    token_mask: Bool[Tensor, "B A"]
     logprobs: Float[Tensor, "B A"]
     values: Float[Tensor, "B"] | None
+    malformed: Bool[Tensor, "B"]
+
+    @classmethod
+    def full(
+        cls, token_ids: Int64[Tensor, "B A"], logprobs: Float[Tensor, "B A"], values: Float[Tensor, "B"] | None
+    ) -> "ActionSample":
+        """Answers that fill every slot and always stand for an action, as those of one token a dimension do."""
+        mask = torch.ones_like(token_ids, dtype=torch.bool)
+        malformed = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
+        return cls(token_ids=token_ids, token_mask=mask, logprobs=logprobs, values=values, malformed=malformed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Teacher-forced scores of given actions, differentiable."""
+    """Teacher-forced scores of given tokens, differentiable; what stands outside the mask is not read."""
 
     logprobs: Float[Tensor, "B A"]
     entropy: Float[Tensor, "B A"]
@@ -84,8 +96,16 @@ class Policy(nn.Module, ABC):
 
     Config: ClassVar[type[Section]]
     num_action_tokens: int
+    """Token slots of an answer, `A`: its length, or the greatest there can be."""
+    num_actions: int = 1
+    """Actions that one answer stands for, `H`."""
     num_choices: int = 256
     """Tokens that each action token is chosen from: what the noise of `act` must have one number for."""
+    first_choice: int = 0
+    """Vocabulary id of the first of them, where their ids follow one another; otherwise override `choices`."""
+    safe_action: float | np.ndarray = 0.0
+    """What is carried out instead of a malformed answer: every number of it, or f32[D]. 0 stands still where actions
+    are changes of the pose; a policy whose actions are poses must say what is safe."""
     num_cameras: int = 1
     """Cameras that `encode` looks at: the first ones of an observation."""
     state_size: int | None = None
@@ -95,6 +115,11 @@ class Policy(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next(self.parameters()).device
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers of one action, `D`; override it where an action has not one token for each."""
+        return self.num_action_tokens // self.num_actions
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -176,45 +201,66 @@ class Policy(nn.Module, ABC):
             noise = rng.gumbel(size=(1, self.num_action_tokens, self.num_choices)).astype(np.float32)
             gumbel = torch.from_numpy(noise).to(self.device)
         inputs = self.encode(observation)
-        sample = self.act(inputs, temperature=temperature or 1.0, gumbel=gumbel, with_values=False)
-        return self.decode_actions(sample.token_ids)
+        return self.actions(self.act(inputs, temperature=temperature or 1.0, gumbel=gumbel, with_values=False))[0]
 
     @torch.no_grad()
     def acting_logprobs(
-        self, inputs: Any, token_ids: Int64[Tensor, "B A"], *, temperature: float = 1.0
+        self,
+        inputs: Any,
+        token_ids: Int64[Tensor, "B A"],
+        token_mask: Bool[Tensor, "B A"],
+        *,
+        temperature: float = 1.0,
     ) -> Float[Tensor, "B A"]:
         """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token.
 
         Raises:
             ExtensionError: `act` does not take the token that the noise chooses.
         """
-
         # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
-        def act(choices: Tensor) -> ActionSample:
-            noise = torch.zeros((*choices.shape, self.num_choices), device=self.device)
-            noise.scatter_(-1, choices.unsqueeze(-1), 1e6)
-            return self.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
-
-        first_id = act(torch.zeros_like(token_ids)).token_ids[0, 0]
-        sample = act(token_ids - first_id)
-        if not sample.token_ids.equal(token_ids):
+        chosen = self.choices(token_ids).where(token_mask, 0)
+        noise = torch.zeros((*chosen.shape, self.num_choices), device=self.device)
+        noise.scatter_(-1, chosen.unsqueeze(-1), 1e6)
+        sample = self.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
+        if not (sample.token_ids.equal(token_ids) and sample.token_mask.equal(token_mask)):
             raise ExtensionError(
                 f"{type(self).__name__}.act did not take the tokens that its noise chooses: a token must be "
-                "argmax(logits / temperature + gumbel) over `num_choices` tokens in the order of their ids. Mend "
-                "`act`, or override `acting_logprobs` where noise does not choose"
+                "argmax(logits / temperature + gumbel) over `num_choices` tokens, the first of which has the id "
+                "`first_choice`. Mend `act`, override `choices` where ids do not follow one another, or override "
+                "`acting_logprobs` where noise does not choose"
             )
         return sample.logprobs
+
+    def choices(self, token_ids: Int64[Tensor, "B A"]) -> Int64[Tensor, "B A"]:
+        """Where tokens are among the `num_choices` that the noise of `act` chooses from."""
+        return token_ids - self.first_choice
+
+    def token_actions(self) -> Int64[Tensor, "A"] | None:
+        """Which of the `H` actions each token slot belongs to; None: every token stands for the chunk as a whole.
+
+        Asked for where one probability ratio covers the tokens of one action of a chunk.
+        """
+        return None
+
+    def actions(self, sample: ActionSample) -> Float[np.ndarray, "B H D"]:
+        """What is carried out, in the environment's units: the decoded actions, `safe_action` for malformed answers."""
+        actions = self.decode_actions(sample.token_ids, sample.token_mask)
+        malformed = sample.malformed.cpu().numpy()
+        if malformed.any():
+            actions = np.where(malformed[:, None, None], np.asarray(self.safe_action, np.float32), actions)
+        return actions
 
     @abstractmethod
     def evaluate(
         self,
         inputs: Any,
         token_ids: Int64[Tensor, "B A"],
+        token_mask: Bool[Tensor, "B A"],
         *,
         temperature: float = 1.0,
         with_values: bool = True,
     ) -> Evaluation:
-        """Score given actions over the action positions only, with gradients.
+        """Score given tokens at the slots of the mask, with gradients.
 
         Without `with_values`, which only algorithms without a critic ask for, no critic is computed.
         """
@@ -224,12 +270,14 @@ class Policy(nn.Module, ABC):
         """State values; the same number that `act` and `evaluate` return for the same state."""
 
     @abstractmethod
-    def decode_actions(self, token_ids: Int64[Tensor, "B A"]) -> np.ndarray:
-        """Map action tokens to actions f32[B D] in the environment's units."""
+    def decode_actions(
+        self, token_ids: Int64[Tensor, "B A"], token_mask: Bool[Tensor, "B A"]
+    ) -> Float[np.ndarray, "B H D"]:
+        """Map tokens to actions f32[B H D] in the environment's units; malformed rows may become anything."""
 
     @abstractmethod
-    def encode_actions(self, actions: np.ndarray) -> Int64[Tensor, "B A"]:
-        """Map actions f32[B D] in the environment's units to the nearest action tokens."""
+    def encode_actions(self, actions: Float[np.ndarray, "B H D"]) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"]]:
+        """Map actions f32[B H D] in the environment's units to the nearest tokens, and their mask."""
 
     @abstractmethod
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:

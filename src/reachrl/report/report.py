@@ -39,6 +39,7 @@ PANELS = (
     ("explained variance of the critic", "explained_variance", "zero"),
     ("sampler against learner, KL a token", "engine_kl", "zero"),
     ("episode length, decisions", "episode_length", "zero"),
+    ("share of malformed answers", "malformed_rate", "zero"),
     ("task reward a step", "reward/task", "zero"),
     ("process reward a step", "reward/process", "zero"),
     ("progress score of successes", "audit/success_score", "zero"),

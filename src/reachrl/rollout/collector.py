@@ -10,8 +10,8 @@ import torch
 
 from reachrl.config.algorithm import Needs
 from reachrl.envs.vector import VectorEnv
-from reachrl.policies.base import Policy
-from reachrl.rollout.noise import gumbel_noise
+from reachrl.policies.base import ActionSample, Policy
+from reachrl.rollout.acting import decide, gumbel_noise
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
 from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
@@ -81,19 +81,19 @@ class Collector:
         if self._observation is None or self._left:
             self._begin(assign)
         assert self._observation is not None
-        rows: dict[str, list[Any]] = {name: [] for name in ("observations", "ids", "logprobs", "steps")}
+        rows: dict[str, list[Any]] = {name: [] for name in ("observations", "samples", "steps")}
         finals: list[tuple[Observation, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):
             if self._left is not None and not any(self._left):
                 break
             began, observation = time.time(), self._observation
-            inputs = self.policy.encode(observation)
-            sample = self.policy.act(inputs, temperature=self.temperature, gumbel=self._noise(), with_values=False)
-            actions = self.policy.decode_actions(sample.token_ids)
+            sample, actions = decide(
+                self.policy, observation, temperature=self.temperature, gumbel=self._noise(), with_values=False
+            )
+            actions = actions[:, 0]
             rows["observations"].append(observation)
-            rows["ids"].append(sample.token_ids.cpu().numpy())
-            rows["logprobs"].append(sample.logprobs.float().cpu().numpy())
+            rows["samples"].append(sample)
             self.envs.send(actions, _starts(self._next_draws))
             self._log.add("decode", began)
             sent = time.time()
@@ -213,6 +213,7 @@ class Collector:
         policy_version: int,
     ) -> Rollout:
         steps, seen, last = rows["steps"], rows["observations"], self._observation
+        samples: list[ActionSample] = rows["samples"]
         assert last is not None
         return Rollout(
             images={camera: np.stack([each.images[camera] for each in seen]) for camera in last.images},
@@ -221,8 +222,10 @@ class Collector:
             last_observation=last,
             final_observation=Observation.concat([last.rows(slice(0)), *(final for final, _ in finals)]),
             final_rows=np.array([row for _, row in finals], dtype=np.int64).reshape(-1, 2),
-            token_ids=np.stack(rows["ids"]),
-            behaviour_logprobs=np.stack(rows["logprobs"]),
+            token_ids=np.stack([sample.token_ids.numpy() for sample in samples]),
+            token_mask=np.stack([sample.token_mask.numpy() for sample in samples]),
+            behaviour_logprobs=np.stack([sample.logprobs.numpy() for sample in samples]),
+            malformed=np.stack([sample.malformed.numpy() for sample in samples]),
             success=np.stack([step.success for step in steps]),
             terminated=np.stack([step.terminated for step in steps]),
             truncated=np.stack([step.truncated for step in steps]),

@@ -9,7 +9,7 @@ import numpy as np
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.noise import gumbel_noise
+from reachrl.rollout.acting import decide, gumbel_noise
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 
@@ -31,6 +31,8 @@ class Turn:
     ee_state: np.ndarray  # f32[4] after the action
     progress: np.ndarray  # f32[2] before and after the action; NaN where the simulator reports none
     token_ids: np.ndarray  # i64[A]
+    token_mask: np.ndarray  # bool[A]
+    malformed: bool
     action: np.ndarray  # f32[D]
     logprob: float
     value: float
@@ -112,8 +114,7 @@ class EpisodePlayer:
         observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
         while len(finished) < len(starts):
             current = at(places)
-            sample = self._act(observation, current, lengths)
-            actions = self.policy.decode_actions(sample.token_ids)
+            sample, actions = self._act(observation, current, lengths)
             fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)
             for n, (place, start) in enumerate(zip(places, current, strict=True)):
@@ -142,7 +143,9 @@ class EpisodePlayer:
             observation = step.observation
         return [finished[place] for place in range(len(starts))]
 
-    def _act(self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]) -> ActionSample:
+    def _act(
+        self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]
+    ) -> tuple[ActionSample, np.ndarray]:
         gumbel = None
         if self.mode == "sampled":
             generators = (
@@ -150,7 +153,10 @@ class EpisodePlayer:
                 for start, length in zip(current, lengths, strict=True)
             )
             gumbel = gumbel_noise(self.policy, generators)
-        return self.policy.act(self.policy.encode(observation), temperature=self.temperature, gumbel=gumbel)
+        sample, actions = decide(
+            self.policy, observation, temperature=self.temperature, gumbel=gumbel, with_values=True
+        )
+        return sample, actions[:, 0]
 
 
 def player_at(temperature: float, policy: Policy, envs: VectorEnv, *, seed: int) -> EpisodePlayer:
@@ -183,7 +189,9 @@ def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, s
         observation=observation.rows(slice(n, n + 1)),
         ee_state=step.ee_state[n],
         progress=step.progress[n],
-        token_ids=sample.token_ids[n].cpu().numpy(),
+        token_ids=sample.token_ids[n].numpy(),
+        token_mask=sample.token_mask[n].numpy(),
+        malformed=bool(sample.malformed[n]),
         action=actions[n],
         logprob=float(sample.logprobs[n].sum()),
         value=float(sample.values[n]),  # pyright: ignore[reportOptionalSubscript]  (asked for above)

@@ -7,10 +7,8 @@ import numpy as np
 
 from reachrl.types import Observation, Rewards, Rollout
 
-_BY_STEP_AND_ENV = (
-    *("token_ids", "behaviour_logprobs", "success", "terminated", "truncated", "valid"),
-    *("ee_state", "progress"),
-)
+_TOKENS = ("token_ids", "token_mask", "behaviour_logprobs", "malformed")
+_BY_STEP_AND_ENV = (*_TOKENS, "success", "terminated", "truncated", "valid", "ee_state", "progress")
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
@@ -88,15 +86,18 @@ def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
     if not more:
         return rollout
 
-    def padded(array: np.ndarray) -> np.ndarray:
-        return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
+    def repeated(array: np.ndarray) -> np.ndarray:
+        # The last row once more, as a policy that scores all of them can score it.
+        return np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
 
     texts = (rollout.last_observation.instructions,) * more
-    arrays = {name: padded(getattr(rollout, name)) for name in _BY_STEP_AND_ENV}
+    arrays = {name: repeated(getattr(rollout, name)) for name in _BY_STEP_AND_ENV}
+    for name in ("success", "terminated", "truncated", "valid"):
+        arrays[name][-more:] = False
     return replace(
         rollout,
         **arrays,
-        images={camera: padded(frames) for camera, frames in rollout.images.items()},
-        state=None if rollout.state is None else padded(rollout.state),
+        images={camera: repeated(frames) for camera, frames in rollout.images.items()},
+        state=None if rollout.state is None else repeated(rollout.state),
         instructions=rollout.instructions + texts,
     )

@@ -51,7 +51,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 _COUNTS = ("iteration", "step", "k", "n", "success_k", "success_n")
 _NUMBERS = (
     *("train_loss", "heldout_loss", "env_steps", "entropy", "kl", "approx_kl", "clip_frac", "grad_norm"),
-    *("explained_variance", "engine_kl", "episode_length"),
+    *("explained_variance", "engine_kl", "episode_length", "malformed_rate"),
 )
 _WEIGHED = ("success_uniform", "success_uniform_weight", "success_uniform_n")
 

@@ -81,10 +81,16 @@ class TablePolicy(Policy):
         logits = self.logits[self._contexts(inputs)] / temperature
         ids = (logits if gumbel is None else logits + gumbel).argmax(-1)
         logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-        return ActionSample(token_ids=ids, logprobs=logprobs, values=self.values(inputs))
+        return ActionSample.full(ids, logprobs, self.values(inputs))
 
     def evaluate(
-        self, inputs: TableInputs, token_ids: Tensor, *, temperature: float = 1.0, with_values: bool = True
+        self,
+        inputs: TableInputs,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_values: bool = True,
     ) -> Evaluation:
         """Look the logits up."""
         table = (self.logits[self._contexts(inputs)] / temperature).log_softmax(-1)
@@ -96,13 +102,14 @@ class TablePolicy(Policy):
         """Look the value up."""
         return self.value[self._contexts(inputs)]
 
-    def decode_actions(self, token_ids: Tensor) -> np.ndarray:
+    def decode_actions(self, token_ids: Tensor, token_mask: Tensor | None = None) -> np.ndarray:
         """Tokens spread evenly over [-1, 1]."""
-        return (token_ids.numpy() / 127.5 - 1).astype(np.float32)
+        return (token_ids.numpy() / 127.5 - 1).astype(np.float32)[:, None]
 
-    def encode_actions(self, actions: np.ndarray) -> Tensor:
+    def encode_actions(self, actions: np.ndarray) -> tuple[Tensor, Tensor]:
         """The nearest token."""
-        return torch.from_numpy(np.rint((actions + 1) * 127.5).astype(np.int64))
+        ids = torch.from_numpy(np.rint((actions[:, 0] + 1) * 127.5).astype(np.int64))
+        return ids, torch.ones_like(ids, dtype=torch.bool)
 
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
         """Actions are not normalised here."""

@@ -15,7 +15,9 @@ from reachrl.types import Episode, Observation, Rewards, Rollout, Start
 
 _PER_STEP = (
     "token_ids",
+    "token_mask",
     "behaviour_logprobs",
+    "malformed",
     "success",
     "terminated",
     "truncated",
@@ -57,7 +59,9 @@ def make_rollout(
         final_observation=one_camera(generator.integers(0, 256, (len(rows), *size), dtype=np.uint8), instruction),
         final_rows=rows.reshape(-1, 2).astype(np.int64),
         token_ids=np.zeros((*shape, 4), dtype=np.int64),
+        token_mask=np.ones((*shape, 4), dtype=bool),
         behaviour_logprobs=np.zeros((*shape, 4), dtype=np.float32),
+        malformed=np.zeros(shape, dtype=bool),
         success=terminated.copy(),
         terminated=terminated,
         truncated=truncated,

@@ -70,7 +70,7 @@ class OpenVLAPolicy(Policy):
         self.first_action_id = llm.vocab_end - NUM_ACTION_BINS
         full = config.vocabulary == "full"
         self.num_choices = llm.vocab_size if full else NUM_ACTION_BINS
-        self._first_choice = 0 if full else self.first_action_id
+        self.first_choice = 0 if full else self.first_action_id
         self._rollout: RolloutCopy | None = None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.origin = None if saved is None else saved.origin  # the official checkpoint that the weights began as
@@ -215,7 +215,7 @@ class OpenVLAPolicy(Policy):
 
     def _head(self) -> Float[Tensor, "V E"]:
         """The rows of the head that may be chosen."""
-        return self.language_model.lm_head.weight[self._first_choice : self._first_choice + self.num_choices]
+        return self.language_model.lm_head.weight[self.first_choice : self.first_choice + self.num_choices]
 
     def _value(
         self, features: Float[Tensor, "B P F"], inputs: OpenVLAInputs, first_hidden: Float[Tensor, "B E"] | None
@@ -256,7 +256,7 @@ class OpenVLAPolicy(Policy):
                 self._head(),
                 embeds,
                 valid,
-                first_id=self._first_choice,
+                first_id=self.first_choice,
                 num_tokens=self.num_action_tokens,
                 temperature=temperature,
                 gumbel=gumbel,
@@ -265,7 +265,7 @@ class OpenVLAPolicy(Policy):
             )
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None
-        return ActionSample(token_ids=decoded.token_ids, logprobs=decoded.logprobs, values=values)
+        return ActionSample.full(decoded.token_ids, decoded.logprobs, values)
 
     def action_logits(
         self,
@@ -288,14 +288,15 @@ class OpenVLAPolicy(Policy):
         self,
         inputs: OpenVLAInputs,
         token_ids: Int64[Tensor, "B A"],
+        token_mask: Bool[Tensor, "B A"] | None = None,
         *,
         temperature: float = 1.0,
         with_values: bool = True,
     ) -> Evaluation:
-        """Score given actions over the action positions only, with gradients."""
+        """Score given actions over the action positions only, with gradients; an answer fills all of its slots."""
         logits, values = self.action_logits(inputs, token_ids, temperature=temperature, with_values=with_values)
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(-1, (token_ids - self._first_choice).unsqueeze(-1)).squeeze(-1)
+        chosen = logprobs.gather(-1, (token_ids - self.first_choice).unsqueeze(-1)).squeeze(-1)
         return Evaluation(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1), values=values)
 
     def values(self, inputs: OpenVLAInputs) -> Float[Tensor, "B"]:
@@ -326,16 +327,19 @@ class OpenVLAPolicy(Policy):
         elif stats:
             self._action_stats = stats
 
-    def decode_actions(self, token_ids: Int64[Tensor, "B A"]) -> np.ndarray:
-        """Map action tokens to actions f32[B D] in the environment's units."""
+    def decode_actions(
+        self, token_ids: Int64[Tensor, "B A"], token_mask: Bool[Tensor, "B A"] | None = None
+    ) -> Float[np.ndarray, "B 1 D"]:
+        """Map action tokens to one action f32[B 1 D] each, in the environment's units."""
         unit = unit_from_tokens(token_ids.cpu().numpy(), self.config.language_model.vocab_end)
-        return self.action_stats.unnormalise(unit).astype(np.float32)
+        return self.action_stats.unnormalise(unit).astype(np.float32)[:, None]
 
-    def encode_actions(self, actions: np.ndarray) -> Int64[Tensor, "B A"]:
-        """Map actions f32[B D] in the environment's units to the nearest action tokens."""
-        unit = self.action_stats.normalise(np.asarray(actions, np.float64))
+    def encode_actions(self, actions: Float[np.ndarray, "B 1 D"]) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"]]:
+        """Map actions f32[B 1 D] in the environment's units to the nearest action tokens, which fill every slot."""
+        unit = self.action_stats.normalise(np.asarray(actions[:, 0], np.float64))
         tokens = tokens_from_unit(unit, self.config.language_model.vocab_end)
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        return ids, torch.ones_like(ids, dtype=torch.bool)
 
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
         """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through.
