@@ -12,6 +12,8 @@ from reachrl.config.marks import Affects, marks
 from reachrl.config.train import TrainConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.base import Policy
+from reachrl.policies.folders import kind_of
+from reachrl.policies.storage.hub import locate
 from reachrl.registry import build, check_stored, resolve
 from reachrl.run.checkpoint import latest_checkpoint
 from reachrl.run.cores import available_cores
@@ -137,10 +139,10 @@ def policy_folder(source: Path) -> Path:
 
 
 def _kind(folder: Path) -> str:
-    """The kind of a saved policy: what the configuration of the run around it says, else the built-in one."""
+    """The kind of a saved policy: what the configuration of the run around it says, else what recognises the folder."""
     run = next((each for each in folder.absolute().parents[:3] if (each / "stages.json").is_file()), None)
     if run is None or not (run / "config.json").is_file():
-        return "openvla"
+        return kind_of(locate(folder))
     try:
         kind = str(json.loads((run / "config.json").read_text(encoding="utf-8"))["policy"]["kind"])
     except (OSError, ValueError, KeyError, TypeError) as error:

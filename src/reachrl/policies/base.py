@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reachrl.config.base import Section
 from reachrl.errors import CheckpointError, ExtensionError
+from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.observed import check_temperature, one_observation
 from reachrl.types import Observation
 
@@ -95,6 +96,8 @@ class Policy(nn.Module, ABC):
     """
 
     Config: ClassVar[type[Section]]
+    folders: ClassVar[PolicyFolders] = PolicyFolders()
+    """What recognises, describes, verifies and exports saved policies of this kind."""
     num_action_tokens: int
     """Token slots of an answer, `A`: its length, or the greatest there can be."""
     num_actions: int = 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from reachrl.config.policy import OpenVLAConfig
+from reachrl.policies.folders import Part, count_dtypes
 from reachrl.policies.lora import files as adapters
 from reachrl.policies.lora.deltas import rank_and_alpha
 from reachrl.policies.openvla.names import TOWERS, canonical_key
@@ -33,15 +34,6 @@ _PARTS = {
     "critic": ("value_head.", "critic."),
     "other": ("",),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One part of a model as it is stored."""
-
-    name: str
-    num_weights: int
-    num_unread: int  # of these, how many no forward pass reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +118,7 @@ def _inspect_adapter(folder: Path) -> AdapterInfo:
         alpha=alpha,
         targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         num_weights=sum(tensor.numel for tensor in tensors),
-        dtypes=_dtypes(tensors),
+        dtypes=count_dtypes(tensors),
     )
 
 
@@ -147,7 +139,7 @@ def _inspect_checkpoint(folder: Path) -> CheckpointInfo:
         tower_names=names,
         heads_known=all(name in KNOWN_HEADS for name in names),
         parts=_parts(tensors, (lambda key: is_dead(key, config)) if official else (lambda key: False)),
-        dtypes=_dtypes(list(tensors.values())),
+        dtypes=count_dtypes(tensors.values()),
         action_dims=_action_dims(folder),
         prompt_ids=_prompt_ids(folder, config),
     )
@@ -170,10 +162,3 @@ def _parts(tensors: dict[str, StoredTensor], unread: Callable[[str], bool]) -> t
         stored[name] += tensor.numel
         idle[name] += tensor.numel * unread(key)
     return tuple(Part(name=name, num_weights=stored[name], num_unread=idle[name]) for name in _PARTS if stored[name])
-
-
-def _dtypes(tensors: list[StoredTensor]) -> dict[str, int]:
-    counts = Counter()
-    for tensor in tensors:
-        counts[tensor.dtype] += tensor.numel
-    return dict(counts.most_common())

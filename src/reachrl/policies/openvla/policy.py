@@ -23,9 +23,11 @@ from reachrl.policies.base import ActionSample, Evaluation, Policy
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding.decode import action_logits, decode
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
+from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.llama import PLAIN, build_llama, decoder_layers, last_hidden
 from reachrl.policies.lora import adapters
 from reachrl.policies.openvla import filling, storage
+from reachrl.policies.openvla.folders import OpenVLAFolders
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.names import TARGETS, VALUE, adapter_sets
@@ -47,6 +49,7 @@ class OpenVLAPolicy(Policy):
     """
 
     Config: ClassVar[type[Section]] = OpenVLAConfig
+    folders: ClassVar[PolicyFolders] = OpenVLAFolders()
 
     def __init__(self, config: OpenVLAConfig, saved: SavedPolicy[OpenVLAConfig] | None = None) -> None:
         """Build the policy; random weights unless `config.checkpoint` names a folder.

@@ -1,7 +1,6 @@
 """A loaded checkpoint against recorded outputs of the official code, tensor by tensor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import unit_from_tokens
 from reachrl.policies.decoding.decode import action_logits
+from reachrl.policies.folders import Check, Verification
 from reachrl.policies.llama import last_hidden
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -30,34 +30,6 @@ TOLERANCES = {
 _PROMPTS = {"input_ids", "attention_mask"}
 _INPUTS = {"pixel_values", *_PROMPTS, "prompt_len"}
 _NUM_DIMS = {"pixel_values": 4, "input_ids": 2, "attention_mask": 2, "prompt_len": 1, "tokens": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One recorded tensor beside ours."""
-
-    name: str
-    difference: float  # the largest absolute one; for tokens, how many differ
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether they agree; a difference that is not a number does not."""
-        return self.difference <= self.tolerance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """All comparisons that a recording allows; it proves the function only where none is missing."""
-
-    checks: tuple[Check, ...]
-    missing: tuple[str, ...]  # outputs of the function that were not recorded, or not with what they need
-    ignored: tuple[str, ...]  # recorded tensors that nothing was compared with
-
-    @property
-    def passed(self) -> bool:
-        """Whether every output of the function was compared, and agrees."""
-        return not self.missing and all(check.passed for check in self.checks)
 
 
 @torch.no_grad()
