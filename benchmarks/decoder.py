@@ -87,7 +87,7 @@ def compare(config: LanguageModelConfig, length: int, num_tokens: int, batch: in
             first_id=first,
             num_tokens=num_tokens,
             temperature=1.0,
-            gumbel=None,
+            noise=None,
         ).token_ids
 
     @torch.no_grad()

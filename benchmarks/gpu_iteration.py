@@ -15,6 +15,7 @@ from reachrl.functional.gae import gae
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import normalise_pixels
+from reachrl.testing.policies import given_noise
 
 SCORE_ROWS = 256  # rows per no-gradient forward pass, as the learner's default
 
@@ -75,7 +76,7 @@ class Iteration:
             self.images[t] = self.rng.integers(0, 256, self.images[t].shape, np.uint8)
             noise = self.rng.gumbel(size=(*self.ids.shape[1:], NUM_ACTION_BINS)).astype(np.float32)
             gumbel = torch.from_numpy(noise).to(self.policy.device)
-            sample = self.policy.act(self.pixels(self.images[t]), gumbel=gumbel)
+            sample = self.policy.act(self.pixels(self.images[t]), noise=given_noise(gumbel))
             self.policy.decode_actions(sample.token_ids)
             self.ids[t], self.behaviour[t] = sample.token_ids.cpu(), sample.logprobs.float().cpu()
         self.images[-1] = self.rng.integers(0, 256, self.images[-1].shape, np.uint8)

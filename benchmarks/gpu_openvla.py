@@ -44,6 +44,7 @@ from gpu_iteration import SCORE_ROWS, Iteration, make_inputs
 from reachrl.config.policy import NUM_ACTION_BINS
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.testing.policies import given_noise
 
 SECTIONS = ("decode", "train", "critic", "rollout", "ppo", "coarse")
 # batches to decode, micro-batches to train on, environments, steps of each, rows per optimiser step
@@ -274,7 +275,7 @@ def run_coarse(bench: Bench) -> None:
         # noise that outweighs every logit: all variants choose the same tokens
         noise = torch.zeros((*first.token_ids.shape, NUM_ACTION_BINS), device=policy.device)
         noise.scatter_(-1, (first.token_ids - policy.first_action_id).unsqueeze(-1), 1e6)
-        exact = policy.act(inputs, gumbel=noise).logprobs.float()
+        exact = policy.act(inputs, noise=given_noise(noise)).logprobs.float()
         variants: dict[str, dict[str, object]] = {
             "as trained": {},
             "compiled": {"compile_prefill": True},
@@ -286,9 +287,9 @@ def run_coarse(bench: Bench) -> None:
             torch.compiler.reset()  # each variant begins with no program
 
             def run(inputs: OpenVLAInputs = inputs, exact: Tensor = exact, noise: Tensor = noise) -> Result:
-                begun = bench.once(lambda: policy.act(inputs, gumbel=noise))
+                begun = bench.once(lambda: policy.act(inputs, noise=given_noise(noise)))
                 result = decode_ours(bench, inputs)
-                gap = (exact - policy.act(inputs, gumbel=noise).logprobs.float()).sum(-1)
+                gap = (exact - policy.act(inputs, noise=given_noise(noise)).logprobs.float()).sum(-1)
                 note = f"{result.note}; log-probs of an action {gap.abs().mean():.4f} apart; first call {begun:.0f} s"
                 return Result(result.seconds, result.rows, note)
 

@@ -97,8 +97,8 @@ class OtherTemperature(TablePolicy):
 
 
 class RowsInteract(TablePolicy):
-    def act(self, inputs, *, temperature: float = 1.0, gumbel=None, with_values=True) -> ActionSample:
-        sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
+    def act(self, inputs, *, temperature: float = 1.0, noise=None, with_values=True) -> ActionSample:
+        sample = super().act(inputs, temperature=temperature, noise=noise)
         ids = sample.token_ids if len(sample.values) > 1 else sample.token_ids * 0
         return ActionSample.full(ids, sample.logprobs, sample.values)
 

@@ -10,7 +10,7 @@ from reachrl.algorithms.ppo import PPO
 from reachrl.config.grpo import GRPOConfig, RLOOConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.streams import Stream, generator
-from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig, given_noise
 from reachrl.types import Observation
 
 ROWS, ITERATIONS = 256, 25
@@ -56,7 +56,7 @@ def final_success(seed, *, shuffled, level="action", make=ppo):
         gumbel = torch.from_numpy(
             generator(seed, Stream.ROLLOUT_NOISE, iteration, 0).gumbel(size=(ROWS, 2, 256)).astype(np.float32)
         )
-        sample = policy.act(inputs, gumbel=gumbel)
+        sample = policy.act(inputs, noise=given_noise(gumbel))
         success = succeeds(contexts, sample.token_ids)
         rate = success.float().mean().item()
         rewards = success.float()

@@ -26,7 +26,7 @@ from reachrl.demos.store import finish_store, write_shard
 from reachrl.errors import CheckpointError, DivergedError, StorageError
 from reachrl.pipeline import warm_start
 from reachrl.pipeline.warm_start import run_demos, run_sft
-from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInputs
+from reachrl.policies.base import ActionSample, Evaluation, Noise, Policy, PolicyInputs
 from reachrl.run.directory import Run
 from reachrl.types import Observation, Start, Trajectory
 
@@ -72,7 +72,7 @@ class ToyPolicy(Policy):
         return self.out(hidden).view(-1, 2, 256), self.value(hidden)[:, 0]
 
     @torch.no_grad()
-    def act(self, inputs: ToyInputs, *, temperature: float = 1.0, gumbel: Tensor | None = None) -> ActionSample:
+    def act(self, inputs: ToyInputs, *, temperature: float = 1.0, noise: Noise | None = None) -> ActionSample:
         logits, values = self._logits(inputs)
         ids = logits.argmax(-1)
         return ActionSample.full(ids, torch.zeros_like(ids, dtype=torch.float32), values)

@@ -12,6 +12,7 @@ from small_policy import adapted, inputs, small
 from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.llama import decoder_layers
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.testing.policies import given_noise
 
 FLOAT8 = {"rollout_copy": True, "rollout_precision": "float8", "dtype": "bfloat16"}
 
@@ -78,7 +79,7 @@ def test_decoding_in_8_bits_is_close_to_decoding_in_16(base: Path) -> None:
     """Close enough to be corrected for, and not the same: the gap is there to be measured."""
     whole, policy = (adapted(base, **{**FLOAT8, "rollout_precision": kind}) for kind in ("as_trained", "float8"))
     noise = torch.zeros(3, 4, 256).scatter_(-1, torch.arange(12).view(3, 4, 1), 1e6)  # the same tokens for both
-    ours, theirs = (each.act(inputs(each), gumbel=noise) for each in (policy, whole))
+    ours, theirs = (each.act(inputs(each), noise=given_noise(noise)) for each in (policy, whole))
     assert torch.equal(ours.token_ids, theirs.token_ids)
     gap = (ours.logprobs - theirs.logprobs).abs()
     assert 0 < gap.mean() < 0.1 and gap.max() < 0.3
@@ -90,8 +91,8 @@ def test_decoding_in_8_bits_is_close_to_decoding_in_16(base: Path) -> None:
         for parameter in policy.parameter_groups()["trunk"]:
             parameter.zero_()
     plain = OpenVLAPolicy(small(checkpoint=base, dtype="bfloat16"))
-    again = policy.act(inputs(policy), gumbel=noise).logprobs  # the adapters are gone
-    away = (again - plain.act(inputs(plain), gumbel=noise).logprobs).abs().mean()
+    again = policy.act(inputs(policy), noise=given_noise(noise)).logprobs  # the adapters are gone
+    away = (again - plain.act(inputs(plain), noise=given_noise(noise)).logprobs).abs().mean()
     assert away < 0.1 and (again - ours.logprobs).abs().mean() > 2 * away
 
 

@@ -24,7 +24,7 @@ from reachrl.types import Observation, Rewards
 class GreedyPolicy(TablePolicy):
     """Takes its likeliest token, whatever the noise."""
 
-    def act(self, inputs, *, temperature=1.0, gumbel=None, with_values=True):
+    def act(self, inputs, *, temperature=1.0, noise=None, with_values=True):
         return super().act(inputs, temperature=temperature, with_values=with_values)
 
 

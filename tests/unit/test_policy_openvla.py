@@ -12,6 +12,7 @@ from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.testing.policies import given_noise
 from reachrl.types import Observation
 
 INSTRUCTIONS = ("push the puck", "reach around the wall and close the drawer")
@@ -104,7 +105,7 @@ def test_decoding_equals_teacher_forcing(critic: str, sampled: bool) -> None:
             policy.critic.model.norm.weight.mul_(0.5)  # another trunk than the actor's
     inputs = policy.encode(observe(6))
     noise = gumbel_noise(6) if sampled else None
-    sample = policy.act(inputs, temperature=1.4, gumbel=noise)
+    sample = policy.act(inputs, temperature=1.4, noise=None if noise is None else given_noise(noise))
     scored = policy.evaluate(inputs, sample.token_ids, temperature=1.4)
     torch.testing.assert_close(sample.logprobs, scored.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(sample.values, scored.values, rtol=0, atol=1e-5)
@@ -118,12 +119,12 @@ def test_decoding_equals_teacher_forcing(critic: str, sampled: bool) -> None:
 def test_rows_do_not_depend_on_their_batch() -> None:
     policy = build()
     observation, noise = observe(5), gumbel_noise(5)
-    together = policy.act(policy.encode(observation), gumbel=noise)
+    together = policy.act(policy.encode(observation), noise=given_noise(noise))
     for i in range(5):
         alone = Observation(
             images={"camera": observation.frames[i : i + 1]}, instructions=observation.instructions[i : i + 1]
         )
-        sample = policy.act(policy.encode(alone), gumbel=noise[i : i + 1])
+        sample = policy.act(policy.encode(alone), noise=given_noise(noise[i : i + 1]))
         assert torch.equal(sample.token_ids[0], together.token_ids[i])
         torch.testing.assert_close(sample.logprobs[0], together.logprobs[i], rtol=0, atol=1e-5)
 
@@ -137,7 +138,7 @@ def test_sampling_frequencies_follow_the_softmax() -> None:
         prompt_mask=inputs.prompt_mask.expand(num_draws, -1),
         vision_features=policy.vision_features(inputs.pixel_values).detach().expand(num_draws, -1, -1),
     )
-    sample = policy.act(many, temperature=temperature, gumbel=gumbel_noise(num_draws, 1))
+    sample = policy.act(many, temperature=temperature, noise=given_noise(gumbel_noise(num_draws, 1)))
     logits = reference_logits(policy, inputs, sample.token_ids[:1])[0, 0, FIRST_ACTION : FIRST_ACTION + 256].double()
     expected = (logits / temperature).softmax(-1) * num_draws
     counts = torch.bincount(sample.token_ids[:, 0] - FIRST_ACTION, minlength=256).double()
@@ -208,7 +209,7 @@ def test_value_loss_moves_only_what_it_should(critic: str, to_trunk: bool, roles
 def test_policy_loss_moves_the_actor_and_only_the_action_rows() -> None:
     policy = build(critic="separate")
     inputs = policy.encode(observe(2))
-    policy.evaluate(inputs, policy.act(inputs, gumbel=gumbel_noise(2)).token_ids).logprobs.sum().backward()
+    policy.evaluate(inputs, policy.act(inputs, noise=given_noise(gumbel_noise(2))).token_ids).logprobs.sum().backward()
     head = policy.language_model.lm_head.weight.grad
     rows = head.abs().sum(1).nonzero().flatten()
     assert (rows.min(), rows.max(), len(rows)) == (FIRST_ACTION, FIRST_ACTION + 255, 256)

@@ -13,7 +13,7 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.errors import DivergedError, ExtensionError
 from reachrl.functional.ppo import policy_loss, value_loss
 from reachrl.run.optimizer_state import load_optimizer, save_optimizer
-from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig, given_noise
 from reachrl.types import Observation
 
 
@@ -27,7 +27,7 @@ def make(seed=0, rows=48):
     images = contexts.numpy().astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
     inputs = policy.encode(Observation(images={"camera": images}, instructions=("",) * rows))
     gumbel = -torch.empty(rows, 2, 256).exponential_(generator=generator).log()
-    sample = policy.act(inputs, gumbel=gumbel)
+    sample = policy.act(inputs, noise=given_noise(gumbel))
     batch = Batch(
         inputs=inputs.rows,
         rows=torch.arange(rows),

@@ -14,6 +14,7 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
 from reachrl.evaluation import against_headline, evaluate, heldout_starts, outcomes_record
 from reachrl.streams import Stream, generator
+from reachrl.testing.policies import given_noise
 from reachrl.types import Start
 
 
@@ -55,7 +56,9 @@ def test_actions_are_drawn_at_the_named_temperature_with_the_same_noise():
         inputs = policy.encode(envs.reset(starts, starts))
     # The sampler's distribution of the first token, from the log-probs of every choice.
     shape = (len(starts), policy.num_action_tokens, policy.num_choices)
-    lowest = int(policy.act(inputs, gumbel=torch.zeros(shape).index_fill(2, torch.tensor(0), 1e6)).token_ids[0, 0])
+    lowest = int(
+        policy.act(inputs, noise=given_noise(torch.zeros(shape).index_fill(2, torch.tensor(0), 1e6))).token_ids[0, 0]
+    )
     for choice in range(policy.num_choices):
         ids = torch.full(shape[:2], lowest + choice)
         with torch.no_grad():

@@ -14,7 +14,7 @@ from reachrl.errors import ConfigError, ExtensionError
 from reachrl.functional.ppo import evened, importance_weights, policy_loss, token_kl
 from reachrl.rollout.acting import decide
 from reachrl.testing.conformance_policy import check_policy
-from reachrl.testing.policies import TablePolicy, TablePolicyConfig
+from reachrl.testing.policies import TablePolicy, TablePolicyConfig, given_noise
 from reachrl.types import Observation
 
 SLOTS, LOW, HIGH = 6, 0.2, 0.3
@@ -87,8 +87,8 @@ def test_kl_and_importance_count_a_rows_own_tokens():
 class ShortAnswers(TablePolicy):
     """A token below 64 ends the answer; what is scored behind it is not a number."""
 
-    def act(self, inputs, *, temperature=1.0, gumbel=None, with_values=True):
-        sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
+    def act(self, inputs, *, temperature=1.0, noise=None, with_values=True):
+        sample = super().act(inputs, temperature=temperature, noise=noise)
         ends = (sample.token_ids < 64).long().cumsum(1)
         mask = (ends - (sample.token_ids < 64).long()) == 0
         return replace(
@@ -116,7 +116,7 @@ def test_an_update_equals_autograd_over_rows_cut_to_their_lengths():
     torch.nn.init.normal_(policy.logits)
     images = (np.arange(24) % 2).astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
     inputs = policy.encode(Observation(images={"camera": images}, instructions=("",) * 24))
-    sample = policy.act(inputs, gumbel=-torch.empty(24, 4, 256).exponential_().log())
+    sample = policy.act(inputs, noise=given_noise(-torch.empty(24, 4, 256).exponential_().log()))
     lengths = sample.token_mask.sum(1)
     assert len(lengths.unique()) == 4
     advantages = torch.randn(24)
@@ -175,14 +175,14 @@ class ReadsBehindTheEnd(ShortAnswers):
 
 
 class KeepsTheRest(ShortAnswers):
-    def act(self, inputs, *, temperature=1.0, gumbel=None, with_values=True):
-        whole = TablePolicy.act(self, inputs, temperature=temperature, gumbel=gumbel)
-        return replace(super().act(inputs, temperature=temperature, gumbel=gumbel), token_ids=whole.token_ids)
+    def act(self, inputs, *, temperature=1.0, noise=None, with_values=True):
+        sample = super().act(inputs, temperature=temperature, noise=noise)
+        return replace(sample, token_ids=sample.token_ids.where(sample.token_mask, 7))
 
 
 class SaysNothing(ShortAnswers):
-    def act(self, inputs, *, temperature=1.0, gumbel=None, with_values=True):
-        sample = super().act(inputs, temperature=temperature, gumbel=gumbel)
+    def act(self, inputs, *, temperature=1.0, noise=None, with_values=True):
+        sample = super().act(inputs, temperature=temperature, noise=noise)
         mask = sample.token_mask & (torch.arange(len(sample.token_ids)) != 1)[:, None]
         return replace(
             sample, token_mask=mask, token_ids=sample.token_ids.where(mask, 0), logprobs=sample.logprobs.where(mask, 0)
@@ -217,7 +217,7 @@ def test_a_broken_promise_about_the_mask_is_named(broken, message):
 def test_the_safe_action_stands_in_for_malformed_answers():
     policy, observation = short(ShortAnswers)
     policy.safe_action = np.array([0.5, -0.25, 0.0, 1.0])
-    sample, actions = decide(policy, observation, temperature=1.0, gumbel=None, with_values=False)
+    sample, actions = decide(policy, observation, temperature=1.0, noise=None, with_values=False)
     assert 0 < sample.malformed.sum() < 12
     for row, malformed in enumerate(sample.malformed.tolist()):
         own = sample.token_ids[row].numpy() / 127.5 - 1

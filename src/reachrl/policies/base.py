@@ -54,6 +54,13 @@ class PolicyInputs:
         )
 
 
+Noise = Callable[[int], Float[Tensor, "B V"]]
+"""Standard Gumbel noise of a token position, one number for each of the `num_choices` tokens it is chosen from.
+
+Whoever decodes asks for each position once, in ascending order, and need not ask for those behind the answers' ends.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionSample:
     """The policy's answers to `B` rows, each in `A` token slots (`Policy.num_action_tokens`).
@@ -156,15 +163,16 @@ class Policy(nn.Module, ABC):
         inputs: Any,
         *,
         temperature: float = 1.0,
-        gumbel: Float[Tensor, "B A V"] | None = None,
+        noise: Noise | None = None,
         with_values: bool = True,
     ) -> ActionSample:
         """Decode all rows at once, without gradients.
 
-        A token is `argmax(logits / temperature + gumbel)`: an exact sample when `gumbel` is standard Gumbel
-        noise, greedy when it is None. The caller draws the noise, one stream per episode, so that an
-        episode does not depend on which rows it was batched with. Without `with_values` the sample may come without
-        values: a critic with a trunk of its own need not run, and rollouts are scored by the learner anyway.
+        A token is `argmax(logits / temperature + noise(position))`: an exact sample of the softmax, greedy when `noise`
+        is None. The caller draws the noise, one stream per episode, so that an episode does not depend on which rows it
+        was batched with, and only when it is asked for, so that long answers cost nothing in advance. Without
+        `with_values` the sample may come without values: a critic with a trunk of its own need not run, and rollouts
+        are scored by the learner anyway.
         """
 
     @torch.no_grad()
@@ -198,13 +206,14 @@ class Policy(nn.Module, ABC):
             images, instruction, state, num_cameras=self.num_cameras, state_size=self.state_size
         )
         check_temperature(temperature)
-        gumbel = None
-        if temperature > 0:
-            rng = np.random.default_rng() if generator is None else generator
-            noise = rng.gumbel(size=(1, self.num_action_tokens, self.num_choices)).astype(np.float32)
-            gumbel = torch.from_numpy(noise).to(self.device)
+        rng = np.random.default_rng() if generator is None else generator
+
+        def noise(position: int) -> Tensor:
+            return torch.from_numpy(rng.gumbel(size=(1, self.num_choices)).astype(np.float32)).to(self.device)
+
+        asked = {"temperature": temperature, "noise": noise} if temperature > 0 else {}
         inputs = self.encode(observation)
-        return self.actions(self.act(inputs, temperature=temperature or 1.0, gumbel=gumbel, with_values=False))[0]
+        return self.actions(self.act(inputs, **asked, with_values=False))[0]
 
     @torch.no_grad()
     def acting_logprobs(
@@ -222,13 +231,16 @@ class Policy(nn.Module, ABC):
         """
         # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
         chosen = self.choices(token_ids).where(token_mask, 0)
-        noise = torch.zeros((*chosen.shape, self.num_choices), device=self.device)
-        noise.scatter_(-1, chosen.unsqueeze(-1), 1e6)
-        sample = self.act(inputs, temperature=temperature, gumbel=noise, with_values=False)
+
+        def noise(position: int) -> Tensor:
+            weighed = torch.zeros((len(chosen), self.num_choices), device=self.device)
+            return weighed.scatter_(-1, chosen[:, position, None], 1e6)
+
+        sample = self.act(inputs, temperature=temperature, noise=noise, with_values=False)
         if not (sample.token_ids.equal(token_ids) and sample.token_mask.equal(token_mask)):
             raise ExtensionError(
                 f"{type(self).__name__}.act did not take the tokens that its noise chooses: a token must be "
-                "argmax(logits / temperature + gumbel) over `num_choices` tokens, the first of which has the id "
+                "argmax(logits / temperature + noise) over `num_choices` tokens, the first of which has the id "
                 "`first_choice`. Mend `act`, override `choices` where ids do not follow one another, or override "
                 "`acting_logprobs` where noise does not choose"
             )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32
 
 from reachrl.errors import ExtensionError
-from reachrl.policies.base import ActionSample, Policy
+from reachrl.policies.base import ActionSample, Noise, Policy
 from reachrl.types import Observation
 
 
@@ -16,7 +16,7 @@ def decide(
     observation: Observation,
     *,
     temperature: float,
-    gumbel: Float32[torch.Tensor, "N A V"] | None,
+    noise: Noise | None,
     with_values: bool,
 ) -> tuple[ActionSample, Float32[np.ndarray, "N H D"]]:
     """The policy's answer in each row, in main memory, and the actions to carry out.
@@ -25,7 +25,7 @@ def decide(
         ExtensionError: the answer breaks the contract of `ActionSample`.
     """
     inputs = policy.encode(observation)
-    sample = policy.act(inputs, temperature=temperature, gumbel=gumbel, with_values=with_values)
+    sample = policy.act(inputs, temperature=temperature, noise=noise, with_values=with_values)
     actions = policy.actions(sample)
     sample = ActionSample(
         token_ids=sample.token_ids.cpu(),
@@ -66,11 +66,41 @@ def check_sample(policy: Policy, sample: ActionSample, rows: int) -> None:
         )
 
 
-def gumbel_noise(policy: Policy, generators: Iterable[np.random.Generator | None]) -> Float32[torch.Tensor, "B A V"]:
-    """Standard Gumbel noise for `policy.act`, on its device; zeros for rows without a generator.
+class EpisodeNoise:
+    """Standard Gumbel noise for `policy.act`, on its device: each row's from its own generator, drawn when asked for.
+
+    A position's noise is what its generator gives after that of the positions before, asked for or not.
+
+    Args:
+        policy: what is to act.
+        generators: one for each row; a row without one gets zeros.
 
     Source: argmax(logits + Gumbel noise) samples the softmax (Gumbel 1954; Maddison et al. 2014).
     """
-    shape = (policy.num_action_tokens, policy.num_choices)
-    rows = [np.zeros(shape) if each is None else each.gumbel(size=shape) for each in generators]
-    return torch.from_numpy(np.stack(rows).astype(np.float32)).to(policy.device)
+
+    def __init__(self, policy: Policy, generators: Iterable[np.random.Generator | None]) -> None:
+        self._policy, self._generators, self._next = policy, list(generators), 0
+
+    def __call__(self, position: int) -> Float32[torch.Tensor, "B V"]:
+        """The noise of a position.
+
+        Raises:
+            ExtensionError: it, or one behind it, was asked for before.
+        """
+        if position < self._next:
+            raise ExtensionError(
+                f"{type(self._policy).__name__}.act asked for the noise of position {position} after that of "
+                f"{self._next - 1}: ask for each position once, in ascending order"
+            )
+        skipped, self._next = position - self._next, position + 1
+        return torch.from_numpy(np.stack([self._row(each, skipped) for each in self._generators])).to(
+            self._policy.device
+        )
+
+    def _row(self, generator: np.random.Generator | None, skipped: int) -> Float32[np.ndarray, "V"]:
+        count = self._policy.num_choices
+        if generator is None:
+            return np.zeros(count, np.float32)
+        for _ in range(skipped):
+            generator.gumbel(size=count)
+        return generator.gumbel(size=count).astype(np.float32)

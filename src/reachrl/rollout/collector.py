@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from reachrl.config.algorithm import Needs
 from reachrl.envs.vector import VectorEnv
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.acting import decide, gumbel_noise
+from reachrl.rollout.acting import EpisodeNoise, decide
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
 from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
@@ -89,7 +88,7 @@ class Collector:
                 break
             began, observation = time.time(), self._observation
             sample, actions = decide(
-                self.policy, observation, temperature=self.temperature, gumbel=self._noise(), with_values=False
+                self.policy, observation, temperature=self.temperature, noise=self._noise(), with_values=False
             )
             actions = actions[:, 0]
             rows["observations"].append(observation)
@@ -198,12 +197,12 @@ class Collector:
         flags = {name: getattr(step, name) & counts for name in ("success", "terminated", "truncated", "valid")}
         return replace(step, **flags)
 
-    def _noise(self) -> torch.Tensor:
+    def _noise(self) -> EpisodeNoise:
         generators = (
             generator(self.seed, Stream.ROLLOUT_NOISE, number, len(taken))
             for number, taken in zip(self._numbers, self._actions, strict=True)
         )
-        return gumbel_noise(self.policy, generators)
+        return EpisodeNoise(self.policy, generators)
 
     def _rollout(
         self,

@@ -9,7 +9,7 @@ import numpy as np
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.acting import decide, gumbel_noise
+from reachrl.rollout.acting import EpisodeNoise, decide
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 
@@ -146,16 +146,14 @@ class EpisodePlayer:
     def _act(
         self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]
     ) -> tuple[ActionSample, np.ndarray]:
-        gumbel = None
+        noise = None
         if self.mode == "sampled":
             generators = (
                 start and generator(self.seed, _NOISE[start.split], start.task, start.index, length)
                 for start, length in zip(current, lengths, strict=True)
             )
-            gumbel = gumbel_noise(self.policy, generators)
-        sample, actions = decide(
-            self.policy, observation, temperature=self.temperature, gumbel=gumbel, with_values=True
-        )
+            noise = EpisodeNoise(self.policy, generators)
+        sample, actions = decide(self.policy, observation, temperature=self.temperature, noise=noise, with_values=True)
         return sample, actions[:, 0]
 
 

@@ -4,12 +4,14 @@ from reachrl.testing.conformance_policy import check_policy
 check_policy(my_policy, observation)
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from reachrl.errors import ExtensionError
-from reachrl.policies.base import ActionSample, Policy, PolicyInputs
-from reachrl.rollout.acting import check_sample
+from reachrl.policies.base import ActionSample, Noise, Policy, PolicyInputs
+from reachrl.rollout.acting import EpisodeNoise, check_sample
 from reachrl.types import Observation
 
 _TOLERANCE = 1e-4  # between a decoder with a cache and one teacher-forced pass, in float32
@@ -28,15 +30,18 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     """
     rows = len(observation)
     inputs = policy.encode(observation)
-    noise = np.random.default_rng(0).gumbel(size=(rows, policy.num_action_tokens, policy.num_choices))
-    gumbel = torch.from_numpy(noise.astype(np.float32)).to(policy.device)
-    sample = policy.act(inputs, temperature=temperature, gumbel=gumbel)
-    without = policy.act(inputs, temperature=temperature, gumbel=gumbel, with_values=False)
+
+    def noise(row: int | None = None) -> EpisodeNoise:
+        numbers = range(rows) if row is None else [row]
+        return EpisodeNoise(policy, (np.random.default_rng([0, number]) for number in numbers))
+
+    sample = policy.act(inputs, temperature=temperature, noise=noise())
+    without = policy.act(inputs, temperature=temperature, noise=noise(), with_values=False)
     _same(without.logprobs, sample.logprobs, "act's log-probs depend on with_values")
     check_sample(policy, sample, rows)
     _check_scores(policy, inputs, sample, temperature)
     _check_mask(policy, inputs, sample, temperature)
-    _check_rows_alone(policy, inputs, sample, gumbel, temperature)
+    _check_rows_alone(policy, inputs, sample, noise, temperature)
     _check_cached_vision(policy, inputs, sample, temperature)
     _check_batches(policy, inputs, sample, temperature)
     _check_actions(policy, sample)
@@ -73,11 +78,11 @@ def _check_mask(policy: Policy, inputs: PolicyInputs, sample: ActionSample, temp
 
 @torch.no_grad()
 def _check_rows_alone(
-    policy: Policy, inputs: PolicyInputs, sample: ActionSample, gumbel: torch.Tensor, temperature: float
+    policy: Policy, inputs: PolicyInputs, sample: ActionSample, noise: Callable[[int], Noise], temperature: float
 ) -> None:
     for row in range(len(sample.token_ids)):
         index = torch.tensor([row], device=policy.device)
-        alone = policy.act(inputs.rows(index), temperature=temperature, gumbel=gumbel[index])
+        alone = policy.act(inputs.rows(index), temperature=temperature, noise=noise(row))
         same_mask = torch.equal(alone.token_mask, sample.token_mask[index])
         if not (same_mask and torch.equal(alone.token_ids, sample.token_ids[index])):
             raise ExtensionError(f"row {row} decodes to other tokens alone than in its batch; rows must not interact.")

@@ -10,8 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
-from reachrl.policies.base import ActionSample, Evaluation, Policy, PolicyInputs
+from reachrl.policies.base import ActionSample, Evaluation, Noise, Policy, PolicyInputs
 from reachrl.types import Observation
+
+
+def given_noise(block: Float[Tensor, "B A V"]) -> Noise:
+    """Noise that was drawn before."""
+    return lambda position: block[:, position]
 
 
 class TablePolicyConfig(Section):
@@ -74,12 +79,15 @@ class TablePolicy(Policy):
         inputs: TableInputs,
         *,
         temperature: float = 1.0,
-        gumbel: Tensor | None = None,
+        noise: Noise | None = None,
         with_values: bool = True,
     ) -> ActionSample:
         """Sample every token at once."""
         logits = self.logits[self._contexts(inputs)] / temperature
-        ids = (logits if gumbel is None else logits + gumbel).argmax(-1)
+        if noise is None:
+            ids = logits.argmax(-1)
+        else:
+            ids = (logits + torch.stack([noise(position) for position in range(logits.shape[1])], 1)).argmax(-1)
         logprobs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
         return ActionSample.full(ids, logprobs, self.values(inputs))
 

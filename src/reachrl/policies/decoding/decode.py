@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
+from reachrl.policies.base import Noise
 from reachrl.policies.decoding.cache import Prompt, prefill, step
 from reachrl.policies.decoding.recordings import Recordings
 from reachrl.policies.llama import PLAIN, LayerPass
@@ -44,7 +45,7 @@ def choose_tokens(
     model: LlamaModel,
     head: Float[Tensor, "V E"],
     prompt: Prompt,
-    gumbel: Float[Tensor, "B A V"] | None,
+    noise: Noise | None,
     *,
     first_id: int,
     num_tokens: int,
@@ -58,7 +59,7 @@ def choose_tokens(
     ids, logprobs = [], []
     for position in range(num_tokens):
         logits = action_logits(hidden, head, temperature)
-        scores = logits if gumbel is None else logits + gumbel[:, position]
+        scores = logits if noise is None else logits + noise(position)
         choice = scores.argmax(-1, keepdim=True)
         ids.append(choice + first_id)
         logprobs.append(logits.log_softmax(-1).gather(1, choice))
@@ -77,13 +78,13 @@ def decode(
     first_id: int,
     num_tokens: int,
     temperature: float,
-    gumbel: Float[Tensor, "B A V"] | None,
+    noise: Noise | None,
     recordings: Recordings | None = None,
     layer_pass: LayerPass = PLAIN,
 ) -> Decoded:
     """One prefill and `num_tokens - 1` single-token steps.
 
-    A token is `argmax(logits / temperature + gumbel)`, an exact sample of the softmax for standard Gumbel noise.
+    A token is `argmax(logits / temperature + noise)`, an exact sample of the softmax for standard Gumbel noise.
 
     Args:
         model: the language model without its head.
@@ -93,7 +94,7 @@ def decode(
         first_id: vocabulary id of row 0 of `head`.
         num_tokens: tokens to decode.
         temperature: divides the logits.
-        gumbel: noise, or None for greedy decoding.
+        noise: of each position, or None for greedy decoding.
         recordings: replays of the steps; None: they are launched one by one.
         layer_pass: computes the layers of the prefill.
 
@@ -109,8 +110,14 @@ def decode(
         choose_tokens, model, head, first_id=first_id, num_tokens=num_tokens, temperature=temperature
     )
     if recordings is None:
-        ids, logprobs = choose(prompt, gumbel)
+        ids, logprobs = choose(prompt, noise)
     else:
-        noise = torch.zeros(batch, num_tokens, len(head), device=head.device) if gumbel is None else gumbel
-        ids, logprobs = recordings.replay(choose, prompt, noise, name=temperature)
+        block = torch.zeros(batch, num_tokens, len(head), device=head.device)
+        if noise is not None:  # a recording reads all of it from one place
+            block = torch.stack([noise(position) for position in range(num_tokens)], 1)
+
+        def work(prompt: Prompt, block: Tensor) -> tuple[Tensor, Tensor]:
+            return choose(prompt, lambda position: block[:, position])
+
+        ids, logprobs = recordings.replay(work, prompt, block, name=temperature)
     return Decoded(token_ids=ids, logprobs=logprobs, first_hidden=prompt.hidden)

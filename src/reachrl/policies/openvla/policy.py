@@ -19,7 +19,7 @@ from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
-from reachrl.policies.base import ActionSample, Evaluation, Policy
+from reachrl.policies.base import ActionSample, Evaluation, Noise, Policy
 from reachrl.policies.critic import SeparateTrunk, ValueHead
 from reachrl.policies.decoding.decode import action_logits, decode
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
@@ -245,10 +245,10 @@ class OpenVLAPolicy(Policy):
         inputs: OpenVLAInputs,
         *,
         temperature: float = 1.0,
-        gumbel: Float[Tensor, "B A V"] | None = None,
+        noise: Noise | None = None,
         with_values: bool = True,
     ) -> ActionSample:
-        """Decode all rows at once, without gradients; greedy when `gumbel` is None."""
+        """Decode all rows at once, without gradients; greedy when `noise` is None."""
         features = self._features(inputs)
         copy = self._copy()
         projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
@@ -262,7 +262,7 @@ class OpenVLAPolicy(Policy):
                 first_id=self.first_choice,
                 num_tokens=self.num_action_tokens,
                 temperature=temperature,
-                gumbel=gumbel,
+                noise=noise,
                 recordings=None if copy is None else copy.recordings,
                 layer_pass=PLAIN if copy is None else copy.layer_pass,
             )
