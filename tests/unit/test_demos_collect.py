@@ -20,6 +20,7 @@ from reachrl.config.env import EnvSection
 from reachrl.demos import collect
 from reachrl.demos.collect import collect_demos, shard_name
 from reachrl.demos.expert import Attempt, noise_generator, run_attempt
+from reachrl.demos.shard import ShardWriter
 from reachrl.demos.store import META_FILE
 from reachrl.envs.base import Env, observed, start_option
 from reachrl.errors import ConfigError, ExtensionError, StorageError, WorkerError
@@ -195,7 +196,7 @@ def test_finished_tasks_are_kept_after_an_interruption(collected, tmp_path) -> N
 
 
 def test_a_complete_store_is_only_opened(collected, monkeypatch) -> None:
-    monkeypatch.setattr(collect, "_Collection", None)
+    monkeypatch.setattr(collect, "Collection", None)
     again = collect_demos(PointConfig(), DEMOS, collected.folder, seed=7)
     assert again.meta == collected.meta
 
@@ -226,13 +227,15 @@ def test_starts_are_visited_again_with_other_noise(tmp_path) -> None:
 
 
 def test_dead_worker_names_task_and_start(tmp_path) -> None:
-    with pytest.raises(WorkerError, match=r"exited with code 9, in task 'crash', train start 2, after step 0"):
+    with pytest.raises(
+        WorkerError, match=r"in task 'crash', train start 2, after step 0, was lost: it exited with code 9"
+    ):
         collect_demos(PointConfig(tasks=("near", "crash")), DEMOS, tmp_path, seed=7)
     assert (tmp_path / shard_name("near")).exists()
 
 
 def test_raising_worker_is_quoted(tmp_path) -> None:
-    with pytest.raises(WorkerError, match=r"(?s)the gripper fell off.*task 'raise', train start 2"):
+    with pytest.raises(WorkerError, match=r"(?s)task 'raise', train start 2.*the gripper fell off"):
         collect_demos(PointConfig(tasks=("raise",)), DEMOS, tmp_path, seed=7)
 
 
@@ -242,7 +245,7 @@ def test_a_simulator_without_an_expert_is_told_with_a_way_out(tmp_path) -> None:
 
 
 def test_silent_worker_meets_its_deadline(tmp_path) -> None:
-    with pytest.raises(WorkerError, match="hangs.*task 'hang', train start 0, after step 0"):
+    with pytest.raises(WorkerError, match="task 'hang', train start 0, after step 0, hangs"):
         collect_demos(PointConfig(tasks=("hang",), worker_timeout_s=0.5), DEMOS, tmp_path, seed=7)
 
 
@@ -252,7 +255,7 @@ def test_unknown_task_is_named(tmp_path) -> None:
 
 
 def test_full_disk_keeps_finished_tasks(tmp_path, monkeypatch) -> None:
-    write = collect.ShardWriter.write
+    write = ShardWriter.write
 
     def full(self, episode):
         if self.path.name == shard_name("far") and self.num_trajectories == 2:
@@ -260,7 +263,7 @@ def test_full_disk_keeps_finished_tasks(tmp_path, monkeypatch) -> None:
             file.write_table = lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space"))
         write(self, episode)
 
-    monkeypatch.setattr(collect.ShardWriter, "write", full)
+    monkeypatch.setattr(ShardWriter, "write", full)
     with pytest.raises(StorageError, match="No space left on device"):
         collect_demos(PointConfig(), DEMOS, tmp_path, seed=7)
     assert [p.name for p in tmp_path.iterdir()] == [shard_name("near")]

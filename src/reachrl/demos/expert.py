@@ -1,35 +1,21 @@
 """One attempt of a scripted expert, and the worker process (`reachrl.demos.expert`) that makes attempts on request."""
 
 import copy
-import os
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from reachrl.child import pipe_to_parent
 from reachrl.config.demos import DemosSection
 from reachrl.demos.shard import trajectory_table
 from reachrl.envs.base import Env, Shown
-from reachrl.errors import ConfigError, ExtensionError, ReachRLError
+from reachrl.errors import ConfigError, ExtensionError
 from reachrl.registry import build, receive, section_class
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSetup:
-    """A worker's first message; options as plain dicts, validated again by the section of `kind`."""
-
-    kind: str
-    code: str | None  # the class, where `kind` cannot be imported: `registry.send`
-    env: dict[str, Any]
-    demos: dict[str, Any]
-    seed: int
+from reachrl.worker import Notify, run_worker
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -38,22 +24,6 @@ class Attempt:
 
     task: str
     number: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerReady:
-    """What a worker says once its simulator stands."""
-
-    tasks: tuple[str, ...]
-    num_starts: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerFailure:
-    """An exception in a worker, as text; `error` is set when it is one that a user is shown."""
-
-    text: str
-    error: ReachRLError | None
 
 
 def noise_generator(seed: int, attempt: Attempt) -> np.random.Generator:
@@ -132,44 +102,45 @@ def _expert_action(env: Env, start: Start) -> np.ndarray:
         ) from error
 
 
-def serve(pipe: Connection) -> None:
-    """Make attempts until told to stop (None) or the parent goes away.
+class Demonstrator:
+    """Answers the parent's commands with one environment and its scripted expert.
 
-    Takes a `WorkerSetup` and sends `WorkerReady`; then for each `Attempt` the number of each step done (its heartbeat)
-    and at the end `("done", table)`, the table being None without success. `WorkerFailure` replaces any of these.
+    Args:
+        env: the simulator.
+        config: noise and its probability.
+        seed: the run's.
+        notify: tells the parent of every step done.
     """
-    env: Env | None = None
-    try:
-        setup: WorkerSetup = pipe.recv()
-        config = DemosSection.model_validate(setup.demos)
-        receive(setup.kind, setup.code)
-        env = build("envs", section_class("envs", setup.kind).model_validate(setup.env))
-        assert env is not None
-        num_starts = env.num_starts("train")
-        pipe.send(WorkerReady(tasks=tuple(env.tasks), num_starts=num_starts))
-        while (attempt := pipe.recv()) is not None:
-            start = Start(attempt.task, "train", attempt.number % num_starts)
-            trajectory = run_attempt(env, start, config, noise_generator(setup.seed, attempt), pipe.send)
-            table: pa.Table | None = trajectory_table(trajectory) if trajectory.success else None
-            pipe.send(("done", table))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent has gone; nobody is left to tell
-    except Exception as error:
-        shown = error if isinstance(error, ReachRLError) else None
-        pipe.send(WorkerFailure(text=traceback.format_exc(), error=shown))
-    finally:
-        if env is not None:
-            env.close()
+
+    def __init__(self, env: Env, config: DemosSection, seed: int, notify: Notify) -> None:
+        self.env, self.config, self.seed, self.notify = env, config, seed, notify
+
+    def describe(self) -> dict[str, Any]:
+        """What the parent needs to know about the environment."""
+        return {"tasks": self.env.tasks, "num_starts": self.env.num_starts("train")}
+
+    def attempt(self, task: str, number: int) -> dict[str, Any]:
+        """Make one attempt; its `data` is the episode as a table in Arrow's stream format, None without success."""
+        start = Start(task, "train", number % self.env.num_starts("train"))
+        rng = noise_generator(self.seed, Attempt(task, number))
+        trajectory = run_attempt(self.env, start, self.config, rng, lambda step: self.notify({"step": step}))
+        return {"data": table_bytes(trajectory_table(trajectory)) if trajectory.success else None}
 
 
-def main() -> None:
-    """Entry point of the worker process."""
-    serve(pipe_to_parent())
-    os._exit(0)  # GL libraries complain when Python tears them down
+def table_bytes(table: pa.Table) -> bytes:
+    """A table in Arrow's stream format; `pa.ipc.open_stream` reads it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def make(setup: dict[str, Any], notify: Notify) -> Demonstrator:
+    """The environment that the parent's first message describes: kind, code (`registry.send`), env, demos, seed."""
+    receive(setup["kind"], setup["code"])
+    env = build("envs", section_class("envs", setup["kind"]).model_validate(setup["env"]))
+    return Demonstrator(env, DemosSection.model_validate(setup["demos"]), setup["seed"], notify)
 
 
 if __name__ == "__main__":
-    # Messages name classes by module: what is sent from here must not come from `__main__`.
-    from reachrl.demos.expert import main as imported_main
-
-    imported_main()
+    run_worker(make)

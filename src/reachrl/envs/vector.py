@@ -13,11 +13,11 @@ from jaxtyping import Float32
 from reachrl import errors
 from reachrl.config.env import EnvSection
 from reachrl.envs.base import Shown
-from reachrl.envs.process import WorkerLost, WorkerProcess
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.registry import resolve, send
 from reachrl.run.cores import available_cores
 from reachrl.types import EnvStep, Observation, Split, Start
+from reachrl.worker import WorkerLost, WorkerProcess
 
 _MAX_LOSSES = 3  # of the same environment without a finished episode in between; one more is an error
 _START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, with a core for each worker
@@ -191,6 +191,7 @@ class VectorEnv:
 
     def _spawn(self, n: int) -> WorkerProcess:
         worker = WorkerProcess(
+            "reachrl.envs.worker",
             {
                 "kind": self._config.kind,
                 "code": self._code,
@@ -200,6 +201,7 @@ class VectorEnv:
                 "memory": self._memory.fileno(),
             },
             resolve("envs", self._config.kind).worker_variables(self._config, n),
+            files=(self._memory.fileno(),),
         )
         worker.send(do="describe")
         return worker

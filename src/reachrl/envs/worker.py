@@ -1,24 +1,18 @@
 """One environment in one process: `python -m reachrl.envs.worker`, started by `VectorEnv`.
 
-Frames and states go through a memory map shared with the parent; everything else is one JSON
-message each way per command.
+Frames and states go through a memory map shared with the parent, everything else through `reachrl.worker`'s messages.
 """
 
 import functools
-import json
-import os
-import traceback
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from reachrl.child import limit_reached, pipe_to_parent
 from reachrl.envs.base import Env, Shown
 from reachrl.envs.shared_arrays import SharedArrays
-from reachrl.errors import ConfigError, ReachRLError
 from reachrl.registry import build, receive, section_class
 from reachrl.types import SPLITS, Start
+from reachrl.worker import Notify, run_worker
 
 # Whoever decodes the next actions gets a core at once: many simulators wait for it, it waits for the slowest only.
 _NICENESS = 10
@@ -43,12 +37,6 @@ class Worker:
     def arrays(self) -> SharedArrays:
         """The shared memory."""
         return SharedArrays(self._memory, self._num_envs, self.shown)
-
-    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one command; the method of its name gets its arguments."""
-        arguments = dict(command)
-        name = arguments.pop("do")
-        return {"describe": self.describe, "reset": self.reset, "step": self.step}[name](**arguments)
 
     def describe(self) -> dict[str, Any]:
         """What the parent needs to know about the environment."""
@@ -88,39 +76,13 @@ class Worker:
         return {"flags": [success, bool(terminated), bool(truncated)]}
 
 
-def serve(connection: Connection) -> None:
-    """Answer commands until the parent closes the connection or goes away."""
-    setup = json.loads(connection.recv_bytes())
-    worker: Worker | None = None
-    while True:
-        try:
-            command = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        try:
-            if worker is None:
-                receive(setup["kind"], setup["code"])
-                section = section_class("envs", setup["kind"])
-                env = build("envs", section.model_validate(setup["config"]))
-                worker = Worker(env, setup["memory"], setup["num_envs"], setup["row"])
-            reply = worker.answer(command)
-        except ReachRLError as error:
-            reply = {"error": str(error), "kind": type(error).__name__}
-        except Exception as error:
-            limit = None if isinstance(error, BlockingIOError) else limit_reached(error)
-            reply = {"error": limit or traceback.format_exc(), "kind": ConfigError.__name__ if limit else None}
-        try:
-            connection.send_bytes(json.dumps(reply).encode())
-        except BrokenPipeError:
-            return
-
-
-def main() -> None:
-    """Entry point of the worker process."""
-    os.nice(_NICENESS)
-    serve(pipe_to_parent())
-    os._exit(0)  # GL libraries complain when Python tears them down
+def make(setup: dict[str, Any], _: Notify) -> Worker:
+    """The environment that the parent's first message describes: kind, code (`registry.send`), config, row, memory."""
+    receive(setup["kind"], setup["code"])
+    section = section_class("envs", setup["kind"])
+    env = build("envs", section.model_validate(setup["config"]))
+    return Worker(env, setup["memory"], setup["num_envs"], setup["row"])
 
 
 if __name__ == "__main__":
-    main()
+    run_worker(make, _NICENESS)
