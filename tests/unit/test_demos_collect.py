@@ -227,9 +227,7 @@ def test_starts_are_visited_again_with_other_noise(tmp_path) -> None:
 
 
 def test_dead_worker_names_task_and_start(tmp_path) -> None:
-    with pytest.raises(
-        WorkerError, match=r"in task 'crash', train start 2, after step 0, was lost: it exited with code 9"
-    ):
+    with pytest.raises(WorkerError, match=r"in task 'crash', train start 2, after step 0, .*exited with code 9"):
         collect_demos(PointConfig(tasks=("near", "crash")), DEMOS, tmp_path, seed=7)
     assert (tmp_path / shard_name("near")).exists()
 

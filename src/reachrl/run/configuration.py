@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reachrl.config.loading import refuse_earlier
+from reachrl.config.preset_files import refuse_earlier
 from reachrl.errors import ConfigError, StorageError
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
