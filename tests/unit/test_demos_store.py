@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from reachrl.demos.shard import trajectory_table
+from reachrl.demos.episode_table import trajectory_table
 from reachrl.demos.store import (
     META_FILE,
     ShardWriter,

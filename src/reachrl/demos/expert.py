@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from reachrl.config.demos import DemosSection
-from reachrl.demos.shard import trajectory_table
+from reachrl.demos.episode_table import trajectory_table
 from reachrl.envs.base import Env, Shown
 from reachrl.errors import ConfigError, ExtensionError
 from reachrl.registry import build, receive, section_class

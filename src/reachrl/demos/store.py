@@ -18,17 +18,14 @@ from PIL import Image
 
 from reachrl.demos.checks import check_finite, check_rows, check_trajectory
 from reachrl.demos.damage import unreadable
+from reachrl.demos.episode_table import FORMAT_VERSION, image_columns, table_actions, table_vectors
 from reachrl.demos.shard import (
-    FORMAT_VERSION,
     READABLE_VERSIONS,
     ShardWriter,
     damaged,
-    image_columns,
     iter_shard,
     open_shard,
     shard_metadata,
-    table_actions,
-    table_vectors,
     write_shard,
 )
 from reachrl.errors import ConfigError, StorageError
