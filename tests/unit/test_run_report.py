@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 
 from reachrl.errors import StorageError
 from reachrl.functional.stats import wilson
-from reachrl.report import plots, report
+from reachrl.report import plots, sections
 from reachrl.report.overlay import draw_overlay
 from reachrl.report.report import write_report
 from reachrl.report.svg import Chart, span, ticks
@@ -235,7 +235,7 @@ def test_films_of_alarms_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: 
     noise = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
     write_video(tmp_path / "videos" / "alarm_iteration0003_1.mp4", noise)
     size = write_video(tmp_path / "videos" / "alarm_iteration0003_2.mp4", noise[:1, :16, :16]).stat().st_size
-    monkeypatch.setattr(report, "MAX_VIDEO_BYTES", 4 * size)
+    monkeypatch.setattr(sections, "MAX_VIDEO_BYTES", 4 * size)
     html = write_report(tmp_path).read_text()
     assert html.count("<video") == 1 and "<figcaption>alarm_iteration0003_2.mp4</figcaption>" in html
     assert "see the folder videos/: alarm_iteration0003_1.mp4." in Page(html).text
