@@ -1,12 +1,9 @@
 """Supervised fine-tuning: next-token loss of the action tokens, best weights by held-out loss, exact resumption."""
 
-import hashlib
-import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,14 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from reachrl.config.demos import SFTSection
-from reachrl.config.marks import Affects, affecting, marks
 from reachrl.demos.augment import augment
 from reachrl.demos.schedule import batch_rows, learning_rate, total_steps
+from reachrl.demos.sft_folder import SFTFolder, identity_of
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import TrajectoryStore, Transitions
-from reachrl.errors import CheckpointError, ConfigError, DivergedError
+from reachrl.errors import ConfigError, DivergedError
 from reachrl.functional.ppo import evened
 from reachrl.policies.base import Policy
-from reachrl.run.atomic import recover_tree, replace_folder_atomic, write_json_atomic
-from reachrl.run.manifest import is_sealed, seal, verify
-from reachrl.run.optimizer_state import load_optimizer, save_optimizer
 from reachrl.run.weight_change import ALARM, WeightSample, check_float32
 from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
@@ -105,8 +99,8 @@ class _Training:
     """One fine-tuning: data in memory, optimiser, the best weights so far, checkpoints."""
 
     def __init__(self, policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int, folder: Path) -> None:
-        self.policy, self.config, self.seed, self.folder = policy, config, seed, folder
-        self.identity = _identity(policy, store, config, seed)
+        self.policy, self.config, self.seed = policy, config, seed
+        self.folder = SFTFolder(folder, identity_of(policy, store, config, seed), config)
         self.data: Transitions = store.load()
         heldout = heldout_trajectories(self.data.starts, fraction=config.heldout_fraction, seed=seed)
         is_heldout = heldout[self.data.trajectory_ids]
@@ -122,8 +116,6 @@ class _Training:
         self.optimizer = _optimizer(policy, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step = 0
-        self.best: dict[str, Any] | None = None
-        self.resumable_best: dict[str, Any] | None = None  # the checkpoint's, which a resumed training begins with
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -154,7 +146,7 @@ class _Training:
         if len(self.heldout_rows) and self._evaluates_after(self.step):
             record |= self._evaluate()
         if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
-            self.save_checkpoint()
+            self.folder.save_checkpoint(self.policy, self.optimizer, self.step)
         return record
 
     def _evaluates_after(self, step: int) -> bool:
@@ -203,10 +195,8 @@ class _Training:
         score = self.score(self.heldout_rows)
         if not math.isfinite(score.loss):
             raise DivergedError(f"sft step {self.step}: held-out loss {score.loss} is not finite. Lower sft.lr.")
-        if self.best is None or score.loss < self.best["loss"]:
-            self.best = {"step": self.step, **asdict(score)}
-            self._drop_outdated_bests()
-            replace_folder_atomic(self._best_folder(self.best), self.policy.save_pretrained)
+        if self.folder.best is None or score.loss < self.folder.best["loss"]:
+            self.folder.save_best(self.policy, {"step": self.step, **asdict(score)})
         return {"heldout_loss": score.loss, "token_accuracy": score.token_accuracy, "action_error": score.action_error}
 
     @torch.no_grad()
@@ -230,65 +220,27 @@ class _Training:
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self) -> None:
-        """Write `checkpoint/`: weights, optimiser and position, complete or absent."""
-
-        def write(aside: Path) -> None:
-            self.policy.save_pretrained(aside / "policy")
-            save_optimizer(self.optimizer, aside / "optimizer.safetensors")
-            write_json_atomic(aside / "state.json", {"identity": self.identity, "step": self.step, "best": self.best})
-            seal(aside)
-
-        replace_folder_atomic(self.folder / "checkpoint", write)
-        self.resumable_best = self.best
-        self._drop_outdated_bests()
-
-    def _best_folder(self, best: dict[str, Any]) -> Path:
-        """Where the best weights of a step lie: one folder a step, as a resumed training may not find them again."""
-        return self.folder / f"best_{best['step']:06d}"
-
-    def _drop_outdated_bests(self) -> None:
-        """Delete all best weights but the newest and those of the checkpoint, so that never more than two lie there."""
-        needed = [self._best_folder(best) for best in (self.best, self.resumable_best) if best is not None]
-        for folder in set(self.folder.glob("best_*")).difference(needed):
-            shutil.rmtree(folder, ignore_errors=True)
-
     def resume(self) -> None:
         """Continue from `checkpoint/` if there is one."""
-        if self.folder.exists():
-            recover_tree(self.folder)  # puts back what a crash between two renames left aside
-        checkpoint = self.folder / "checkpoint"
-        if not checkpoint.exists():
-            return
-        if is_sealed(checkpoint):  # those of earlier versions are not
-            verify(checkpoint, remedy=f"delete {self.folder} to start again", nested=False)
-        changeable = {key for key, mark in marks(self.config).items() if Affects.FUTURE in mark}
-        state = self._read_state(checkpoint / "state.json", changeable)
-        self.policy.restore(checkpoint / "policy")
-        load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")
-        self.step, self.best = state["step"], state["best"]
-        self.resumable_best = self.best
-        logger.info("sft: resumed at step %d of %d", self.step, self.steps)
+        self.step = self.folder.resume(self.policy, self.optimizer)
+        if self.step:
+            logger.info("sft: resumed at step %d of %d", self.step, self.steps)
 
     def finished(self) -> SFTResult | None:
         """The result of a training that had ended, its weights loaded; None when there is still work to do."""
-        path = self.folder / "sft.json"
-        if not path.exists():
+        result = self.folder.result(self.policy)
+        if result is None:
             return None
-        state = self._read_state(path)
-        self.policy.restore(self.folder / "policy")
-        self.policy.eval()
-        return SFTResult(**{**state["result"], "best_heldout_loss": _number(state["result"]["best_heldout_loss"])})
+        loss = result["best_heldout_loss"]
+        return SFTResult(**{**result, "best_heldout_loss": math.nan if loss is None else loss})
 
     def finish(self) -> SFTResult:
         """Put the best weights into the policy, save it, and drop the checkpoints."""
-        if self.best is not None:
-            self.policy.restore(self._best_folder(self.best))
-            best = self.best
+        if (best := self.folder.best) is not None:
+            self.folder.restore_best(self.policy)
         else:
             score = self.score(self.train_rows[: self.config.heldout_rows])
             best = {"step": self.step, **asdict(score), "loss": math.nan}
-        replace_folder_atomic(self.folder / "policy", self.policy.save_pretrained)
         result = SFTResult(
             best_step=best["step"],
             best_heldout_loss=best["loss"],
@@ -298,44 +250,8 @@ class _Training:
             train_rows=len(self.train_rows),
             heldout_rows=len(self.heldout_rows),
         )
-        write_json_atomic(self.folder / "sft.json", {"identity": self.identity, "result": asdict(result)})
-        for folder in (self.folder / "checkpoint", *self.folder.glob("best_*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        self.folder.finish(self.policy, asdict(result))
         return result
-
-    def _read_state(self, path: Path, changeable: Set[str] = frozenset()) -> dict[str, Any]:
-        """The state in a file of a training with the same options, those in `changeable` aside."""
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            stored = state["identity"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path}: missing or damaged ({error}); delete {self.folder} to start again."
-            ) from error
-        compared = {*stored, *self.identity} - changeable
-        if different := sorted(key for key in compared if stored.get(key) != self.identity.get(key)):
-            key = different[0]
-            raise CheckpointError(
-                f"{path}: a fine-tuning with {key}={stored.get(key)!r} was begun here, now it is "
-                f"{self.identity.get(key)!r}. Use the same options, another folder, or delete {self.folder}."
-            )
-        return state
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _identity(policy: Policy, store: TrajectoryStore, config: SFTSection, seed: int) -> dict[str, Any]:
-    """What decides the numbers of a training; compared before anything is resumed or taken for finished."""
-    data = hashlib.sha256(json.dumps(store.meta, sort_keys=True).encode()).hexdigest()[:16]
-    architecture = json.loads(json.dumps(policy.architecture()))
-    return {
-        **affecting(config, Affects.WARM_START, fixed=False),
-        "seed": seed,
-        "store": data,
-        "architecture": architecture,
-    }
 
 
 def _optimizer(policy: Policy, config: SFTSection) -> AdamW:
