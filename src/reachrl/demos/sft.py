@@ -21,9 +21,10 @@ from reachrl.demos.sft_folder import SFTFolder, identity_of
 from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import TrajectoryStore, Transitions
 from reachrl.errors import ConfigError, DivergedError
+from reachrl.fitting import adamw
 from reachrl.functional.ppo import evened
 from reachrl.policies.base import Policy
-from reachrl.run.weight_change import ALARM, WeightSample, check_float32
+from reachrl.run.weight_change import ALARM, WeightSample
 from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
 
@@ -258,13 +259,4 @@ def _optimizer(policy: Policy, config: SFTSection) -> AdamW:
     """AdamW over everything but the value head, which no action token's loss reaches."""
     groups = policy.parameter_groups()
     parameters = [p for role in ("vision", "trunk") for p in groups.get(role, []) if p.requires_grad]
-    check_float32(parameters, type(policy).__name__)
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    return AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-    )
+    return adamw(parameters, lr=config.lr, weight_decay=config.weight_decay, model=type(policy).__name__)

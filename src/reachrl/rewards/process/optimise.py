@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.errors import DivergedError
+from reachrl.fitting import adamw
 from reachrl.rewards.process.base import RewardModel, clip_frames
 from reachrl.rewards.process.label import class_weights
 from reachrl.rewards.process.quality import binary_cross_entropy
-from reachrl.run.weight_change import check_float32
 from reachrl.streams import Stream, generator
 from reachrl.types import Trajectory
 
@@ -64,10 +64,10 @@ def optimise(
     shift = math.log(positive / negative)
     if fitted:  # back to the prior that the weights of the loss pull towards
         model.shift_logits(shift)
-    optimizer = _optimizer(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adamw(trained, lr=config.lr, weight_decay=config.weight_decay, model=type(model).__name__)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
     batches = _batches(model, data, labels, fit_rows, config, seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses: list[float] = []
     model.train()
     for step, (clips, instructions, target) in enumerate(itertools.islice(batches, steps), start=1):
@@ -167,15 +167,6 @@ def random_shift(
     return np.stack(
         [one[:, y : y + height, x : x + width] for one, (y, x) in zip(padded, offsets.tolist(), strict=True)]
     )
-
-
-def _optimizer(model: RewardModel, config: RewardModelSection) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    check_float32(trained, type(model).__name__)
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def _lr_factor(step: int, steps: int) -> float:
