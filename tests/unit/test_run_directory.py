@@ -181,7 +181,7 @@ def test_stage_seconds_add_up_over_interrupted_attempts(tmp_path: Path) -> None:
         done = run.stage_done("sft")
         assert done is not None and done["info"] == {"best_step": 7} and done["attempts"] == 2
         assert done["wall_s"] >= interrupted["wall_s"]
-        assert run.finish_stage("demos", 2.0, 123, episodes=5)["peak_rss_bytes"] == 123
+        assert run.stages.finish("demos", 2.0, 123, episodes=5)["peak_rss_bytes"] == 123
         assert list(run.stages.read()) == ["sft", "demos"]
 
 

@@ -180,10 +180,6 @@ class Run:
         """Return the record of a finished stage, or None if it must still run."""
         return self.stages.done(name)
 
-    def finish_stage(self, name: str, wall_s: float, peak_rss_bytes: int, **info: Any) -> dict[str, Any]:
-        """Mark a stage finished; seconds of interrupted attempts are added. Returns its record."""
-        return self.stages.finish(name, wall_s, peak_rss_bytes, **info)
-
     def close(self) -> None:
         """Close the metrics and give the lock back."""
         self.metrics.close()
