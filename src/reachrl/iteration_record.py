@@ -1,4 +1,4 @@
-"""One iteration as a record of `metrics.jsonl`, and the warnings that its figures give cause for."""
+"""One iteration as a record of `metrics.jsonl`, and warnings about its metrics."""
 
 import logging
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def uniform_success(episodes: Sequence[Episode], curriculum: TaskSampler) -> dic
 
 
 def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> None:
-    """Say so when the sampler's log-probs part from the learner's: the ratio then rests on the wrong policy."""
+    """Warn when the sampler's log-probs differ from the learner's: the probability ratio is then wrong."""
     gap, alarm = stats["engine_kl"], config.rollout.engine_kl_alarm
     if gap > alarm:
         log.warning(
@@ -77,7 +77,7 @@ def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> 
 
 
 def warn_of_lost_steps(state: TrainState, stats: Stats) -> None:
-    """Say so when steps are rounded away instead of changing the weights."""
+    """Warn when optimiser steps are rounded away instead of changing the weights."""
     for name, share in (("policy", stats.get("changed_weights")), ("critic", stats.get("value_changed_weights"))):
         if share is not None and share < ALARM:  # of NaN there is nothing to say
             log.warning(

@@ -43,8 +43,8 @@ def train(
 ) -> TrainState:
     """Improve one policy online, from the run's last checkpoint if it has one.
 
-    The same loop whoever the workers are and wherever: this process, or many on a cluster. A callback may end it early,
-    at once, or with `collect_ahead` after the one rollout that is under way; a checkpoint is written then too.
+    The same loop runs with workers in this process or in many on a cluster. A callback may end it early: at once or,
+    with `collect_ahead`, after the rollout in flight. A checkpoint is then written.
 
     Returns:
         How far it came: `config.num_iterations` unless a callback stopped it.
@@ -173,7 +173,7 @@ def fill_up(
 
 
 def asked_to_stop(callbacks: Sequence[Callback], record: dict[str, Any]) -> bool:
-    """Whether any callback ends training after the iteration of this record; each of them hears of it."""
+    """Call every callback with the iteration's record; return whether any of them ends training."""
     stop = False
     for callback in callbacks:
         try:

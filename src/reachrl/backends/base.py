@@ -1,4 +1,4 @@
-"""Where the two halves of training live: actors that collect, a learner that scores and updates."""
+"""Interfaces of a backend: actors that collect rollouts, a learner that scores and updates, an evaluator."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Pending(Protocol[T_co]):
-    """Work that is under way elsewhere, or done."""
+    """A future: work that runs in another process, or is already done."""
 
     def result(self) -> T_co:
-        """Wait for the end of the work."""
+        """Wait for the work and return its result."""
         ...
 
 
 class Done(Generic[T_co]):
-    """Work that this process did at once."""
+    """A finished future, for work that this process did synchronously."""
 
     def __init__(self, result: T_co) -> None:
         self._result = result
 
     def result(self) -> T_co:
-        """What came of it."""
+        """The result."""
         return self._result
 
 
@@ -43,7 +43,7 @@ class Actors(Protocol):
     """Policy copies with their environments."""
 
     def load_weights(self, weights: "Weights") -> int:
-        """Take the learner's weights; returns their version."""
+        """Load the learner's weights; return their version."""
         ...
 
     def collect(self, assign: Assign, num_steps: int) -> Pending[Rollout]:
@@ -55,7 +55,7 @@ class Actors(Protocol):
         ...
 
     def take_spans(self) -> list[Span]:
-        """Who did what when since the last time."""
+        """Timing spans recorded since the last call."""
         ...
 
     def balance(self) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ class Learner(Protocol):
 
     @property
     def version(self) -> int:
-        """Of the weights; grows by one with each update."""
+        """Version of the weights; grows by one with each update."""
         ...
 
     def export_weights(self) -> "Weights":
@@ -96,7 +96,7 @@ class Learner(Protocol):
         ...
 
     def take_spans(self) -> list[Span]:
-        """Who did what when since the last time."""
+        """Timing spans recorded since the last call."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class Learner(Protocol):
         ...
 
     def load(self, folder: Path, *, version: int) -> None:
-        """Read them back; they are this version's."""
+        """Read what `save` wrote, as weights of `version`."""
         ...
 
     def save_policy(self, folder: Path) -> None:
@@ -120,16 +120,16 @@ class Evaluator(Protocol):
     """Plays held-out episodes during training."""
 
     def play(self, weights: "Weights", starts: Sequence[Start], mode: str) -> Pending[list[PlayedEpisode]]:
-        """Begin to play every start once with these weights; `mode` is the temperature by name."""
+        """Begin to play every start once with these weights; `mode` names the temperature."""
         ...
 
     def take_spans(self) -> list[Span]:
-        """When was played since the last time."""
+        """Timing spans recorded since the last call."""
         ...
 
 
 class Weights(Protocol):
-    """A version of the weights; how they travel is the backend's affair."""
+    """A version of the weights. The representation (shared object or packed buckets) is backend-specific."""
 
     @property
     def version(self) -> int:
@@ -139,7 +139,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """The learner's own policy object: nothing is copied in one process."""
+    """The learner's own policy object: within one process nothing is copied."""
 
     version: int
     policy: Policy
@@ -147,7 +147,7 @@ class SharedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Everyone who works for one training loop."""
+    """The actors, learner, evaluator and reward workers of one training loop."""
 
     actors: Actors
     learner: Learner
@@ -155,7 +155,7 @@ class Workers:
     evaluator: Evaluator | None = None  # None: nobody evaluates during training
 
     def take_spans(self) -> list[Span]:
-        """Who did what when since the last time."""
+        """Timing spans recorded since the last call."""
         parts = (self.actors, self.learner, self.scoring, self.evaluator)
         return [span for part in parts if part is not None for span in part.take_spans()]
 
@@ -174,14 +174,14 @@ class Backend(ABC):
 
     @property
     def max_restarts(self) -> int:
-        """How often a run may go on from its last checkpoint with new workers after a learner was lost."""
+        """How often a run may restart from its last checkpoint with new workers after a learner was lost."""
         return 0
 
     @abstractmethod
     def open(self, config: TrainConfig, warm: Path) -> AbstractContextManager[Workers]:
         """Workers for the run of `config`, whose policy begins from the one saved in `warm`.
 
-        Inside, losing a learner beyond repair raises LearnerLostError; leaving ends every process that was started.
+        Inside the context, the loss of a learner raises LearnerLostError. Leaving it ends every started process.
 
         Raises:
             ConfigError: not enough machines, or a folder that they cannot see.

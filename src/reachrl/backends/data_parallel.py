@@ -1,9 +1,8 @@
 """Several learners that train one policy: the leader runs the loop, the others follow its calls.
 
-Scoring and gradients are shared out: each process scores a block of the rollout's decisions, keeps their vision
-features, and computes the gradient of what each minibatch holds of its block. Gradients and figures are summed, so that
-every process takes the same step, and the same as one process would. Weights are whole in every process, or, where the
-group is sharded, each has its part of them.
+Scoring and gradients are data-parallel: each process scores a block of the rollout's decisions, caches their vision
+features, and computes the gradients of its block's rows of each minibatch. Gradients and statistics are summed, so
+every process takes the same step, equal to that of one process. Weights are replicated or, in a sharded group, split.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ _END = "end"
 
 
 class LeadingLearner:
-    """The learner that the training loop sees; its followers do the same on their blocks.
+    """The learner of rank 0: each call is broadcast to the followers, which repeat it on their blocks.
 
     Args:
         learner: of this process, with the group.
@@ -41,7 +40,7 @@ class LeadingLearner:
         return self.learner.version
 
     def export_weights(self) -> SharedWeights | PackedWeights:
-        """The policy that is here; or, if only a part of it is, all of it packed."""
+        """The policy of this process or, in a sharded group, the gathered weights, packed."""
         if not self.group.sharded:
             return self.learner.export_weights()
         assert self.shown is not None
@@ -89,11 +88,11 @@ class LeadingLearner:
         self._together("hand_over")
 
     def close(self) -> None:
-        """Let the followers end."""
+        """End the followers."""
         _end(self.group)
 
     def _collective(self, name: str, **arguments: Any) -> Any:
-        """What the leader can do alone unless weights are sharded."""
+        """Run `name` on the leader, and on all processes where weights are sharded."""
         if self.group.sharded:
             return self._together(name, **arguments)
         return getattr(self.learner, name)(**arguments)
@@ -104,7 +103,7 @@ class LeadingLearner:
 
 
 def follow(learner: LocalLearner, group: Group, take: Callable[[int], Rollout] | None = None) -> None:
-    """Do what the leader does until it ends.
+    """Repeat the leader's calls until it ends.
 
     Args:
         learner: of this process, with the group; its weights become the leader's.
@@ -127,7 +126,7 @@ def follow(learner: LocalLearner, group: Group, take: Callable[[int], Rollout] |
 
 
 def dismiss() -> None:
-    """Let followers end for whom there is nothing to do."""
+    """End followers that have nothing to do."""
     _end(Group.from_environment())
 
 

@@ -175,7 +175,7 @@ class LocalEvaluator:
             return player_at(mode_temperature(mode), self._policy, envs, seed=options.seed).play(starts)
 
     def take_spans(self) -> list[Span]:
-        """When was played."""
+        """The evaluator's spans."""
         return self._log.take()
 
 

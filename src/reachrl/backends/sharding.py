@@ -1,4 +1,4 @@
-"""A policy and its optimiser in pieces: each process of a group keeps one part of every tensor (FSDP2)."""
+"""Sharding of a policy and its optimiser over a process group (FSDP2)."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,10 +14,10 @@ from reachrl.policies.base import Policy
 
 
 def shard(policy: Policy, group: Group) -> None:
-    """Split a policy's weights over the group; each piece of it is gathered for as long as it computes.
+    """Shard a policy's weights over the group; each unit is gathered while it computes.
 
-    The backward pass leaves each process its part of the gradients' mean over the group. Make the optimiser afterwards:
-    its state is split like the weights.
+    The backward pass reduce-scatters the mean of the gradients. Create the optimiser afterwards: its state is sharded
+    like the weights.
 
     Args:
         policy: whole, with its weights anywhere; every process calls this with the same architecture.
@@ -34,24 +34,24 @@ def shard(policy: Policy, group: Group) -> None:
 
 
 def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in one piece, one after the other; every process of the group must walk through all of them."""
+    """Gather the tensors one after the other; every process of the group must iterate over all of them."""
     for name, tensor in named:
         yield name, whole(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece; every process of the group must ask."""
+    """Gather a tensor; every process of the group must call it."""
     found = tensor.detach()
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 @torch.no_grad()
 def share_weights(policy: Policy, source: Policy | None) -> None:
-    """Give every process's policy, whole or split, the weights and buffers of a whole one.
+    """Broadcast the weights and buffers of an unsharded policy to every process's policy, sharded or not.
 
     Args:
         policy: of this process.
-        source: on the leader, which may be its `policy` itself; None elsewhere.
+        source: on the leader, possibly its `policy` itself; None on the others.
     """
     theirs = {} if source is None else dict([*source.named_parameters(), *source.named_buffers()])
     for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]:
@@ -62,7 +62,7 @@ def share_weights(policy: Policy, source: Policy | None) -> None:
 
 
 def _from_leader(given: Tensor, like: Tensor | None) -> Tensor:
-    """The leader's `given`, or this process's part of it where `like` is split."""
+    """Broadcast the leader's `given`; return this process's shard of it where `like` is sharded."""
     if isinstance(like, DTensor):
         return distribute_tensor(given, like.device_mesh, like.placements)
     torch.distributed.broadcast(given, src=0)
@@ -71,7 +71,7 @@ def _from_leader(given: Tensor, like: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def share_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, group: Group) -> None:
-    """Give every process a whole optimiser state, or its part of it where parameters are split.
+    """Broadcast an optimiser state to every process; each keeps its shard where parameters are sharded.
 
     Args:
         optimizer: of this process.
@@ -104,11 +104,11 @@ def share_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """The optimiser's `state_dict` with every tensor in one piece in main memory; every process must ask.
+    """Gather the optimiser's `state_dict` into main memory; every process must call it.
 
     Args:
         optimizer: over a sharded policy's parameters.
-        keep: whether this process wants it; the others' answer holds no tensors.
+        keep: whether this process gets the tensors.
     """
     found = optimizer.state_dict()
     state = {}

@@ -1,4 +1,4 @@
-"""How many environments each actor, or each group of one, gets."""
+"""Distribution of environments over actors, and over an actor's groups."""
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
@@ -6,12 +6,12 @@ from itertools import accumulate
 
 
 def proportional_shares(total: int, seconds_per_env: Sequence[float], *, least: int = 1) -> list[int]:
-    """Environments for each actor so that the slowest is done as early as possible.
+    """Number of environments for each actor that minimises the time of the slowest.
 
     Args:
         total: environments to share out.
-        seconds_per_env: what one step of one environment takes, by actor.
-        least: what every actor gets in any case.
+        seconds_per_env: seconds of one step of one environment, by actor.
+        least: minimum for every actor.
 
     Returns:
         One count per actor; they sum to `total`.
@@ -35,7 +35,7 @@ def step_time(shares: Sequence[int], seconds_per_env: Sequence[float]) -> float:
 
 
 def even_shares(total: int, count: int) -> list[int]:
-    """Shares for actors of which nothing is known; they differ by one at most."""
+    """Equal shares, which differ by one at most."""
     return [(i + 1) * total // count - i * total // count for i in range(count)]
 
 

@@ -1,8 +1,8 @@
-"""Trained weights on their way from the learner to the actors: named, in one order, packed, versioned, checked.
+"""Transfer of trained weights from the learner to the actors: named, ordered, packed, versioned, verified.
 
-Only what acting needs and training changes travels: the trunk, with adapters the adapters alone, and the towers if they
-are trained. The receiver copies it into its own policy, which forms what it decodes with anew (out of place), and then
-answers a fixed batch: its log-probs must be the learner's.
+Only weights that training changes and acting reads are sent: the trunk (or its adapters alone), and the vision towers
+if they are trained. The receiver copies them into its policy, rebuilds its copy for decoding, and scores a fixed batch:
+its log-probs must equal the learner's.
 """
 
 import zlib
@@ -36,7 +36,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Some tensors, one behind the other."""
+    """Tensors packed one after another into one buffer."""
 
     tensors: tuple[TensorInfo, ...]
     data: np.ndarray  # u8[bytes]
@@ -70,7 +70,7 @@ class PackedWeights:
 
 
 def acting_parameters(policy: Policy, *, train_vision: bool) -> list[tuple[str, Tensor]]:
-    """What training changes and acting reads, by name, in alphabetical order: the same on both sides."""
+    """Parameters that training changes and acting reads, by name, in alphabetical order: the same on both sides."""
     groups = policy.parameter_groups()
     wanted = {id(p) for p in groups["trunk"] + (groups["vision"] if train_vision else [])}
     return sorted((name, p) for name, p in policy.named_parameters() if id(p) in wanted)
@@ -79,9 +79,9 @@ def acting_parameters(policy: Policy, *, train_vision: bool) -> list[tuple[str, 
 def pack(
     tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int = BUCKET_BYTES, keep: bool = True
 ) -> tuple[Bucket, ...]:
-    """Put whole tensors, in their order, into buckets of about `bucket_bytes` (a larger tensor has one alone).
+    """Pack whole tensors, in order, into buckets of about `bucket_bytes`; a larger tensor gets a bucket of its own.
 
-    Without `keep` the tensors are walked through for nothing but the company of those who gather them.
+    Without `keep` nothing is stored: the iteration alone makes the collectives of a sharded group match on every rank.
     """
     buckets: list[Bucket] = []
     infos: list[TensorInfo] = []

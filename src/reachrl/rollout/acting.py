@@ -1,4 +1,4 @@
-"""One decision of a policy in each row: noise, tokens, and the actions they stand for."""
+"""One decision of a policy in each row: noise, tokens and decoded actions."""
 
 from collections.abc import Iterable
 
@@ -39,7 +39,7 @@ def decide(
 
 
 def check_sample(policy: Policy, sample: ActionSample, rows: int) -> None:
-    """Refuse answers that could not be learned from.
+    """Check a sample against the contract of `ActionSample`.
 
     Raises:
         ExtensionError: what is wrong with which row.

@@ -32,7 +32,7 @@ class Collector:
         temperature: of the sampling distribution.
         first: number of the first of these environments among all.
         total: `N`; none: these are all.
-        log: notes when was decoded and when simulated.
+        log: takes the spans of decoding and simulation.
         needs: of the algorithm. With `whole_episodes` a rollout begins and ends with its episodes: each environment
             plays as many as surely fit into `num_steps`, and `group_size` consecutive episodes begin alike.
         max_steps: decisions of the longest episode.
@@ -74,7 +74,7 @@ class Collector:
         return collect_in_turn([self.collecting(assign, num_steps, policy_version=policy_version)])[0]
 
     def collecting(self, assign: Assign, num_steps: int, *, policy_version: int) -> Generator[None, None, Rollout]:
-        """`collect` as a generator that pauses while its simulators step, so that others can decode meanwhile."""
+        """`collect` as a generator that yields while its simulators step, so that others can decode meanwhile."""
         if self._needs.whole_episodes:
             self._left = [num_steps // self._max_steps] * self.envs.num_envs
         if self._observation is None or self._left:
@@ -190,7 +190,7 @@ class Collector:
         return _drawn(assign(number if group is None else group))
 
     def _counted(self, step: EnvStep) -> EnvStep:
-        """The step without the rows of environments that have ended their episodes: they play on, and nobody counts."""
+        """Mark the rows of environments that have played all their episodes as invalid; they keep stepping."""
         if self._left is None:
             return step
         counts = np.array(self._left) > 0

@@ -66,7 +66,7 @@ class PlayedEpisode:
 
 
 class EpisodePlayer:
-    """Hands start states to environments as they fall free.
+    """Assigns start states to environments as they become free.
 
     Args:
         policy: what acts.

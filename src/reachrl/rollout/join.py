@@ -1,4 +1,4 @@
-"""Rollouts of some environments each, put together to the rollout of all."""
+"""Joining rollouts: of different environments, or of the same ones one after the other."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ _BY_STEP_AND_ENV = (*_TOKENS, "success", "terminated", "truncated", "valid", "ee
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Lay rollouts side by side, as if one collector had stepped all environments.
+    """Join rollouts along the environments, as if one collector had stepped all of them.
 
     Args:
         parts: [T_i N_i ...] each, in the order of their environments, all of one policy version. Those of whole
@@ -50,7 +50,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
 
 
 def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
-    """Lay a rollout of whole episodes behind another, of the same environments and policy version."""
+    """Join rollouts of whole episodes along time, of the same environments and policy version."""
     assert first.policy_version == second.policy_version
     both = (first, second)
     states = [part.state for part in both if part.state is not None]
@@ -69,7 +69,7 @@ def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
 
 
 def append_rewards(first: Rewards, second: Rewards) -> Rewards:
-    """The rewards of rollouts that were appended to one another."""
+    """The rewards of rollouts that `append_rollouts` joined."""
     progress = None
     if first.progress is not None and second.progress is not None:
         progress = np.concatenate([first.progress, second.progress])
@@ -81,7 +81,7 @@ def append_rewards(first: Rewards, second: Rewards) -> Rewards:
 
 
 def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
-    """The rollout with further rows that are no data."""
+    """Pad the rollout with invalid rows."""
     more = num_steps - len(rollout.valid)
     if not more:
         return rollout

@@ -1,1 +1,1 @@
-"""Training by many processes on one machine or a cluster, by Ray; the only place that imports it."""
+"""Training with many processes on one machine or a cluster. The only package that imports Ray."""

@@ -25,7 +25,7 @@ from reachrl.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What an actor answers."""
+    """An actor's part of a rollout, with its state and timing."""
 
     rollout: Rollout
     rows: list[dict[str, Any]]  # the running episodes of its environments afterwards
@@ -36,7 +36,7 @@ class Collected:
 
 
 class ActorProcess:
-    """Acts with a copy of the policy in environments of its own.
+    """Collects with a copy of the policy in its own environments.
 
     Args:
         config: the run's.
@@ -53,7 +53,7 @@ class ActorProcess:
         self._actors: LocalActors | None = None
 
     def take_rows(self, first: int, count: int, rows: Sequence[dict[str, Any]]) -> str:
-        """Step the environments `first` to `first + count` from now on, with the episodes that run there.
+        """Take over the environments `first` to `first + count` with their running episodes.
 
         Returns:
             The name of this machine.
@@ -85,10 +85,10 @@ class ActorProcess:
         return self._actors.groups[0].shown
 
     def load_weights(self, weights: PackedWeights) -> None:
-        """Take weights whose buckets lie in the object store.
+        """Load weights whose buckets are in Ray's object store.
 
         Raises:
-            LearnerLostError: they went with the learner that put them there.
+            LearnerLostError: the learner that stored them is gone.
         """
         assert self._actors is not None and self._policy is not None
         if self._hands_over:

@@ -1,4 +1,4 @@
-"""The actors as the training loop sees them: one object, however many processes collect."""
+"""All actor processes behind the `Actors` interface of the training loop."""
 
 import contextlib
 import logging
@@ -27,7 +27,7 @@ _WORTH_MOVING = 0.9  # environments move when a step then takes less than this p
 
 
 class _Actor:
-    """What the training process knows of one actor."""
+    """One actor process, as seen from the training process."""
 
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
@@ -41,23 +41,23 @@ class _Actor:
         self.measured = 0  # rollouts with these environments
 
     def begin(self, method: str, *arguments: Any) -> Call:
-        """Send a call to whichever process this actor is now."""
+        """Send a call to this actor's current process."""
         return self.remote.begin(method, *arguments)
 
 
 class ClusterActors:
-    """Actors in processes of their own, each with its share of the environments.
+    """Actor processes, each with a share of the environments.
 
-    An actor that is lost is replaced, and its part of the rollout collected again from the same state with the same
-    weights and noise: nothing of the rollout depends on who collected it.
+    A lost actor is replaced, and its part of the rollout is collected again from the same state with the same weights
+    and noise: the rollout does not depend on which process collected it.
 
     Args:
         processes: the actors.
-        spawn: starts another actor number i.
-        total: environments of all.
-        least: environments that every actor has.
+        spawn: starts a new process for actor number i.
+        total: environments of all actors together.
+        least: minimum number of environments of an actor.
         max_losses: how often in a row an actor is replaced.
-        rebalance: whether environments move to where they are stepped faster.
+        rebalance: whether to move environments from slow actors to fast ones.
 
     Raises:
         WorkerError: an actor cannot be started.
@@ -101,7 +101,7 @@ class ClusterActors:
             self._give_rows([actor.count for actor in self._actors], [])
 
     def load_weights(self, weights: Weights) -> int:
-        """Send weights to every actor; each checks that it acts with them."""
+        """Send weights to every actor; each verifies them on a fixed batch."""
         assert isinstance(weights, PackedWeights)
         self._weights = weights
         self._start()
@@ -117,7 +117,7 @@ class ClusterActors:
         return RemoteFuture(lambda: self._finish(parts.result()))
 
     def metrics(self) -> dict[str, float]:
-        """Losses, repetitions, moves, and how far the actors' log-probs are from the learner's."""
+        """Counts of lost actors, repeated collections and moved environments, and the log-prob gap to the learner."""
         return {
             "lost_episodes": self._lost_before + sum(actor.lost_episodes for actor in self._actors),
             "redone_rollouts": self._redone,
@@ -126,11 +126,11 @@ class ClusterActors:
         }
 
     def take_spans(self) -> list[Span]:
-        """When each actor decoded and simulated."""
+        """Each actor's decoding and simulation spans."""
         return self._log.take()
 
     def balance(self) -> list[dict[str, Any]]:
-        """Each actor's share and what it takes."""
+        """Each actor's environments and seconds per step."""
         slowest = max((actor.seconds or 0.0) for actor in self._actors) or 1.0
         return [
             {
@@ -149,12 +149,12 @@ class ClusterActors:
         return {"lost_episodes": self.metrics()["lost_episodes"], "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replay the running episodes, shared out anew."""
+        """Replay the running episodes, redistributed over the actors."""
         self._lost_before = state["lost_episodes"]
         self._give_rows([actor.count for actor in self._actors], state["rows"])
 
     def close(self) -> None:
-        """Let simulators end; processes that are busy or stuck are ended without."""
+        """Close the simulators; kill processes that are busy or stuck."""
         closing = [actor.begin("close").reference for actor in self._actors]
         with contextlib.suppress(RayError):  # whatever state they are in, they are ended below
             ray.wait(closing, num_returns=len(closing), timeout=_LEAVE_S)
@@ -164,7 +164,7 @@ class ClusterActors:
     # ---- rollouts ----
 
     def _finish(self, parts: Sequence[Collected]) -> Rollout:
-        """Join the parts, and note what the actors say of themselves."""
+        """Join the parts of the rollout, and record the actors' timing and state."""
         for actor, part in zip(self._actors, parts, strict=True):
             self._note(actor, part, len(part.rollout.valid))
         self._gap = max(part.gap for part in parts)
@@ -180,7 +180,7 @@ class ClusterActors:
     # ---- who has what ----
 
     def _balance_shares(self) -> None:
-        """Move environments if the measured times say that it is worth the replay of their episodes."""
+        """Move environments between actors where the time gained exceeds the cost of replaying their episodes."""
         known = [actor.seconds_per_env for actor in self._actors]
         seconds = [each for each in known if each is not None]
         if not self._rebalance or len(seconds) < len(self._actors):
@@ -211,7 +211,7 @@ class ClusterActors:
     # ---- losses ----
 
     def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> RemoteFuture:
-        """Call every actor now; whoever waits for the answers has what was lost done again by a successor."""
+        """Call `method` on every actor. `result()` waits; a lost actor is respawned and its call retried."""
 
         def begin(number: int) -> Call:
             return self._actors[number].begin(method, *arguments(number))
@@ -222,7 +222,7 @@ class ClusterActors:
         )
 
     def _insist(self, number: int, call: Call, begin: Callable[[], Call]) -> Any:
-        """The call's answer, from a successor if need be."""
+        """The call's result; a lost actor is respawned and the call retried."""
 
         def again() -> Call:
             self._redone += call.method == "collect"
@@ -232,7 +232,7 @@ class ClusterActors:
         return insist(call, again, max_losses=self._max_losses)
 
     def _replace(self, number: int, method: str) -> None:
-        """A successor, with what the lost one had before it was asked for `method`."""
+        """Spawn a new process for a lost actor, in the state it had before it was asked for `method`."""
         actor = self._actors[number]
         actor.remote.kill()
         self._lost_before += actor.lost_episodes  # the successor counts from 0

@@ -1,4 +1,4 @@
-"""Starts Ray, reserves machines and starts the processes of a run on them."""
+"""Starts Ray, reserves resources and starts a run's processes."""
 
 import logging
 import math
@@ -49,7 +49,7 @@ class RayBackend(Backend):
 
     @contextmanager
     def open(self, config: TrainConfig, warm: Path) -> Iterator[Workers]:
-        """Start everyone; on leaving, everyone is ended, and Ray too if it was started here."""
+        """Start all processes; on exit end them, and Ray too if it was started here."""
         least = self.config.actors * self.config.env_groups
         if config.env.num_envs < least:
             raise ConfigError(
@@ -75,12 +75,12 @@ class RayBackend(Backend):
 
 
 def reservation(config: RayBackendConfig, *, gpus: bool, evaluator: bool) -> list[dict[str, float]]:
-    """What is reserved: for learners (with their actors if colocated), actors, reward workers, the evaluator.
+    """Resource bundles of the placement group: learners (with actors if colocated), actors, reward workers, evaluator.
 
     Args:
         config: the section.
-        gpus: whether the cluster has any; then every bundle gets one.
-        evaluator: whether there is one.
+        gpus: whether the cluster has GPUs; then every bundle gets one.
+        evaluator: whether to reserve a bundle for an evaluator.
     """
     gpu = {"GPU": 1.0} if gpus else {}
     if config.placement == "colocated":
@@ -109,7 +109,7 @@ class ProcessLayout:
         self._started: list[ClusterActors | ClusterLearner] = []
 
     def workers(self) -> Workers:
-        """Everyone, ready to work.
+        """Start all processes and wait until they are ready.
 
         Raises:
             LearnerLostError: a learner was lost on the way.
@@ -141,10 +141,10 @@ class ProcessLayout:
         return Workers(actors=actors, learner=learner, scoring=scoring, evaluator=evaluator)
 
     def _check_storage(self, leader: Remote) -> None:
-        """See whether the leader, who writes the checkpoints, has the same run folder as this process.
+        """Check that the leader, which writes the checkpoints, sees the same run folder as this process.
 
         Raises:
-            ConfigError: it has not.
+            ConfigError: it does not.
         """
         with tempfile.NamedTemporaryFile(dir=self._warm.parent, prefix=".seen-") as token:
             if not leader.call("sees", Path(token.name)):
@@ -154,7 +154,7 @@ class ProcessLayout:
                 )
 
     def close(self) -> None:
-        """End every process and give the machines back."""
+        """End every process and release the placement group."""
         for part in self._started:
             part.close()
         remove_placement_group(self._group)  # ends whoever is still in it
@@ -208,10 +208,10 @@ class ProcessLayout:
 
 
 def _knock(address: str) -> None:
-    """See whether anyone listens at `host:port`: Ray itself asks for minutes.
+    """Check that a server listens at `host:port`: Ray itself would retry for minutes.
 
     Raises:
-        OSError: nobody does.
+        OSError: there is none.
     """
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit():
@@ -219,7 +219,7 @@ def _knock(address: str) -> None:
 
 
 def _start_ray(config: RayBackendConfig, *, cpus: int) -> bool:
-    """Connect to the cluster, or start Ray here; whether it was started here.
+    """Connect to the cluster, or start Ray here; return whether it was started here.
 
     Raises:
         ConfigError: there is no cluster at that address.

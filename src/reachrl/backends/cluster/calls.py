@@ -1,4 +1,4 @@
-"""Calls to Ray actors that never wait for ever, and say who was lost."""
+"""Calls to Ray actors with a deadline and errors that name the lost process."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -28,12 +28,12 @@ class Lost(Exception):
 
 
 class Remote:
-    """A process elsewhere, by name.
+    """A named Ray actor.
 
     Args:
-        name: for people.
-        handle: Ray's.
-        deadline_s: a call that takes longer is given up.
+        name: for messages.
+        handle: Ray's actor handle.
+        deadline_s: seconds after which a call counts as lost.
     """
 
     def __init__(self, name: str, handle: Any, deadline_s: float) -> None:
@@ -44,19 +44,19 @@ class Remote:
         return Call(self, method, getattr(self.handle, method).remote(*arguments))
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Send a call and wait for its answer; see `Call.result`."""
+        """Send a call and wait for its result; see `Call.result`."""
         return self.begin(method, *arguments).result()
 
     def kill(self) -> None:
-        """End the process now, whatever it is doing."""
+        """Kill the process now."""
         ray.kill(self.handle, no_restart=True)
 
 
 class RemoteFuture:
-    """Work under way whose end somebody has to wait for.
+    """A future whose `result` runs `wait`.
 
     Args:
-        wait: waits and returns what came of it.
+        wait: waits for the work and returns its result.
     """
 
     def __init__(self, wait: Callable[[], Any]) -> None:
@@ -64,28 +64,29 @@ class RemoteFuture:
 
 
 class Call:
-    """One call that is under way.
+    """A call in flight.
 
     Args:
-        remote: who does it.
-        method: what.
-        reference: Ray's handle on the answer.
+        remote: the called actor.
+        method: name of the called method.
+        reference: Ray's object reference of the result.
     """
 
     def __init__(self, remote: Remote, method: str, reference: Any) -> None:
         self.remote, self.method, self.reference = remote, method, reference
 
-    def result(self, *, company: Sequence["Call"] = ()) -> Any:
-        """The answer.
+    def result(self, *, concurrent: Sequence["Call"] = ()) -> Any:
+        """Wait for the call and return its result.
 
         Args:
-            company: calls of others that cannot end well before this one: if one of them ends, its process is lost.
+            concurrent: calls to other actors that run at least as long as this one: if one of them ends first, its
+                process is lost.
 
         Raises:
             Lost: a process died or did not answer in time.
             ReachRLError: what the call itself raised; anything else it raised comes as Ray's own error.
         """
-        everyone, remote = [self, *company], self.remote
+        everyone, remote = [self, *concurrent], self.remote
         ready, _ = ray.wait([call.reference for call in everyone], num_returns=1, timeout=remote.deadline_s)
         if not ready:
             raise Lost(
@@ -97,14 +98,14 @@ class Call:
         try:
             return self.answer()
         except RayTaskError as error:
-            raise (_reason(everyone) if company else error) from None
+            raise (_reason(everyone) if concurrent else error) from None
 
     def answer(self) -> Any:
-        """The answer of a call that has ended.
+        """The result of a call that has ended.
 
         Raises:
-            Lost: its process died, or the answer went with its machine.
-            ReachRLError: what it raised; anything else that it raised comes as Ray's own error.
+            Lost: its process died, or the result was lost with its machine.
+            ReachRLError: raised by the call; any other exception arrives as Ray's error.
         """
         try:
             return ray.get(self.reference, timeout=self.remote.deadline_s)
@@ -117,9 +118,9 @@ class Call:
 
 
 def _reason(calls: Sequence[Call]) -> Exception:
-    """Why one of several processes that work together failed.
+    """The root cause of a failure of processes that communicate.
 
-    Whoever talks to a process that dies fails as well: the loss counts, then what the first of them raised.
+    A process that talks to a dead one fails too: a lost process takes precedence, then the first exception raised.
     """
     references = [call.reference for call in calls]
     ray.wait(references, num_returns=len(references), timeout=_SETTLE_S)
@@ -139,16 +140,16 @@ def _reason(calls: Sequence[Call]) -> Exception:
 
 
 def insist(call: Call, again: Callable[[], Call], *, max_losses: int) -> Any:
-    """The call's answer, from a successor if need be.
+    """The call's result; a lost process is respawned and the call retried.
 
     Args:
-        call: under way.
-        again: replaces the process that was lost and sends the call anew.
+        call: in flight.
+        again: respawns the process and sends the call again.
         max_losses: how often in a row.
 
     Raises:
-        WorkerError: it was lost once more.
-        ReachRLError: what the call itself raised.
+        WorkerError: the process was lost more often than that.
+        ReachRLError: raised by the call itself.
     """
     losses = 0
     while True:

@@ -1,4 +1,4 @@
-"""Plays held-out episodes in a process of its own, beside training."""
+"""Plays held-out episodes in a separate process while training goes on."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ class ClusterEvaluator:
 
     Args:
         process: the evaluator.
-        spawn: starts another.
+        spawn: starts a new process.
         max_losses: how often in a row it is replaced.
     """
 
@@ -30,7 +30,7 @@ class ClusterEvaluator:
         return RemoteFuture(lambda: self._answer(call, arguments))
 
     def take_spans(self) -> list[Span]:
-        """When was played."""
+        """The evaluator's spans."""
         return self._log.take()
 
     def _answer(self, call: Call, arguments: tuple[Any, ...]) -> list[PlayedEpisode]:

@@ -1,4 +1,4 @@
-"""The learner as the training loop sees it: its leader does what is asked, the others follow."""
+"""All learner processes behind the `Learner` interface of the training loop: rank 0 leads, the others follow."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ _LEAVE_S = 10.0  # for a polite end; then they are killed
 
 
 class ClusterLearner:
-    """One leader and its followers, in processes of their own.
+    """Learner processes: one leader and its followers.
 
-    Their weights and gradients belong together, so none can be replaced alone: a loss ends them all, and the run goes
-    on from its last checkpoint with new ones.
+    They hold parts of one state, so none can be replaced alone: a loss ends them all, and the run restarts from its
+    last checkpoint with new processes.
 
     Args:
         processes: the leader first.
@@ -66,7 +66,7 @@ class ClusterLearner:
         return stats
 
     def take_spans(self) -> list[Span]:
-        """When the leader scored and updated."""
+        """The leader's scoring and update spans."""
         return self._log.take()
 
     def save(self, folder: Path) -> None:
@@ -83,7 +83,7 @@ class ClusterLearner:
         self.version = version
 
     def close(self) -> None:
-        """End the processes; they say good-bye if they can."""
+        """End the processes, in order where they still respond."""
         if self._gone:
             return
         closing = self._leader.begin("close")
@@ -103,7 +103,7 @@ class ClusterLearner:
 
     def _wait(self, call: Call) -> Any:
         try:
-            return call.result(company=self._following)
+            return call.result(concurrent=self._following)
         except Lost as lost:
             self.kill()
             raise LearnerLostError(f"{lost}; the last checkpoint is whole") from lost

@@ -32,13 +32,13 @@ class OfferedRollouts:
         self._changed, self._rollouts = threading.Condition(), dict[int, Rollout]()
 
     def put(self, number: int, rollout: Rollout) -> None:
-        """Keep a rollout, in place of one that nobody took: that one belongs to a call that failed."""
+        """Store a rollout. One that was never taken is dropped: it belongs to a failed call."""
         with self._changed:
             self._rollouts = {number: rollout}
             self._changed.notify_all()
 
     def take(self, number: int) -> Rollout:
-        """Wait for a rollout and give it up.
+        """Wait for a rollout and remove it from here.
 
         Raises:
             LearnerLostError: it was not offered in time.
@@ -71,13 +71,13 @@ class LearnerProcess:
         return path.exists()
 
     def address(self) -> tuple[str, int]:
-        """Where the processes can meet: this machine, at a port that is free now."""
+        """Address of the process group's rendezvous: this machine and a free port."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def lead(self, address: tuple[str, int]) -> None:
-        """Meet the others and give them this process's weights."""
+        """Join the process group as rank 0 and broadcast this process's weights."""
         limit_threads(self._config)
         learner, group = self._join(address)
         self._learner = learner
@@ -85,7 +85,7 @@ class LearnerProcess:
             self._learner = LeadingLearner(learner, group)
 
     def follow(self, address: tuple[str, int]) -> None:
-        """Meet the others and do as the leader does, until it ends."""
+        """Join the process group and repeat the leader's calls until it ends."""
         limit_threads(self._config)
         learner, group = self._join(address)
         follow(learner, group, self._offers.take)
@@ -113,7 +113,7 @@ class LearnerProcess:
 
     @ray.method(concurrency_group="offers")
     def offer(self, number: int, rollout: Rollout) -> None:
-        """Lay a rollout ready; runs beside `follow`."""
+        """Store a rollout for `score`; runs concurrently with `follow`."""
         self._offers.put(number, rollout)
 
     def score(self, number: int) -> Scored:
@@ -147,6 +147,6 @@ class LearnerProcess:
         self._learner.load(folder, version=version)
 
     def close(self) -> None:
-        """Let the followers end."""
+        """End the followers."""
         if self._learner is not None:
             self._learner.close()

@@ -12,11 +12,11 @@ from reachrl.run.spans import Span, SpanLog
 
 
 class ClusterScoring:
-    """Deals clips out to reward workers; a lost one is replaced and its clips are scored again.
+    """Distributes clips over reward workers; a lost worker is replaced and its clips are scored again.
 
     Args:
         processes: the workers.
-        spawn: starts another worker number i.
+        spawn: starts a new process for worker number i.
         max_losses: how often in a row a worker is replaced.
     """
 

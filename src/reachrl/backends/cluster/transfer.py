@@ -1,4 +1,4 @@
-"""Weights on their way through Ray's object store."""
+"""Transfer of weights through Ray's object store."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,10 @@ from reachrl.errors import LearnerLostError
 
 
 def fetched(weights: PackedWeights) -> PackedWeights:
-    """Weights whose buckets are here.
+    """Weights with their buckets fetched into this process.
 
     Raises:
-        LearnerLostError: they went with the learner that put them into the object store.
+        LearnerLostError: the learner that stored them is gone.
     """
     references: list[Any] = list(weights.buckets)
     try:
