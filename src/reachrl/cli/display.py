@@ -1,4 +1,4 @@
-"""What a long command shows: a live bar on a terminal, plain lines in a log file, and log records in between."""
+"""Progress display: a live bar on a terminal, plain lines in a log file, and log records in between."""
 
 import logging
 import time
@@ -49,7 +49,7 @@ class StageProgress:
         self._display.show(self, self._task)
 
     def log(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line."""
         self._display.log(text)
 
     def due(self, interval_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""What the system refused, as errors that say what to do; anything else is our bug and keeps its traceback."""
+"""Errors of the operating system as messages with a remedy; anything else is our bug and keeps its traceback."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def expected_failure(error: BaseException) -> ReachRLError | None:
 
 
 def speak_any_language() -> None:
-    """Let what the terminal's encoding lacks be printed as an escape instead of ending the command."""
+    """Print characters that the terminal's encoding lacks as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -1,4 +1,4 @@
-"""`reachrl model`: what a checkpoint folder holds, and whether it computes what the official code computed."""
+"""`reachrl model`: describe a checkpoint folder, and compare its outputs with the official code's."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""`reachrl plan`: what a configuration needs on a device, before anything is built or downloaded."""
+"""`reachrl plan`: memory and time of a configuration on a device, before anything is built or downloaded."""
 
 import math
 from typing import TYPE_CHECKING, Annotated
@@ -109,7 +109,7 @@ def _devices(plan: "MemoryPlan", config: "TrainConfig", device: "Device") -> "li
 
 
 def _not_counted(config: "TrainConfig") -> str:
-    """What a plan of several processes leaves out."""
+    """What the plan for several processes does not count."""
     from reachrl.plan.crew import crew_of
 
     if not crew_of(config).alone:

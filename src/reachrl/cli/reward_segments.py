@@ -174,7 +174,7 @@ def state_columns(feature: str | None, columns: str | None, gripper_range: str |
 
 
 class _Watch:
-    """Counts what was labelled and the seconds that took, reading and drawing left out."""
+    """Counts labelled decisions and the seconds spent on labelling alone."""
 
     def __init__(self) -> None:
         self.seconds, self.decisions, self.skipped = 0.0, 0, 0

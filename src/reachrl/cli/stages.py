@@ -1,4 +1,4 @@
-"""What every stage command does: read the configuration, show progress, say how to resume."""
+"""Shared by the stage commands: read the configuration, show progress, say how to resume."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""The one way to a terminal: what is printed may hold names from foreign files, which must not steer it."""
+"""Printing to a terminal; escape sequences in printed names are made harmless, as they may come from foreign files."""
 
 import logging
 import unicodedata
@@ -17,7 +17,7 @@ _KEPT = {"\n", "\t"}
 
 
 def printable(text: str) -> str:
-    r"""`text` with everything that could steer a terminal written as an escape, such as `\x1b`."""
+    r"""`text` with control characters written as escapes, such as `\x1b`."""
     if text.isprintable():
         return text
     return "".join(
@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 class Terminal(Console):
-    """A console that prints words as they are: no markup in them is obeyed, no escape sequence gets through."""
+    """A console that prints text literally: no markup is interpreted, and escape sequences are escaped."""
 
     def __init__(self, **options: Any) -> None:
         """See `rich.console.Console`."""
@@ -46,7 +46,7 @@ class Terminal(Console):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line as it is, for people and for other programs."""
+    """Print a line literally."""
     typer.echo(printable(text), err=err)
 
 
@@ -58,5 +58,5 @@ class _Messages(logging.Handler):
 
 
 def print_warnings() -> None:
-    """Let log records that nobody else shows go through this file too."""
+    """Print log records of commands without a progress display through `Terminal`."""
     logging.lastResort = _Messages(logging.WARNING)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""What a simulator offers: language tasks, numbered start states, honest episode ends."""
+"""The interface of a simulator: language tasks, numbered start states, termination apart from truncation."""
 
 import zlib
 from abc import abstractmethod
@@ -99,7 +99,7 @@ class Env(gym.Env[dict[str, Any], np.ndarray]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What an environment shows, as its `observation_space` says: the shapes of its cameras' frames and its state."""
+    """Shapes of an environment's observations (camera frames and state), from its `observation_space`."""
 
     cameras: dict[str, tuple[int, ...]]
     state_size: int | None

@@ -1,6 +1,6 @@
-"""What EGL can draw with: run as a script, it prints one JSON list.
+"""EGL's devices: run as a script, it prints one JSON list.
 
-In a process of its own, because a driver library stays loaded, and because drivers differ in whether
+In a separate process, because a driver library stays loaded, and because drivers differ in whether
 `CUDA_VISIBLE_DEVICES` renumbers what they report: here it is unset.
 """
 

@@ -1,4 +1,4 @@
-"""The story as stages that share one run folder: demos, sft, reward, train, eval, report."""
+"""The pipeline: stages demos, sft, reward, train, eval and report, which share one run folder."""
 
 import importlib
 import os
@@ -39,7 +39,7 @@ def run_stage(
         config: the resolved configuration; in an existing folder only what is permitted may differ, and is recorded.
         run_dir: the run folder.
         display: where progress goes.
-        callbacks: hear of every iteration of the stage `train`, and may end it.
+        callbacks: called after every iteration of the stage `train`; may end it.
 
     Returns:
         The stage's record in `stages.json`.
@@ -121,7 +121,7 @@ def _missing(config: TrainConfig, run: "Run") -> set[str]:
 
 
 def _needs(name: str, earlier: str, config: TrainConfig, run: "Run") -> str:
-    """What to say where a stage cannot run yet."""
+    """The error message for a stage whose predecessor has not finished."""
     command = "reward fit" if earlier == "reward" else earlier
     text = (
         f"{run.path}: stage {name!r} needs {earlier!r}, which has not finished there. Run `reachrl {command}` with the "

@@ -1,4 +1,4 @@
-"""What the stages share: how progress is shown, and what stands beside success rates."""
+"""Interfaces shared by the stages: progress display, and caveats of success rates."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from reachrl.registry import resolve
 
 
 class StageProgress(Protocol):
-    """One bar."""
+    """One progress bar."""
 
     def advance(self, n: int = 1, **fields: Any) -> None:
         """`n` more units are done; `fields` are the newest figures."""
@@ -25,10 +25,10 @@ class Display(Protocol):
         ...
 
     def log(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line."""
         ...
 
 
 def caveats(config: TrainConfig) -> tuple[str, ...]:
-    """What has to stand beside success rates measured with `config`."""
+    """Caveats that belong to success rates measured with `config`."""
     return resolve("envs", config.env.kind).caveats(config.env)

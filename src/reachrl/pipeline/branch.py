@@ -1,4 +1,4 @@
-"""A new run that begins from what another one has: its warm start, or one of its checkpoints."""
+"""Branching: a new run that starts from another run's warm start or checkpoint."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One saved policy on one set of start states: shared out to processes and machines, resumable, merged."""
+"""Evaluation of one saved policy on one set of start states: sharded over processes and machines, resumable."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -33,7 +33,7 @@ Key = tuple[str, str, int]  # mode, task, start
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What is measured, and where the outcomes go.
+    """One evaluation: policy, protocol, shard and output folder.
 
     `measurement.json` says what; each shard appends to `episodes/<i>-of-<n>.jsonl`; the shard that ends last writes
     `result.json` and `result.html`.
@@ -69,7 +69,7 @@ class Measurement:
 
 
 def measure(measurement: Measurement, display: Display) -> dict[str, Any] | None:
-    """Play what this shard has not played yet; the merged result, once every shard has finished.
+    """Play this shard's remaining episodes; return the merged result once every shard has finished.
 
     Raises:
         ConfigError: the folder holds another policy's or another protocol's episodes.
@@ -128,7 +128,7 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
 
 
 def _claim(measurement: Measurement) -> None:
-    """Write what is measured into a new folder, or check that an existing one is about the same."""
+    """Write `measurement.json` into a new folder, or check that an existing one describes the same evaluation."""
     file, asked = measurement.out / "measurement.json", measurement.describe()
     with storage_errors(measurement.out):
         if measurement.out.exists() and not measurement.out.is_dir():

@@ -77,7 +77,7 @@ class Refitter:
 
 
 def version_folder(run: Run, version: int) -> Path:
-    """Where a version of the reward model and its `quality.json` lie; 0 is the fit before RL."""
+    """Folder of a version of the reward model and its `quality.json`; 0 is the fit before RL."""
     return run.reward_model / f"version_{version:04d}" if version else run.reward_model
 
 

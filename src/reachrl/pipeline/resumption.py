@@ -1,4 +1,4 @@
-"""What may change in a run that has begun, judged by the marks on the keys, and what must then be done again."""
+"""Which keys may change when a run is resumed, by their marks, and which stages must then run again."""
 
 import logging
 import shutil
@@ -50,7 +50,7 @@ def progress_of(path: Path) -> Progress:
 
 
 def made_nothing(record: dict) -> bool:
-    """Whether a finished stage had nothing to do: no demonstrations were wanted, or no reward model."""
+    """Whether a finished stage had nothing to do, because no demonstrations or no reward model were needed."""
     info = record.get("info") or {}
     return info.get("trajectories") == 0 or info.get("fitted") is False
 
@@ -79,7 +79,7 @@ def permit(config: TrainConfig) -> Permit:
 
 
 def check_changes(config: TrainConfig, changes: Sequence[Change], progress: Progress, *, where: str) -> None:
-    """Make sure that no change makes wrong what exists, or comes too late to act.
+    """Check that no change contradicts finished work or comes too late to take effect.
 
     Args:
         config: the configuration with the changes.
@@ -134,7 +134,7 @@ def _open_again(path: Path, config: TrainConfig, iterations: int) -> None:
 
 
 def forget_results(path: Path) -> None:
-    """Delete what evaluated the end of an earlier, shorter training."""
+    """Delete the evaluation and report of an earlier, shorter training."""
     for file in (path / "eval" / "after.json", path / "conversation.json", path / "summary.json"):
         file.unlink(missing_ok=True)
     for film in (path / "videos").glob("after_*.mp4"):

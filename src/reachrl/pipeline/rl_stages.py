@@ -127,7 +127,7 @@ def build_reward(config: TrainConfig, run: Run, *, scoring: FrameScoring | None 
 
 
 def trained_reward(config: TrainConfig, run: Run) -> Reward:
-    """The configured reward as training left it: the reward model's last version, the running scale.
+    """The configured reward in its state at the end of training: the reward model's last version, the running scale.
 
     Raises:
         CheckpointError: the last checkpoint, which knows that, is missing or damaged.
@@ -138,7 +138,7 @@ def trained_reward(config: TrainConfig, run: Run) -> Reward:
 
 
 def _showing(progress: StageProgress) -> Callback:
-    """Shows iterations on a bar, one line of figures each."""
+    """Callback that shows each iteration's metrics on a progress bar."""
 
     def show(record: dict[str, Any]) -> None:
         uniform = record["success_uniform"]
@@ -154,7 +154,7 @@ def _showing(progress: StageProgress) -> Callback:
 
 
 def run_train(config: TrainConfig, run: Run, display: Display, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-    """Improve the warm-started policy; the result lands in `policy/`.
+    """Train the warm-started policy; the result is written to `policy/`.
 
     Raises:
         StopTraining: a callback ended it early; the stage is unfinished and goes on from its checkpoint.
@@ -181,7 +181,7 @@ def run_train(config: TrainConfig, run: Run, display: Display, callbacks: Sequen
 
 
 def _train_once(config: TrainConfig, backend: Backend, run: Run, callbacks: Sequence[Callback]) -> TrainState:
-    """Train from the last checkpoint with one set of workers; at the very end the result lands in `policy/`."""
+    """Train from the last checkpoint with one set of workers; write the final policy to `policy/`."""
     curriculum = build(
         "curricula", config.curriculum, tasks=config.env.tasks, num_starts=config.env.num_train_starts, seed=config.seed
     )

@@ -34,7 +34,7 @@ def needs_demos(config: TrainConfig) -> bool:
 
 
 def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
-    """Warm-start the policy on the demonstrations; the best weights land in `sft/policy/`."""
+    """Warm-start the policy on the demonstrations; the best weights are written to `sft/policy/`."""
     policy = new_policy(config)
     if not config.fine_tunes:
         display.log("sft: nothing to fit, the policy is kept as it is, its critic too")

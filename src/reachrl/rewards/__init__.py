@@ -1,1 +1,1 @@
-"""Rewards: what a step of a rollout is worth to the learner."""
+"""Rewards: scores of a rollout's steps."""

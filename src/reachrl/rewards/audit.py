@@ -1,4 +1,4 @@
-"""The hacking alarm: says when a dense reward and true success part company during RL."""
+"""Alarm for reward hacking: detects when the dense reward stops going with success during RL."""
 
 import logging
 from collections import deque
@@ -29,9 +29,9 @@ class AuditedEpisode:
 
 
 class RewardAudit:
-    """Follows the progress scores of recent episodes beside their success.
+    """Compares the progress scores of recent episodes with their success.
 
-    Three figures tell of a policy that learns, or is about to learn, to please the reward instead of doing the task:
+    Three figures indicate a policy that exploits the reward instead of solving the task:
     failures earn more than successes (what is optimised is no longer the task), the score no longer goes with
     success (the model is fooled), and failures score more than those of the run's beginning did.
 
@@ -50,7 +50,7 @@ class RewardAudit:
         self._films: list[Future[Path]] = []
 
     def observe(self, rollout: Rollout, rewards: Rewards, *, iteration: int) -> dict[str, float | None]:
-        """Take in an iteration's episodes; warns and films where score and success have parted.
+        """Add an iteration's episodes; warn and record videos where score and success diverge.
 
         Args:
             rollout: what was collected.
@@ -77,7 +77,7 @@ class RewardAudit:
         return figures | {"audit/alarm": float(self._alarmed)}
 
     def finish(self) -> None:
-        """Wait for the films that are being made.
+        """Wait for the videos in the background.
 
         Raises:
             StorageError: one could not be written.
@@ -96,7 +96,7 @@ class RewardAudit:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s answer."""
+        """Restore what `state_dict` returned."""
         self._recent.clear()
         self._recent.extend(AuditedEpisode(**episode) for episode in state["recent"])
         self._first_failures = list(state["first_failures"])
@@ -158,7 +158,7 @@ class RewardAudit:
         return correlation(numbers, np.array([episode.success for episode in self._recent]))
 
     def _film(self, rollout: Rollout, rewards: Rewards, iteration: int) -> list[str]:
-        """Begin to film the failures of this rollout that the dense reward liked best; returns the files."""
+        """Start recording videos of this rollout's failures with the highest dense reward; return the files."""
         assert rewards.progress is not None
         liked = [
             (float(rewards.progress[first : t + 1, n].mean()), place, first, t, n)

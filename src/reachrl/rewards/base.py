@@ -1,4 +1,4 @@
-"""What the loop asks of a reward: one call that scores a whole rollout."""
+"""The interface of a reward: one call that scores a whole rollout."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -33,15 +33,15 @@ class Reward(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same rewards; JSON-ready."""
+        """State for an exact resume, JSON-ready."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (nothing to do is a good answer)
-        """Go on from `state_dict`'s answer."""
+        """Restore what `state_dict` returned."""
 
 
 def check_finite(rewards: Rewards, rollout: Rollout, whose: str) -> None:
-    """Refuse rewards that would make every advantage of a batch NaN.
+    """Check that rewards are finite: a NaN would spread to every advantage of the batch.
 
     Args:
         rewards: of the rollout's steps.

@@ -1,4 +1,4 @@
-"""Task success plus the simulator's own progress: what a perfect reward model could give, in simulation only."""
+"""Task success plus the simulator's own progress: the reward of a perfect reward model, in simulation only."""
 
 from typing import ClassVar
 

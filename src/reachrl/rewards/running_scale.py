@@ -1,4 +1,4 @@
-"""A running standard deviation, to bring rewards of any size to a common one."""
+"""A running standard deviation, for scaling rewards."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class RunningScale:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def update(self, numbers: Float[np.ndarray, "B"]) -> None:
-        """Take in more numbers."""
+        """Add numbers to the statistics."""
         count = len(numbers)
         if count == 0:
             return
@@ -37,5 +37,5 @@ class RunningScale:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s answer."""
+        """Restore what `state_dict` returned."""
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]

@@ -1,4 +1,4 @@
-"""Potential-based shaping: a dense reward that leaves the best policy as it is."""
+"""Potential-based shaping: a dense reward that keeps the optimal policy."""
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64

@@ -1,4 +1,4 @@
-"""The simulator's own verdict: 1 on the step that succeeds, 0 elsewhere."""
+"""The simulator's success as reward: 1 on the step that succeeds, 0 elsewhere."""
 
 from typing import ClassVar
 

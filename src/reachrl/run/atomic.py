@@ -1,4 +1,4 @@
-"""Files and folders that are either wholly there or not there at all, whatever kills the process."""
+"""Atomic writes of files and folders: complete or absent, whenever the process is killed."""
 
 import contextlib
 import errno
@@ -117,7 +117,7 @@ def aside(path: Path, role: str = "tmp") -> Path:
 
 
 def _in_use(entry: Path, match: re.Match[str]) -> bool:
-    """Whether the process that wrote a temporary copy may still need it."""
+    """Whether the process that wrote a temporary copy may still be using it."""
     own = ProcessIdentity.own()
     if match["place"] == own.place:
         pid, started = int(match["pid"]), int(match["started"])
@@ -143,7 +143,7 @@ def _discard(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Undo what a crash left beside `path`: put back a folder that was set aside, drop half-written copies.
+    """Clean up after a crash: restore the folder that `path` was renamed from, delete half-written copies.
 
     Copies that belong to another process that is still alive are left alone; so are half-written ones from another
     machine or container until nothing has touched them for an hour.

@@ -43,7 +43,7 @@ Permit = Callable[[Path, list[Change]], None]
 
 
 def refuse(path: Path, changes: list[Change]) -> None:
-    """Permit no change.
+    """A `permit` that allows no change.
 
     Raises:
         ConfigError: always; lists the changes.

@@ -137,17 +137,17 @@ class Run:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def forget_spans(self) -> None:
-        """Begin to time anew: what is noted belongs to an attempt that failed."""
+        """Discard the spans noted so far: they belong to a failed attempt."""
         self._seconds.clear()
         self.spans.take()
 
     def write_timeline(self, iteration: int, spans: list[Span], balance: list[dict[str, Any]]) -> None:
-        """Write `timeline.json`: who did what when in one iteration, in seconds since it began.
+        """Write `timeline.json`: the spans of one iteration, in seconds since it began.
 
         Args:
             iteration: its number.
-            spans: of everyone; the loop's own are taken for when the iteration began.
-            balance: how the environments are shared out among the actors.
+            spans: of all processes; the loop's own define when the iteration began.
+            balance: distribution of the environments over the actors.
         """
         began = min((span.start for span in spans if span.who == self.spans.who), default=0.0)
         rows = [
@@ -181,7 +181,7 @@ class Run:
         return self.stages.done(name)
 
     def close(self) -> None:
-        """Close the metrics and give the lock back."""
+        """Close the metrics file and release the lock."""
         self.metrics.close()
         self._lock.release()
 

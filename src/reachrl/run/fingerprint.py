@@ -1,4 +1,4 @@
-"""Weights told apart without reading them all."""
+"""A cheap fingerprint of weights, without reading all of them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ _EDGE = 1_000_000  # bytes that earlier versions read at both ends of a file
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A short text that other weights do not have: of names, sizes, headers and three places in every tensor.
+    """A hash of file names, sizes, headers and three samples of every tensor.
 
     Args:
         files: safetensors files, always in the same order.

@@ -1,4 +1,4 @@
-"""One writer a run folder: a lock file that names its owner and outlives nobody."""
+"""One writer per run folder: a lock file that names its owner and is taken over once the owner is dead."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[IO[str]]:
-        """The file, for one look-and-write at a time."""
+        """The file, locked for one read-modify-write."""
         with storage_errors(self.path), open(self.path, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
@@ -65,7 +65,7 @@ class RunLock:
             file.write(json.dumps(own))
 
     def _in_use(self, record: dict[str, Any]) -> str | None:
-        """Who holds the lock, in words; None if nobody does any more."""
+        """The lock's owner, in words; None if no living process holds it."""
         who = f"process {record['pid']} on {record['host']}"
         if "boot" not in record:  # an earlier version's
             known_dead = record["host"] == platform.node() and seconds_of(record["pid"]) != record["started"]
@@ -112,7 +112,7 @@ class RunLock:
             return False
 
     def release(self) -> None:
-        """Give the lock back if it is still ours; emptied, not deleted, so that no waiter holds a ghost."""
+        """Release the lock if it is still ours. The file is emptied, not deleted: waiters have it open."""
         if self._held is not None:
             self._held.close()
             self._held = None
@@ -124,7 +124,7 @@ class RunLock:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The owner's record; empty if the file is empty or was killed while writing it: nobody's."""
+    """The owner's record; empty (no owner) if the file is empty or was cut short by a kill."""
     known = {each.name for each in fields(ProcessIdentity)}
     try:
         record = json.loads(text)

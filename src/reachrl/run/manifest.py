@@ -1,4 +1,4 @@
-"""A list of a folder's files with their SHA-256, written last: what was sealed is read as it was, or refused."""
+"""Manifest of a folder's files with their SHA-256, written last; a sealed folder is verified when it is read."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def verify(folder: Path, *, remedy: str, nested: bool = True) -> dict[str, Any]:
-    """Compare every listed file with the manifest. Files that are not listed, such as a README, are let be.
+    """Compare every listed file with the manifest. Files that are not listed, such as a README, are ignored.
 
     Args:
         folder: sealed.

@@ -44,7 +44,7 @@ class PeakMemory:
         return self._peak
 
     def sample(self) -> int:
-        """Look once, now, and return the largest sum seen so far."""
+        """Take one sample and return the largest sum so far."""
         self._peak = max(self._peak, resident_bytes())
         return self._peak
 

@@ -57,7 +57,7 @@ _WEIGHED = ("success_uniform", "success_uniform_weight", "success_uniform_n")
 
 
 def _check(record: Any) -> None:
-    """Refuse what no version has written: readers compare and add these values.
+    """Check the types of a record's values: readers compare and add them.
 
     Raises:
         ValueError: says what is wrong.

@@ -1,4 +1,4 @@
-"""Which process wrote something, and whether it still runs: process ids mean nothing elsewhere, and are reused."""
+"""Identity of a process across machines, containers and reuse of process ids, and whether it still runs."""
 
 import hashlib
 import os

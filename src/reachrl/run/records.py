@@ -1,6 +1,6 @@
-"""The JSON files of a run, read in one place and checked before anybody looks into them.
+"""Schemas of a run's JSON files; each file is validated when it is read.
 
-Each shape says what readers rely on; what else a file holds is let be, as versions add to it.
+A schema states what readers rely on. Other keys are ignored, as later versions add some.
 """
 
 import json
@@ -45,7 +45,7 @@ class _EvalStage(Record):
 
 
 class EvalStage(Record):
-    """What stands beside success rates, in `stages.json`."""
+    """Caveats of success rates, in `stages.json`."""
 
     eval: _EvalStage
 
@@ -191,11 +191,11 @@ class Conversation(Record):
 
 
 class AnyObject(Record):
-    """An object of which nothing more is asked."""
+    """Any JSON object."""
 
 
 def read_record(path: Path, shape: type[BaseModel], *, remedy: str) -> Any:
-    """The content of a JSON file, as it lies there, once it has the shape that its readers rely on.
+    """Read a JSON file and validate it against its schema.
 
     Args:
         path: of the file.

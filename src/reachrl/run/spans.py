@@ -1,4 +1,4 @@
-"""Who did what when: the raw material of the timeline."""
+"""Timing spans of the workers, from which the timeline is drawn."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One piece of work; seconds since the epoch, so that spans of several processes can be laid side by side."""
+    """One timed piece of work, in seconds since the epoch, so that spans of several processes can be compared."""
 
     who: str
     what: str
@@ -17,7 +17,7 @@ class Span:
 
 
 class SpanLog:
-    """Collects the spans of one worker until they are taken.
+    """Records the spans of one worker until `take`.
 
     Args:
         who: the worker's name, such as "actor 0".
@@ -28,12 +28,12 @@ class SpanLog:
         self._spans: list[Span] = []
 
     def add(self, what: str, start: float, end: float | None = None) -> None:
-        """Note a piece of work that began at `start` and ended at `end`, or now."""
+        """Record a span from `start` to `end`, or to now."""
         self._spans.append(Span(self.who, what, start, time.time() if end is None else end))
 
     @contextlib.contextmanager
     def span(self, what: str) -> Iterator[None]:
-        """Note the block as a piece of work."""
+        """Record the block as a span."""
         start = time.time()
         try:
             yield
@@ -41,24 +41,24 @@ class SpanLog:
             self.add(what, start)
 
     def extend(self, spans: Iterable[Span]) -> None:
-        """Note what others have told of their work."""
+        """Add spans that were recorded by others."""
         self._spans.extend(spans)
 
     def take(self) -> list[Span]:
-        """What was noted since the last time."""
+        """Return and clear the recorded spans."""
         taken, self._spans = self._spans, []
         return taken
 
 
 class Timelines:
-    """The last two iterations: what actors did ahead in one is known only after the next."""
+    """Spans of the last two iterations: what actors collect ahead in one is known only after the next."""
 
     def __init__(self) -> None:
         self._loops: list[tuple[int, list[Span]]] = []
         self._others: list[list[Span]] = []
 
     def note(self, iteration: int, loop: list[Span], others: list[Span]) -> None:
-        """Add an iteration: the loop's spans, which say when it was, and what the others have told in it."""
+        """Add an iteration: the loop's spans, which define its extent, and the spans of the workers."""
         self._loops = [*self._loops[-1:], (iteration, loop)]
         self._others = [*self._others[-1:], others]
 

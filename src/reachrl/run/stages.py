@@ -1,4 +1,4 @@
-"""Which stages of a run are finished, how long they took and how much memory they needed."""
+"""Records of a run's stages: finished or not, wall time, peak memory."""
 
 import contextlib
 import threading
@@ -46,7 +46,7 @@ class StageRecords:
         return record if record and record["done"] else None
 
     def reopen(self, names: Iterable[str]) -> None:
-        """Take stages for unfinished that were finished; their seconds so far are kept."""
+        """Mark finished stages as unfinished; their seconds so far are kept."""
         records = self.read()
         for name in set(names) & records.keys():
             records[name] = {**records[name], "done": False}

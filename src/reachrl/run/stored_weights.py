@@ -1,4 +1,4 @@
-"""What is checked of every file of weights, whoever made it: plain names in indices, finite numbers in tensors."""
+"""Checks of weight files, own or foreign: plain file names in indices, finite numbers in tensors."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -51,7 +51,7 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:
-    """Refuse weights with NaN or infinities: whatever is computed with them is nothing, and looks like a bad policy.
+    """Refuse weights with NaN or infinities: their policy would look like a bad one.
 
     Takes one pass over the tensor and no memory.
 

@@ -59,7 +59,7 @@ class WeightSample:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Look at the weights; call it before each step."""
+        """Store the sampled weights; call it before each step."""
         if self._now:
             torch._foreach_copy_(self._before, self._now)  # pyright: ignore[reportPrivateImportUsage]
 

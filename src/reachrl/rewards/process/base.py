@@ -1,4 +1,4 @@
-"""What every reward model is: (frames, instruction) to P(progress), saved as a folder that names its kind."""
+"""The interface of reward models: (frames, instruction) to P(progress), saved as a folder that names its kind."""
 
 import json
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ REMEDY = "Point to the `model` folder of a finished reward fit, or fit again."
 
 
 class RewardModel(nn.Module, ABC):
-    """Looks at the last frames of an episode and at its instruction and says how far along the task is.
+    """Predicts task progress from the last frames of an episode and its instruction.
 
     A clip is `num_frames` frames of one episode, oldest first; the score belongs to the newest. Rows of a batch
     never influence one another. The parameters with `requires_grad` are what a fit trains.

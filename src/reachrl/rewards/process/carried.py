@@ -1,4 +1,4 @@
-"""What one rollout leaves to the next about the episodes that run on: frames, scores, the scale in force."""
+"""State carried from one rollout to the next for unfinished episodes: frames, scores, reward scale."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ class Carried:
         )
 
     def into(self, rollout: Rollout, reach: int) -> Self:
-        """What of it `rollout` continues.
+        """The part that belongs to episodes which `rollout` continues.
 
         A rollout of other episodes, such as one that is scored for a film, begins with other frames.
         """

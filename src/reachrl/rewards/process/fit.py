@@ -142,7 +142,7 @@ def split_starts(trajectories: Sequence[Trajectory], fraction: float, seed: int)
 
 
 def _check(data: Sequence[Trajectory]) -> None:
-    """Refuse data that cannot teach progress, and say what would."""
+    """Check that the data can teach progress: successes, training starts, frames of one size."""
     if not data:
         raise ConfigError("The reward model was given no trajectories. Run the `demos` stage first.")
     successes = sum(trajectory.success for trajectory in data)

@@ -95,7 +95,7 @@ def optimise(
 
 
 def clip(trajectory: Trajectory, frame: int, model: RewardModel) -> UInt8[np.ndarray, "F H W 3"]:
-    """What `model` sees of a trajectory at one frame."""
+    """The clip of `model` that ends at one frame of a trajectory."""
     return trajectory.frames[_clip_frames(frame, model)]
 
 

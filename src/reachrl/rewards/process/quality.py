@@ -1,4 +1,4 @@
-"""How good a progress model is: separation, ordering, calibration and false alarms, as pure functions."""
+"""Quality of a progress model: separation, ordering, calibration and false alarms, as pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The process reward: task success plus what the reward model thinks of the frames an action led to."""
+"""The process reward: task success plus the reward model's score of the frames an action led to."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -153,7 +153,7 @@ class ProcessReward(Reward):
     def _paid(
         self, rollout: Rollout, before: Float32[np.ndarray, "T N"], after: Float32[np.ndarray, "T N"]
     ) -> Float32[np.ndarray, "T N"]:
-        """What each step earns before scaling."""
+        """The dense reward of each step before scaling."""
         potential = self.config.mode == "potential"
         terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
         if self.config.pay == "steps":

@@ -19,7 +19,7 @@ CACHE_SIZE = 500_000  # scores remembered, about 100 bytes each
 
 
 class FrameScoring(Protocol):
-    """Runs a reward model elsewhere."""
+    """Interface of a reward model that runs in other processes."""
 
     parallel: int
     """How many passes it makes at a time."""
@@ -36,12 +36,12 @@ class FrameScoring(Protocol):
         ...
 
     def take_spans(self) -> list[Span]:
-        """Who scored when since the last time."""
+        """Timing spans recorded since the last call."""
         ...
 
 
 class FrameScorer:
-    """A reward model that remembers its answers: the same frames with the same instruction are scored once.
+    """A reward model with a cache: the same frames with the same instruction are scored once.
 
     Frames come back: the last one of a rollout is the first of the next, and every episode from the same start
     state begins with the same frame.
@@ -125,7 +125,7 @@ class _Frames:
         return found
 
     def instruction(self, number: int) -> str:
-        """What was asked for when a frame was seen."""
+        """The instruction of a frame."""
         rollout, (_, last, final, *_) = self._rollout, self._offsets
         num_envs = rollout.valid.shape[1]
         if number < last:

@@ -1,4 +1,4 @@
-"""A vision-language model as a reward model: is the task done, 1 or 0, as the odds of the two answers."""
+"""A vision-language model as a reward model: the odds of the answers 1 and 0 to "is the task done"."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The families of vision-language models: how each is shown frames, and how it chats."""
+"""Families of vision-language models: their pixel inputs, positions and chat format."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""What a vision-language model is asked: the question in its own chat format, up to the place of the answer."""
+"""Prompts of a vision-language model: the question in its own chat format, up to the position of the answer."""
 
 import json
 from collections.abc import Sequence
