@@ -11,7 +11,7 @@ from reachrl.config.demos import SFTSection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jitter:
-    """What is done to each of `B` frames."""
+    """Augmentation parameters of `B` frames."""
 
     shift: Int64[np.ndarray, "B 2"]  # content moves by (dy, dx) pixels: down, right
     gain: Float32[np.ndarray, "B 3"]  # factor of each channel

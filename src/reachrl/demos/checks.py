@@ -1,4 +1,4 @@
-"""Refuses episodes that cannot be right: numbers that are not finite, rows that are not one whole episode."""
+"""Checks of episodes: finite numbers, rows that form one whole episode."""
 
 import numpy as np
 import pyarrow as pa

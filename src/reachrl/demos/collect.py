@@ -1,4 +1,4 @@
-"""Collecting demonstrations into a store: which shards stand already, and what decides their content."""
+"""Collection of demonstrations into a store: which shards exist, and the options that decide their content."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Scripted experts in parallel processes: hands out attempts, keeps the successes, writes a task's shard."""
+"""Scripted experts in parallel processes: assigns attempts, keeps successes, writes each task's shard."""
 
 import logging
 import math
@@ -40,10 +40,10 @@ class CollectProgress:
 
 @dataclass(slots=True)
 class _Task:
-    """The attempts at one task, handed out in order and never more than could still be needed.
+    """The attempts at one task, assigned in order and never more than could still be needed.
 
-    An attempt is only handed out while successes and running attempts together are fewer than wanted, so the kept
-    set is always the successes with the lowest numbers, whoever finished first.
+    An attempt is only assigned while successes and running attempts together are fewer than wanted, so the successes
+    with the lowest numbers are kept, whichever attempt finishes first.
     """
 
     name: str
@@ -84,7 +84,7 @@ def shard_name(task: str) -> str:
 
 
 class Collection:
-    """The parent's side: hands attempts to workers, keeps what succeeds, writes a shard when a task is complete."""
+    """Assigns attempts to expert processes, keeps successes and writes a shard when a task is complete."""
 
     def __init__(
         self,

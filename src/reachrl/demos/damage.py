@@ -1,4 +1,4 @@
-"""Tells a file that cannot be opened (absent, locked, forbidden) from one whose content is damaged."""
+"""Errors of unreadable files: absent, locked or forbidden ones apart from damaged ones."""
 
 import errno
 import os

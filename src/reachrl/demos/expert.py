@@ -82,7 +82,7 @@ def run_attempt(
 
 
 def _check_finite(values: np.ndarray, what: str, env: Env, start: Start, step: int) -> None:
-    """Refuse numbers that are not finite: no demonstration holds them."""
+    """Raise if a number is not finite."""
     if not np.isfinite(values).all():
         raise ExtensionError(
             f"demos: {type(env).__name__}, task {start.task!r}, {start.split} start {start.index}, step {step}: {what} "
@@ -116,7 +116,7 @@ class Demonstrator:
         self.env, self.config, self.seed, self.notify = env, config, seed, notify
 
     def describe(self) -> dict[str, Any]:
-        """What the parent needs to know about the environment."""
+        """Facts about the environment that the parent needs."""
         return {"tasks": self.env.tasks, "num_starts": self.env.num_starts("train")}
 
     def attempt(self, task: str, number: int) -> dict[str, Any]:

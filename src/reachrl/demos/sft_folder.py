@@ -1,4 +1,4 @@
-"""What a fine-tuning keeps on disk: a checkpoint to resume from, the best weights so far, and its result."""
+"""Files of a fine-tuning: a checkpoint to resume from, the best weights so far, and the result."""
 
 import hashlib
 import json

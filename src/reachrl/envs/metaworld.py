@@ -51,7 +51,7 @@ class MetaworldEnv(Env):
         return INSTRUCTIONS[task]
 
     def start_vector(self, task: str, split: Split, index: int) -> np.ndarray:
-        """What start `index` of `task` is: positions in metres f64[K], as Meta-World draws them."""
+        """The start vector of start `index` of `task`: positions in metres f64[K], as Meta-World draws them."""
         return self._simulator(task)[0].start(split, index)
 
     def reset(

@@ -1,4 +1,4 @@
-"""One Meta-World task with numbered starts, made to forget everything between episodes."""
+"""One Meta-World task with numbered starts and no state carried between episodes."""
 
 import hashlib
 from copy import deepcopy
@@ -45,7 +45,7 @@ class _Lean:
         super()._reset_hand(0)  # type: ignore[misc]
 
     def step(self: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Meta-World's own without what it does for nobody: copies, limits in time, contact forces."""
+        """Meta-World's own without unused work: copies, time limits, contact forces."""
         mocap = self.data.mocap_pos
         mocap[0] = np.minimum(np.maximum(mocap[0] + action[:3] * self.action_scale, self.mocap_low), self.mocap_high)
         self.data.mocap_quat[0] = _HAND_DOWN
@@ -231,7 +231,7 @@ class MetaworldTask:
         return float(np.linalg.norm(self.normalised(held_out) - self.normalised(vector), axis=-1).min())
 
     def _accepts(self, vector: np.ndarray) -> bool:
-        """Ask the task itself, beside the running episode."""
+        """Whether the task accepts the start vector; tried in a copy of the simulation."""
         sim = self.sim
         running, model_state = dict(sim.__dict__), (sim.model.body_pos.copy(), sim.model.site_pos.copy())
         sim.data = self._mujoco.MjData(sim.model)

@@ -1,4 +1,4 @@
-"""Memory that MuJoCo holds on to after a scene is compiled and drawn, given back to the system."""
+"""Releases memory that MuJoCo keeps after a scene is compiled and rendered."""
 
 import ctypes
 import mmap

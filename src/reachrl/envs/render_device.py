@@ -1,4 +1,4 @@
-"""Which device draws an environment's frames: the GPU that EGL calls by another number than CUDA, or the CPU."""
+"""Selects the device that renders an environment's frames: a GPU, whose EGL and CUDA numbers differ, or the CPU."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def render_variables(choice: str, row: int) -> dict[str, str]:
 
 
 def check_rendering() -> None:
-    """Look whether the environment variables that choose how frames are drawn can be followed here.
+    """Check that the environment variables that choose the renderer can be honoured here.
 
     Raises:
         MissingExtra: a library or a display is missing; see `reachrl.envs.gl.gl_back_end`.
@@ -100,7 +100,7 @@ def choose_device(
 
 @cache
 def egl_devices() -> tuple[EglDevice, ...]:
-    """What EGL lists on this machine; nothing where there is no EGL."""
+    """The EGL devices of this machine; empty without EGL."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-P", str(Path(__file__).with_name("egl_query.py"))]
     try:

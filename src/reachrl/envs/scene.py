@@ -1,4 +1,4 @@
-"""Small MuJoCo scenes: what makes pixels affordable on a CPU.
+"""Reduced MuJoCo scenes, for rendering on a CPU.
 
 Software rendering costs per triangle, hardly per pixel. So shadows, reflections and multisampling are
 off, and visual meshes are simplified once, when the scene is built; the result is cached on disk.

@@ -1,4 +1,4 @@
-"""The memory that environment workers and their parent share."""
+"""Shared memory between environment workers and their parent."""
 
 import math
 import mmap
@@ -12,7 +12,7 @@ from reachrl.errors import ExtensionError
 
 
 class SharedArrays:
-    """The memory map's layout: what `N` workers show the parent.
+    """Layout of the memory map in which `N` workers write their observations.
 
     Args:
         fd: an open file of at least `size(...)` bytes.

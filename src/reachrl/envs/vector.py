@@ -79,7 +79,7 @@ class VectorEnv:
         return self._facts["num_starts"][split]
 
     def reset(self, starts: Sequence[Start], next_starts: Sequence[Start]) -> Observation:
-        """Begin `starts[n]` in environment `n`, whatever was going on before.
+        """Begin `starts[n]` in environment `n`.
 
         Args:
             starts: N starts.
@@ -92,7 +92,7 @@ class VectorEnv:
         return self.replay(starts, [np.zeros((0, self.action_dim), np.float32)] * self.num_envs)
 
     def replay(self, starts: Sequence[Start], actions: Sequence[Float32[np.ndarray, "k D"]]) -> Observation:
-        """Bring environment `n` to where `actions[n]` lead from `starts[n]`: an exact resume.
+        """Restore environment `n` by replaying `actions[n]` from `starts[n]`: an exact resume.
 
         Args:
             starts: N starts.
@@ -207,7 +207,7 @@ class VectorEnv:
         return worker
 
     def _begin(self, episodes: dict[int, tuple[Start, np.ndarray]]) -> None:
-        """Reset and replay the given rows, trying again with a new worker where one is lost."""
+        """Reset and replay the given rows; retry with a new worker where one is lost."""
         while episodes:
             for n, (start, actions) in episodes.items():
                 self._starts[n], self._steps[n] = start, len(actions)
@@ -221,7 +221,7 @@ class VectorEnv:
             episodes = {n: episodes[n] for n in lost}
 
     def _gather(self, rows: Any, timeout_s: float, *, starting: bool = False) -> dict[int, dict[str, Any] | WorkerLost]:
-        """One answer per row; a row whose worker is lost gets the reason instead."""
+        """Wait for one reply per row; a row whose worker is lost gets a `WorkerLost` instead."""
         late = WorkerLost(_too_late(self._config, timeout_s) if starting else _hung(timeout_s))
         replies: dict[int, dict[str, Any] | WorkerLost] = {}
         deadline = time.monotonic() + timeout_s
@@ -302,7 +302,7 @@ class VectorEnv:
 
 
 def start_timeout(worker_timeout_s: float, num_envs: int) -> float:
-    """Seconds that environments may take to be made: more where they share cores, and where a user grants more.
+    """Timeout in seconds for starting environments; it grows where they share cores.
 
     Args:
         worker_timeout_s: what the configuration grants a worker for an answer; more than two minutes counts here too.
@@ -324,7 +324,7 @@ def _hung(timeout_s: float) -> str:
 
 
 def _anonymous_file() -> IO[bytes]:
-    """A file without a name: nothing is left behind however this process ends."""
+    """An unnamed file, which the system removes however this process ends."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("reachrl"), "r+b")
     return tempfile.TemporaryFile()

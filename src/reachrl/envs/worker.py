@@ -39,7 +39,7 @@ class Worker:
         return SharedArrays(self._memory, self._num_envs, self.shown)
 
     def describe(self) -> dict[str, Any]:
-        """What the parent needs to know about the environment."""
+        """Facts about the environment that the parent needs."""
         env = self.env
         return {
             "shown": self.shown.json(),

@@ -1,4 +1,4 @@
-"""What the readers share: names of tasks, the size of an episode, encoded pictures."""
+"""Shared by the readers: names of tasks, limits on the size of an episode, encoded pictures."""
 
 import hashlib
 import io

@@ -143,7 +143,7 @@ def _numbers_in(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Say of whatever pyarrow raises inside what is wrong with the file."""
+    """Turn pyarrow's exceptions into errors that say what is wrong with the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -211,7 +211,7 @@ def _success(table: pa.Table, where: str) -> bool:
 
 
 def _sentence(index: LeRobotIndex, record: EpisodeRecord, table: pa.Table) -> str:
-    """What the episode's rows say is to be done, else what `meta` says."""
+    """The instruction in the episode's rows, else that of `meta`."""
     where = f"{index.folder}, episode {record.index}"
     numbers = whole_numbers(table, "task_index", where).tolist() if "task_index" in table.column_names else []
     known = {index.tasks[number] for number in numbers if number in index.tasks}

@@ -1,4 +1,4 @@
-"""What the `meta` folder of a LeRobot dataset says: features, tasks, and in which files each episode lies.
+"""The `meta` folder of a LeRobot dataset: features, tasks, and the files of each episode.
 
 Version 2 keeps one Parquet file and one video a camera for each episode; version 3 puts many episodes into one file
 and says in `meta/episodes` which, and from which second of the video on. What a key must say is never assumed: LeRobot

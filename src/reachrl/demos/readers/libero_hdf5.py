@@ -100,7 +100,7 @@ def _demos(h5py: ModuleType, path: Path, instruction: str | None, camera: str) -
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Say of whatever h5py raises inside what is wrong with the file."""
+    """Turn h5py's exceptions into errors that say what is wrong with the file."""
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:

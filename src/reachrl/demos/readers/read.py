@@ -1,4 +1,4 @@
-"""Recognises what lies at a path and reads its trajectories."""
+"""Detects the format of trajectories at a path and reads them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -109,7 +109,7 @@ def _in_turn(sources: list[Iterator[Trajectory]]) -> Iterator[Trajectory]:
 
 
 def _said(trajectories: Iterator[Trajectory], instruction: str | None) -> Iterator[Trajectory]:
-    """The trajectories with another sentence, if one was given."""
+    """The trajectories with `instruction` replaced, if one was given."""
     if instruction is None:
         return trajectories
     return (replace(trajectory, instruction=instruction) for trajectory in trajectories)

@@ -119,7 +119,7 @@ def _time(frame: "VideoFrame", path: Path) -> float:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Open a video; whatever FFmpeg raises inside names the file."""
+    """Open a video; FFmpeg's exceptions become errors that name the file."""
     import av
     from av.error import FFmpegError
 

@@ -1,4 +1,4 @@
-"""LIBERO's meshes and textures: where they lie, and whether they are the benchmark's, file by file.
+"""LIBERO's meshes and textures: their location, and a comparison with the benchmark's, file by file.
 
 They are no part of the package `hf-libero`. Five packages of data on PyPI hold them; each file is compared with what
 the benchmark's own repository has under its name, so pictures never differ unnoticed.
@@ -109,7 +109,7 @@ def _refuse(where: str, wrong: list[str], remedy: str) -> None:
 
 
 def _packaged() -> Iterator[Path]:
-    """Where the assets' packages unpack, which share one namespace."""
+    """The folder that the assets' packages unpack into, which share one namespace."""
     spec = find_spec(_PACKAGE)
     for place in spec.submodule_search_locations or () if spec else ():
         yield Path(place) / "assets"

@@ -58,7 +58,7 @@ class LiberoEnv(Env):
 
     @classmethod
     def caveats(cls, config: LiberoConfig) -> tuple[str, ...]:
-        """Everything that sets success rates apart from published ones."""
+        """All known differences to published success rates."""
         said = {
             "trained on evaluation starts (env.split=paper)": config.split == "paper",
             "fast simulation: frames differ a little from the benchmark's (env.simulation=fast)": (

@@ -1,4 +1,4 @@
-"""The installed LIBERO: imported without questions, side effects in the user's home or versions known to be wrong.
+"""Imports the installed LIBERO without its prompt and its writes into the user's home; checks its version.
 
 Upstream asks a question on the terminal at its first import, writes a configuration into the home folder, logs to one
 file for all users of a machine (which fails for the second) and downloads its assets while it constructs the first
