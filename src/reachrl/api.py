@@ -77,10 +77,9 @@ def evaluate(
         ReachRLError: the policy cannot be loaded, or an environment keeps failing.
     """
     from reachrl.backends.policy_loading import limit_threads, load_policy
-    from reachrl.envs.vector import VectorEnv
-    from reachrl.evaluation import evaluate as play
     from reachrl.evaluation import heldout_starts, protocol_hash
     from reachrl.pipeline.base import caveats
+    from reachrl.pipeline.playing import play_modes
     from reachrl.policies.base import Policy
 
     mode = mode or config.eval.modes[0]
@@ -92,14 +91,8 @@ def evaluate(
     acting = policy if isinstance(policy, Policy) else load_policy(policy, device=config.device)
     starts = heldout_starts(config.env, config.eval)
     display = _display(quiet)
-    with (
-        display.logging(),
-        VectorEnv(config.env, min(config.env.num_envs, len(starts))) as envs,
-        display.stage("eval", len(starts), f"held-out starts, {mode}") as progress,
-    ):
-        found = play(
-            acting.eval(), envs, starts, mode=mode, config=config.eval, on_episode=lambda _: progress.advance(1)
-        )
+    with display.logging():
+        found = play_modes(config, acting, {mode: starts}, display, f"held-out starts, {mode}")[mode]
     return EvaluationResult.of(mode, found.record(), protocol_hash=protocol_hash(config), caveats=caveats(config))
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from reachrl.cli.display import Display
 from reachrl.config.loading import load_config
 from reachrl.demos.shard import iter_shard, write_shard
 from reachrl.demos.store import finish_store
@@ -207,12 +206,12 @@ def test_films_show_the_reward_that_training_ended_with(run, monkeypatch):
     assert not np.allclose(first, unscaled)  # another version of the model
 
     played = SimpleNamespace(episodes=[film(1), film(0), film(0)], record=lambda: {"episodes": []})
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: played)
+    results = dict.fromkeys(scaled.eval.modes, played)
     told = {"before": build_reward(scaled, run), "after": after}
     for when, paid in told.items():
         films = []
         monkeypatch.setattr(evaluation, "write_film", lambda *_, process, films=films, **__: films.append(process))
-        evaluation._evaluate_one(scaled, run, Display(quiet=True), SimpleNamespace(prompt=str), None, [], when)
+        evaluation._write_half(scaled, run, SimpleNamespace(prompt=str), results, when)
         expected = [episode_rewards(scaled, paid, film(seed)).parts["process"][:, 0].tolist() for seed in (1, 0, 0)]
         assert films == expected * len(scaled.eval.modes)
     turns = json.loads(run.conversation.read_text())["turns"]

@@ -3,7 +3,6 @@
 import base64
 import copy
 import io
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +15,9 @@ from reachrl.config.loading import config_hash
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import StorageError
-from reachrl.evaluation import against_headline, compare, evaluate, heldout_starts, protocol_hash
+from reachrl.evaluation import EvalResult, against_headline, compare, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
+from reachrl.pipeline.playing import play_modes
 from reachrl.pipeline.refit import audit_figures
 from reachrl.pipeline.rl_stages import build_reward, trained_reward
 from reachrl.policies.base import Policy
@@ -30,7 +30,7 @@ from reachrl.run.atomic import write_json_atomic
 from reachrl.run.directory import Run
 from reachrl.run.file_names import file_name
 from reachrl.run.records import Evaluation, RewardQuality, read_record
-from reachrl.types import Observation, Rewards, Rollout, Start
+from reachrl.types import Observation, Rewards, Rollout
 
 _AGAIN = "delete it and `eval` in stages.json, and evaluate again"
 
@@ -45,39 +45,19 @@ def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
         for when, folder in (("before", run.sft / "policy"), ("after", run.policy)):
             if (run.eval / f"{when}.json").exists():
                 continue
-            policy = saved_policy(config, folder).eval()
-            _evaluate_one(config, run, display, policy, envs, starts, when)
+            policy = saved_policy(config, folder)
+            played = dict.fromkeys(config.eval.modes, starts)
+            results = play_modes(config, policy, played, display, f"{when} RL, held-out starts", envs=envs)
+            _write_half(config, run, policy, results, when)
     rates = {when: _headline(config, _read(config, run, when))["rate"] for when in ("before", "after")}
     return rates | {"caveats": list(caveats(config))}
 
 
-def _evaluate_one(
-    config: TrainConfig,
-    run: Run,
-    display: Display,
-    policy: Policy,
-    envs: VectorEnv,
-    starts: Sequence[Start],
-    when: str,
-) -> None:
+def _write_half(config: TrainConfig, run: Run, policy: Policy, results: dict[str, EvalResult], when: str) -> None:
+    """Write videos, conversation, metrics and, last, the record of one policy's evaluation."""
     reward = trained_reward(config, run) if when == "after" else build_reward(config, run)
-    modes = config.eval.modes
-    filmed = {Start(task, "eval", 0) for task in config.env.tasks[: config.eval.num_videos]}
-    record: dict[str, Any] = {}
-    episodes: list[PlayedEpisode] = []
-    with display.stage("eval", len(starts) * len(modes), f"{when} RL, held-out starts") as progress:
-        for mode in modes:
-            result = evaluate(
-                policy,
-                envs,
-                starts,
-                mode=mode,
-                config=config.eval,
-                record=lambda start, first=mode == modes[0]: first and start in filmed,
-                on_episode=lambda _: progress.advance(1),
-            )
-            record[mode] = result.record()
-            episodes += [episode for episode in result.episodes if episode.turns]
+    record = {mode: result.record() for mode, result in results.items()}
+    episodes = [episode for result in results.values() for episode in result.episodes if episode.turns]
     for episode in episodes:
         _film(config, run, reward, episode, when)
     if when == "after" and episodes:

@@ -10,11 +10,10 @@ from reachrl.backends.policy_loading import limit_threads, new_policy, saved_pol
 from reachrl.config.loading import config_dict
 from reachrl.config.protocols import Protocol
 from reachrl.config.train import TrainConfig
-from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
-from reachrl.evaluation import against_headline, evaluate, heldout_starts, outcome, outcomes_record, protocol_hash
+from reachrl.evaluation import against_headline, heldout_starts, outcome, outcomes_record, protocol_hash
 from reachrl.pipeline.base import Display, caveats
-from reachrl.policies.base import Policy
+from reachrl.pipeline.playing import play_modes
 from reachrl.report.result_page import write_result_page
 from reachrl.report.video import write_film
 from reachrl.rollout.episodes import PlayedEpisode
@@ -155,44 +154,20 @@ def _claim(measurement: Measurement) -> None:
 
 
 def _play(measurement: Measurement, keys: Sequence[Key], log: MetricsLog, display: Display) -> None:
-    config = measurement.config
+    config, (shard, of) = measurement.config, measurement.shard
     limit_threads(config)
     policy = new_policy(config) if measurement.policy is None else saved_policy(config, measurement.policy)
-    with VectorEnv(config.env, min(config.env.num_envs, len(keys))) as envs:
-        _play_each_mode(measurement, policy.eval(), envs, keys, log, display)
+    starts = {
+        mode: [Start(task, "eval", index) for kept, task, index in keys if kept == mode] for mode in config.eval.modes
+    }
 
+    def keep(mode: str, episode: PlayedEpisode) -> None:
+        if episode.turns:  # before the outcome, which says that nothing of this episode is left to do
+            _film(measurement.out / "videos", episode)
+        log.log({"kind": "episode", "mode": mode} | outcome(episode))
 
-def _play_each_mode(
-    measurement: Measurement,
-    policy: Policy,
-    envs: VectorEnv,
-    keys: Sequence[Key],
-    log: MetricsLog,
-    display: Display,
-) -> None:
-    config, (shard, of) = measurement.config, measurement.shard
-    filmed = {(config.eval.modes[0], task, 0) for task in config.env.tasks[: config.eval.num_videos]}
-    with display.stage("eval", len(keys), measurement.protocol if of == 1 else f"shard {shard} of {of}") as progress:
-        for mode in config.eval.modes:
-            starts = [Start(task, "eval", index) for kept, task, index in keys if kept == mode]
-            success: list[bool] = []
-
-            def keep(episode: PlayedEpisode, mode: str = mode, success: list[bool] = success) -> None:
-                if episode.turns:  # before the outcome, which says that nothing of this episode is left to do
-                    _film(measurement.out / "videos", episode)
-                log.log({"kind": "episode", "mode": mode} | outcome(episode))
-                success.append(episode.success)
-                progress.advance(1, success=f"{sum(success)}/{len(success)}")
-
-            evaluate(
-                policy,
-                envs,
-                starts,
-                mode=mode,
-                config=config.eval,
-                record=lambda start, mode=mode: (mode, start.task, start.index) in filmed,
-                on_episode=keep,
-            )
+    title = measurement.protocol if of == 1 else f"shard {shard} of {of}"
+    play_modes(config, policy, starts, display, title, on_episode=keep)
 
 
 def _film(folder: Path, episode: PlayedEpisode) -> None:
