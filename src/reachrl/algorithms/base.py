@@ -11,7 +11,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from reachrl.config.algorithm import AlgorithmSection
+from reachrl.errors import ExtensionError
+from reachrl.functional.ppo import token_kl
 from reachrl.policies.base import Policy, PolicyInputs
+from reachrl.registry import resolve
 from reachrl.types import Rewards, Rollout, Scored
 
 Stats = dict[str, float]
@@ -158,3 +161,28 @@ def decisions(rollout: Rollout, scored: Scored, keep: Int64[Tensor, "B"], **cred
 def valid_rows(rollout: Rollout) -> Int64[Tensor, "B"]:
     """Rows of the decisions that are data."""
     return torch.from_numpy(np.flatnonzero(rollout.valid))
+
+
+def engine_kl(rollout: Rollout, scored: Scored) -> float:
+    """KL(sampler || learner) in nats per action token; NaN without a valid decision."""
+    old, behaviour, mask = (
+        torch.from_numpy(each[rollout.valid])
+        for each in (scored.old_logprobs, rollout.behaviour_logprobs, rollout.token_mask)
+    )
+    return token_kl(old.double(), behaviour.double(), mask).mean().item()
+
+
+def new_algorithm(config: AlgorithmSection, policy: Policy, *, seed: int, temperature: float) -> Algorithm:
+    """The configured algorithm.
+
+    Raises:
+        ExtensionError: it is no `Algorithm`.
+    """
+    kind: str = config.kind  # pyright: ignore[reportAttributeAccessIssue]
+    cls = resolve("algorithms", kind)
+    if not issubclass(cls, Algorithm):
+        raise ExtensionError(
+            f"{cls.__name__}: an algorithm must be a subclass of reachrl.algorithms.base.Algorithm, which says what "
+            "the learner calls and saves; derive it"
+        )
+    return cls(config, policy, seed=seed, temperature=temperature)

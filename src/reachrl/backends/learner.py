@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from reachrl.algorithms.base import Algorithm, Stats
+from reachrl.algorithms.base import Stats, engine_kl, new_algorithm
 from reachrl.backends import sharding
 from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
@@ -20,10 +20,8 @@ from reachrl.backends.weights import PackedWeights, acting_parameters, learner_a
 from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.train import TrainConfig
 from reachrl.envs.base import Shown
-from reachrl.errors import CheckpointError, ExtensionError
-from reachrl.functional.ppo import token_kl
+from reachrl.errors import CheckpointError
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
-from reachrl.registry import resolve
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
@@ -155,7 +153,7 @@ class LocalLearner:
             inputs=self._rows(rollout, batch.rows),
             own=None if self.group.alone else (places >= block.start) & (places < block.stop),
         )
-        stats = self.algorithm.update(batch, iteration=iteration) | {"engine_kl": _engine_kl(rollout, scored)}
+        stats = self.algorithm.update(batch, iteration=iteration) | {"engine_kl": engine_kl(rollout, scored)}
         self.version += 1
         self._log.add("update", began)
         return stats
@@ -283,35 +281,10 @@ def _rows_to_score(rollout: Rollout, *, all_rows: bool) -> np.ndarray:
     return rows if len(rows) else np.arange(rollout.valid.size)
 
 
-def new_algorithm(config: AlgorithmSection, policy: Policy, *, seed: int, temperature: float) -> Algorithm:
-    """The configured algorithm.
-
-    Raises:
-        ExtensionError: it is no `Algorithm`.
-    """
-    kind: str = config.kind  # pyright: ignore[reportAttributeAccessIssue]
-    cls = resolve("algorithms", kind)
-    if not issubclass(cls, Algorithm):
-        raise ExtensionError(
-            f"{cls.__name__}: an algorithm must be a subclass of reachrl.algorithms.base.Algorithm, which says what "
-            "the learner calls and saves; derive it"
-        )
-    return cls(config, policy, seed=seed, temperature=temperature)
-
-
 def new_learner(config: TrainConfig, policy: Policy, group: Group, whole: Policy | None = None) -> LocalLearner:
     """The learner of a run, in this process; see `LocalLearner`."""
     temperature = config.rollout.temperature
     return LocalLearner(policy, config.algorithm, seed=config.seed, temperature=temperature, group=group, whole=whole)
-
-
-def _engine_kl(rollout: Rollout, scored: Scored) -> float:
-    """KL(sampler || learner) in nats per action token; NaN without a valid decision."""
-    old, behaviour, mask = (
-        torch.from_numpy(each[rollout.valid])
-        for each in (scored.old_logprobs, rollout.behaviour_logprobs, rollout.token_mask)
-    )
-    return token_kl(old.double(), behaviour.double(), mask).mean().item()
 
 
 def _read_state(path: Path) -> dict[str, Any]:

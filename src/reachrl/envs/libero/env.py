@@ -10,8 +10,9 @@ from reachrl.config.libero_tasks import instruction
 from reachrl.envs.base import Env, check_start, observed, start_option
 from reachrl.envs.libero.assets import check_assets, find_assets
 from reachrl.envs.libero.experts.expert import Expert
+from reachrl.envs.libero.faithful_simulation import FaithfulSimulation
+from reachrl.envs.libero.fast_simulation import FastSimulation
 from reachrl.envs.libero.installation import check_alone, check_suite, check_versions
-from reachrl.envs.libero.simulation import FaithfulSimulation, FastSimulation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
 from reachrl.envs.render_device import check_rendering

@@ -1,0 +1,107 @@
+"""One LIBERO task in a fast simulation that gives the same states as upstream's."""
+
+from bdb import BdbQuit
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reachrl.envs.libero.controller import ArmController
+from reachrl.envs.libero.installation import bddl_file, import_upstream
+from reachrl.envs.libero.simulation import CAMERA, Simulation, extended, pristine_arrays, problem_of
+from reachrl.envs.libero.slim import HIDDEN_GROUPS, slim_model
+from reachrl.envs.render import Renderer
+
+
+class _Lean:
+    """Put in front of an upstream task class: our model of its scene instead of one compiled anew."""
+
+    mesh_faces = 0
+    task_name = ""
+
+    def _initialize_sim(self: Any, xml_string: str | None = None) -> None:
+        from robosuite.utils.binding_utils import MjSim  # pyright: ignore[reportMissingImports]
+
+        model = slim_model(xml_string or self.model.get_xml(), self.task_name, self.mesh_faces)
+        self.pristine = pristine_arrays(model)
+        self.sim = MjSim(model)
+        self.sim.forward()
+        self.initialize_time(self.control_freq)
+
+
+class FastSimulation(Simulation):
+    """The same physics without what nobody looks at: no model built anew at a reset, no observables, one frame a step.
+
+    Args:
+        suite: of the task.
+        task: its name.
+        assets: folder with meshes and textures.
+        mesh_faces: see `LiberoConfig`.
+        renderer: draws for all tasks of the process.
+        cameras: what films.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        task: str,
+        assets: Path,
+        mesh_faces: int,
+        renderer: Renderer,
+        cameras: Sequence[str] = (CAMERA,),
+    ):
+        envs = import_upstream(assets)
+        from robosuite import load_controller_config  # pyright: ignore[reportMissingImports]
+
+        path = str(bddl_file(suite, task))
+        _, base = problem_of(envs, path)
+        self.domain = extended(base, _Lean, mesh_faces=mesh_faces, task_name=task)(
+            path,
+            robots=["Panda"],
+            controller_configs=load_controller_config(default_controller="OSC_POSE"),
+            initialization_noise=None,
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            ignore_done=True,
+            hard_reset=False,
+        )
+        self.domain.object_property_initializers *= 2  # what a reset of upstream's makes of them
+        self._renderer = renderer
+        self._scenes = {each: renderer.add(self.model, each, hidden_groups=HIDDEN_GROUPS) for each in cameras}
+        self._controller = ArmController(self.domain)
+
+    def _reset(self) -> None:
+        """What upstream's reset leaves behind, without building the model again."""
+        from robosuite.utils.errors import RandomizationError  # pyright: ignore[reportMissingImports]
+
+        domain = self.domain
+        while True:
+            domain.sim.reset()
+            for name, values in domain.pristine.items():
+                getattr(self.model, name)[:] = values
+            domain.sim.forward()
+            domain.robots[0].gripper.current_action = np.zeros(1)
+            try:
+                domain._reset_internal()
+                break
+            except (RandomizationError, BdbQuit):  # objects did not fit: upstream draws again, or opens a debugger
+                continue
+        domain.sim.forward()
+        domain.visualize(vis_settings=dict.fromkeys(domain._visualizations, False))
+        self._controller.reset()
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step; whether the task is solved."""
+        self._controller.step(action)
+        domain = self.domain
+        solved = bool(domain._check_success())
+        domain._post_process()
+        return solved
+
+    def frame(self, camera: str) -> np.ndarray:
+        """Draw the present state."""
+        return self._renderer.render(self._scenes[camera], self.data)[::-1, ::-1].copy()
+
+    def close(self) -> None:
+        """Nothing: the renderer belongs to the process."""
