@@ -95,7 +95,7 @@ def test_a_stopped_process_is_given_up_at_the_deadline_and_can_be_ended(spawn):
     pytest.fail("a stopped process is still there")
 
 
-def test_whoever_of_the_company_died_is_the_guilty_one(spawn):
+def test_the_process_that_died_is_named_among_concurrent_calls(spawn):
     leader, follower = spawn("learner 0"), spawn("learner 1")
     pid = follower.call("pid")
     following = follower.begin("sleep", 60)
@@ -103,7 +103,7 @@ def test_whoever_of_the_company_died_is_the_guilty_one(spawn):
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(Lost) as lost:
-        call.result(company=[following])
+        call.result(concurrent=[following])
     assert lost.value.name == "learner 1"
     # A call that sees the broken connection first does not hide who broke it.
     other = spawn("learner 1")
@@ -111,11 +111,11 @@ def test_whoever_of_the_company_died_is_the_guilty_one(spawn):
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(Lost) as lost:
-        spawn("learner 0").begin("stumble").result(company=[following])
+        spawn("learner 0").begin("stumble").result(concurrent=[following])
     assert lost.value.name == "learner 1"
     ended = spawn("learner 1").begin("echo", 1)
     with pytest.raises(Lost, match="learner 1 ended 'echo' before its time"):
-        spawn("learner 0").begin("sleep", 60).result(company=[ended])
+        spawn("learner 0").begin("sleep", 60).result(concurrent=[ended])
 
 
 def test_what_is_reserved():
