@@ -20,6 +20,10 @@ from reachrl.errors import ConfigError, ExtensionError, MissingExtra, ReachRLErr
 BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
     "policies": {
         "openvla": ("reachrl.policies.openvla.policy:OpenVLAPolicy", "reachrl.config.policy:OpenVLAConfig"),
+        "openvla_oft": (
+            "reachrl.policies.openvla_oft.policy:OpenVLAOFTPolicy",
+            "reachrl.config.oft:OpenVLAOFTConfig",
+        ),
     },
     "envs": {
         "metaworld": ("reachrl.envs.metaworld:MetaworldEnv", "reachrl.config.env:MetaworldConfig"),

@@ -245,6 +245,21 @@ class PrismaticConfig(Section):
         return self.lora is not None and self.lora.base == "nf4"
 
     @property
+    def all_tokens(self) -> bool:
+        """Whether an action token is chosen from the whole vocabulary, not from the 256 action tokens."""
+        return False
+
+    @property
+    def num_actions(self) -> int:
+        """Actions of an answer."""
+        return 1
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether single-token decoding steps are recorded on a GPU."""
+        return False
+
+    @property
     def num_patches(self) -> int:
         """Image tokens in the sequence."""
         return self.towers[0].grid(self.image_size) ** 2
@@ -294,6 +309,11 @@ class OpenVLAConfig(PrismaticConfig):
     decode_graphs: Annotated[bool, _ENGINE] = True
     """On a GPU, with `rollout_copy`: record the single-token steps of each batch size once, as a CUDA graph, and replay
     them in one launch."""
+
+    @property
+    def all_tokens(self) -> bool:
+        """Whether an action token is chosen from the whole vocabulary, not from the 256 action tokens."""
+        return self.vocabulary == "full"
 
     @property
     def records_steps(self) -> bool:

@@ -216,3 +216,32 @@ def last_hidden(
 def _seen(valid: Bool[Tensor, "B S"], num_queries: int, causal: bool) -> Bool[Tensor, "B 1 Q S"]:
     """What the last `num_queries` positions attend to."""
     return causal_mask(valid, num_queries) if causal else valid[:, None, None, :].expand(-1, 1, num_queries, -1)
+
+
+@torch.no_grad()
+def acting_hidden(
+    model: LlamaModel,
+    embeds: Float[Tensor, "B S E"],
+    valid: Bool[Tensor, "B S"],
+    num_last: int,
+    *,
+    layer_pass: LayerPass = PLAIN,
+) -> Float[Tensor, "B Q E"]:
+    """`last_hidden` with attention in both directions, of a copy for acting: its fused maps, and no modules' hooks.
+
+    Args:
+        model: the language model without its head.
+        embeds: token and patch embeddings.
+        valid: which positions are real tokens.
+        num_last: how many positions to return.
+        layer_pass: computes the layers.
+    """
+    padded = has_padding(valid)
+    cos, sin = model.rotary_emb(embeds, position_ids(valid if padded else valid[:1]))
+    layers, length = decoder_layers(model), embeds.shape[1]
+    for layer in layers:
+        queries = num_last if layer is layers[-1] else length
+        query, key, value = layer_pass.project(layer, embeds, (cos, sin), queries)
+        mask = _seen(valid, queries, causal=False) if padded else None
+        embeds = layer_pass.attend(layer, embeds[:, -queries:], query, key, value, mask, False)
+    return model.norm(embeds)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.lora import files as lora_files
 from reachrl.policies.lora import four_bit
@@ -14,7 +14,6 @@ from reachrl.policies.lora.files import VALUE_FILE
 from reachrl.policies.lora.merging import merge_into
 from reachrl.policies.openvla.names import HEAD, LAYERS, VALUE, adapter_sets, canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, ties_embeddings
-from reachrl.policies.openvla.oft import refuse_oft
 from reachrl.policies.openvla.storage import architecture_of
 from reachrl.policies.storage.saved import CONFIG_FILE, SavedPolicy, compare_architectures, load_head
 from reachrl.policies.storage.weights import check_shapes, copy_weights, read_shapes
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 
-def fill(policy: "OpenVLAPolicy", saved: SavedPolicy[OpenVLAConfig], device: torch.device) -> None:
+def fill(policy: "OpenVLAPolicy", saved: SavedPolicy[PrismaticConfig], device: torch.device) -> None:
     """Read the weights into a policy that was built without storage (on the meta device), straight onto `device`.
 
     Whole weights are read as they are; adapters are read with their base. A policy configured without adapters gets
@@ -61,7 +60,7 @@ def fill(policy: "OpenVLAPolicy", saved: SavedPolicy[OpenVLAConfig], device: tor
         load_head(policy.value_head, folder / VALUE_FILE, VALUE)
 
 
-def refill(policy: "OpenVLAPolicy", saved: SavedPolicy[OpenVLAConfig]) -> None:
+def refill(policy: "OpenVLAPolicy", saved: SavedPolicy[PrismaticConfig]) -> None:
     """Read the weights of a policy that was saved by one of the same architecture, adapters on the base that is here.
 
     Raises:
@@ -82,10 +81,11 @@ def refill(policy: "OpenVLAPolicy", saved: SavedPolicy[OpenVLAConfig]) -> None:
 def _fill_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
     """Give the policy storage and the weights of a folder without adapters."""
     official, config = is_official(folder), policy.config
+    family = policy.family(config)
     if official:
-        refuse_oft(folder)
+        family.check(folder)
     tied = official and ties_embeddings(folder)
-    absent = (VALUE, "critic.", *((HEAD,) if tied else ()))
+    absent = (VALUE, "critic.", *policy.companions, *((HEAD,) if tied else ()))
     check_shapes(
         {key: tuple(value.shape) for key, value in policy.state_dict().items()},
         read_shapes(folder, canonical_key),
@@ -105,6 +105,7 @@ def _fill_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
     if tied:
         _tie(policy, folder)
     if official:
+        policy.fill_companions(folder)
         policy.value_head.reset()
         policy.reset_critic()
 

@@ -7,6 +7,7 @@ from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.folders import Inspection, PolicyFolders, Verification
 from reachrl.policies.lora.files import base_name, is_adapter
 from reachrl.policies.openvla.official import is_official
+from reachrl.policies.openvla.oft import oft_signal
 from reachrl.policies.storage.saved import CONFIG_FILE
 
 
@@ -19,7 +20,10 @@ class OpenVLAFolders(PolicyFolders):
             if is_adapter(folder) and not (folder / CONFIG_FILE).is_file():
                 base = base_name(folder)
                 return self.why_not(base, kind) if base.is_dir() else None
-            return None if is_official(folder) else super().why_not(folder, kind)
+            if not is_official(folder):
+                return super().why_not(folder, kind)
+            signal = oft_signal(folder)
+            return None if signal is None else f"it is an OpenVLA-OFT checkpoint by {signal}"
         except CheckpointError as error:
             return str(error)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.policies.folders import Part, count_dtypes
 from reachrl.policies.lora import files as adapters
 from reachrl.policies.lora.deltas import rank_and_alpha
@@ -43,7 +43,7 @@ class CheckpointInfo:
     folder: Path
     oft_signal: str | None  # what shows that it is OpenVLA-OFT, which is not loaded
     layout: Literal["official", "prismatic", "reachrl"]
-    config: OpenVLAConfig
+    config: PrismaticConfig
     tower_names: tuple[str, ...]  # the official ones; empty for our own checkpoints
     heads_known: bool  # whether the towers' attention heads in `config` are right: no file states them
     parts: tuple[Part, ...]
@@ -149,7 +149,7 @@ def _action_dims(folder: Path) -> dict[str, int]:
     return {name: len(official_stats(folder, name).q01) for name in norm_stats(folder)}
 
 
-def _prompt_ids(folder: Path, config: OpenVLAConfig) -> tuple[int, ...] | None:
+def _prompt_ids(folder: Path, config: PrismaticConfig) -> tuple[int, ...] | None:
     path = folder / TOKENIZER_FILE
     return PromptTokenizer.from_file(path, config.language_model).prompt_ids(EXAMPLE) if path.is_file() else None
 

@@ -4,7 +4,7 @@ import re
 
 from peft import LoraConfig
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.policies.lora import adapters as lora
 
 VALUE = "value_head."
@@ -42,6 +42,6 @@ def canonical_key(key: str) -> str:
     return _LAYER_SCALE.sub(r"\1.scale_factor", key)
 
 
-def adapter_sets(config: OpenVLAConfig) -> dict[str, LoraConfig]:
+def adapter_sets(config: PrismaticConfig) -> dict[str, LoraConfig]:
     """What peft is told of each set of adapters, by its name; empty for a policy without adapters."""
     return {} if config.lora is None else lora.adapter_sets(config.lora, TARGETS, critic=config.critic == "adapter")

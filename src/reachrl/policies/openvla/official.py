@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
+from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig, PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.names import TOWERS, canonical_key
@@ -22,6 +22,7 @@ KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_
 # With these, blocks that are missing at the end of a file are noticed.
 _KNOWN_DEPTHS = {"vit_large_patch14_reg4_dinov2.lvd142m": 24, "vit_so400m_patch14_siglip_224": 27}
 _EMPTY_TOKEN_ID = 29871
+_KINDS = ("openvla", "openvla_oft")  # ours that are stored alike
 _RESIZES = ("resize-naive", "letterbox")
 
 
@@ -40,7 +41,7 @@ def is_official(folder: Path) -> bool:
             'config.json ("model_type": "openvla") of the same model in its place. The weights may keep their names'
         )
     official = raw.get("model_type") == "openvla"
-    if not official and ("model_type" in raw or raw.get("kind") != "openvla"):
+    if not official and ("model_type" in raw or raw.get("kind") not in _KINDS):
         raise CheckpointError(
             f"{path}: model_type is {raw.get('model_type')!r}, expected 'openvla' (or a file written by "
             "ReachRL, which says kind='openvla'); give the folder of an OpenVLA checkpoint"
@@ -60,7 +61,7 @@ def ties_embeddings(folder: Path) -> bool:
     return isinstance(text, dict) and text.get("tie_word_embeddings") is True
 
 
-def is_dead(key: str, config: OpenVLAConfig) -> bool:
+def is_dead(key: str, config: PrismaticConfig) -> bool:
     """Whether an official weight is never read: a tower's last block, final norm or pooling."""
     for name, tower in zip(TOWERS, config.towers, strict=False):
         prefix = f"vision_backbone.{name}."
@@ -73,14 +74,21 @@ def is_dead(key: str, config: OpenVLAConfig) -> bool:
 
 
 def official_config(
-    folder: Path, tower_heads: Sequence[int] | None = None, dataset: str | None = None
-) -> OpenVLAConfig:
+    folder: Path,
+    tower_heads: Sequence[int] | None = None,
+    dataset: str | None = None,
+    *,
+    section: type[PrismaticConfig] = OpenVLAConfig,
+    told: Mapping[str, Any] | None = None,
+) -> PrismaticConfig:
     """Describe an official checkpoint as a configuration of our class.
 
     Args:
         folder: with `config.json` and the weights.
         tower_heads: attention heads of each tower; only needed for towers other than the released ones.
         dataset: whose actions the number of action tokens is of.
+        section: the class of the configuration.
+        told: options of it that no file states.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
@@ -90,8 +98,9 @@ def official_config(
     try:
         _refuse_what_we_would_ignore(raw, folder)
         language_model = _language_model(raw, shapes)
-        return OpenVLAConfig.model_validate(
+        return section.model_validate(
             {
+                **(told or {}),
                 "image_size": raw["image_sizes"][0],
                 **_frames(raw, folder),
                 "towers": _towers(ids, shapes, tower_heads, folder),

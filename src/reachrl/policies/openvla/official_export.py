@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.openvla.export import copy_surroundings
@@ -76,7 +76,7 @@ def export_official(folder: Path, out: Path, *, base: Path | None = None) -> Pat
     return whole
 
 
-def _check_base(config: OpenVLAConfig, folder: Path, base: Path) -> None:
+def _check_base(config: PrismaticConfig, folder: Path, base: Path) -> None:
     if not is_official(base):
         raise ConfigError(f"{base} was written by ReachRL; name a checkpoint in the official layout by --base")
     heads = [tower.num_heads for tower in config.towers if isinstance(tower, ViTTowerConfig)]
@@ -94,14 +94,14 @@ def _check_base(config: OpenVLAConfig, folder: Path, base: Path) -> None:
     )
 
 
-def _write_config(config: OpenVLAConfig, base: Path, out: Path) -> None:
+def _write_config(config: PrismaticConfig, base: Path, out: Path) -> None:
     raw: dict[str, Any] = read_json(out / CONFIG_FILE) | {"torch_dtype": config.dtype}
     if ties_embeddings(base):  # trained as two matrices
         raw["text_config"] |= {"tie_word_embeddings": False}
     (out / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(config: OpenVLAConfig, folder: Path, base: Path, out: Path) -> None:
+def _write_weights(config: PrismaticConfig, folder: Path, base: Path, out: Path) -> None:
     """Fill the base's files, one in memory at a time, with our weights under official names."""
     places: dict[str, str] = {}
     size = 0

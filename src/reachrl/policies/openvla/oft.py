@@ -1,9 +1,11 @@
-"""Signs that a folder in OpenVLA's layout holds OpenVLA-OFT, whose weights mean another function."""
+"""Signs that a folder in OpenVLA's layout holds OpenVLA-OFT, whose weights mean another function, and of which kind."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 from reachrl.errors import CheckpointError
+from reachrl.policies.storage.families import INSTEAD
 from reachrl.policies.storage.weights import read_json
 
 # What its training leaves beside the weights: pickles such as action_head--150000_checkpoint.pt, or what they became.
@@ -17,6 +19,12 @@ _NAMED = re.compile(r"(?<![a-z])oft(?![a-z])|openvla_?oft", re.IGNORECASE)
 _CODE = ("*.py", "prismatic/**/*.py")
 _CHUNK = "NUM_ACTIONS_CHUNK"  # a constant that the code bundled with such a folder imports; it is read, never run
 _LARGEST_CODE = 1 << 20  # bytes
+# Parts of heads that give no probabilities, as files and as options of config.json, and what each is.
+_CONTINUOUS = (
+    ("noisy_action_projector*", "use_diffusion", "a diffusion head, which draws actions from noise"),
+    ("action_head*", "use_l1_regression", "a regression head (L1), which answers with one action and nothing else"),
+)
+_FILM = ("vision_backbone--*", "use_film")
 
 
 def oft_signal(folder: Path) -> str | None:
@@ -35,17 +43,22 @@ def oft_signal(folder: Path) -> str | None:
     for name in (folder.name, folder.resolve().name, *_on_the_hub(folder)):
         if name == _FOLDER or _NAMED.search(name):
             return f"its name, {name}"
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    raw = _config(folder)
     if options := sorted(key for key in raw if key.lower() in _OPTIONS):
         return f"{options[0]} in config.json"
     for key in ("architectures", "auto_map", "_name_or_path"):
         if _NAMED.search(str(raw.get(key, ""))):
             return f"{key} in config.json"
+    return next((f"{_CHUNK} in {name}" for name, text in bundled_code(folder).items() if _CHUNK in text), None)
+
+
+def bundled_code(folder: Path) -> dict[str, str]:
+    """The beginnings of the code that lies beside weights, by file name: it is read, never run."""
+    texts: dict[str, str] = {}
     for path in sorted(found for pattern in _CODE for found in folder.glob(pattern)):
         with path.open("rb") as file:
-            if _CHUNK.encode() in file.read(_LARGEST_CODE):
-                return f"{_CHUNK} in {path.name}"
-    return None
+            texts[path.name] = file.read(_LARGEST_CODE).decode("utf-8", errors="replace")
+    return texts
 
 
 def _on_the_hub(folder: Path) -> list[str]:
@@ -62,6 +75,45 @@ def refuse_oft(folder: Path) -> None:
     if (signal := oft_signal(folder)) is not None:
         raise CheckpointError(
             f"{folder} is an OpenVLA-OFT checkpoint by {signal}: it predicts chunks of actions in one pass with "
-            "attention in both directions, which this package does not compute; as plain OpenVLA the same weights "
-            "act wrongly. Give a plain OpenVLA checkpoint (one that is plain and only named so: under another name)"
+            f"attention in both directions; as plain OpenVLA the same weights act wrongly. {_remedy(folder)}"
         )
+
+
+def _remedy(folder: Path) -> str:
+    if (problem := unsupported(folder)) is not None:
+        return f"It cannot be trained here either: {problem}"
+    return (
+        "Set policy.kind=openvla_oft, and policy.chunk_size and policy.dialect to those of the program that trained it "
+        "(one that is plain and only named so: load it under another name)"
+    )
+
+
+def unsupported(folder: Path) -> str | None:
+    """Why a folder of OpenVLA-OFT cannot be trained by reinforcement, with what exists instead; None: it can.
+
+    Raises:
+        CheckpointError: `config.json` is damaged.
+    """
+    raw = _config(folder)
+    for pattern, option, head in _CONTINUOUS:
+        if (sign := _sign(folder, raw, pattern, option)) is not None:
+            return (
+                f"by {sign} it has {head}. There are no token probabilities, which every algorithm here takes a ratio "
+                f"of. {INSTEAD}; or, from the same weights without that file, train the token head by demonstrations"
+            )
+    if (sign := _sign(folder, raw, *_FILM)) is not None:
+        return (
+            f"by {sign} its vision towers are modulated by the instruction (FiLM), which this package does not "
+            "compute. Give a checkpoint that was trained with use_film=False"
+        )
+    return None
+
+
+def _sign(folder: Path, raw: dict[str, Any], pattern: str, option: str) -> str | None:
+    if found := sorted(path.name for path in folder.glob(pattern)):
+        return f"the file {found[0]}"
+    return f"{option} in config.json" if raw.get(option) is True else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}

@@ -1,7 +1,7 @@
 """OpenVLA as a policy: two vision towers, projector, Llama, a 256-way action head and a value head."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.config.base import Section
-from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig
+from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig, PrismaticConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens
@@ -27,6 +27,7 @@ from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.llama import PLAIN, build_llama, decoder_layers, last_hidden
 from reachrl.policies.lora import adapters
 from reachrl.policies.openvla import filling, storage
+from reachrl.policies.openvla.family import OPENVLA, Family
 from reachrl.policies.openvla.folders import OpenVLAFolders
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.inputs import OpenVLAInputs
@@ -50,8 +51,10 @@ class OpenVLAPolicy(Policy):
 
     Config: ClassVar[type[Section]] = OpenVLAConfig
     folders: ClassVar[PolicyFolders] = OpenVLAFolders()
+    companions: ClassVar[tuple[str, ...]] = ()
+    """How names of weights begin that an official folder keeps in files of their own."""
 
-    def __init__(self, config: OpenVLAConfig, saved: SavedPolicy[OpenVLAConfig] | None = None) -> None:
+    def __init__(self, config: PrismaticConfig, saved: SavedPolicy[PrismaticConfig] | None = None) -> None:
         """Build the policy; random weights unless `config.checkpoint` names a folder.
 
         Under `with torch.device(...)` it is made on that device, and stored weights go straight there.
@@ -65,30 +68,39 @@ class OpenVLAPolicy(Policy):
         """
         super().__init__()
         if config.checkpoint is not None:
-            saved = saved or storage.read_for(config)
+            saved = saved or storage.read_for(config, self.family(config))
             config = storage.agreed(config, saved)
         self.config = config
         llm = config.language_model
-        self.num_action_tokens = config.num_action_tokens
+        self.num_actions = config.num_actions
+        self.num_action_tokens = config.num_actions * config.num_action_tokens
         self.first_action_id = llm.vocab_end - NUM_ACTION_BINS
-        full = config.vocabulary == "full"
-        self.num_choices = llm.vocab_size if full else NUM_ACTION_BINS
-        self.first_choice = 0 if full else self.first_action_id
+        self.num_choices = llm.vocab_size if config.all_tokens else NUM_ACTION_BINS
+        self.first_choice = 0 if config.all_tokens else self.first_action_id
         self._rollout: RolloutCopy | None = None
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.origin = None if saved is None else saved.origin  # the official checkpoint that the weights began as
         self.tokenizer = self._tokenizer(saved)
         # Instead of statistics: the names of those to choose from, while nobody has chosen.
         self._action_stats: ActionStats | tuple[str, ...] = ActionStats.identity(config.num_action_tokens)
+        self.state_stats: ActionStats | None = None
         if saved is not None:
-            self._take_action_stats(saved.stats)
+            self._take_stats(saved)
         with nullcontext() if saved is None else torch.device("meta"):
             self._build()
         if saved is not None:
             filling.fill(self, saved, torch.get_default_device())
         self.eval()  # after everything that makes modules, which begin as if they were being trained
 
-    def _tokenizer(self, saved: SavedPolicy[OpenVLAConfig] | None) -> PromptTokenizer | None:
+    @classmethod
+    def family(cls, config: PrismaticConfig) -> Family:
+        """What an official checkpoint is read as, given what `config` states of it."""
+        return OPENVLA
+
+    def fill_companions(self, folder: Path) -> None:
+        """Read what an official folder keeps beside its weights."""
+
+    def _tokenizer(self, saved: SavedPolicy[PrismaticConfig] | None) -> PromptTokenizer | None:
         llm = self.config.language_model
         if self.config.tokenizer == "built_in":
             return PromptTokenizer(build_tokenizer(llm), llm)
@@ -230,12 +242,17 @@ class OpenVLAPolicy(Policy):
                 model, projector = self.critic.model, self.critic.projector
             with adapters.active(self, adapters.CRITIC):
                 # detached: the towers belong to the actor
-                embeds, valid = embed(projector, model, features.detach(), inputs)
-                return self.value_head(self._hidden(model, embeds, valid, 1)[:, 0])
+                return self.value_head(self._first_hidden(projector, model, features.detach(), inputs))
         if first_hidden is None:
-            embeds, valid = embed(projector, model, features, inputs)
-            first_hidden = self._hidden(model, embeds, valid, 1)[:, 0]
+            first_hidden = self._first_hidden(projector, model, features, inputs)
         return self.value_head(first_hidden if self.config.value_gradient_to_trunk else first_hidden.detach())
+
+    def _first_hidden(
+        self, projector: nn.Module, model: LlamaModel, features: Float[Tensor, "B P F"], inputs: OpenVLAInputs
+    ) -> Float[Tensor, "B E"]:
+        """What the first action token and the value are read from."""
+        embeds, valid = embed(projector, model, features, inputs)
+        return self._hidden(model, embeds, valid, 1)[:, 0]
 
     # --- the policy's four questions ---------------------------------------------------------------------------
 
@@ -324,7 +341,8 @@ class OpenVLAPolicy(Policy):
             )
         return self._action_stats
 
-    def _take_action_stats(self, stats: ActionStats | tuple[str, ...]) -> None:
+    def _take_stats(self, saved: SavedPolicy[PrismaticConfig]) -> None:
+        stats = saved.stats
         if isinstance(stats, ActionStats):
             self.set_action_stats(stats.q01, stats.q99, stats.mask)
         elif stats:
@@ -332,15 +350,19 @@ class OpenVLAPolicy(Policy):
 
     def decode_actions(
         self, token_ids: Int64[Tensor, "B A"], token_mask: Bool[Tensor, "B A"] | None = None
-    ) -> Float[np.ndarray, "B 1 D"]:
-        """Map action tokens to one action f32[B 1 D] each, in the environment's units."""
-        unit = unit_from_tokens(token_ids.cpu().numpy(), self.config.language_model.vocab_end)
-        return self.action_stats.unnormalise(unit).astype(np.float32)[:, None]
+    ) -> Float[np.ndarray, "B H D"]:
+        """Map action tokens to actions f32[B H D] in the environment's units."""
+        return self.action_stats.unnormalise(self.unit_actions(token_ids)).astype(np.float32)
 
-    def encode_actions(self, actions: Float[np.ndarray, "B 1 D"]) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"]]:
-        """Map actions f32[B 1 D] in the environment's units to the nearest action tokens, which fill every slot."""
-        unit = self.action_stats.normalise(np.asarray(actions[:, 0], np.float64))
-        tokens = tokens_from_unit(unit, self.config.language_model.vocab_end)
+    def unit_actions(self, token_ids: Int64[Tensor, "B A"]) -> Float[np.ndarray, "B H D"]:
+        """Map action tokens, action by action, to normalised actions f64[B H D] in (-1, 1)."""
+        unit = unit_from_tokens(token_ids.cpu().numpy(), self.config.language_model.vocab_end)
+        return unit.reshape(len(unit), self.num_actions, self.config.num_action_tokens)
+
+    def encode_actions(self, actions: Float[np.ndarray, "B H D"]) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"]]:
+        """Map actions f32[B H D] in the environment's units to the nearest action tokens, which fill every slot."""
+        unit = self.action_stats.normalise(np.asarray(actions, np.float64))
+        tokens = tokens_from_unit(unit, self.config.language_model.vocab_end).reshape(len(unit), -1)
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
@@ -351,10 +373,10 @@ class OpenVLAPolicy(Policy):
             ConfigError: the vectors do not have one entry per action token.
         """
         stats = ActionStats.create(q01, q99, mask)
-        if len(stats.q01) != self.num_action_tokens:
+        if len(stats.q01) != self.config.num_action_tokens:
             raise ConfigError(
-                f"policy.num_action_tokens = {self.num_action_tokens}, but actions have {len(stats.q01)} dimensions; "
-                f"expected one token each. Set policy.num_action_tokens={len(stats.q01)}"
+                f"policy.num_action_tokens = {self.config.num_action_tokens}, but actions have {len(stats.q01)} "
+                f"dimensions; expected one token each. Set policy.num_action_tokens={len(stats.q01)}"
             )
         self._action_stats = stats
 
@@ -388,9 +410,9 @@ class OpenVLAPolicy(Policy):
         Raises:
             CheckpointError: a file is missing, truncated or of another architecture.
         """
-        saved = storage.read(folder)
+        saved = storage.read(folder, family=self.family(self.config))
         filling.refill(self, saved)
-        self._take_action_stats(saved.stats)
+        self._take_stats(saved)
         if self.tokenizer is None:
             self.tokenizer = self._tokenizer(saved)
 
@@ -406,15 +428,20 @@ class OpenVLAPolicy(Policy):
             CheckpointError: a file is missing, truncated or of another architecture.
             ConfigError: the options do not go with the stored ones.
         """
-        saved = storage.read(folder, dataset=options.get("dataset"))
+        saved = storage.read(folder, dataset=options.get("dataset"), family=cls._told(options))
         stored = saved.config
         if all(getattr(stored, key) == value for key, value in options.items()):
             return cls(stored, saved)
         try:
             said = {key: getattr(stored, key) for key in stored.model_fields_set}
-            return cls(OpenVLAConfig.model_validate(said | options), saved)
+            return cls(type(stored).model_validate(said | options), saved)
         except ValidationError as error:
             raise ConfigError(f"{folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+
+    @classmethod
+    def _told(cls, options: Mapping[str, Any]) -> Family:
+        """What a folder is read as, given options of the section."""
+        return OPENVLA
 
     @classmethod
     def load_official(
@@ -424,6 +451,7 @@ class OpenVLAPolicy(Policy):
         dataset: str | None = None,
         tower_heads: Sequence[int] | None = None,
         critic: Literal["shared", "separate"] = "shared",
+        **told: Any,
     ) -> "OpenVLAPolicy":
         """Read a checkpoint in the official layout; the critic starts untrained.
 
@@ -432,11 +460,12 @@ class OpenVLAPolicy(Policy):
             dataset: which of its action statistics to use, when it holds several.
             tower_heads: attention heads of each tower, for towers other than the released ones.
             critic: the critic to add.
+            told: options of the section that no file states, for a family that has them.
 
         Raises:
             CheckpointError: a file is missing or truncated, or its keys are not those of the architecture.
         """
-        saved = storage.read(folder, tower_heads=tower_heads, dataset=dataset)
+        saved = storage.read(folder, tower_heads=tower_heads, dataset=dataset, family=cls._told(told))
         return cls(saved.config.model_copy(update={"dataset": dataset, "critic": critic}), saved)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 
 
-def fit_frames(images: UInt8[np.ndarray, "N H W 3"], config: OpenVLAConfig) -> UInt8[np.ndarray, "N S S 3"]:
+def fit_frames(images: UInt8[np.ndarray, "N H W 3"], config: PrismaticConfig) -> UInt8[np.ndarray, "N S S 3"]:
     """Crop and resize frames to the square the towers see, as `config` says."""
     if config.rlds_frames:
         images = as_in_rlds(images, config.image_size)

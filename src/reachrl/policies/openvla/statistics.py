@@ -49,8 +49,17 @@ def dataset_of(folder: Path, dataset: str | None) -> str | None:
     return next((next(iter(sets)) for sets in (_beside(folder), norm_stats(folder)) if len(sets) == 1), None)
 
 
-def official_stats(folder: Path, dataset: str) -> ActionStats:
+def official_stats(
+    folder: Path, dataset: str, *, part: str = "action", low: str = "q01", high: str = "q99"
+) -> ActionStats:
     """The action statistics of one dataset.
+
+    Args:
+        folder: with statistics, its own or its base's.
+        dataset: the name of the set.
+        part: `action`, or `proprio` for those of the robot's state.
+        low: what is mapped to -1.
+        high: what is mapped to 1.
 
     Raises:
         CheckpointError: `dataset` is not among them, or its entry is damaged.
@@ -59,10 +68,10 @@ def official_stats(folder: Path, dataset: str) -> ActionStats:
     if dataset not in stats:
         raise CheckpointError(f"{folder} has no action statistics named {dataset!r}; it has {sorted(stats)}")
     try:
-        action = stats[dataset]["action"]
-        return ActionStats.create(action["q01"], action["q99"], action.get("mask", [True] * len(action["q01"])))
+        found = stats[dataset][part]
+        return ActionStats.create(found[low], found[high], found.get("mask", [True] * len(found[low])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"the action statistics {dataset!r} of {folder} are damaged ({error!r}); expected `action` with `q01` and "
-            "`q99`, finite numbers, one for each dimension"
+            f"the action statistics {dataset!r} of {folder} are damaged ({error!r}); expected `{part}` with `{low}` "
+            f"and `{high}`, finite numbers, one for each dimension"
         ) from error

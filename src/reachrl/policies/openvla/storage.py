@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from reachrl.config.marks import Affects, affecting
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.lora import files as lora_files
 from reachrl.policies.lora.deltas import check_agreement
 from reachrl.policies.lora.files import VALUE_FILE, base_name, base_of, is_adapter
+from reachrl.policies.openvla.family import OPENVLA, Family, check_kind, stored_section
 from reachrl.policies.openvla.names import VALUE, adapter_sets
 from reachrl.policies.openvla.official import is_official, official_config, problems_of
-from reachrl.policies.openvla.oft import refuse_oft
-from reachrl.policies.openvla.statistics import dataset_of, norm_stats, official_stats
+from reachrl.policies.openvla.statistics import dataset_of, norm_stats
 from reachrl.policies.storage.hub import locate
 from reachrl.policies.storage.saved import (
     CONFIG_FILE,
@@ -71,7 +71,7 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
         write_state(policy.value_head.state_dict(prefix=VALUE), folder / VALUE_FILE)
     text = config.model_copy(update=update).model_dump_json(indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    write_stats(folder, policy.action_stats)
+    write_stats(folder, policy.action_stats, policy.state_stats)
     if policy.tokenizer is not None:
         policy.tokenizer.save(folder / TOKENIZER_FILE)
 
@@ -80,21 +80,27 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
 
 
 def read(
-    folder: Path, *, tower_heads: Sequence[int] | None = None, dataset: str | None = None
-) -> SavedPolicy[OpenVLAConfig]:
+    folder: Path,
+    *,
+    tower_heads: Sequence[int] | None = None,
+    dataset: str | None = None,
+    family: Family = OPENVLA,
+) -> SavedPolicy[PrismaticConfig]:
     """Everything of a policy but its weights, official or ours, whole or adapters.
 
     Args:
         folder: on this machine, or `owner/name` on the hub.
         tower_heads: see `official_config`.
         dataset: the action statistics of an official checkpoint to use, when it holds several.
+        family: what it is read as.
 
     Raises:
         CheckpointError: a file is missing, damaged, altered after it was written, or of a policy we cannot build.
     """
     given, folder = Path(folder), locate(Path(folder))
     verify_if_sealed(folder)
-    config = _config(folder, tower_heads, dataset).model_copy(update={"checkpoint": given})
+    config = _config(folder, tower_heads, dataset, family).model_copy(update={"checkpoint": given})
+    family = family.of(config)
     adapter = is_adapter(folder)
     whole = base_of(folder) if adapter else folder
     base = base_name(folder) if adapter else given.resolve() if given.is_dir() else given
@@ -104,36 +110,50 @@ def read(
         whole=whole,
         is_adapter=adapter,
         ours=_is_ours(folder),
-        stats=_stats(folder, dataset),
+        stats=_stats(folder, dataset, family),
+        state_stats=_state_stats(folder, dataset, family),
         tokenizer=next((path for place in (folder, whole) if (path := place / TOKENIZER_FILE).is_file()), None),
         base=base,
         origin=origin_of(base, whole),
     )
 
 
-def read_config(folder: Path, tower_heads: Sequence[int] | None = None, dataset: str | None = None) -> OpenVLAConfig:
+def read_config(
+    folder: Path,
+    tower_heads: Sequence[int] | None = None,
+    dataset: str | None = None,
+    family: Family | None = None,
+) -> PrismaticConfig:
     """The configuration of a checkpoint alone, official or ours, with `checkpoint` set to what was given.
 
     Args:
         folder: on this machine, or `owner/name` on the hub.
         tower_heads: see `official_config`.
         dataset: see `official_config`.
+        family: what it is read as; None: a policy of ours as what it says, others as plain OpenVLA.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a policy we cannot build.
     """
-    return _config(locate(Path(folder)), tower_heads, dataset).model_copy(update={"checkpoint": Path(folder)})
+    config = _config(locate(Path(folder)), tower_heads, dataset, family)
+    return config.model_copy(update={"checkpoint": Path(folder)})
 
 
-def _config(folder: Path, tower_heads: Sequence[int] | None, dataset: str | None) -> OpenVLAConfig:
+def _config(
+    folder: Path, tower_heads: Sequence[int] | None, dataset: str | None, family: Family | None
+) -> PrismaticConfig:
     if is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
-        refuse_oft(folder)
-        return _config(base_of(folder), tower_heads, dataset)
+        (family or OPENVLA).check(folder)
+        return _config(base_of(folder), tower_heads, dataset, family)
+    if family is not None:
+        check_kind(folder, family.section)
     if is_official(folder):
-        refuse_oft(folder)
-        return official_config(folder, tower_heads, dataset)
+        known = family or OPENVLA
+        known.check(folder)
+        return official_config(folder, tower_heads, dataset, section=known.section, told=known.told)
     try:
-        config = OpenVLAConfig.model_validate(read_json(folder / CONFIG_FILE))
+        raw = read_json(folder / CONFIG_FILE)
+        config = (family.section if family else stored_section(raw)).model_validate(raw)
     except ValidationError as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} describes no policy of this version: {problems_of(error)}"
@@ -147,14 +167,29 @@ def _is_ours(folder: Path) -> bool:
     return (folder / VALUE_FILE).is_file() if is_adapter(folder) else not is_official(folder)
 
 
-def _stats(folder: Path, dataset: str | None) -> ActionStats | tuple[str, ...]:
+def _stats(folder: Path, dataset: str | None, family: Family) -> ActionStats | tuple[str, ...]:
     """The action statistics that hold in a folder; several sets without a name are left for later."""
-    if is_adapter(folder) and not _is_ours(folder) and not (folder / STATS_FILE).is_file():
-        return _stats(base_of(folder), dataset)
+    folder = _with_stats(folder)
     if _is_ours(folder):
         return read_stats(folder)
     name = dataset_of(folder, dataset)
-    return tuple(sorted(norm_stats(folder))) if name is None else official_stats(folder, name)
+    return tuple(sorted(norm_stats(folder))) if name is None else family.action_stats(folder, name)
+
+
+def _state_stats(folder: Path, dataset: str | None, family: Family) -> ActionStats | None:
+    """The statistics of the robot's state in the same set, where the policy sees it."""
+    folder = _with_stats(folder)
+    if _is_ours(folder):
+        return read_stats(folder, "proprio") if family.sees_state else None
+    name = dataset_of(folder, dataset)
+    return None if name is None else family.state_stats(folder, name)
+
+
+def _with_stats(folder: Path) -> Path:
+    """The folder itself, or the base of another tool's adapters that came without statistics."""
+    if is_adapter(folder) and not _is_ours(folder) and not (folder / STATS_FILE).is_file():
+        return _with_stats(base_of(folder))
+    return folder
 
 
 def origin_of(name: Path, whole: Path) -> Path | None:
@@ -173,7 +208,7 @@ def origin_of(name: Path, whole: Path) -> Path | None:
 # --- what is stored beside what is configured --------------------------------------------------------------------
 
 
-def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
+def architecture_of(config: PrismaticConfig) -> dict[str, Any]:
     """The part of a configuration that decides which weights fit."""
     architecture = affecting(config, Affects.ARCHITECTURE)
     llm = architecture["language_model"]
@@ -182,18 +217,22 @@ def architecture_of(config: OpenVLAConfig) -> dict[str, Any]:
     return architecture
 
 
-def read_for(config: OpenVLAConfig) -> SavedPolicy[OpenVLAConfig]:
+def read_for(config: PrismaticConfig, family: Family = OPENVLA) -> SavedPolicy[PrismaticConfig]:
     """What `config.checkpoint` names, which no file says everything of.
+
+    Args:
+        config: with a checkpoint.
+        family: what it is read as.
 
     Raises:
         CheckpointError: see `read`.
     """
     assert config.checkpoint is not None
     heads = [tower.num_heads if isinstance(tower, ViTTowerConfig) else 1 for tower in config.towers]
-    return read(config.checkpoint, tower_heads=heads, dataset=config.dataset)
+    return read(config.checkpoint, tower_heads=heads, dataset=config.dataset, family=family)
 
 
-def agreed(config: OpenVLAConfig, saved: SavedPolicy[OpenVLAConfig]) -> OpenVLAConfig:
+def agreed(config: PrismaticConfig, saved: SavedPolicy[PrismaticConfig]) -> PrismaticConfig:
     """The configuration to build a policy by: as configured, with frames normalised as the weights were trained.
 
     Raises:
@@ -223,7 +262,7 @@ def agreed(config: OpenVLAConfig, saved: SavedPolicy[OpenVLAConfig]) -> OpenVLAC
     return config
 
 
-def _with_pixel_statistics(config: OpenVLAConfig, stored: OpenVLAConfig, folder: Path) -> OpenVLAConfig:
+def _with_pixel_statistics(config: PrismaticConfig, stored: PrismaticConfig, folder: Path) -> PrismaticConfig:
     trained = {name: getattr(stored, name) for name in PIXEL_STATISTICS}
     if all(getattr(config, name) == value for name, value in trained.items()):
         return config

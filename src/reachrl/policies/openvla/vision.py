@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ConvTowerConfig, ViTTowerConfig
 
 _NORM_EPS = 1e-6
@@ -148,7 +148,7 @@ class ConvTower(nn.Module):
 class VisionBackbone(nn.Module):
     """One or two towers over the same image; features are concatenated patch by patch."""
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
         names = ("featurizer", "fused_featurizer")[: len(config.towers)]
         for name, tower in zip(names, config.towers, strict=True):

@@ -38,6 +38,7 @@ class SavedPolicy(Generic[Config]):
     is_adapter: bool  # whether `folder` holds adapters on the weights in `whole`
     ours: bool  # whether ReachRL wrote `folder`
     stats: ActionStats | tuple[str, ...]  # instead of statistics: the names to choose from, while nobody has chosen
+    state_stats: ActionStats | None = None  # of the robot's state, where the policy sees it
     tokenizer: Path | None  # its file
     base: Path  # the name, a folder or `owner/name`, by which adapters on these whole weights remember them
     origin: Path | None  # the foreign checkpoint that the whole weights began as; None: random ones
@@ -76,23 +77,31 @@ def write_state(state: dict[str, Tensor], path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def write_stats(folder: Path, stats: ActionStats) -> None:
-    """Write the one set of action statistics of a policy of ours."""
-    action = {"q01": stats.q01.tolist(), "q99": stats.q99.tolist(), "mask": stats.mask.tolist()}
-    (folder / STATS_FILE).write_text(json.dumps({OUR_STATS: {"action": action}}, indent=2) + "\n", encoding="utf-8")
+def write_stats(folder: Path, stats: ActionStats, state: ActionStats | None = None) -> None:
+    """Write the one set of action statistics of a policy of ours, and those of the robot's state."""
+    parts = {
+        part: {"q01": each.q01.tolist(), "q99": each.q99.tolist(), "mask": each.mask.tolist()}
+        for part, each in (("action", stats), ("proprio", state))
+        if each is not None
+    }
+    (folder / STATS_FILE).write_text(json.dumps({OUR_STATS: parts}, indent=2) + "\n", encoding="utf-8")
 
 
-def read_stats(folder: Path) -> ActionStats:
+def read_stats(folder: Path, part: str = "action") -> ActionStats:
     """Read what `write_stats` wrote.
+
+    Args:
+        folder: of a policy of ours.
+        part: `action`, or `proprio` for the robot's state.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        action = read_json(folder / STATS_FILE)[OUR_STATS]["action"]
-        return ActionStats.create(action["q01"], action["q99"], action["mask"])
+        found = read_json(folder / STATS_FILE)[OUR_STATS][part]
+        return ActionStats.create(found["q01"], found["q99"], found["mask"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATS_FILE} holds no action statistics: {error!r}") from error
+        raise CheckpointError(f"{folder / STATS_FILE} holds no {part} statistics: {error!r}") from error
 
 
 def load_head(head: nn.Module, path: Path, prefix: str) -> None:

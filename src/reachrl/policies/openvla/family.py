@@ -1,0 +1,79 @@
+"""What parts the families of policies that are stored in OpenVLA's layout."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
+from reachrl.errors import CheckpointError
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.openvla.oft import refuse_oft
+from reachrl.policies.openvla.statistics import official_stats
+from reachrl.policies.storage.families import other_family
+from reachrl.policies.storage.saved import CONFIG_FILE
+from reachrl.policies.storage.weights import read_json
+from reachrl.registry import BUILTINS, section_class
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Plain OpenVLA: its section, and what is refused and read of a folder in the official layout."""
+
+    section: ClassVar[type[PrismaticConfig]] = OpenVLAConfig
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What the user has stated of an official checkpoint, by key: no file states it."""
+
+    def of(self, config: PrismaticConfig) -> "Family":
+        """The same, with what a configuration states."""
+        return self
+
+    @property
+    def sees_state(self) -> bool:
+        """Whether the policy sees the robot's state."""
+        return False
+
+    def check(self, folder: Path) -> None:
+        """Refuse an official folder, whole or adapters, that is of another family or not what is told.
+
+        Raises:
+            CheckpointError: says by which sign.
+        """
+        refuse_oft(folder)
+
+    def action_stats(self, folder: Path, dataset: str) -> ActionStats:
+        """The action statistics of one data set of an official folder.
+
+        Raises:
+            CheckpointError: `dataset` is not among them, or its entry is damaged.
+        """
+        return official_stats(folder, dataset)
+
+    def state_stats(self, folder: Path, dataset: str) -> ActionStats | None:
+        """Those of the robot's state; None where the policy does not see it.
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        return None
+
+
+OPENVLA = Family()
+
+
+def check_kind(folder: Path, section: type[PrismaticConfig]) -> None:
+    """Refuse a folder whose configuration says that it is of another family, by name.
+
+    Raises:
+        CheckpointError: says by which sign, and what to set instead.
+    """
+    path = folder / CONFIG_FILE
+    if path.is_file() and (problem := other_family(read_json(path), section.model_fields["kind"].default)) is not None:
+        raise CheckpointError(f"{folder}: {problem}")
+
+
+def stored_section(raw: Mapping[str, Any]) -> type[PrismaticConfig]:
+    """The section of a policy of ours, by the kind that its configuration states; plain OpenVLA's where it is none."""
+    kind = raw.get("kind")
+    found = section_class("policies", str(kind)) if kind in BUILTINS["policies"] else OpenVLAConfig
+    return found if issubclass(found, PrismaticConfig) else OpenVLAConfig

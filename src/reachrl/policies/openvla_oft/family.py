@@ -1,0 +1,61 @@
+"""Checkpoints of OpenVLA-OFT in OpenVLA's layout: what is refused of a folder, and its statistics."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from reachrl.config.oft import OpenVLAOFTConfig
+from reachrl.config.policy import PrismaticConfig
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.lora.files import is_adapter
+from reachrl.policies.openvla.family import Family
+from reachrl.policies.openvla.statistics import official_stats
+from reachrl.policies.openvla_oft.told import TOLD, check_told
+
+EPSILON = 1e-8  # added to the span of statistics in each program that trains such checkpoints
+_ENDS = {"quantiles": ("q01", "q99"), "bounds": ("min", "max")}
+
+
+@dataclass(frozen=True, slots=True)
+class OFTFamily(Family):
+    """OpenVLA-OFT with the token head."""
+
+    section: ClassVar[type[PrismaticConfig]] = OpenVLAOFTConfig
+
+    def of(self, config: PrismaticConfig) -> Family:
+        """The same, with what a configuration states."""
+        return OFTFamily({key: getattr(config, key) for key in TOLD if key in config.model_fields_set})
+
+    @property
+    def sees_state(self) -> bool:
+        """Whether the policy sees the robot's state."""
+        return self.told.get("state_size") is not None
+
+    def check(self, folder: Path) -> None:
+        """Refuse a folder with another head, or of which something else is told than it states.
+
+        Raises:
+            CheckpointError: says by which sign.
+        """
+        if not is_adapter(folder):
+            check_told(folder, OpenVLAOFTConfig.model_validate(dict(self.told)))
+
+    def action_stats(self, folder: Path, dataset: str) -> ActionStats:
+        """The action statistics of one data set of an official folder.
+
+        Raises:
+            CheckpointError: `dataset` is not among them, or its entry is damaged.
+        """
+        return self._stats(folder, dataset, "action")
+
+    def state_stats(self, folder: Path, dataset: str) -> ActionStats | None:
+        """Those of the robot's state; None where the policy does not see it.
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        return self._stats(folder, dataset, "proprio") if self.sees_state else None
+
+    def _stats(self, folder: Path, dataset: str, part: str) -> ActionStats:
+        low, high = _ENDS[self.told.get("statistics", "quantiles")]
+        return official_stats(folder, dataset, part=part, low=low, high=high)

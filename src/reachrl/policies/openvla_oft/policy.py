@@ -1,0 +1,252 @@
+"""OpenVLA-OFT as a policy: a chunk of actions, all of its tokens read in one pass."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers import LlamaModel
+
+from reachrl.config.base import Section
+from reachrl.config.oft import OpenVLAOFTConfig
+from reachrl.config.policy import PrismaticConfig
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.functional.action_stats import ActionStats
+from reachrl.policies.base import ActionSample, Noise
+from reachrl.policies.decoding.decode import action_logits
+from reachrl.policies.folders import PolicyFolders
+from reachrl.policies.llama import acting_hidden
+from reachrl.policies.lora import adapters
+from reachrl.policies.openvla.family import Family
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
+from reachrl.policies.openvla_oft.companions import PROPRIO, find, read_tensors
+from reachrl.policies.openvla_oft.family import EPSILON, OFTFamily
+from reachrl.policies.openvla_oft.folders import OFTFolders
+from reachrl.policies.openvla_oft.inputs import OFTInputs
+from reachrl.policies.openvla_oft.proprio import ProprioProjector, normalise_state
+from reachrl.policies.openvla_oft.sequence import chunk_hidden, embed_chunk
+from reachrl.policies.openvla_oft.told import TOLD
+from reachrl.policies.storage.saved import SavedPolicy
+from reachrl.types import Observation
+
+
+class OpenVLAOFTPolicy(OpenVLAPolicy):
+    """OpenVLA whose sequence ends in placeholders and is attended to in both directions.
+
+    All tokens of a chunk are independent given the observation, so acting and scoring are the same pass. Values are
+    read where the first action token is.
+    """
+
+    Config: ClassVar[type[Section]] = OpenVLAOFTConfig
+    folders: ClassVar[PolicyFolders] = OFTFolders()
+    companions: ClassVar[tuple[str, ...]] = (f"{PROPRIO}.",)
+    config: OpenVLAOFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @classmethod
+    def family(cls, config: PrismaticConfig) -> Family:
+        """What an official checkpoint is read as, given what `config` states of it."""
+        return OFTFamily().of(config)
+
+    @classmethod
+    def _told(cls, options: Mapping[str, Any]) -> Family:
+        return OFTFamily({key: value for key, value in options.items() if key in TOLD})
+
+    def _build(self) -> None:
+        super()._build()
+        self.num_cameras, self.state_size = self.config.num_cameras, self.config.state_size
+        size, width = self.config.state_size, self.config.language_model.hidden_size
+        self.proprio_projector = None
+        if size is not None:
+            self.proprio_projector = ProprioProjector(size, width).to(getattr(torch, self.config.dtype))
+
+    # --- from observations -------------------------------------------------------------------------------------
+
+    def encode(self, observation: Observation) -> OFTInputs:
+        """Turn frames of the first cameras, instructions and states into model-ready rows, on the policy's device.
+
+        Raises:
+            CheckpointError: the policy came from a folder without `tokenizer.json`.
+            ConfigError: there are fewer cameras than the policy looks at, or a state of another size.
+        """
+        config = self.config
+        prompt_ids, prompt_mask = self.encode_prompts(observation.instructions)
+        if len(observation.images) < config.num_cameras:
+            raise ConfigError(
+                f"policy.num_cameras={config.num_cameras}, but the environment shows {len(observation.images)} "
+                f"({', '.join(observation.images)}): name as many in env.cameras, or give a policy that was trained on "
+                "fewer"
+            )
+        cameras = list(observation.images.values())[: config.num_cameras]
+        pixels = [
+            normalise_pixels(fit_frames(frames, config), config.image_mean, config.image_std, self.device)
+            for frames in cameras
+        ]
+        return OFTInputs(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            pixel_values=torch.cat(pixels, 1),
+            state=self._encode_state(observation.state),
+        )
+
+    def _encode_state(self, state: np.ndarray | None) -> Float[Tensor, "B S"] | None:
+        size = self.config.state_size
+        if size is None:
+            return None
+        if state is None or state.shape[1] != size:
+            given = "no state" if state is None else f"a state of {state.shape[1]} numbers"
+            raise ConfigError(
+                f"policy.state_size={size}, but the environment offers {given}: the policy was trained on {size}"
+            )
+        if self.state_stats is None:
+            raise CheckpointError(
+                f"{self.config.checkpoint} has several sets of statistics, and none was named: name the one for your "
+                "robot with policy.dataset=NAME"
+            )
+        unit = normalise_state(state, self.state_stats)
+        return torch.from_numpy(unit.astype(np.float32)).to(self.device)
+
+    def _see(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
+        """The towers' output for each camera by itself, its patches one camera after the other."""
+        channels = 3 * len(self.config.towers)
+        return torch.cat([super(OpenVLAOFTPolicy, self)._see(each) for each in pixel_values.split(channels, 1)], 1)
+
+    # --- sequences ---------------------------------------------------------------------------------------------
+
+    def _embed(
+        self, projector: nn.Module, model: LlamaModel, features: Float[Tensor, "B P F"], inputs: OFTInputs
+    ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
+        patches = projector(features)
+        if self.proprio_projector is not None:
+            if inputs.state is None:
+                raise ValueError("OFTInputs needs the state that this policy was trained on")
+            token = self.proprio_projector(inputs.state.to(features.dtype))
+            if projector is not self.projector:
+                token = token.detach()  # the state's projector belongs to the actor, as the towers do
+            patches = torch.cat([patches, token[:, None]], 1)
+        return embed_chunk(model, patches, inputs, num_tokens=self.num_action_tokens, stop=self.config.stop)
+
+    def _chunk(
+        self, projector: nn.Module, model: LlamaModel, features: Float[Tensor, "B P F"], inputs: OFTInputs
+    ) -> Float[Tensor, "B A E"]:
+        """Hidden states that the tokens are read from, by the adapters that are active now."""
+        embeds, valid = self._embed(projector, model, features, inputs)
+        recompute = adapters.recomputing(self) if self.config.gradient_checkpointing else None
+        tokens, stop = self.num_action_tokens, self.config.stop
+        return chunk_hidden(model, embeds, valid, num_tokens=tokens, stop=stop, recompute=recompute)
+
+    def _first_hidden(
+        self, projector: nn.Module, model: LlamaModel, features: Float[Tensor, "B P F"], inputs: OFTInputs
+    ) -> Float[Tensor, "B E"]:
+        return self._chunk(projector, model, features, inputs)[:, 0]
+
+    # --- the policy's questions --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(
+        self,
+        inputs: OFTInputs,
+        *,
+        temperature: float = 1.0,
+        noise: Noise | None = None,
+        with_values: bool = True,
+    ) -> ActionSample:
+        """Choose all tokens of all rows at once, without gradients; greedy when `noise` is None."""
+        features = self._features(inputs)
+        copy = self._copy()
+        with self._arithmetic():
+            if copy is None:
+                hidden = self._chunk(self.projector, self.language_model.model, features, inputs)
+            else:
+                embeds, valid = self._embed(copy.projector, copy.model, features, inputs)
+                number = 1 + self.num_action_tokens + int(self.config.stop)
+                hidden = acting_hidden(copy.model, embeds, valid, number, layer_pass=copy.layer_pass)
+                hidden = hidden[:, : self.num_action_tokens]
+            logits = action_logits(hidden, self._head(), temperature)
+            wanted = with_values or self.config.critic == "shared"  # where they cost nothing
+            values = self._value(features, inputs, hidden[:, 0]) if wanted else None
+        scores = (each if noise is None else each + noise(position) for position, each in enumerate(logits.unbind(1)))
+        choice = torch.stack([each.argmax(-1) for each in scores], 1)
+        logprobs = logits.log_softmax(-1).gather(-1, choice[..., None]).squeeze(-1)
+        return ActionSample.full(choice + self.first_choice, logprobs, values)
+
+    def action_logits(
+        self,
+        inputs: OFTInputs,
+        token_ids: Int64[Tensor, "B A"],
+        *,
+        temperature: float = 1.0,
+        with_values: bool = True,
+    ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"] | None]:
+        """Logits of the tokens that may be chosen at each position, which depend on no token, and the values."""
+        features = self._features(inputs)
+        with self._arithmetic():
+            hidden = self._chunk(self.projector, self.language_model.model, features, inputs)
+            logits = action_logits(hidden, self._head(), temperature)
+            return logits, self._value(features, inputs, hidden[:, 0]) if with_values else None
+
+    def token_actions(self) -> Int64[Tensor, "A"]:
+        """Which action of the chunk each token belongs to: the tokens of an action stand together."""
+        return torch.arange(self.num_action_tokens) // self.config.num_action_tokens
+
+    # --- statistics --------------------------------------------------------------------------------------------
+
+    def _take_stats(self, saved: SavedPolicy[PrismaticConfig]) -> None:
+        super()._take_stats(saved)
+        if saved.state_stats is not None:
+            self.set_state_stats(saved.state_stats.q01, saved.state_stats.q99, saved.state_stats.mask)
+
+    def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
+        """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through.
+
+        Raises:
+            ConfigError: the vectors do not have one entry per dimension of an action.
+        """
+        super().set_action_stats(q01, q99, mask)
+        self._action_stats = ActionStats.create(q01, q99, mask, epsilon=EPSILON)
+
+    def set_state_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
+        """Fix the normalisation of states: f64[S] quantiles of those seen in training.
+
+        Raises:
+            ConfigError: the vectors do not have one entry per number of the state.
+        """
+        stats = ActionStats.create(q01, q99, mask, epsilon=EPSILON)
+        if len(stats.q01) != self.config.state_size:
+            raise ConfigError(
+                f"policy.state_size = {self.config.state_size}, but the statistics of the state have "
+                f"{len(stats.q01)} dimensions; set policy.state_size={len(stats.q01)}"
+            )
+        self.state_stats = stats
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def fill_companions(self, folder: Path) -> None:
+        """Read the state's projector, which an official folder keeps in a pickle, as tensors alone.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or does not fit.
+        """
+        if self.proprio_projector is None:
+            return
+        own = self.proprio_projector.state_dict()
+        path = find(folder, PROPRIO)
+        if path is None:
+            raise CheckpointError(f"{folder} has no {PROPRIO}--N_checkpoint.pt, which policy.state_size asks for")
+        stored = read_tensors(path, {name: tuple(tensor.shape) for name, tensor in own.items()})
+        self.proprio_projector.load_state_dict(stored)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by role; the state's projector is of the trunk, frozen under adapters."""
+        groups = super().parameter_groups()
+        if self.proprio_projector is not None and self.base is None:
+            groups["trunk"] += self.proprio_projector.parameters()
+        return groups
+
+    def sharding_units(self) -> list[nn.Module]:
+        """Those of OpenVLA, and the state's projector."""
+        units = super().sharding_units()
+        return units if self.proprio_projector is None else [*units, self.proprio_projector]
