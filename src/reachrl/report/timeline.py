@@ -1,4 +1,4 @@
-"""Who waits for whom in one iteration, and how evenly the actors are loaded: what `timeline.json` shows."""
+"""The timeline of one iteration (`timeline.json`): spans of every process, and the load of the actors."""
 
 import json
 import math
