@@ -89,12 +89,12 @@ def evaluate(
 class ValidationCurve:
     """Success on validation starts during training, one point every `eval.during_every` versions of the weights.
 
-    Whoever picks a checkpoint or an option by these points has picked by their luck too; the final evaluation has
-    other starts and other noise, so it is none the better for it.
+    Choosing a checkpoint or an option by these points also selects by chance. The final evaluation is unaffected: it
+    has other starts and other noise.
 
     Args:
         config: the run's.
-        evaluator: who plays; None: nobody does.
+        evaluator: plays the episodes; None disables the curve.
         log: takes the records.
     """
 

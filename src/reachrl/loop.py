@@ -85,7 +85,7 @@ def train(
                 f"backend.kind={config.backend.kind} gave a rollout of weights that are {lag} updates old, expected "  # pyright: ignore
                 f"{expected}: `collect` must act with, and name, the weights that `load_weights` was given last"
             )
-        # A checkpoint finds nobody collecting: what is resumed then needs the newest weights only.
+        # Nothing is collected ahead across a checkpoint: a resumed run then needs the newest weights only.
         ahead = collect() if config.collect_ahead and not (stopping or checkpoint_due(config, state)) else None
         if not rollout.num_env_steps:
             log.warning(

@@ -71,7 +71,7 @@ def _number(name: str, default: int, *, least: int) -> int:
 def leave(exit_code: int) -> NoReturn:
     """End this process; among others, without taking the interpreter down.
 
-    Gloo's threads may still hold a tensor that was exchanged last. One let go of while the interpreter goes down aborts
+    Gloo's threads may still hold a tensor that was exchanged last. One released during interpreter shutdown aborts
     the process (pytorch/pytorch#179291), and `torchrun` then reports a finished run as failed.
     """
     try:

@@ -152,7 +152,7 @@ class Workers:
     actors: Actors
     learner: Learner
     scoring: FrameScoring | None = None  # who runs the reward model; None: the loop's own process
-    evaluator: Evaluator | None = None  # None: nobody evaluates during training
+    evaluator: Evaluator | None = None  # None: no evaluation during training
 
     def take_spans(self) -> list[Span]:
         """Timing spans recorded since the last call."""

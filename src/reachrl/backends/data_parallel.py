@@ -84,7 +84,7 @@ class LeadingLearner:
         self._together("share")
 
     def hand_over(self) -> None:
-        """Give the accelerators' memory to whoever acts there."""
+        """Release the accelerators' memory for the actors there."""
         self._together("hand_over")
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ class Group:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to share with."""
+        """Whether the group has one process."""
         return self.size == 1
 
     def block(self, rows: int) -> slice:
@@ -79,7 +79,7 @@ class Group:
         return self.agree(None)
 
     def agree(self, message: Any) -> Any:
-        """The leader's message, for everyone."""
+        """Receive the message that the leader broadcast."""
         box = [message]
         distributed.broadcast_object_list(box)
         return box[0]

@@ -204,7 +204,7 @@ class LocalLearner:
             self.algorithm.optimizer.load_state_dict(state)
 
     def share(self) -> None:
-        """Give everyone in the group the leader's weights and optimiser state; every process must call it."""
+        """Broadcast the leader's weights and optimiser state to the group; every process must call it."""
         optimizer, leads = self.algorithm.optimizer, self.group.rank == 0
         sharding.share_weights(self.policy, (self._whole or self.policy) if leads else None)
         state = (self._read_state or optimizer.state_dict()) if leads else None
@@ -214,7 +214,7 @@ class LocalLearner:
             self.algorithm.load_state_dict(self.group.agree(self.algorithm.state_dict()))
 
     def hand_over(self) -> None:
-        """Give the accelerator's memory to whoever acts there, until the next rollout is scored.
+        """Release the accelerator's memory for the actor there, until the next rollout is scored.
 
         Cached features and gradients go, the optimiser's state moves to main memory (in pieces it stays: it is small).
         """
@@ -231,7 +231,7 @@ class LocalLearner:
                     entries[name] = value.to(device)
 
     def close(self) -> None:
-        """There is nobody to end."""
+        """Nothing to close."""
 
     def _pass_with_the_others(self, flat: Observation, ids: Tensor, mask: Tensor, block: slice, *, made: int) -> None:
         """Where weights are split every process must make as many passes: whose block is smaller repeats a row."""

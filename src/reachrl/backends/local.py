@@ -121,7 +121,7 @@ class LocalActors:
         return self._log.take()
 
     def balance(self) -> list[dict[str, Any]]:
-        """One process has nobody to share with."""
+        """Empty: there is one actor."""
         return []
 
     def state_dict(self) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _rows(
     watch.skipped = len(without)
     if without:
         notes.append(
-            f"{_counted(len(without))} left out for want of finite end-effector poses, which cuts and keyframes need; "
+            f"{_counted(len(without))} left out: no finite end-effector poses, which cuts and keyframes need; "
             f"the first is {without[0]}. Videos have none: use demonstrations or rollouts."
         )
 

@@ -46,7 +46,7 @@ def run_command(
 ) -> Path:
     """Run one stage, or all of them in order, in one run folder.
 
-    The configuration is read before torch is imported, so that a mistake in it is told at once.
+    The configuration is read before torch is imported, so that mistakes in it are reported at once.
 
     Args:
         stage: A name of `reachrl.pipeline.STAGES`, or `None` for all.

@@ -35,7 +35,7 @@ class Affects(Flag):
     """May change while it acts: numbers differ from then on, and nothing that was computed becomes wrong."""
 
     EPISODE = DATA | TRAINING | PROTOCOL
-    """What happens in an episode, whoever acts in it."""
+    """What happens in an episode, for every policy."""
     COMPUTATION = WARM_START | REWARD_MODEL | TRAINING | EVALUATION
     """Whatever is computed with networks."""
     EVERYTHING = DATA | ARCHITECTURE | WARM_START | REWARD_MODEL | TRAINING | EVALUATION | PROTOCOL

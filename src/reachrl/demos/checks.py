@@ -27,7 +27,7 @@ def check_finite(values: Float[np.ndarray, "T D"], what: str, where: str, *, fir
     step, dimension = np.argwhere(~np.isfinite(values))[0].tolist()
     raise StorageError(
         f"{where}, step {first_step + step}: {what} is {values[step, dimension]} in dimension {dimension}; expected "
-        "finite numbers. Mend this episode where it was recorded, or leave it out."
+        "finite numbers. Fix this episode at its source, or leave it out."
     )
 
 

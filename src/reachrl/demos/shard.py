@@ -104,7 +104,7 @@ class ShardWriter:
             self._aside.unlink(missing_ok=True)
 
     def _abandon(self) -> None:
-        """Close a file that nobody will read; the error that led here is the one to report."""
+        """Close an abandoned file; the error that led here is the one to report."""
         with contextlib.suppress(OSError, pa.ArrowException):
             if self._opened is not None:
                 self._opened[0].close()

@@ -184,7 +184,7 @@ def start_option(options: dict[str, Any] | None) -> Start:
 
 
 def start_key(start: Start) -> list[int]:
-    """Entropy for `np.random.default_rng`: one sequence for each task, split and number, for whoever draws starts."""
+    """Entropy for `np.random.default_rng`: one sequence for each task, split and number, for drawing starts."""
     return [zlib.crc32(start.task.encode()), SPLIT_NUMBER[start.split], start.index]
 
 

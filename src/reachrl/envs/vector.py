@@ -243,7 +243,7 @@ class VectorEnv:
         """A new worker for row `n`, unless this has happened too often."""
         self.lost_episodes += 1
         self._losses[n] += 1
-        if self._losses[n] > _MAX_LOSSES or lost.kind:  # what a user must mend will not go away by itself
+        if self._losses[n] > _MAX_LOSSES or lost.kind:  # retrying does not help where the user must fix something
             error = self._error(n, lost, f"was lost {self._losses[n]} times in a row")
             self.close()
             raise error

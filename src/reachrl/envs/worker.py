@@ -14,7 +14,7 @@ from reachrl.registry import build, receive, section_class
 from reachrl.types import SPLITS, Start
 from reachrl.worker import Notify, run_worker
 
-# Whoever decodes the next actions gets a core at once: many simulators wait for it, it waits for the slowest only.
+# The process that decodes actions has priority: all simulators wait for it, it waits for the slowest only.
 _NICENESS = 10
 
 

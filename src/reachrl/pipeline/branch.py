@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _link(source: str, target: str) -> str:
-    """Link a file that nobody changes in place; copy it where links cannot be made."""
+    """Hard-link a file that is never changed in place; copy it where links cannot be made."""
     try:
         os.link(source, target)
     except OSError:

@@ -129,7 +129,7 @@ def _named(stages: Iterable[str]) -> str:
 def _open_again(path: Path, config: TrainConfig, iterations: int) -> None:
     StageRecords(path / "stages.json").reopen(_AFTER_TRAINING)
     if config.collect_ahead and iterations % config.checkpoint_every:
-        # The checkpoint at the end found nobody collecting ahead. A run that was to go on would have had none here.
+        # Nothing was collected ahead across the final checkpoint, where a longer run would have collected ahead.
         shutil.rmtree(list_checkpoints(path / "checkpoints")[-1])
 
 

@@ -59,7 +59,7 @@ class ActionSample:
     `token_mask` says which slots hold a token that the policy chose: one at least in every row. The other slots hold
     token id 0 and log-prob 0. `token_ids` are vocabulary ids (31744..31999 for OpenVLA); `logprobs` are those of the
     sampling distribution (over the policy's `num_choices` tokens, after the temperature); `values` are read at the
-    first action position; they may be None where nobody asked for them. `malformed` rows stand for no action.
+    first action position; they may be None where they were not requested. `malformed` rows decode to no action.
     """
 
     token_ids: Int64[Tensor, "B A"]
@@ -84,4 +84,4 @@ class Evaluation:
 
     logprobs: Float[Tensor, "B A"]
     entropy: Float[Tensor, "B A"]
-    values: Float[Tensor, "B"] | None  # None: nobody asked for them
+    values: Float[Tensor, "B"] | None  # None: not requested

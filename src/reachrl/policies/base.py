@@ -163,7 +163,7 @@ class Policy(nn.Module, ABC):
             raise ExtensionError(
                 f"{type(self).__name__}.act did not take the tokens that its noise chooses: a token must be "
                 "argmax(logits / temperature + noise) over `num_choices` tokens, the first of which has the id "
-                "`first_choice`. Mend `act`, override `choices` where ids do not follow one another, or override "
+                "`first_choice`. Fix `act`, override `choices` where ids do not follow one another, or override "
                 "`acting_logprobs` where noise does not choose"
             )
         return sample.logprobs

@@ -26,7 +26,7 @@ class InspectedEpisode:
     task: str
     about: str  # which start, who acted
     instruction: str
-    success: bool | None  # None: nobody knows
+    success: bool | None  # None: unknown
     images: UInt8[np.ndarray, "T+1 H W 3"]
     scores: Float[np.ndarray, "T+1"]
     labels: Float[np.ndarray, "T+1"]  # 0..1; NaN: the frame has none

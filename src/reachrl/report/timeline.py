@@ -77,7 +77,7 @@ def length(intervals: Sequence[Interval]) -> float:
 
 
 def iteration_window(spans: Sequence[dict[str, Any]]) -> Interval:
-    """Return when the iteration runs: from 0 until the loop is done, or until everyone is if nobody is the loop."""
+    """Return the iteration's extent: from 0 to the end of the loop's spans, or of all spans without a loop."""
     ends = [s["end"] for s in spans if s["who"] == LOOP] or [s["end"] for s in spans]
     return 0.0, max([0.0, *ends])
 

@@ -56,6 +56,6 @@ def check_finite(rewards: Rewards, rollout: Rollout, whose: str) -> None:
             t, n = np.argwhere(~np.isfinite(values))[0].tolist()
             raise ExtensionError(
                 f"{whose}: {part} is {values[t, n]} in step {t} of the rollout in environment {n} "
-                f"({rollout.instructions[t][n]!r}); expected finite numbers. Mend the reward; nothing was "
+                f"({rollout.instructions[t][n]!r}); expected finite numbers. Fix the reward; nothing was "
                 "trained on it."
             )

@@ -107,7 +107,7 @@ class EpisodePlayer:
             return [None if place is None else starts[place] for place in places]
 
         places, upcoming = [following() for _ in range(count)], [following() for _ in range(count)]
-        # With the queue empty an environment plays on where it last was, and nobody counts.
+        # With the queue empty an environment keeps stepping; its results are discarded.
         fillers = [start or starts[0] for start in at(places)]
         lengths = [0] * count
         turns: list[list[Turn]] = [[] for _ in range(count)]

@@ -42,7 +42,7 @@ _LEFTOVER = re.compile(
     r"(?:(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}|\d+)$",
     re.DOTALL,
 )
-_ABANDONED_S = 3600.0  # whoever writes a copy in another container or on another machine touches it more often
+_ABANDONED_S = 3600.0  # a writer in another container or on another machine touches its copy more often
 # Rust and C++ libraries (safetensors, parquet) wrap the operating system's error in their own message.
 _WRAPPED_ERRNO = re.compile(r"(?:os error|errno)\D{0,2}(\d+)", re.IGNORECASE)
 

@@ -66,7 +66,7 @@ class Run:
             lock.release()
             raise
 
-    # Where things are. Folders are made by whoever writes into them.
+    # Paths. Folders are created when something is written into them.
     @property
     def demos(self) -> Path:
         """Demonstrations."""

@@ -98,7 +98,7 @@ class RunLock:
         return [status.st_dev, status.st_ino]
 
     def _proves_death(self, record: dict[str, Any]) -> bool:
-        """Whether the owner held the kernel lock where we would see it, and nobody holds it now."""
+        """Whether the owner held the kernel lock where we would see it, and it is free now."""
         if not record.get("held"):
             return False
         try:

@@ -108,7 +108,7 @@ def _is_ours(path: Path) -> bool:
         text = path.read_bytes()
         return b"sha256" in text or json.loads(text) is None
     except (OSError, ValueError, RecursionError):
-        return True  # whoever reads it says what is wrong
+        return True  # its reader reports what is wrong
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class StageRecords:
                 try:
                     self._write(name, previous, time.monotonic() - start, memory.peak_rss_bytes, done=False, info={})
                 except StorageError:
-                    return  # a full disk is reported by whoever writes data, not from this thread
+                    return  # a full disk is reported where data is written, not from this thread
 
         thread = threading.Thread(target=beat, name=f"stage-{name}", daemon=True)
         done = False
@@ -119,5 +119,5 @@ class StageRecords:
                 thread.join()
                 peak = memory.sample()
                 with contextlib.nullcontext() if done else contextlib.suppress(StorageError):
-                    # Where the block failed for want of space, its own error is the one to show.
+                    # Where the block failed because the disk is full, its own error is the one to show.
                     self._write(name, previous, time.monotonic() - start, peak, done=done, info=clock.info)

@@ -58,7 +58,7 @@ def check_reward_model(
     _require(any(parameter.requires_grad for parameter in model.parameters()), "something can be trained")
     _require(model.logits(clips[:2], texts[:2]).requires_grad, "logits can be differentiated")
     model.save_pretrained(folder)
-    trust(model.kind())  # whoever hands us the model knows its code
+    trust(model.kind())  # the caller passes the model and so trusts its code
     again = load_reward_model(folder)
     _require(type(again) is type(model), f"the saved folder names the kind of its class, here {model.kind()!r}")
     _require(not again.training, "a model that was read is in evaluation mode")

@@ -157,7 +157,7 @@ class ProcessLayout:
         """End every process and release the placement group."""
         for part in self._started:
             part.close()
-        remove_placement_group(self._group)  # ends whoever is still in it
+        remove_placement_group(self._group)  # ends the processes that are still in it
 
     def _reserve(self) -> PlacementGroup:
         bundles = reservation(self._backend, gpus=self._gpus, evaluator=self._evaluates)

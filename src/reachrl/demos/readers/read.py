@@ -80,7 +80,7 @@ def _file(path: Path, instruction: str | None, camera: str | None) -> Iterator[T
 
 
 def _shard(path: Path) -> Iterator[Trajectory]:
-    open_shard(path).close()  # a file that is no shard is told before the first trajectory is asked for
+    open_shard(path).close()  # a file that is no shard is an error before the first trajectory is requested
     return iter_shard(path)
 
 

@@ -31,7 +31,7 @@ class _Lean:
 
 
 class FastSimulation(Simulation):
-    """The same physics without what nobody looks at: no model built anew at a reset, no observables, one frame a step.
+    """The same physics without unused work: no new model at a reset, no observables, one frame a step.
 
     Args:
         suite: of the task.

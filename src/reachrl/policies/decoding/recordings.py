@@ -44,7 +44,7 @@ class Recordings:
             del own
             self._cache = KVCache.allocate(model, rows, length, like)
             for tensor in (*self._cache.keys, *self._cache.values):
-                tensor.zero_()  # rows that nobody fills are computed, too
+                tensor.zero_()  # padding rows are computed, too
         assert self._cache is not None
         return self._cache.first(batch)
 

@@ -15,11 +15,11 @@ from reachrl.policies.llama import Contexts
 
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 PREFIX = "base_model.model."
-Sets = Mapping[str, LoraConfig]  # what peft is told of each set, by its name
+Sets = Mapping[str, LoraConfig]  # peft's configuration of each set, by name
 
 
 def adapter_sets(config: LoRAConfig, targets: Mapping[str, Sequence[str]], *, critic: bool) -> dict[str, LoraConfig]:
-    """What peft is told of the actor's adapters and, if there is one, of the critic's set.
+    """peft's configuration of the actor's adapters and, if there is one, of the critic's set.
 
     Args:
         config: sizes and parts.

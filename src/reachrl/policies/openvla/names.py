@@ -43,5 +43,5 @@ def canonical_key(key: str) -> str:
 
 
 def adapter_sets(config: PrismaticConfig) -> dict[str, LoraConfig]:
-    """What peft is told of each set of adapters, by its name; empty for a policy without adapters."""
+    """The peft configuration of each set of adapters, by name; empty for a policy without adapters."""
     return {} if config.lora is None else lora.adapter_sets(config.lora, TARGETS, critic=config.critic == "adapter")

@@ -81,7 +81,7 @@ class OpenVLAPolicy(Policy):
         self.base: Path | None = None  # where the frozen weights under the adapters come from
         self.origin = None if saved is None else saved.origin  # the official checkpoint that the weights began as
         self.tokenizer = self._tokenizer(saved)
-        # Instead of statistics: the names of those to choose from, while nobody has chosen.
+        # Statistics; or the names to choose from, until one is chosen.
         self._action_stats: ActionStats | tuple[str, ...] = ActionStats.identity(config.num_action_tokens)
         self.state_stats: ActionStats | None = None
         if saved is not None:

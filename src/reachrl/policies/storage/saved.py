@@ -37,7 +37,7 @@ class SavedPolicy(Generic[Config]):
     whole: Path
     is_adapter: bool  # whether `folder` holds adapters on the weights in `whole`
     ours: bool  # whether ReachRL wrote `folder`
-    stats: ActionStats | tuple[str, ...]  # instead of statistics: the names to choose from, while nobody has chosen
+    stats: ActionStats | tuple[str, ...]  # statistics; or the names to choose from, until one is chosen
     state_stats: ActionStats | None = None  # of the robot's state, where the policy sees it
     tokenizer: Path | None  # its file
     base: Path  # the name, a folder or `owner/name`, by which adapters on these whole weights remember them

@@ -40,7 +40,7 @@ class RewardModel(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Refuse, before anything costly is done, what `for_fit` would refuse for want of a file.
+        """Check early, before anything costly, that the files `for_fit` needs exist.
 
         Raises:
             ReachRLError: what is missing and where it was expected.

@@ -86,7 +86,7 @@ def _refuse_kernels(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # whoever needs the file says what is wrong with it
+        return  # the file's reader reports what is wrong with it
     sections: list[Any] = [config] if isinstance(config, dict) else []
     while sections:
         section = sections.pop()
