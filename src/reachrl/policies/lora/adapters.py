@@ -19,7 +19,7 @@ Sets = Mapping[str, LoraConfig]  # peft's configuration of each set, by name
 
 
 def adapter_sets(config: LoRAConfig, targets: Mapping[str, Sequence[str]], *, critic: bool) -> dict[str, LoraConfig]:
-    """Peft's configuration of the actor's adapters and, if there is one, of the critic's set.
+    """The peft configuration of the actor's adapters and, if there is one, of the critic's set.
 
     Args:
         config: sizes and parts.
