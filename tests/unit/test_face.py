@@ -12,6 +12,7 @@ from small_policy import save_base
 from tiny_run import play, tiny_config, train_lines
 
 import reachrl
+from reachrl import registry
 from reachrl.config.loading import load_config
 from reachrl.errors import CheckpointError, ConfigError, StopTraining
 from reachrl.functional.stats import wilson
