@@ -15,11 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reachrl.config.policy import LoRAConfig, OpenVLAConfig
 from reachrl.errors import CheckpointError
+from reachrl.policies.openvla import oft
 from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.openvla.verify import verify
+from reachrl.policies.storage.published import Published
 
 RAW = json.loads((DATA / "config.json").read_text())
 STATS = RAW["norm_stats"]["tiny_a"]
@@ -374,6 +376,33 @@ def test_each_sign_of_openvla_oft_is_named(tmp_path: Path, mark: Callable[[Path]
         load(folder)
     signal = inspect_folder(folder).oft_signal
     assert signal is not None and re.search(says, signal)
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "says"),
+    [
+        (("action_head--150000_checkpoint.pt",), {}, "the file action_head--150000"),
+        (("lora_adapter/adapter_model.bin",), {}, "the file lora_adapter/adapter_model.bin on the hub"),
+        (
+            (),
+            {"modeling_prismatic.py": "from prismatic.vla.constants import NUM_ACTIONS_CHUNK"},
+            "NUM_ACTIONS_CHUNK in",
+        ),
+        (("README.md", "old/action_head--1_checkpoint.pt"), {"modeling_prismatic.py": "class OpenVLA: ..."}, None),
+    ],
+)
+def test_signs_on_the_hub_that_are_never_downloaded_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], code: dict[str, str], says: str | None
+) -> None:
+    folder = write_official(tmp_path / "models--me--tiny" / "snapshots" / "0123")
+    asked = Published(names=("config.json", *files, *code), code=code)
+    monkeypatch.setattr(oft, "published", lambda place: asked if place == folder else Published())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
+    if says is None:
+        assert load(Path("me/tiny")).origin == Path("me/tiny")
+        return
+    with pytest.raises(CheckpointError, match=f"OpenVLA-OFT checkpoint by {says}"):
+        load(Path("me/tiny"))
 
 
 def test_openvla_oft_is_refused_as_plain_openvla_wherever_it_is_loaded(tmp_path: Path) -> None:

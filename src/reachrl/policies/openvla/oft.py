@@ -1,11 +1,13 @@
 """Signs that a folder in OpenVLA's layout holds OpenVLA-OFT, whose weights mean another function, and of which kind."""
 
+import fnmatch
 import re
 from pathlib import Path
 from typing import Any
 
 from reachrl.errors import CheckpointError
 from reachrl.policies.storage.families import INSTEAD
+from reachrl.policies.storage.published import published
 from reachrl.policies.storage.weights import read_json
 
 # What its training leaves beside the weights: pickles such as action_head--150000_checkpoint.pt, or what they became.
@@ -49,12 +51,19 @@ def oft_signal(folder: Path) -> str | None:
     for key in ("architectures", "auto_map", "_name_or_path"):
         if _NAMED.search(str(raw.get(key, ""))):
             return f"{key} in config.json"
+    if found := [name for pattern in (*_FILES, f"{_FOLDER}/*") for name in files_on_the_hub(folder, pattern)]:
+        return f"the file {found[0]} on the hub"
     return next((f"{_CHUNK} in {name}" for name, text in bundled_code(folder).items() if _CHUNK in text), None)
 
 
+def files_on_the_hub(folder: Path, pattern: str) -> list[str]:
+    """Files of the repository that a folder is a snapshot of, downloaded or not: pickles never are."""
+    return sorted(fnmatch.filter(published(folder).names, pattern))
+
+
 def bundled_code(folder: Path) -> dict[str, str]:
-    """The beginnings of the code that lies beside weights, by file name: it is read, never run."""
-    texts: dict[str, str] = {}
+    """The beginnings of the code that lies beside weights, here or on the hub, by file name: it is read, never run."""
+    texts = dict(published(folder).code)
     for path in sorted(found for pattern in _CODE for found in folder.glob(pattern)):
         with path.open("rb") as file:
             texts[path.name] = file.read(_LARGEST_CODE).decode("utf-8", errors="replace")
@@ -112,6 +121,8 @@ def unsupported(folder: Path) -> str | None:
 def _sign(folder: Path, raw: dict[str, Any], pattern: str, option: str) -> str | None:
     if found := sorted(path.name for path in folder.glob(pattern)):
         return f"the file {found[0]}"
+    if found := files_on_the_hub(folder, pattern):
+        return f"the file {found[0]} on the hub"
     return f"{option} in config.json" if raw.get(option) is True else None
 
 

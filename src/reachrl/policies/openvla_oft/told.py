@@ -7,7 +7,7 @@ from typing import Any
 
 from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.errors import CheckpointError
-from reachrl.policies.openvla.oft import bundled_code, unsupported
+from reachrl.policies.openvla.oft import bundled_code, files_on_the_hub, unsupported
 from reachrl.policies.openvla_oft import companions
 from reachrl.policies.storage.weights import read_json
 
@@ -71,8 +71,9 @@ def _dialect(raw: dict[str, Any], config: OpenVLAOFTConfig) -> Iterator[str]:
 
 def _state(folder: Path, raw: dict[str, Any], config: OpenVLAOFTConfig) -> Iterator[str]:
     projector = companions.find(folder, companions.PROPRIO)
-    if config.state_size is None and (projector is not None or raw.get("use_proprio") is True):
-        sign = "use_proprio in config.json" if projector is None else projector.name
+    elsewhere = files_on_the_hub(folder, f"{companions.PROPRIO}--*.pt")
+    if config.state_size is None and (projector is not None or elsewhere or raw.get("use_proprio") is True):
+        sign = projector.name if projector is not None else next(iter(elsewhere), "use_proprio in config.json")
         yield (
             f"by {sign} the robot's state is a token of its sequence, but policy.state_size is not set; set it to the "
             "numbers of the state (8 for LIBERO, 14 for ALOHA)"
@@ -80,5 +81,6 @@ def _state(folder: Path, raw: dict[str, Any], config: OpenVLAOFTConfig) -> Itera
     if config.state_size is not None and projector is None:
         yield (
             f"policy.state_size={config.state_size}, but there is no {companions.PROPRIO}--N_checkpoint.pt beside the "
-            "weights, which maps the state to a token; put it there, or leave policy.state_size unset"
+            "weights, which maps the state to a token (from the hub it is not downloaded, being a pickle: copy the whole "
+            "repository into a folder and give that); put it there, or leave policy.state_size unset"
         )
