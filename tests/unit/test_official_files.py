@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from small_policy import foreign
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.policy import LoRAConfig, OpenVLAConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla import oft
@@ -21,6 +22,7 @@ from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.openvla.verify import verify
+from reachrl.policies.openvla_oft.told import check_told
 from reachrl.policies.storage.published import Published
 
 RAW = json.loads((DATA / "config.json").read_text())
@@ -357,7 +359,10 @@ def code(path: Path) -> None:
         ("openvla-often", None),
     ],
 )
-def test_the_name_of_a_checkpoint_may_be_its_only_sign(tmp_path: Path, name: str, refused: str | None) -> None:
+def test_the_name_of_a_checkpoint_may_be_its_only_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, refused: str | None
+) -> None:
+    monkeypatch.setattr(oft, "published", lambda place: Published())
     folder = write_official(tmp_path / name)
     if refused is None:
         load(folder)
@@ -382,10 +387,10 @@ def test_each_sign_of_openvla_oft_is_named(tmp_path: Path, mark: Callable[[Path]
     ("files", "code", "says"),
     [
         (("action_head--150000_checkpoint.pt",), {}, "the file action_head--150000"),
-        (("lora_adapter/adapter_model.bin",), {}, "the file lora_adapter/adapter_model.bin on the hub"),
+        (("lora_adapter/adapter_model.bin",), {}, "the file lora_adapter/.* on the hub"),
         (
             (),
-            {"modeling_prismatic.py": "from prismatic.vla.constants import NUM_ACTIONS_CHUNK"},
+            {"modeling_prismatic.py": "import NUM_ACTIONS_CHUNK"},
             "NUM_ACTIONS_CHUNK in",
         ),
         (("README.md", "old/action_head--1_checkpoint.pt"), {"modeling_prismatic.py": "class OpenVLA: ..."}, None),
@@ -403,6 +408,33 @@ def test_signs_on_the_hub_that_are_never_downloaded_count(
         return
     with pytest.raises(CheckpointError, match=f"OpenVLA-OFT checkpoint by {says}"):
         load(Path("me/tiny"))
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (
+            "action_head--150000_checkpoint.pt",
+            r"action_head--150000_checkpoint\.pt on the hub it has a regression head",
+        ),
+        ("vision_backbone--5_checkpoint.pt", "modulated by the instruction"),
+        (
+            "proprio_projector--5_checkpoint.pt",
+            "proprio_projector--5.* state is a token .* policy.state_size is not set",
+        ),
+        ("constants.py", r"bundled code states chunks of 25 actions .* policy\.chunk_size=8"),
+    ],
+)
+def test_what_the_hub_holds_of_openvla_oft_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, says: str
+) -> None:
+    folder = write_official(tmp_path / "checkpoint")
+    code = {file: "NUM_ACTIONS_CHUNK = 25"} if file.endswith(".py") else {}
+    monkeypatch.setattr(oft, "published", lambda place: Published(names=(file,), code=code))
+    with pytest.raises(CheckpointError, match=says):
+        check_told(folder, OpenVLAOFTConfig(chunk_size=8, dialect="official"))
+    monkeypatch.setattr(oft, "published", lambda place: Published())
+    check_told(folder, OpenVLAOFTConfig(chunk_size=8, dialect="official"))
 
 
 def test_openvla_oft_is_refused_as_plain_openvla_wherever_it_is_loaded(tmp_path: Path) -> None:
