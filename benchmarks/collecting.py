@@ -79,7 +79,7 @@ class ReachRL:
         return self.envs.reset(current, self._next).frames
 
     def step(self, actions: np.ndarray) -> np.ndarray:
-        step = self.envs.step(actions, self._next)
+        step = self.envs.step(actions[:, None], self._next)
         for n in np.flatnonzero(step.terminated | step.truncated):
             self._next[n] = next(self._starts[n])
         return step.observation.frames

@@ -132,6 +132,7 @@ class Iteration:
             self.rng.random(shape) < 0.05,
             np.zeros(shape, bool),
             np.ones(shape, bool),
+            np.ones(shape, np.int32),
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
         )

@@ -12,7 +12,7 @@ from reachrl.config.env import EnvSection
 from reachrl.config.evaluation import EvalSection, mode_temperature
 from reachrl.config.marks import Affects, affecting
 from reachrl.config.train import TrainConfig
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.batch import EnvBatch
 from reachrl.functional.stats import PairedTest, paired_test, wilson
 from reachrl.policies.base import Policy
 from reachrl.rollout.episodes import PlayedEpisode, player_at
@@ -63,7 +63,7 @@ def validation_starts(env: EnvSection, config: EvalSection) -> list[Start]:
 
 def evaluate(
     policy: Policy,
-    envs: VectorEnv,
+    envs: EnvBatch,
     starts: Sequence[Start],
     *,
     mode: str,

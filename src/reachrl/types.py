@@ -1,7 +1,8 @@
 """The data that travels between environments, policies, rewards and the learner; rows can be taken out and joined.
 
-Dimension names used everywhere: `T` steps per env, `N` envs, `A` token slots of an answer, `H` actions of a chunk, `D`
-action dimensions, `S` numbers of a state, `B` minibatch rows, `L` prompt tokens, `H W` frame size, `P` image patches.
+Dimension names used everywhere: `T` decisions per env, `N` envs, `A` token slots of an answer, `H` actions of a chunk,
+`K` of them carried out, `D` action dimensions, `S` numbers of a state, `B` minibatch rows, `L` prompt tokens, `H W`
+frame size, `P` image patches.
 Images are by camera, in the environment's order; each camera may have a frame size of its own.
 
 Everything here is numpy, so that an environment worker never imports torch. The torch-side records
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 Split = Literal["train", "validation", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "eval")
@@ -83,10 +84,12 @@ def first_camera(images: dict[str, UInt8[np.ndarray, "..."]]) -> UInt8[np.ndarra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvStep:
-    """The outcome of one decision in each of `N` environments.
+    """The outcome of one decision in each of `N` environments: of a chunk of actions carried out one after the other.
 
-    A row that ended has already been reset: `observation` shows the next episode's first frame and
-    `final_observation` what the one that ended showed last (rows that did not end are undefined).
+    A chunk ends early where its episode does. `ee_state`, `progress` and the observation are those after the last
+    action carried out; what is to be seen between two actions of a chunk nobody sees. A row that ended has already been
+    reset: `observation` shows the next episode's first frame and `final_observation` what the one that ended showed
+    last (rows that did not end are undefined).
     """
 
     observation: Observation
@@ -94,9 +97,10 @@ class EnvStep:
     terminated: Bool[np.ndarray, "N"]
     truncated: Bool[np.ndarray, "N"]
     valid: Bool[np.ndarray, "N"]  # False: the worker was lost in this step; the row is no data
+    executed: Int32[np.ndarray, "N"]  # control steps carried out; 0 where the row is no data
     final_observation: Observation
-    ee_state: Float32[np.ndarray, "N 4"]  # after the action, before any reset: x y z in m, gripper 0..1
-    progress: Float32[np.ndarray, "N 2"]  # before and after the action, as the simulator knows it; NaN: it does not
+    ee_state: Float32[np.ndarray, "N 4"]  # after the last action, before any reset: x y z in m, gripper 0..1
+    progress: Float32[np.ndarray, "N 2"]  # before and after the actions, as the simulator knows it; NaN: it does not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,8 @@ class Episode:
 
     start: Start
     success: bool
-    num_steps: int
+    num_steps: int  # control steps: actions carried out
+    num_decisions: int  # how often the policy was asked: rows of the rollouts
     env: int
     group: int | None = None  # number of the group of whole episodes that began in the same start; None: no groups
     chance: float | None = None  # probability with which the curriculum drew `start`; None: unknown
@@ -129,11 +134,12 @@ class Rollout:
     terminated: Bool[np.ndarray, "T N"]
     truncated: Bool[np.ndarray, "T N"]
     valid: Bool[np.ndarray, "T N"]
+    executed: Int32[np.ndarray, "T N"]  # control steps of each decision: its chunk, up to the episode's end
     ee_state: Float32[np.ndarray, "T N 4"]
-    progress: Float32[np.ndarray, "T N 2"]  # before and after each action, 0..1; NaN where the simulator has none
+    progress: Float32[np.ndarray, "T N 2"]  # before and after each decision, 0..1; NaN where the simulator has none
     episodes: tuple[Episode, ...]
     policy_version: int
-    control_hz: float | None = None  # decisions a second of simulated time; None: unknown
+    control_hz: float | None = None  # control steps a second of simulated time; None: unknown
 
     @property
     def frames(self) -> UInt8[np.ndarray, "T N H W 3"]:
@@ -155,13 +161,16 @@ class Rollout:
 
     @property
     def num_env_steps(self) -> int:
-        """Decisions that count as data."""
-        return int(self.valid.sum())
+        """Control steps that count as data."""
+        return int(self.executed[self.valid].sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
-    """The reward of every step; `parts` sum to `total` and stay apart up to the plot."""
+    """The reward of every decision; `parts` sum to `total` and stay apart up to the plot.
+
+    It is seen from the decision's beginning: what the k-th action of a chunk earns counts `gamma ** (k - 1)` times.
+    """
 
     total: Float32[np.ndarray, "T N"]
     parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=lambda: {})

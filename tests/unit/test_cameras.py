@@ -47,7 +47,7 @@ def test_memory_is_laid_out_from_the_observation_space():
     env = TwoEyed(config)
     expected, _ = env.reset(options={"start": start(1)})
     starts, following = [start(0), start(1)], [start(2), start(3)]
-    still = np.zeros((2, 4), np.float32)
+    still = np.zeros((2, 1, 4), np.float32)
     with VectorEnv(config, 2) as envs:
         assert envs.shown == Shown(cameras={"front": (24, 24, 3), "back": (12, 12, 3)}, state_size=3)
         first = envs.reset(starts, following)
@@ -68,11 +68,11 @@ def test_memory_is_laid_out_from_the_observation_space():
 def test_a_state_that_is_not_finite_names_environment_start_and_step():
     with VectorEnv(TwoEyedConfig(nan_from=2), 1) as envs:
         envs.reset([start(4)], [start(5)])
-        envs.step(np.zeros((1, 4), np.float32), [start(5)])
+        envs.step(np.zeros((1, 1, 4), np.float32), [start(5)])
         with pytest.raises(
             ExtensionError, match=r"environment 0 .*train start 4, step 2\): state is \(nan, nan, nan\)"
         ):
-            envs.step(np.zeros((1, 4), np.float32), [start(5)])
+            envs.step(np.zeros((1, 1, 4), np.float32), [start(5)])
 
 
 class OldKey(ReachEnv):

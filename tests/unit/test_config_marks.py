@@ -30,7 +30,7 @@ def test_every_key_of_a_built_in_section_says_what_it_affects(section: type[Sect
 
 
 # What success rates of today's environments rest on; a key that joins or leaves changes every protocol hash.
-EPISODE = {"kind", "tasks", "image_size", "max_steps", "mesh_faces"}
+EPISODE = {"kind", "tasks", "image_size", "max_steps", "execute", "mesh_faces"}
 LIBERO = {"cameras", "suite", "split", "simulation", "gripper"}
 
 
@@ -88,7 +88,7 @@ class PluginEnv(EnvSection):
 
 def test_a_plug_in_s_unmarked_keys_take_the_mark_of_their_section() -> None:
     assert affecting(PluginEnv(), Affects.PROTOCOL).keys() == {
-        *("kind", "tasks", "image_size", "max_steps", "colour", "nested")
+        *("kind", "tasks", "image_size", "max_steps", "execute", "colour", "nested")
     }
     assert affecting(PluginEnv(), Affects.PROTOCOL)["nested"] == {"depth": 1}
     config = TrainConfig(env=PluginEnv(num_eval_starts=100))

@@ -16,7 +16,7 @@ TASKS = ("never", "half", "always")
 
 
 def episode(task, index, success):
-    return Episode(start=Start(task, "train", index), success=success, num_steps=10, env=0)
+    return Episode(start=Start(task, "train", index), success=success, num_steps=10, num_decisions=10, env=0)
 
 
 def trained(seed=0, **options):
@@ -85,7 +85,9 @@ def simulate(sampler, rates, count, seed):
         drawn = sampler.draw(number)
         where = TASKS.index(drawn.start.task), drawn.start.index
         success = bool(draw.random() < rates[where])
-        episodes.append(Episode(start=drawn.start, success=success, num_steps=1, env=0, chance=drawn.chance))
+        episodes.append(
+            Episode(start=drawn.start, success=success, num_steps=1, num_decisions=1, env=0, chance=drawn.chance)
+        )
         sampler.observe(episodes[-1:])
     return episodes
 

@@ -45,7 +45,7 @@ def test_outcomes_do_not_depend_on_the_number_of_environments(mode):
     observation, _ = env.reset(options={"start": episode.start})
     for turn in episode.turns:
         np.testing.assert_array_equal(turn.image, observation["images"]["camera"])
-        observation, _, terminated, _, _ = env.step(turn.action)
+        observation, _, terminated, _, _ = env.step(turn.actions[0])
     assert terminated == episode.success
     np.testing.assert_array_equal(episode.final_observation.frames[0], observation["images"]["camera"])
 
@@ -80,8 +80,8 @@ def test_the_reward_models_episodes_are_sampled_at_the_training_temperature(tmp_
         )
     assert len(found) == 6
     for one, expected, other in zip(found, cold, warm, strict=True):
-        np.testing.assert_array_equal(one.actions, np.stack([turn.action for turn in expected.turns]))
-        assert not np.array_equal(one.actions[0], other.turns[0].action)
+        np.testing.assert_array_equal(one.actions, np.concatenate([turn.actions for turn in expected.turns]))
+        assert not np.array_equal(one.actions[0], other.turns[0].actions[0])
 
 
 def test_records_count_and_carry_intervals():

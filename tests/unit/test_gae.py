@@ -44,7 +44,16 @@ def test_equals_brute_force(seed, bootstrap):
     ends = rng.integers(0, 5, size=shape)
     terminated, truncated, valid = ends == 0, ends == 1, ends != 2
     advantages, returns = gae(
-        rewards, values, finals, terminated, truncated, valid, gamma=0.9, gae_lambda=0.8, bootstrap_truncated=bootstrap
+        rewards,
+        values,
+        finals,
+        terminated,
+        truncated,
+        valid,
+        np.ones(shape, np.int32),
+        gamma=0.9,
+        gae_lambda=0.8,
+        bootstrap_truncated=bootstrap,
     )
     expected = brute_force(rewards, values, finals, terminated, truncated, valid, 0.9, 0.8, bootstrap)
     np.testing.assert_allclose(advantages, expected, atol=1e-5)
@@ -61,6 +70,7 @@ def test_a_time_limit_bootstraps_from_the_final_frame_and_success_does_not(trunc
         one & (not truncates),
         one & truncates,
         one,
+        np.ones((1, 1), np.int32),
         gamma=0.9,
         gae_lambda=1.0,
     )

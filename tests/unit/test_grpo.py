@@ -183,7 +183,10 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path, caplog, kind):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["rollout.num_steps=4"], "whole episodes, but env.max_steps=15 exceeds rollout.num_steps=4"),
+        (
+            ["rollout.num_steps=4"],
+            r"whole episodes, but those of 15 decisions \(env.max_steps=15\) exceed rollout.num_steps=4",
+        ),
         (["algorithm.group_size=3"], "8 whole episodes .* no groups of algorithm.group_size=3"),
         (["policy.critic=separate"], "set policy.critic=shared"),
         (["collect_ahead=true", "algorithm.importance_cap=2"], "set algorithm.max_rollouts=1"),

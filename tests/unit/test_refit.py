@@ -59,8 +59,9 @@ def rollout_of(seed=0):
         final_observation=one_camera(rng.integers(0, 255, (len(rows), 32, 32, 3), dtype=np.uint8)),
         episodes=tuple(
             # the first episode of environment 0 began before this rollout
-            Episode(start=Start("reach", "train", i), success=n == 0, num_steps=9 if (t, n) == (3, 0) else 4, env=n)
+            Episode(start=Start("reach", "train", i), success=n == 0, num_steps=count, num_decisions=count, env=n)
             for i, (t, n) in enumerate(rows.tolist())
+            for count in [9 if (t, n) == (3, 0) else 4]
         ),
     )
 
@@ -166,7 +167,7 @@ def film(seed):
             token_ids=np.zeros(4, np.int64),
             token_mask=np.ones(4, bool),
             malformed=False,
-            action=np.zeros(4, np.float32),
+            actions=np.zeros((1, 4), np.float32),
             logprob=0.0,
             value=0.0,
         )
@@ -233,7 +234,7 @@ def test_a_missing_or_damaged_checkpoint_is_told_before_anything_is_shown(run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["rollout.num_steps=10"], r"env\.max_steps=15 exceeds rollout.num_steps=10"),
+        (["rollout.num_steps=10"], r"those of 15 decisions \(env\.max_steps=15\) exceed rollout.num_steps=10"),
         (["reward.kind=task"], r"refit_every=2 refits the model that this run fits"),
         (["reward.weight=0"], r"refit_every=2 refits the model that this run fits"),
         (["reward.checkpoint=somewhere"], r"refit_every=2 refits the model that this run fits"),

@@ -46,7 +46,9 @@ def rollout_of(outcomes, scores, *, lost=()):
         ee_state=np.zeros((steps, 1, 4), np.float32),
         progress=np.zeros((steps, 1, 2), np.float32),
         episodes=tuple(
-            Episode(start=Start("reach", "train", i), success=bool(outcome), num_steps=LENGTH, env=0)
+            Episode(
+                start=Start("reach", "train", i), success=bool(outcome), num_steps=LENGTH, num_decisions=LENGTH, env=0
+            )
             for i, outcome in enumerate(outcomes)
         ),
         policy_version=0,

@@ -80,6 +80,6 @@ def test_progress_travels_from_the_simulator_through_ends_and_replays():
     with VectorEnv(config, num_envs=2) as envs:
         envs.reset(starts, upcoming)
         for t in range(5):
-            np.testing.assert_array_equal(envs.step(actions[t], upcoming).progress, by_hand[t])
+            np.testing.assert_array_equal(envs.step(actions[t, :, None], upcoming).progress, by_hand[t])
         envs.replay(starts, [actions[:2, n] for n in range(2)])
-        np.testing.assert_array_equal(envs.step(actions[2], upcoming).progress, by_hand[2])
+        np.testing.assert_array_equal(envs.step(actions[2, :, None], upcoming).progress, by_hand[2])

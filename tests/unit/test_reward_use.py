@@ -107,7 +107,7 @@ def test_paying_a_potential_at_segment_ends_keeps_every_segments_return(terminal
     rng = np.random.default_rng(0)
     scores = rng.random(10).astype(np.float32)
     ends = np.array([2, 3, 8])
-    paid = pay_at_ends(scores, ends, potential=True, gamma=GAMMA, terminal=terminal)
+    paid = pay_at_ends(scores, ends, np.ones(9, np.int32), potential=True, gamma=GAMMA, terminal=terminal)
     final = scores.copy()
     if terminal:
         final[-1] = 0
@@ -116,7 +116,7 @@ def test_paying_a_potential_at_segment_ends_keeps_every_segments_return(terminal
     for start in (0, 3, 4):  # from the start of any segment on, the discounted sum is the same
         discount = GAMMA ** np.arange(9 - start)
         assert discount @ paid[start:] == pytest.approx(discount @ each[start:], abs=1e-6)
-    as_sum = pay_at_ends(scores, ends, potential=False, gamma=GAMMA, terminal=terminal)
+    as_sum = pay_at_ends(scores, ends, np.ones(9, np.int32), potential=False, gamma=GAMMA, terminal=terminal)
     assert as_sum.tolist() == [0, 0, scores[3], scores[4], 0, 0, 0, 0, scores[9]]
 
 
@@ -124,7 +124,7 @@ def test_paying_a_potential_at_segment_ends_keeps_every_segments_return(terminal
 def test_a_discount_is_refused_where_segments_would_pay_infinities(gamma):
     scores, end = np.ones(31, np.float32), np.array([29])
     with np.errstate(over="ignore", divide="ignore"):
-        paid = pay_at_ends(scores, end, potential=True, gamma=gamma, terminal=True)
+        paid = pay_at_ends(scores, end, np.ones(30, np.int32), potential=True, gamma=gamma, terminal=True)
     changes = ["reward.pay=segments", "env.max_steps=30", f"algorithm.gamma={gamma}"]
     if np.isfinite(paid).all():
         assert load_config("toy", changes).algorithm.gamma == gamma == 0.05
@@ -256,10 +256,13 @@ def running_rollout(num_steps=12, num_envs=2, seed=7):
     last[-1] = True
     return replace(
         rollout, terminated=never, success=never, truncated=last, valid=~never,
+        executed=np.ones_like(rollout.executed),
         final_rows=np.array([[num_steps - 1, n] for n in range(num_envs)]),
         final_observation=rollout.last_observation,
         episodes=tuple(
-            Episode(start=Start("reach", "train", n), success=False, num_steps=num_steps, env=n)
+            Episode(
+                start=Start("reach", "train", n), success=False, num_steps=num_steps, num_decisions=num_steps, env=n
+            )
             for n in range(num_envs)
         ),
     )  # fmt: skip

@@ -65,7 +65,7 @@ def conversation(rng: np.random.Generator) -> dict:
             "step": step, "image_png_base64": base64.b64encode(buffer.getvalue()).decode(),
             "prompt": "In: What action should the robot take to open the drawer?\nOut:",
             "action_tokens": [31000 + int(x) for x in rng.integers(0, 256, 4)],
-            "action": rng.uniform(-1, 1, 4).tolist(), "logprob": -4.5 + rng.normal(), "value": step / 10,
+            "actions": rng.uniform(-1, 1, (1, 4)).tolist(), "logprob": -4.5 + rng.normal(), "value": step / 10,
             "rewards": {"task": float(step == 8), "process": 0.1 * float(rng.uniform())},
         })  # fmt: skip
     start = {"task": "drawer-open-v3", "split": "eval", "index": 3}

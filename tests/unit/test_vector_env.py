@@ -78,7 +78,7 @@ def test_it_equals_environments_stepped_by_hand_through_successes_and_time_limit
         upcoming = some_starts(10 + 3 * t)
         actions = by_hand.expert()
         actions[0] = rng.uniform(-1, 1, 4)  # this row mostly runs into the time limit
-        step = healthy.step(actions, upcoming)
+        step = healthy.step(actions[:, None], upcoming)
         for n, (success, terminated, truncated, final_image, ee_state) in enumerate(by_hand.step(actions, upcoming)):
             assert (step.success[n], step.terminated[n], step.truncated[n]) == (success, terminated, truncated)
             assert np.array_equal(step.ee_state[n], ee_state)  # after the action, before any reset
@@ -99,15 +99,15 @@ def test_replayed_actions_lead_to_the_interrupted_episode(healthy: VectorEnv):
     starts, upcoming = some_starts(40), some_starts(50)
     actions = rng.uniform(-0.2, 0.2, (6, N, 4)).astype(np.float32)
     healthy.reset(starts, upcoming)
-    whole = [healthy.step(actions[t], upcoming) for t in range(6)]
+    whole = [healthy.step(actions[t, :, None], upcoming) for t in range(6)]
     healthy.reset(upcoming, upcoming)
-    healthy.step(actions[5], upcoming)
+    healthy.step(actions[5, :, None], upcoming)
 
     # Rows are resumed at different ages: row n after n + 1 decisions.
     seen = healthy.replay(starts, [actions[: n + 1, n] for n in range(N)])
     for n in range(N):
         assert np.array_equal(seen.frames[n], whole[n].observation.frames[n])
-    resumed = healthy.step(np.stack([actions[n + 1, n] for n in range(N)]), upcoming)
+    resumed = healthy.step(np.stack([actions[n + 1, n, None] for n in range(N)]), upcoming)
     for n in range(N):
         assert np.array_equal(resumed.observation.frames[n], whole[n + 1].observation.frames[n])
         assert np.array_equal(resumed.ee_state[n], whole[n + 1].ee_state[n])
@@ -116,10 +116,10 @@ def test_replayed_actions_lead_to_the_interrupted_episode(healthy: VectorEnv):
 
 def test_returned_arrays_survive_later_steps(healthy: VectorEnv):
     seen = healthy.reset(some_starts(0), some_starts(3))
-    step = healthy.step(np.full((N, 4), 0.5, np.float32), some_starts(3))
+    step = healthy.step(np.full((N, 1, 4), 0.5, np.float32), some_starts(3))
     kept = [a.copy() for a in (seen.frames, step.observation.frames, step.final_observation.frames, step.ee_state)]
     for _ in range(7):
-        healthy.step(np.full((N, 4), -0.5, np.float32), some_starts(6))
+        healthy.step(np.full((N, 1, 4), -0.5, np.float32), some_starts(6))
     now = (seen.frames, step.observation.frames, step.final_observation.frames, step.ee_state)
     assert all(np.array_equal(a, b) for a, b in zip(kept, now, strict=True))
 
@@ -128,20 +128,20 @@ def test_workers_leave_ctrl_c_to_their_parent(healthy: VectorEnv):
     healthy.reset(some_starts(0), some_starts(3))
     for worker in healthy._workers:
         os.kill(worker.pid, signal.SIGINT)
-    assert healthy.step(np.zeros((N, 4), np.float32), some_starts(3)).valid.all()
+    assert healthy.step(np.zeros((N, 1, 4), np.float32), some_starts(3)).valid.all()
 
 
 def test_wrong_arguments_are_named_before_anything_is_sent(healthy: VectorEnv):
     healthy.reset(some_starts(0), some_starts(0))
     with pytest.raises(ValueError, match="no-such-task"):
-        healthy.step(np.zeros((N, 4), np.float32), [start(0, "no-such-task")] * N)
+        healthy.step(np.zeros((N, 1, 4), np.float32), [start(0, "no-such-task")] * N)
     with pytest.raises(ValueError, match="index=200"):
         healthy.reset([start(200)] * N, some_starts(0))
     with pytest.raises(ValueError, match="expected 3 starts, got 2"):
         healthy.reset(some_starts(0)[:2], some_starts(0))
-    with pytest.raises(ConfigError, match=r"\[3, 4\], got \[3, 7\]"):
-        healthy.step(np.zeros((N, 7), np.float32), some_starts(0))
-    assert healthy.step(np.zeros((N, 4), np.float32), some_starts(0)).valid.all()
+    with pytest.raises(ConfigError, match=r"\[3, K, 4\], got \[3, 1, 7\]"):
+        healthy.step(np.zeros((N, 1, 7), np.float32), some_starts(0))
+    assert healthy.step(np.zeros((N, 1, 4), np.float32), some_starts(0)).valid.all()
 
 
 def test_numbers_that_are_not_finite_are_refused_with_their_place(
@@ -151,8 +151,8 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(
     actions = np.zeros((N, 4), np.float32)
     actions[1, 2] = np.nan
     with pytest.raises(ExtensionError, match=r"environment 1 .*'green-square', train start 1, step 0\): the policy's"):
-        healthy.step(actions, some_starts(3))
-    healthy.step(np.zeros((N, 4), np.float32), some_starts(3))
+        healthy.step(actions[:, None], some_starts(3))
+    healthy.step(np.zeros((N, 1, 4), np.float32), some_starts(3))
     gather = healthy._gather
 
     def spoilt(*args):
@@ -164,7 +164,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(
     with pytest.raises(
         ExtensionError, match=r"environment 2 .*'blue-square', train start 2, step 1\): ee_state.*\(inf,"
     ):
-        healthy.step(np.zeros((N, 4), np.float32), some_starts(3))
+        healthy.step(np.zeros((N, 1, 4), np.float32), some_starts(3))
 
 
 @pytest.mark.parametrize("fault", ["exit", "hang", "raise", "segfault"])
@@ -178,8 +178,8 @@ def test_a_lost_worker_costs_one_row_of_one_step(fault: str):
         envs.reset(starts, upcoming)
         pids = [worker.pid for worker in envs._workers]
         by_hand.step(still, upcoming)
-        assert envs.step(still, upcoming).valid.all()
-        step = envs.step(still, upcoming)
+        assert envs.step(still[:, None], upcoming).valid.all()
+        step = envs.step(still[:, None], upcoming)
         assert step.valid.tolist() == [True, False, True]
         assert not step.success[1] and not step.terminated[1] and not step.truncated[1]
         assert envs.lost_episodes == 1
@@ -189,7 +189,7 @@ def test_a_lost_worker_costs_one_row_of_one_step(fault: str):
         by_hand.step(still, upcoming)
         by_hand.images[1] = by_hand.envs[1].reset(options={"start": upcoming[1]})[0]["images"]["camera"]
         assert np.array_equal(step.observation.frames, by_hand.images)
-        step = envs.step(still, upcoming)
+        step = envs.step(still[:, None], upcoming)
         by_hand.step(still, upcoming)
         assert step.valid.all()
         assert np.array_equal(step.observation.frames, by_hand.images)
@@ -201,7 +201,7 @@ def test_a_worker_ended_by_any_signal_is_replaced(healthy: VectorEnv, number: in
     healthy.reset(some_starts(0), some_starts(3))
     lost = healthy.lost_episodes
     os.kill(healthy._workers[1].pid, number)
-    step = healthy.step(np.zeros((N, 4), np.float32), some_starts(3))
+    step = healthy.step(np.zeros((N, 1, 4), np.float32), some_starts(3))
     assert step.valid.tolist() == [True, False, True] and healthy.lost_episodes == lost + 1
 
 
@@ -273,7 +273,7 @@ def test_a_worker_that_is_always_lost_is_an_error_that_says_where():
         envs.reset(starts, starts)
         with pytest.raises(WorkerError) as caught:
             for _ in range(20):
-                envs.step(np.zeros((2, 4), np.float32), starts)
+                envs.step(np.zeros((2, 1, 4), np.float32), starts)
         text = str(caught.value)
     assert "environment 0" in text and "'red-square'" in text and "train start 3" in text and "step 1" in text
     assert "4 times in a row" in text and "exited with code 7" in text and "these were my last words" in text
@@ -336,7 +336,7 @@ def test_workers_go_with_their_parent_and_never_import_its_script(blow: signal.S
             envs.reset(starts, starts)
             print(*(worker.pid for worker in envs._workers), flush=True)
             while True:
-                envs.step(np.zeros((2, 4), np.float32), starts)
+                envs.step(np.zeros((2, 1, 4), np.float32), starts)
             """
         )
     )

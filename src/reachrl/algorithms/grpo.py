@@ -103,7 +103,7 @@ def _worth(
     returns, groups, spans = list[float](), list[int](), list[tuple[int, int, int]]()
     for (t, n), episode in zip(rollout.final_rows.tolist(), rollout.episodes, strict=True):
         assert episode.group is not None, "the collector numbers the groups of whole episodes"
-        first = t + 1 - episode.num_steps
+        first = t + 1 - episode.num_decisions
         earned = float(rewards.total[first : t + 1, n].astype(np.float64).sum())
         returns.append(earned if config.returns == "sum" else float(episode.success))
         groups.append(episode.group)

@@ -47,6 +47,7 @@ class PPO(PolicyGradient):
             rollout.terminated,
             rollout.truncated,
             rollout.valid,
+            rollout.executed,
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
             bootstrap_truncated=self.config.bootstrap_truncated,

@@ -17,7 +17,8 @@ from reachrl.config.backend import LocalBackendConfig
 from reachrl.config.env import EnvSection
 from reachrl.config.evaluation import mode_temperature
 from reachrl.config.train import TrainConfig
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.batch import EnvBatch
+from reachrl.envs.vector import open_envs
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.rollout.collector import Assign, Collector, collect_in_turn
@@ -46,7 +47,7 @@ class LocalActors:
     def __init__(
         self,
         policy: Policy,
-        groups: Sequence[VectorEnv],
+        groups: Sequence[EnvBatch],
         *,
         seed: int,
         temperature: float,
@@ -168,7 +169,7 @@ class LocalEvaluator:
             ExtensionError: the environment has no validation starts of its own.
         """
         options = self._config.eval
-        with self._log.span("play"), VectorEnv(self._config.env, num_envs) as envs:
+        with self._log.span("play"), open_envs(self._config.env, num_envs) as envs:
             if not self._checked:
                 check_validation(envs)
                 self._checked = True
@@ -179,7 +180,7 @@ class LocalEvaluator:
         return self._log.take()
 
 
-def open_groups(config: EnvSection, num_envs: int, num_groups: int) -> list[VectorEnv]:
+def open_groups(config: EnvSection, num_envs: int, num_groups: int) -> list[EnvBatch]:
     """`num_envs` environments in groups whose sizes differ by one at most.
 
     Raises:
@@ -191,10 +192,10 @@ def open_groups(config: EnvSection, num_envs: int, num_groups: int) -> list[Vect
             f"backend.env_groups={num_groups} groups need as many environments in each actor, which has {num_envs}: "
             "lower it, or raise env.num_envs"
         )
-    groups: list[VectorEnv] = []
+    groups: list[EnvBatch] = []
     try:
         for size in even_shares(num_envs, num_groups):
-            groups.append(VectorEnv(config, size))
+            groups.append(open_envs(config, size))
     except BaseException:
         for group in groups:
             group.close()

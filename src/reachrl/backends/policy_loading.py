@@ -10,7 +10,7 @@ import torch
 from reachrl import torchrun
 from reachrl.config.marks import Affects, marks
 from reachrl.config.train import TrainConfig
-from reachrl.errors import CheckpointError, ConfigError
+from reachrl.errors import CheckpointError, ConfigError, ExtensionError
 from reachrl.policies.base import Policy
 from reachrl.policies.folders import kind_of
 from reachrl.policies.storage.hub import locate
@@ -60,7 +60,14 @@ def new_policy(config: TrainConfig) -> Policy:
     """The configured policy with the seed's initial weights, or its checkpoint's."""
     torch.manual_seed(config.seed)
     with torch.device(device_of(config)):
-        return build("policies", config.policy)
+        policy: Policy = build("policies", config.policy)
+    if policy.num_actions != (said := getattr(config.policy, "num_actions", 1)):
+        raise ExtensionError(
+            f"{type(policy).__name__} answers with num_actions={policy.num_actions} actions, its section "
+            f"{type(config.policy).__name__} says {said}: give the section a key or a property `num_actions` that "
+            "agrees"
+        )
+    return policy
 
 
 def saved_policy(config: TrainConfig, folder: Path, device: torch.device | None = None, **options: Any) -> Policy:

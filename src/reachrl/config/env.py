@@ -35,7 +35,13 @@ class EnvSection(Section):
     """Side of the square camera frames, in pixels."""
 
     max_steps: Annotated[int, Affects.EPISODE] = Field(default=30, ge=1)
-    """Decisions per episode; reaching it truncates the episode."""
+    """Control steps (actions carried out) per episode; reaching it truncates the episode."""
+
+    execute: Annotated[int | None, Affects.REWARD_MODEL | Affects.TRAINING | Affects.PROTOCOL] = Field(
+        default=None, ge=1
+    )
+    """Actions of the policy's chunk that are carried out before it is asked again; the rest of the chunk is dropped.
+    None: all of them (one, of a policy that answers with one). A chunk stops where the episode ends."""
 
     num_envs: Annotated[int, Affects.TRAINING] = Field(default=16, ge=1)
     """Environments stepped side by side, one process each."""

@@ -13,7 +13,7 @@ class RolloutSection(Section):
 
     num_steps: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 120
     """Decisions per environment and iteration. For algorithms that learn from whole episodes: as many episodes are
-    played to their ends as surely fit (`num_steps` divided by `env.max_steps`, rounded down)."""
+    played to their ends as surely fit (`num_steps` divided by the decisions of the longest episode, rounded down)."""
     temperature: Annotated[float, Field(gt=0), Affects.REWARD_MODEL | Affects.TRAINING | Affects.FUTURE] = 1.0
     """Sampling temperature of the rollout and the loss, and of the episodes that the reward model is fitted to."""
     engine_kl_alarm: Annotated[float, Field(gt=0), Affects.TRAINING | Affects.FUTURE] = 0.0025

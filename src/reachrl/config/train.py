@@ -1,5 +1,6 @@
 """The root of the configuration: one run from demonstrations to report."""
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -86,6 +87,16 @@ class TrainConfig(Section):
         return self.sft.steps is not None or self.sft.epochs > 0
 
     @property
+    def actions_executed(self) -> int:
+        """Control steps of a decision: `env.execute`, or all actions that the policy's section says it answers with."""
+        return self.env.execute or getattr(self.policy, "num_actions", 1)
+
+    @property
+    def longest_episode(self) -> int:
+        """Decisions of an episode that ends at its time limit."""
+        return math.ceil(self.env.max_steps / self.actions_executed)
+
+    @property
     def fits_reward_model(self) -> bool:
         """Whether the reward scores frames with a model that this run fits."""
         reward = self.reward
@@ -116,7 +127,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _the_algorithm_gets_what_it_needs(self) -> Self:
-        needs, num_envs, longest = self.algorithm.needs, self.env.num_envs, self.env.max_steps
+        needs, num_envs, longest = self.algorithm.needs, self.env.num_envs, self.longest_episode
         if needs.group_size > 1 and not needs.whole_episodes:
             raise ValueError("an algorithm that needs groups needs whole_episodes too: its section must say so")
         if not needs.values and isinstance(self.policy, PrismaticConfig) and self.policy.critic != "shared":
@@ -133,8 +144,9 @@ class TrainConfig(Section):
             return self
         if longest > self.rollout.num_steps:
             raise ValueError(
-                f"this algorithm learns from whole episodes, but env.max_steps={longest} exceeds rollout.num_steps="
-                f"{self.rollout.num_steps}: raise rollout.num_steps"
+                f"this algorithm learns from whole episodes, but those of {longest} decisions "
+                f"(env.max_steps={self.env.max_steps}) exceed rollout.num_steps={self.rollout.num_steps}: raise "
+                "rollout.num_steps"
             )
         episodes = num_envs * (self.rollout.num_steps // longest)
         if episodes % needs.group_size:
@@ -180,10 +192,28 @@ class TrainConfig(Section):
                 f"reward_model.refit_every={every} refits the model that this run fits and scores with: set "
                 "reward.kind=process with a weight above 0 and no reward.checkpoint, or refit_every=0"
             )
-        if every and self.env.max_steps > self.rollout.num_steps:
+        if every and self.longest_episode > self.rollout.num_steps:
             raise ValueError(
-                f"reward_model.refit_every={every} needs episodes that fit into one rollout, but env.max_steps="
-                f"{self.env.max_steps} exceeds rollout.num_steps={self.rollout.num_steps}: raise rollout.num_steps"
+                f"reward_model.refit_every={every} needs episodes that fit into one rollout, but those of "
+                f"{self.longest_episode} decisions (env.max_steps={self.env.max_steps}) exceed rollout.num_steps="
+                f"{self.rollout.num_steps}: raise rollout.num_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> Self:
+        chunk = getattr(self.policy, "num_actions", 1)
+        if self.env.execute is not None and self.env.execute > chunk:
+            raise ValueError(
+                f"env.execute={self.env.execute} actions are to be carried out of the {chunk} that this policy answers "
+                f"with: lower env.execute to {chunk} at most, or leave it out"
+            )
+        model = self.reward_model
+        if self.actions_executed > 1 and self.fits_reward_model and model.num_frames > 1:
+            raise ValueError(
+                f"reward_model.num_frames={model.num_frames} frames lie {model.frame_stride} control steps apart in "
+                f"demonstrations, but in rollouts only every {self.actions_executed}th control step is seen "
+                "(env.execute): set reward_model.num_frames=1, or env.execute=1"
             )
         return self
 

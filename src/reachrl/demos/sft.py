@@ -23,7 +23,7 @@ from reachrl.demos.store import TrajectoryStore, Transitions
 from reachrl.errors import ConfigError, DivergedError
 from reachrl.fitting import adamw
 from reachrl.functional.ppo import evened
-from reachrl.policies.base import Policy
+from reachrl.policies.base import Policy, check_shown
 from reachrl.run.weight_change import ALARM, WeightSample
 from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
@@ -78,11 +78,13 @@ def train_sft(
             come again on resumption.
 
     Raises:
+        ConfigError: the policy takes cameras or a state that the demonstrations do not hold.
         DivergedError: a loss or gradient is not finite; nothing is saved after the last good checkpoint.
         CheckpointError: `folder` holds a training with other options, or a damaged checkpoint.
         StorageError: the store is incomplete or damaged, or the disk is full.
     """
     store = TrajectoryStore(store_folder)
+    check_shown(policy, store.meta["cameras"], store.meta["state_size"])
     stats = store.action_stats()
     policy.set_action_stats(stats.q01, stats.q99, stats.mask)
     training = _Training(policy, store, config, seed, Path(folder))
@@ -113,7 +115,8 @@ class _Training:
             raise ConfigError(f"{store.folder}: no step to train on; collect at least one demonstration per task.")
         self.steps = total_steps(config, len(self.train_rows))
         with torch.no_grad():
-            self.token_ids, self.token_mask = (each.cpu() for each in policy.encode_actions(self.data.actions[:, None]))
+            self.actions = self.data.chunks(policy.num_actions)
+            self.token_ids, self.token_mask = (each.cpu() for each in policy.encode_actions(self.actions))
         self.optimizer = _optimizer(policy, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step = 0
@@ -215,7 +218,8 @@ class _Training:
             nll -= evened(logprobs, mask).mean(dim=1).sum().item()
             greedy = self.policy.act(inputs)
             right += evened((greedy.token_ids == targets).double(), mask).mean(dim=1).sum().item()
-            error += float(np.abs(self.policy.actions(greedy)[:, 0] - self.data.actions[part]).mean(axis=1).sum())
+            differences = np.abs(self.policy.actions(greedy) - self.actions[part])
+            error += float(differences.reshape(len(part), -1).mean(axis=1).sum())
         count = len(rows)
         return HeldoutScore(loss=nll / count, token_accuracy=right / count, action_error=error / count)
 

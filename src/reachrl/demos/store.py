@@ -60,6 +60,16 @@ class Transitions:
     trajectory_ids: Int64[np.ndarray, "R"]  # index into `starts`
     starts: tuple[Start, ...]
 
+    def chunks(self, length: int) -> Float32[np.ndarray, "R H D"]:
+        """Each step's action and the ones that follow it, `length` in all.
+
+        Behind the end of its demonstration the last action is repeated: what comes after a success is not carried out,
+        and an answer has to be as long as any other.
+        """
+        rows = np.arange(len(self.actions))
+        last = np.searchsorted(self.trajectory_ids, self.trajectory_ids, side="right") - 1
+        return self.actions[np.minimum(rows[:, None] + np.arange(length), last[:, None])]
+
 
 def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any] | None = None) -> "TrajectoryStore":
     """Declare a store complete: read what its shards hold and write `meta.json`.

@@ -17,7 +17,33 @@ from reachrl.types import SPLITS, Observation, Split, Start
 SPLIT_NUMBER: dict[Split, int] = {"train": 0, "eval": 1, "validation": 2}  # part of figures: never change one
 
 
-class Env(gym.Env[dict[str, Any], np.ndarray]):
+class Simulator:
+    """What is said of a kind of environments before any is made."""
+
+    Config: ClassVar[type[Section]]
+
+    @classmethod
+    def prepare(cls, config: Any) -> None:
+        """Do once, before environments are made, what they all need: look for assets, download them.
+
+        Args:
+            config: the environment's section.
+
+        Raises:
+            ReachRLError: the environment cannot be made; told here, it costs no worker.
+        """
+
+    @classmethod
+    def caveats(cls, config: Any) -> tuple[str, ...]:
+        """What has to stand beside every success rate measured with `config`; nothing, usually.
+
+        Args:
+            config: the environment's section.
+        """
+        return ()
+
+
+class Env(gym.Env[dict[str, Any], np.ndarray], Simulator):
     """One simulator instance with several language-described tasks.
 
     Observations are a dict: `images`, a dict with the frame u8[H W 3] of each camera, `ee_state` f32[4] (end-effector
@@ -33,24 +59,12 @@ class Env(gym.Env[dict[str, Any], np.ndarray]):
     before in this instance: exact resume replays actions and relies on it.
     """
 
-    Config: ClassVar[type[Section]]
     config: Any
     tasks: tuple[str, ...]
     observation_space: gym.spaces.Dict  # pyright: ignore[reportIncompatibleVariableOverride]
     action_space: gym.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]
     control_hz: float | None = None
-    """Decisions a second of simulated time, kept with recorded episodes; None: it is not known."""
-
-    @classmethod
-    def prepare(cls, config: Any) -> None:
-        """Do once, before worker processes start, what they all need: look for assets, download them.
-
-        Args:
-            config: the environment's section.
-
-        Raises:
-            ReachRLError: the environment cannot be made; told here, it costs no worker.
-        """
+    """Actions a second of simulated time, kept with recorded episodes; None: it is not known."""
 
     @classmethod
     def worker_variables(cls, config: Any, row: int) -> dict[str, str]:
@@ -61,15 +75,6 @@ class Env(gym.Env[dict[str, Any], np.ndarray]):
             row: number of the process, from 0.
         """
         return render_variables(config.render_device, row)
-
-    @classmethod
-    def caveats(cls, config: Any) -> tuple[str, ...]:
-        """What has to stand beside every success rate measured with `config`; nothing, usually.
-
-        Args:
-            config: the environment's section.
-        """
-        return ()
 
     @abstractmethod
     def instruction(self, task: str) -> str:

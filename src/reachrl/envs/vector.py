@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from reachrl import errors
 from reachrl.config.env import EnvSection
 from reachrl.envs.base import Shown
+from reachrl.envs.batch import EnvBatch, check_finite, is_batched
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.registry import resolve, send
 from reachrl.run.cores import available_cores
@@ -23,8 +24,8 @@ _MAX_LOSSES = 3  # of the same environment without a finished episode in between
 _START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, with a core for each worker
 
 
-class VectorEnv:
-    """Steps `num_envs` copies of the environment that `config.kind` names.
+class VectorEnv(EnvBatch):
+    """Steps `num_envs` copies of the environment that `config.kind` names, each in a process of its own.
 
     An episode that ends is followed at once, in the same `step`, by the row's next start. A worker that
     dies, raises or exceeds `config.worker_timeout_s` is replaced; its row of that step is marked invalid.
@@ -50,6 +51,7 @@ class VectorEnv:
         self._starts: list[Start | None] = [None] * num_envs
         self._steps = [0] * num_envs
         self._next_starts: list[Start] = []  # of the decision under way
+        self._chunk = 1  # actions of it
         self._start_timeout_s = start_timeout(config.worker_timeout_s, max(num_envs, config.num_envs))
         try:
             self._workers.extend(self._spawn(n) for n in range(num_envs))
@@ -69,6 +71,7 @@ class VectorEnv:
         self.tasks: tuple[str, ...] = tuple(self._facts["tasks"])
         self.action_dim: int = self._facts["action_dim"]
         self.control_hz: float | None = self._facts["control_hz"]
+        self.execute = config.execute
 
     def instruction(self, task: str) -> str:
         """The sentence that describes `task`."""
@@ -78,60 +81,20 @@ class VectorEnv:
         """How many numbered start states each task has in `split`."""
         return self._facts["num_starts"][split]
 
-    def reset(self, starts: Sequence[Start], next_starts: Sequence[Start]) -> Observation:
-        """Begin `starts[n]` in environment `n`.
-
-        Args:
-            starts: N starts.
-            next_starts: N starts to follow; checked here already, used by `step`.
-
-        Returns:
-            The first frames.
-        """
-        self._check(next_starts)
-        return self.replay(starts, [np.zeros((0, self.action_dim), np.float32)] * self.num_envs)
-
     def replay(self, starts: Sequence[Start], actions: Sequence[Float32[np.ndarray, "k D"]]) -> Observation:
-        """Restore environment `n` by replaying `actions[n]` from `starts[n]`: an exact resume.
-
-        Args:
-            starts: N starts.
-            actions: N arrays f32[k_n D] of the actions taken since, none of which ended the episode.
-
-        Returns:
-            The frames after the last action.
-        """
+        """Bring each environment to where its actions lead from its start."""
         self._check(starts)
         self._begin({n: (start, actions[n]) for n, start in enumerate(starts)})
         return self._observation()
 
-    def step(self, actions: Float32[np.ndarray, "N D"], next_starts: Sequence[Start]) -> EnvStep:
-        """Take one decision in every environment; `send` and `receive` in one."""
-        self.send(actions, next_starts)
-        return self.receive()
-
-    def send(self, actions: Float32[np.ndarray, "N D"], next_starts: Sequence[Start]) -> None:
-        """Begin one decision in every environment and return at once; `receive` must follow.
-
-        Args:
-            actions: in the environment's units.
-            next_starts: where row `n` goes if its episode ends in this step.
-
-        Raises:
-            ConfigError: actions of another shape.
-            ExtensionError: an action is not finite; names the environment, the start and the step.
-        """
+    def send(self, actions: Float32[np.ndarray, "N K D"], next_starts: Sequence[Start]) -> None:
+        """Begin one decision in every environment and return at once."""
         self._check(next_starts)
-        if actions.shape != (self.num_envs, self.action_dim):
-            raise errors.ConfigError(
-                f"env.kind={self._config.kind} with {self.num_envs} environments takes actions f32"
-                f"{[self.num_envs, self.action_dim]}, got {list(actions.shape)}: the policy was made for another "
-                "environment (policy.num_action_tokens)"
-            )
-        self._check_finite("the policy's action", actions, np.ones(self.num_envs, bool))
+        self._check_actions(actions, self._config.kind)
+        check_finite("the policy's action", actions, np.ones(self.num_envs, bool), self._places())
         for n, worker in enumerate(self._workers):
-            worker.send(do="step", action=actions[n].tolist(), next_start=_packed(next_starts[n]))
-        self._next_starts = list(next_starts)
+            worker.send(do="step", actions=actions[n].tolist(), next_start=_packed(next_starts[n]))
+        self._next_starts, self._chunk = list(next_starts), actions.shape[1]
 
     def receive(self) -> EnvStep:
         """Wait for the decision that `send` began.
@@ -144,17 +107,17 @@ class VectorEnv:
             ExtensionError: an end-effector state is not finite; names the environment, the start and the step.
         """
         next_starts = self._next_starts
-        replies = self._gather(range(self.num_envs), self._config.worker_timeout_s)
-        flags = np.zeros((self.num_envs, 3), bool)
+        replies = self._gather(range(self.num_envs), self._chunk * self._config.worker_timeout_s)
+        flags, executed = np.zeros((self.num_envs, 3), bool), np.zeros(self.num_envs, np.int32)
         valid = np.array([not isinstance(replies[n], WorkerLost) for n in range(self.num_envs)])
-        self._check_finite("ee_state (x, y, z, gripper)", self._arrays.ee_state, valid)
+        check_finite("ee_state (x, y, z, gripper)", self._arrays.ee_state, valid, self._places())
         played = list(self._starts)
         for n, reply in replies.items():
             if isinstance(reply, WorkerLost):
                 self._replace(n, reply)
                 continue
-            flags[n] = reply["flags"]
-            self._steps[n] += 1
+            flags[n], executed[n] = reply["flags"], reply["executed"]
+            self._steps[n] += reply["executed"]
             if flags[n, 1:].any():
                 self._starts[n], self._steps[n], self._losses[n] = next_starts[n], 0, 0
         ee_state, progress = self._arrays.ee_state.copy(), self._arrays.progress.copy()
@@ -165,13 +128,14 @@ class VectorEnv:
         ended = flags[:, 1] | flags[:, 2]
         for shown, rows in ((observation.state, valid), (final_observation.state, ended)):
             if shown is not None:
-                self._check_finite("state", shown, rows)
+                check_finite("state", shown, rows, self._places())
         return EnvStep(
             observation=observation,
             success=flags[:, 0],
             terminated=flags[:, 1],
             truncated=flags[:, 2],
             valid=valid,
+            executed=executed,
             final_observation=final_observation,
             ee_state=ee_state,
             progress=progress,
@@ -180,12 +144,6 @@ class VectorEnv:
     def close(self) -> None:
         """End the workers and free the shared memory; safe to call twice."""
         self._finalizer()
-
-    def __enter__(self) -> "VectorEnv":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # ---- workers ----
 
@@ -268,13 +226,8 @@ class VectorEnv:
         where = f", task {start.task!r}, {start.split} start {start.index}, step {self._steps[n]}" if start else ""
         return f"environment {n} ({self._config.kind}{where})"
 
-    def _check_finite(self, what: str, values: np.ndarray, rows: np.ndarray) -> None:
-        """Refuse numbers that would make statistics, labels and losses NaN; only `rows` are looked at."""
-        bad = rows & ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            n = int(np.argmax(bad))
-            numbers = ", ".join(f"{x:g}" for x in values[n])
-            raise errors.ExtensionError(f"{self._where(n)}: {what} is ({numbers}); expected finite numbers.")
+    def _places(self) -> list[str]:
+        return [self._where(n) for n in range(self.num_envs)]
 
     # ---- rows ----
 
@@ -294,11 +247,20 @@ class VectorEnv:
     def _check(self, starts: Sequence[Start]) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("this VectorEnv is closed")
-        if len(starts) != self.num_envs:
-            raise ValueError(f"expected {self.num_envs} starts, got {len(starts)}")
-        for start in starts:
-            if start.task not in self.tasks or not 0 <= start.index < self.num_starts(start.split):
-                raise ValueError(f"{start} does not exist: tasks are {', '.join(self.tasks)}; starts are numbered")
+        super()._check(starts)
+
+
+def open_envs(config: EnvSection, num_envs: int) -> EnvBatch:
+    """`num_envs` environments of the kind that `config` names: one process for each, or one simulator of them all.
+
+    Raises:
+        ReachRLError: they cannot be made.
+    """
+    kind = resolve("envs", config.kind)
+    if not is_batched(kind):
+        return VectorEnv(config, num_envs)
+    kind.prepare(config)
+    return kind(config, num_envs)
 
 
 def start_timeout(worker_timeout_s: float, num_envs: int) -> float:

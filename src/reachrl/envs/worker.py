@@ -62,9 +62,14 @@ class Worker:
         self.progress = info.get("progress", np.nan)
         return {}
 
-    def step(self, action: list[float], next_start: list[Any]) -> dict[str, Any]:
-        """Take one decision; an episode that ends gives way to `next_start` at once."""
-        observation, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
+    def step(self, actions: list[list[float]], next_start: list[Any]) -> dict[str, Any]:
+        """Carry out a chunk, up to its episode's end; an episode that ends gives way to `next_start` at once."""
+        executed = 0
+        for action in actions:
+            executed += 1
+            observation, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
+            if terminated or truncated:
+                break
         success = bool(info["success"])
         self.arrays.ee_state[self.row] = observation["ee_state"]
         self.arrays.progress[self.row] = self.progress, info.get("progress", np.nan)
@@ -73,7 +78,7 @@ class Worker:
             observation, info = self.env.reset(options={"start": Start(*next_start)})
         self.arrays.show(self.row, observation)
         self.progress = info.get("progress", np.nan)
-        return {"flags": [success, bool(terminated), bool(truncated)]}
+        return {"flags": [success, bool(terminated), bool(truncated)], "executed": executed}
 
 
 def make(setup: dict[str, Any], _: Notify) -> Worker:

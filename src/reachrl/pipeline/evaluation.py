@@ -13,7 +13,7 @@ from reachrl.backends.policy_loading import saved_policy
 from reachrl.config.evaluation import mode_temperature
 from reachrl.config.loading import config_hash
 from reachrl.config.train import TrainConfig
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.vector import open_envs
 from reachrl.errors import StorageError
 from reachrl.evaluation import EvalResult, against_headline, compare, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
@@ -41,7 +41,7 @@ def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     A finished half (`eval/before.json`) is kept when the stage is resumed.
     """
     starts = heldout_starts(config.env, config.eval)
-    with VectorEnv(config.env, config.env.num_envs) as envs:
+    with open_envs(config.env, config.env.num_envs) as envs:
         for when, folder in (("before", run.sft / "policy"), ("after", run.policy)):
             if (run.eval / f"{when}.json").exists():
                 continue
@@ -99,6 +99,7 @@ def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode)
         terminated=success,
         truncated=ended & ~success,
         valid=np.ones((steps, 1), dtype=bool),
+        executed=np.array([[len(turn.actions)] for turn in episode.turns], np.int32),
         ee_state=np.stack([turn.ee_state for turn in episode.turns])[:, None],
         progress=np.stack([turn.progress for turn in episode.turns])[:, None],
         episodes=(),
@@ -120,7 +121,7 @@ def conversation(config: TrainConfig, policy: Policy, reward: Reward, episode: P
             "prompt": policy.prompt(episode.instruction),
             "action_tokens": turn.token_ids[turn.token_mask].tolist(),
             "malformed": turn.malformed,
-            "action": turn.action.tolist(),
+            "actions": turn.actions.tolist(),
             "logprob": turn.logprob,
             "value": turn.value,
             "rewards": {name: float(part[step, 0]) for name, part in rewards.parts.items()},

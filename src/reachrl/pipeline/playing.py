@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from reachrl.config.train import TrainConfig
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.batch import EnvBatch
+from reachrl.envs.vector import open_envs
 from reachrl.evaluation import EvalResult, evaluate
 from reachrl.pipeline.base import Display
 from reachrl.policies.base import Policy
@@ -18,7 +19,7 @@ def play_modes(
     display: Display,
     title: str,
     *,
-    envs: VectorEnv | None = None,
+    envs: EnvBatch | None = None,
     on_episode: Callable[[str, PlayedEpisode], None] = lambda mode, episode: None,
 ) -> dict[str, EvalResult]:
     """Play the given starts of each mode once.
@@ -36,7 +37,7 @@ def play_modes(
     """
     count = sum(map(len, starts.values()))
     if envs is None:
-        with VectorEnv(config.env, min(config.env.num_envs, count)) as own:
+        with open_envs(config.env, min(config.env.num_envs, count)) as own:
             return play_modes(config, policy, starts, display, title, envs=own, on_episode=on_episode)
     recorded = {Start(task, "eval", 0) for task in config.env.tasks[: config.eval.num_videos]}
     results: dict[str, EvalResult] = {}

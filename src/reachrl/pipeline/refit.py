@@ -126,7 +126,7 @@ def episode_trajectories(rollout: Rollout) -> list[Trajectory]:
                 success=bool(rollout.success[t, n]),
                 source="policy",
                 state=with_final_state(rollout, rows, n, place),
-                control_hz=rollout.control_hz,
+                control_hz=None if rollout.control_hz is None else rollout.control_hz / int(rollout.executed.max()),
             )
         )
     return trajectories

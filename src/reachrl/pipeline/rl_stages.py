@@ -10,10 +10,10 @@ import torch
 from reachrl.backends.base import Backend
 from reachrl.backends.local import LocalBackend
 from reachrl.backends.policy_loading import device_of, saved_policy
-from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig
+from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig, TaskRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.shard import write_shard
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.vector import open_envs
 from reachrl.errors import ExtensionError, LearnerLostError, StopTraining
 from reachrl.loop import Callback, train
 from reachrl.pipeline.base import Display, StageProgress
@@ -81,7 +81,7 @@ def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None
     policy = saved_policy(config, run.sft / "policy").eval()
     numbers = range(config.env.num_train_starts - count, config.env.num_train_starts)
     starts = [Start(task, "train", index) for index in numbers for task in config.env.tasks]
-    with VectorEnv(config.env, config.env.num_envs) as envs:
+    with open_envs(config.env, config.env.num_envs) as envs:
         player = EpisodePlayer(policy, envs, mode="sampled", temperature=config.rollout.temperature, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
@@ -102,6 +102,8 @@ def build_reward(config: TrainConfig, run: Run, *, scoring: FrameScoring | None 
     shaping = {"gamma": config.algorithm.discount, "bootstrap_truncated": config.algorithm.bootstraps_truncated}
     if isinstance(config.reward, OracleRewardConfig):
         return build("rewards", config.reward, **shaping)
+    if isinstance(config.reward, TaskRewardConfig):
+        return build("rewards", config.reward, gamma=config.algorithm.discount)
     if not isinstance(config.reward, ProcessRewardConfig):
         reward = build("rewards", config.reward)
         if not isinstance(reward, Reward):
@@ -199,14 +201,16 @@ def follow_train(config: TrainConfig) -> None:
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:
-    seen = episode.observations()
+    """One frame for each decision; its action is the chunk, whose last one is repeated where the episode ended."""
+    seen, chunk = episode.observations(), max(len(turn.actions) for turn in episode.turns)
+    chunks = [turn.actions[np.minimum(np.arange(chunk), len(turn.actions) - 1)] for turn in episode.turns]
     return Trajectory(
         start=episode.start,
         instruction=episode.instruction,
         images=seen.images,
         state=seen.state,
-        control_hz=episode.control_hz,
-        actions=np.stack([turn.action for turn in episode.turns]),
+        control_hz=None if episode.control_hz is None else episode.control_hz / chunk,
+        actions=np.stack(chunks).reshape(len(chunks), -1),
         ee_state=with_first_pose([turn.ee_state for turn in episode.turns]),
         success=episode.success,
         source="policy",

@@ -1,7 +1,7 @@
 """The interface of a policy, as the learner and the collector use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from reachrl.config.base import Section
-from reachrl.errors import CheckpointError, ExtensionError
+from reachrl.errors import CheckpointError, ConfigError, ExtensionError
 from reachrl.policies.answers import ActionSample, Evaluation, Noise, PolicyInputs
 from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.observed import check_temperature, one_observation
@@ -277,3 +277,28 @@ class Policy(nn.Module, ABC):
         for role in roles:
             for parameter in self.parameter_groups()[role]:
                 parameter.requires_grad_(False)
+
+
+def check_shown(policy: Policy, cameras: Collection[str], state_size: int | None) -> None:
+    """Refuse to show a policy less than it looks at.
+
+    Args:
+        policy: which says `num_cameras` and `state_size`.
+        cameras: that there are, by name.
+        state_size: numbers of the state that there are; None: there is no state.
+
+    Raises:
+        ConfigError: what is missing.
+    """
+    name = type(policy).__name__
+    if len(cameras) < policy.num_cameras:
+        raise ConfigError(
+            f"{name} looks at {policy.num_cameras} cameras, and there {'is' if len(cameras) == 1 else 'are'} "
+            f"{len(cameras)} ({', '.join(cameras)}): name as many in env.cameras, in the policy's order"
+        )
+    if policy.state_size is not None and policy.state_size != state_size:
+        there = "no state" if state_size is None else f"a state of {state_size} numbers"
+        raise ConfigError(
+            f"{name} takes a state of {policy.state_size} numbers, and there is {there}: choose an environment (or "
+            "demonstrations) that shows what the policy was made for"
+        )

@@ -22,7 +22,7 @@ def conversation_section(record: dict | None) -> dict[str, Any] | None:
     if not record or not record.get("turns"):
         return None
     turns = record["turns"]
-    dimensions = len(turns[0].get("action") or ())
+    dimensions = len((turns[0].get("actions") or [()])[0])
     names = ACTION_NAMES.get(dimensions, tuple(f"a{i}" for i in range(dimensions)))
     lines = [
         ("value", "c-value", [(t["step"], t.get("value")) for t in turns]),

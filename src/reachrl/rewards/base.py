@@ -10,7 +10,11 @@ from reachrl.types import Rewards, Rollout
 
 
 class Reward(ABC):
-    """Turns a rollout into the reward of each step.
+    """Turns a rollout into the reward of each decision.
+
+    A decision may be a chunk of actions (`rollout.executed` says how many were carried out), and its reward is seen
+    from its beginning: what comes with the k-th action counts `gamma ** (k - 1)` times (see
+    `reachrl.functional.discount`). Frames are seen before and after a chunk, not inside.
 
     The result is finite f32[T N]; `parts` sum to `total`; rows with `valid == False` are 0; and a row's
     reward does not depend on which other environments were collected beside it.
@@ -26,7 +30,7 @@ class Reward(ABC):
 
     @abstractmethod
     def __call__(self, rollout: Rollout) -> Rewards:
-        """Score every step of `rollout`."""
+        """Score every decision of `rollout`."""
 
     def adapt(self, rollout: Rollout, *, iteration: int) -> dict[str, float]:
         """Learn from the rollout that an iteration has just used; returns figures for its metrics."""

@@ -55,5 +55,5 @@ def whole_episodes(rollout: Rollout) -> list[tuple[int, int, int, int]]:
     """(place in `final_rows`, first row, last row, environment) of the episodes that began and ended in the rollout."""
     starts = first_rows(rollout)
     ended = enumerate(zip(rollout.final_rows.tolist(), rollout.episodes, strict=True))
-    spans = [(place, int(starts[t, n]), t, n, episode.num_steps) for place, ((t, n), episode) in ended]
-    return [(place, first, t, n) for place, first, t, n, num_steps in spans if t + 1 - first == num_steps]
+    spans = [(place, int(starts[t, n]), t, n, episode.num_decisions) for place, ((t, n), episode) in ended]
+    return [(place, first, t, n) for place, first, t, n, decisions in spans if t + 1 - first == decisions]

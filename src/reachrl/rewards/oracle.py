@@ -27,7 +27,7 @@ class OracleReward(Reward):
         self.config, self.gamma, self.bootstrap_truncated = config, gamma, bootstrap_truncated
 
     def __call__(self, rollout: Rollout) -> Rewards:
-        """Score every step of `rollout`.
+        """Score every decision of `rollout`.
 
         Raises:
             ExtensionError: the environment reports no progress.
@@ -37,8 +37,9 @@ class OracleReward(Reward):
                 'reward.kind=oracle needs an environment that reports info["progress"] in [0, 1] after reset and step; '
                 "this one does not. Use `reward.kind=process` or `task`, or let the environment report it."
             )
-        task = success_reward(rollout)
+        task = success_reward(rollout, gamma=self.gamma)
         terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
         before, after = np.moveaxis(np.where(rollout.valid[..., None], rollout.progress, np.float32(0)), -1, 0)
-        process = np.float32(self.config.weight) * potential_difference(before, after, terminal, gamma=self.gamma)
+        difference = potential_difference(before, after, terminal, rollout.executed, gamma=self.gamma)
+        process = np.float32(self.config.weight) * difference
         return Rewards(total=task + process, parts={"task": task, "process": process}, progress=after)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from reachrl.errors import ExtensionError
-from reachrl.policies.base import ActionSample, Noise, Policy
+from reachrl.envs.batch import EnvBatch
+from reachrl.errors import ConfigError, ExtensionError
+from reachrl.policies.base import ActionSample, Noise, Policy, check_shown
 from reachrl.types import Observation
 
 
@@ -36,6 +37,21 @@ def decide(
     )
     check_sample(policy, sample, len(observation.instructions))
     return sample, actions
+
+
+def actions_executed(policy: Policy, envs: EnvBatch) -> int:
+    """How many actions of each answer are carried out: `env.execute`, or all of them.
+
+    Raises:
+        ConfigError: the policy answers with fewer, or takes cameras or a state that the environments do not show.
+    """
+    check_shown(policy, envs.shown.cameras, envs.shown.state_size)
+    if envs.execute is not None and envs.execute > policy.num_actions:
+        raise ConfigError(
+            f"env.execute={envs.execute} actions are to be carried out of the {policy.num_actions} that "
+            f"{type(policy).__name__} answers with: lower env.execute to {policy.num_actions} at most, or leave it out"
+        )
+    return envs.execute or policy.num_actions
 
 
 def check_sample(policy: Policy, sample: ActionSample, rows: int) -> None:

@@ -1,5 +1,6 @@
 """Collects decisions: the policy acts on all environments at once, the environments step in parallel."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -8,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from reachrl.config.algorithm import Needs
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.batch import EnvBatch
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.acting import EpisodeNoise, decide
+from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
 from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
@@ -35,13 +36,13 @@ class Collector:
         log: takes the spans of decoding and simulation.
         needs: of the algorithm. With `whole_episodes` a rollout begins and ends with its episodes: each environment
             plays as many as surely fit into `num_steps`, and `group_size` consecutive episodes begin alike.
-        max_steps: decisions of the longest episode.
+        max_steps: control steps of the longest episode.
     """
 
     def __init__(
         self,
         policy: Policy,
-        envs: VectorEnv,
+        envs: EnvBatch,
         *,
         seed: int,
         temperature: float,
@@ -54,14 +55,16 @@ class Collector:
         self.policy, self.envs, self.seed, self.temperature = policy, envs, seed, temperature
         self.first, self.total = first, envs.num_envs if total is None else total
         self._log = log or SpanLog("actor")
-        self._needs, self._max_steps = needs or Needs(), max_steps
+        self._needs, self._execute = needs or Needs(), actions_executed(policy, envs)
+        self._longest = math.ceil(max_steps / self._execute)  # decisions of an episode
         self._played = 0  # whole episodes of each environment in earlier rollouts
         self._left: list[int] | None = None  # whole episodes that each environment still has to end in this rollout
         self._observation: Observation | None = None
         self._draws: list[Draw] = []  # of the running episodes
         self._numbers: list[int] = []  # of the running episodes
         self._next_draws: list[Draw] = []
-        self._actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # taken so far, for replay
+        self._decisions = [0] * envs.num_envs  # taken so far in the running episodes
+        self._actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # carried out in them, for replay
 
     def collect(self, assign: Assign, num_steps: int, *, policy_version: int) -> Rollout:
         """Take `num_steps` decisions in each environment.
@@ -76,7 +79,7 @@ class Collector:
     def collecting(self, assign: Assign, num_steps: int, *, policy_version: int) -> Generator[None, None, Rollout]:
         """`collect` as a generator that yields while its simulators step, so that others can decode meanwhile."""
         if self._needs.whole_episodes:
-            self._left = [num_steps // self._max_steps] * self.envs.num_envs
+            self._left = [num_steps // self._longest] * self.envs.num_envs
         if self._observation is None or self._left:
             self._begin(assign)
         assert self._observation is not None
@@ -90,7 +93,7 @@ class Collector:
             sample, actions = decide(
                 self.policy, observation, temperature=self.temperature, noise=self._noise(), with_values=False
             )
-            actions = actions[:, 0]
+            actions = actions[:, : self._execute]
             rows["observations"].append(observation)
             rows["samples"].append(sample)
             self.envs.send(actions, _starts(self._next_draws))
@@ -101,7 +104,8 @@ class Collector:
             self._log.add("simulate", sent)
             rows["steps"].append(step)
             for n in range(self.envs.num_envs):
-                self._actions[n].append(actions[n])
+                self._actions[n].extend(actions[n, : step.executed[n]])
+                self._decisions[n] += 1
                 if self._left is not None and not self._left[n]:
                     continue
                 ended = step.terminated[n] or step.truncated[n]
@@ -112,6 +116,7 @@ class Collector:
                             start=self._draws[n].start,
                             success=bool(step.success[n]),
                             num_steps=len(self._actions[n]),
+                            num_decisions=self._decisions[n],
                             env=self.first + n,
                             chance=self._draws[n].chance,
                             group=self._group(self._numbers[n]),
@@ -121,11 +126,13 @@ class Collector:
                     self._follow(n, assign)
             self._observation = step.observation
         if self._needs.whole_episodes:
-            self._played += num_steps // self._max_steps
+            self._played += num_steps // self._longest
         return self._rollout(rows, finals, episodes, policy_version)
 
     def state(self) -> list[dict[str, Any]]:
-        """Each environment's running episode as its start and the actions since, JSON-ready; [] before the first.
+        """Each environment's running episode as its start and the actions carried out since, JSON-ready.
+
+        [] before the first.
 
         Of whole episodes none is running: how many were played.
         """
@@ -138,10 +145,11 @@ class Collector:
                 "chance": draw.chance,
                 "next_start": [following.start.task, following.start.index],
                 "next_chance": following.chance,
-                "actions": [[float(x) for x in action] for action in taken],
+                "actions": [[float(x) for x in action] for action in self._actions[n]],
+                "decisions": self._decisions[n],
             }
-            for number, draw, following, taken in zip(
-                self._numbers, self._draws, self._next_draws, self._actions if self._numbers else [], strict=True
+            for n, (number, draw, following) in enumerate(
+                zip(self._numbers, self._draws, self._next_draws, strict=True)
             )
         ]
 
@@ -162,13 +170,14 @@ class Collector:
         dims = self.envs.action_dim
         histories = [np.array(row["actions"], dtype=np.float32).reshape(-1, dims) for row in rows]
         self._actions = [list(history) for history in histories]
+        self._decisions = [int(row["decisions"]) for row in rows]
         self._observation = self.envs.replay(_starts(self._draws), histories)
 
     def _begin(self, assign: Assign) -> None:
         self._numbers = [self.first + n + self._played * self.total for n in range(self.envs.num_envs)]
         self._draws = [self._draw(assign, number) for number in self._numbers]
         self._next_draws = [self._draw(assign, number + self.total) for number in self._numbers]
-        self._actions = [[] for _ in range(self.envs.num_envs)]
+        self._actions, self._decisions = [[] for _ in range(self.envs.num_envs)], [0] * self.envs.num_envs
         self._observation = self.envs.reset(_starts(self._draws), _starts(self._next_draws))
 
     def _follow(self, n: int, assign: Assign) -> None:
@@ -178,7 +187,7 @@ class Collector:
         self._numbers[n] += self.total
         following = self._draw(assign, self._numbers[n] + self.total)
         self._draws[n], self._next_draws[n] = self._next_draws[n], following
-        self._actions[n] = []
+        self._actions[n], self._decisions[n] = [], 0
 
     def _group(self, number: int) -> int | None:
         """Number of the group of the episode with this number."""
@@ -199,8 +208,8 @@ class Collector:
 
     def _noise(self) -> EpisodeNoise:
         generators = (
-            generator(self.seed, Stream.ROLLOUT_NOISE, number, len(taken))
-            for number, taken in zip(self._numbers, self._actions, strict=True)
+            generator(self.seed, Stream.ROLLOUT_NOISE, number, decision)
+            for number, decision in zip(self._numbers, self._decisions, strict=True)
         )
         return EpisodeNoise(self.policy, generators)
 
@@ -229,6 +238,7 @@ class Collector:
             terminated=np.stack([step.terminated for step in steps]),
             truncated=np.stack([step.truncated for step in steps]),
             valid=np.stack([step.valid for step in steps]),
+            executed=np.stack([step.executed for step in steps]),
             ee_state=np.stack([step.ee_state for step in steps]),
             progress=np.stack([step.progress for step in steps]),
             episodes=tuple(episodes),

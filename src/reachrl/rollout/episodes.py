@@ -6,10 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.acting import EpisodeNoise, decide
+from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 
@@ -33,7 +33,7 @@ class Turn:
     token_ids: np.ndarray  # i64[A]
     token_mask: np.ndarray  # bool[A]
     malformed: bool
-    action: np.ndarray  # f32[D]
+    actions: np.ndarray  # f32[K D]: those carried out
     logprob: float
     value: float
 
@@ -50,10 +50,10 @@ class PlayedEpisode:
     start: Start
     instruction: str
     success: bool
-    num_steps: int
+    num_steps: int  # control steps: actions carried out
     turns: tuple[Turn, ...] = ()
     final_observation: Observation | None = None  # one row
-    control_hz: float | None = None  # decisions a second of simulated time; None: unknown
+    control_hz: float | None = None  # control steps a second of simulated time; None: unknown
 
     def observations(self) -> Observation:
         """All that was seen in a recorded episode, the true final observation last: T + 1 rows."""
@@ -76,9 +76,10 @@ class EpisodePlayer:
         seed: of the sampling noise.
     """
 
-    def __init__(self, policy: Policy, envs: VectorEnv, *, mode: Mode, temperature: float, seed: int) -> None:
+    def __init__(self, policy: Policy, envs: EnvBatch, *, mode: Mode, temperature: float, seed: int) -> None:
         self.policy, self.envs, self.mode = policy, envs, mode
         self.temperature, self.seed = temperature, seed
+        self._execute = actions_executed(policy, envs)
 
     def play(
         self,
@@ -109,16 +110,17 @@ class EpisodePlayer:
         places, upcoming = [following() for _ in range(count)], [following() for _ in range(count)]
         # With the queue empty an environment keeps stepping; its results are discarded.
         fillers = [start or starts[0] for start in at(places)]
-        lengths = [0] * count
+        lengths, decisions = [0] * count, [0] * count  # of the running episodes
         turns: list[list[Turn]] = [[] for _ in range(count)]
         observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
         while len(finished) < len(starts):
             current = at(places)
-            sample, actions = self._act(observation, current, lengths)
+            sample, actions = self._act(observation, current, decisions)
             fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)
             for n, (place, start) in enumerate(zip(places, current, strict=True)):
-                lengths[n] += 1
+                lengths[n] += int(step.executed[n])
+                decisions[n] += 1
                 ended = bool(step.terminated[n] or step.truncated[n])
                 if place is not None and start is not None and step.valid[n]:
                     if record(start):
@@ -139,31 +141,31 @@ class EpisodePlayer:
                     if place is not None and not step.valid[n]:
                         queue.append(place)  # its worker was lost: play it again
                     places[n], upcoming[n] = upcoming[n], following()
-                    lengths[n], turns[n] = 0, []
+                    lengths[n], decisions[n], turns[n] = 0, 0, []
             observation = step.observation
         return [finished[place] for place in range(len(starts))]
 
     def _act(
-        self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]
+        self, observation: Observation, current: Sequence[Start | None], decisions: Sequence[int]
     ) -> tuple[ActionSample, np.ndarray]:
         noise = None
         if self.mode == "sampled":
             generators = (
-                start and generator(self.seed, _NOISE[start.split], start.task, start.index, length)
-                for start, length in zip(current, lengths, strict=True)
+                start and generator(self.seed, _NOISE[start.split], start.task, start.index, decision)
+                for start, decision in zip(current, decisions, strict=True)
             )
             noise = EpisodeNoise(self.policy, generators)
         sample, actions = decide(self.policy, observation, temperature=self.temperature, noise=noise, with_values=True)
-        return sample, actions[:, 0]
+        return sample, actions[:, : self._execute]
 
 
-def player_at(temperature: float, policy: Policy, envs: VectorEnv, *, seed: int) -> EpisodePlayer:
+def player_at(temperature: float, policy: Policy, envs: EnvBatch, *, seed: int) -> EpisodePlayer:
     """A player that acts at this temperature; greedy actions are recorded with the policy's own log-probs."""
     mode = "sampled" if temperature else "greedy"
     return EpisodePlayer(policy, envs, mode=mode, temperature=temperature or 1.0, seed=seed)
 
 
-def check_validation(envs: VectorEnv) -> None:
+def check_validation(envs: EnvBatch) -> None:
     """Refuse an environment that plays training or test starts for validation, as one does that knows two splits only.
 
     Raises:
@@ -190,7 +192,7 @@ def _turn(observation: Observation, actions: np.ndarray, sample: ActionSample, s
         token_ids=sample.token_ids[n].numpy(),
         token_mask=sample.token_mask[n].numpy(),
         malformed=bool(sample.malformed[n]),
-        action=actions[n],
+        actions=actions[n, : step.executed[n]],
         logprob=float(sample.logprobs[n].sum()),
         value=float(sample.values[n]),  # pyright: ignore[reportOptionalSubscript]  (asked for above)
     )

@@ -8,7 +8,7 @@ import numpy as np
 from reachrl.types import Observation, Rewards, Rollout
 
 _TOKENS = ("token_ids", "token_mask", "behaviour_logprobs", "malformed")
-_BY_STEP_AND_ENV = (*_TOKENS, "success", "terminated", "truncated", "valid", "ee_state", "progress")
+_BY_STEP_AND_ENV = (*_TOKENS, "success", "terminated", "truncated", "valid", "executed", "ee_state", "progress")
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
@@ -92,8 +92,8 @@ def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
 
     texts = (rollout.last_observation.instructions,) * more
     arrays = {name: repeated(getattr(rollout, name)) for name in _BY_STEP_AND_ENV}
-    for name in ("success", "terminated", "truncated", "valid"):
-        arrays[name][-more:] = False
+    for name in ("success", "terminated", "truncated", "valid", "executed"):
+        arrays[name][-more:] = 0
     return replace(
         rollout,
         **arrays,

@@ -173,7 +173,7 @@ class _Turn(Record):
     step: int
     prompt: str | None = None
     image_png_base64: str | None = None
-    action: list[float] = []
+    actions: list[list[float]] = []
     action_tokens: list[int] = []
     logprob: Number = None
     value: Number = None

@@ -22,6 +22,7 @@ _PER_STEP = (
     "terminated",
     "truncated",
     "valid",
+    "executed",
     "ee_state",
     "progress",
 )
@@ -66,9 +67,13 @@ def make_rollout(
         terminated=terminated,
         truncated=truncated,
         valid=valid,
+        executed=valid.astype(np.int32),
         ee_state=generator.random((*shape, 4)).astype(np.float32),
         progress=generator.random((*shape, 2)).astype(np.float32),
-        episodes=tuple(Episode(start=start, success=bool(terminated[t, n]), num_steps=1, env=int(n)) for t, n in rows),
+        episodes=tuple(
+            Episode(start=start, success=bool(terminated[t, n]), num_steps=1, num_decisions=1, env=int(n))
+            for t, n in rows
+        ),
         policy_version=0,
     )
 

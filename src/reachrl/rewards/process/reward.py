@@ -9,6 +9,7 @@ from jaxtyping import Float32, Int64
 
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.errors import ConfigError
+from reachrl.functional.discount import discounts
 from reachrl.rewards.base import Reward
 from reachrl.rewards.episodes import episode_parts, first_rows, frame_numbers
 from reachrl.rewards.process.base import RewardModel, load_reward_model
@@ -79,8 +80,8 @@ class ProcessReward(Reward):
         return None if self._scorer is None else self._scorer.model
 
     def __call__(self, rollout: Rollout) -> Rewards:
-        """Score every step of `rollout`; no frame is scored twice."""
-        task = success_reward(rollout)
+        """Score every decision of `rollout`; no frame is scored twice."""
+        task = success_reward(rollout, gamma=self.gamma)
         if self.config.weight == 0:
             return Rewards(total=task, parts={"task": task, "process": np.zeros_like(task)})
         now, after = frame_numbers(rollout)
@@ -153,17 +154,21 @@ class ProcessReward(Reward):
     def _paid(
         self, rollout: Rollout, before: Float32[np.ndarray, "T N"], after: Float32[np.ndarray, "T N"]
     ) -> Float32[np.ndarray, "T N"]:
-        """The dense reward of each step before scaling."""
+        """The dense reward of each decision before scaling."""
         potential = self.config.mode == "potential"
         terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
         if self.config.pay == "steps":
-            return potential_difference(before, after, terminal, gamma=self.gamma) if potential else after
+            if potential:
+                return potential_difference(before, after, terminal, rollout.executed, gamma=self.gamma)
+            # A frame is seen after the last action of a chunk.
+            return after * discounts(self.gamma, np.maximum(rollout.executed - 1, 0)).astype(np.float32)
         paid = np.zeros_like(after)
         for first, last, n in episode_parts(rollout):
             rows = slice(first, last + 1)
             paid[rows, n] = pay_at_ends(
                 np.concatenate([before[first : first + 1, n], after[rows, n]]),
                 self._segment_ends(rollout.ee_state[rows, n, 3]),
+                rollout.executed[rows, n],
                 potential=potential,
                 gamma=self.gamma,
                 terminal=bool(terminal[last, n]),

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
+from reachrl.errors import ConfigError
 from reachrl.rewards.episodes import first_rows
 from reachrl.rewards.process.base import RewardModel
 from reachrl.rewards.process.carried import Carried
@@ -73,7 +74,16 @@ class FrameScorer:
             rollout: where the frames are.
             wanted: numbers of the frames to score, each once.
             before: holds the `reach` frames before the rollout's first row; None: every first row begins an episode.
+
+        Raises:
+            ConfigError: the model's clips need frames that chunks of actions leave out.
         """
+        if self.model.num_frames > 1 and (rollout.executed > 1).any():
+            raise ConfigError(
+                f"the reward model sees {self.model.num_frames} frames {self.model.frame_stride} control steps apart, "
+                "but with env.execute above 1 a rollout shows no frame inside a chunk: choose a reward model "
+                "that sees one frame (reward_model.num_frames=1), or set env.execute=1"
+            )
         before = before or Carried.nothing(rollout, self.reach)
         frames = _Frames(rollout, before.frames)
         scores = np.zeros(len(frames), dtype=np.float32)
