@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
 from reachrl.policies.decoding.decode import decode
 from reachrl.policies.llama import build_llama
 

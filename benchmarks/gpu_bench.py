@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from gpu_floors import training_flops
-from reachrl.config.policy import NUM_ACTION_BINS, LoRAConfig, OpenVLAConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LoRAConfig
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 HEADER = "| Section | Case | Time (ms) | Rows/s | Peak (GiB) | Notes |\n|---|---|---|---|---|---|"

@@ -1,6 +1,7 @@
 """What a perfect program must do: products and bytes of the towers, the projector and the language model."""
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 

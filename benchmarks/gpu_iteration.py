@@ -9,7 +9,7 @@ from torch import Tensor
 from reachrl.algorithms.base import Batch
 from reachrl.algorithms.policy_gradient import FIRST_RATIO_TOLERANCE
 from reachrl.algorithms.ppo import PPO
-from reachrl.config.policy import NUM_ACTION_BINS
+from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.config.ppo import PPOConfig
 from reachrl.functional.gae import gae
 from reachrl.policies.openvla.inputs import OpenVLAInputs

@@ -41,7 +41,7 @@ from decoder import OnlyActions
 from gpu_bench import HEADER, Bench, Result
 from gpu_floors import decode_floor
 from gpu_iteration import SCORE_ROWS, Iteration, make_inputs
-from reachrl.config.policy import NUM_ACTION_BINS
+from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.testing.policies import given_noise

@@ -27,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from reachrl.config.env import MetaworldConfig
-from reachrl.config.policy import LanguageModelConfig, OpenVLAConfig
+from reachrl.config.language_model import LanguageModelConfig
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.config.towers import ViTTowerConfig

@@ -6,10 +6,11 @@ import pytest
 
 from reachrl.config.base import Section
 from reachrl.config.env import EnvSection, MetaworldConfig
+from reachrl.config.language_model import LoRAConfig
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.loading import config_hash, load_config
 from reachrl.config.marks import Affects, affecting, mark_of, marks
-from reachrl.config.policy import LoRAConfig, OpenVLAConfig
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig

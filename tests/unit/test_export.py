@@ -14,7 +14,7 @@ from small_policy import adapted, foreign, scores, unseal
 from typer.testing import CliRunner
 
 from reachrl.cli.app import app
-from reachrl.config.policy import LoRAConfig
+from reachrl.config.language_model import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError, StorageError
 from reachrl.policies.lora import export as lora_export
 from reachrl.policies.openvla import export, statistics

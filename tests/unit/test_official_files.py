@@ -14,7 +14,8 @@ from small_policy import foreign
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reachrl.config.oft import OpenVLAOFTConfig
-from reachrl.config.policy import LoRAConfig, OpenVLAConfig
+from reachrl.config.language_model import LoRAConfig
+from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla import oft
 from reachrl.policies.openvla.export import export_merged

@@ -5,8 +5,8 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 
+from reachrl.config.language_model import LanguageModelConfig
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
-from reachrl.config.policy import LanguageModelConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.openvla.tokenizer import PromptTokenizer, build_tokenizer
 

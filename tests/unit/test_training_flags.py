@@ -12,7 +12,7 @@ from official_folder import HEADS, write_official
 from small_policy import adapted, foreign, inputs, small
 from torch import nn
 
-from reachrl.config.policy import LoRAConfig
+from reachrl.config.language_model import LoRAConfig
 from reachrl.policies.openvla import export
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.storage import read_config

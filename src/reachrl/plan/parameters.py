@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from reachrl.config.algorithm import PolicyGradientSection
-from reachrl.config.policy import NF4_BLOCK, NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.policy import NF4_BLOCK, OpenVLAConfig
 from reachrl.config.towers import ConvTowerConfig, TowerConfig, ViTTowerConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}

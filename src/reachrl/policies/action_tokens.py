@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from reachrl.config.policy import NUM_ACTION_BINS
+from reachrl.config.language_model import NUM_ACTION_BINS
 
 _EDGES = np.linspace(-1.0, 1.0, NUM_ACTION_BINS)
 _CENTRES = (_EDGES[:-1] + _EDGES[1:]) / 2.0

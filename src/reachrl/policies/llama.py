@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, rotate_half
 
-from reachrl.config.policy import LanguageModelConfig
+from reachrl.config.language_model import LanguageModelConfig
 from reachrl.policies.frozen_linear import FrozenLinear
 
 Rotary = tuple[Tensor, Tensor]

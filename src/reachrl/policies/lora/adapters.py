@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from reachrl.config.policy import LoRAConfig
+from reachrl.config.language_model import LoRAConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.llama import Contexts
 

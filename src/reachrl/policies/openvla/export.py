@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reachrl.config.policy import NUM_ACTION_BINS
+from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.policies.lora.export import copy_adapter, merge_files, refuse_whole
 from reachrl.policies.lora.files import VALUE_FILE, base_of, check_base, is_adapter
 from reachrl.policies.lora.merge_check import MergeCheck, check_merged

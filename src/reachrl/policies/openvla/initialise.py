@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
 from reachrl.policies.openvla.vision import Projector
 
 _NUM_HARMONICS = 8

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig, OpenVLAConfig, PrismaticConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.names import TOWERS, canonical_key

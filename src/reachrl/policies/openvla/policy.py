@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.config.base import Section
-from reachrl.config.policy import NUM_ACTION_BINS, OpenVLAConfig, PrismaticConfig
+from reachrl.config.language_model import NUM_ACTION_BINS
+from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.action_tokens import tokens_from_unit, unit_from_tokens

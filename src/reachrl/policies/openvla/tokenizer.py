@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from reachrl.config.policy import NUM_ACTION_BINS, LanguageModelConfig
+from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.tokenizer_state import forget_calls
 

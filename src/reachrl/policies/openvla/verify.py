@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reachrl.config.policy import NUM_ACTION_BINS
+from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.errors import CheckpointError
 from reachrl.policies.action_tokens import unit_from_tokens
 from reachrl.policies.decoding.decode import action_logits
