@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from small_policy import foreign
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.language_model import LoRAConfig
+from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla import oft
