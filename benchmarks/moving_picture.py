@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from reachrl.run.file_names import file_name
-from reachrl.run.video import read_video
+from reachrl.report.video import read_video
 
 LABEL, TITLE = 56, 22
 BACKGROUND, INK = (255, 255, 255), (51, 65, 85)
