@@ -1,72 +1,95 @@
-"""The README's moving picture: a finished run's films before and after RL, side by side.
+"""The README's moving picture: the first held-out starts of each task, played before and after RL.
 
     python benchmarks/moving_picture.py runs/quickstart --out docs/pictures/quickstart.webp
 
-Each column is a task that the run filmed (`eval.num_videos`), on its first held-out start state with sampled actions;
-nothing is chosen by its outcome.
+Left the warm start, right the trained policy, with sampled actions; a row is a task, a column a start. Nothing is
+chosen by its outcome.
 """
 
 import argparse
-import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from reachrl.run.file_names import file_name
-from reachrl.report.video import read_video
+import reachrl
+from reachrl.config.loading import validate
+from reachrl.config.train import TrainConfig
+from reachrl.envs.vector import VectorEnv
+from reachrl.evaluation import evaluate
+from reachrl.rollout.episodes import PlayedEpisode
+from reachrl.run.configuration import read_config
+from reachrl.types import Start
 
-LABEL, TITLE = 56, 22
-BACKGROUND, INK = (255, 255, 255), (51, 65, 85)
+LABEL, TITLE, GAP, BORDER = 108, 24, 16, 3
+BACKGROUND, INK, WAITING = (255, 255, 255), (51, 65, 85), (203, 213, 225)
+SUCCESS, FAILURE = (16, 185, 129), (239, 68, 68)
 LIMIT = 3_000_000
 
 
-def frames_of(film: Path, size: int) -> list[Image.Image]:
-    """The square camera frames at the lower edge of a film, without its caption and curves."""
-    video = read_video(film)
-    side = video.shape[2]
-    return [Image.fromarray(frame[-side:]).resize((size, size), Image.Resampling.LANCZOS) for frame in video]
+def play(policy: Path, config: TrainConfig, envs: VectorEnv, columns: int) -> list[PlayedEpisode]:
+    """The first `columns` held-out starts of each task, task by task, with their frames."""
+    starts = [Start(task, "eval", index) for task in config.env.tasks for index in range(columns)]
+    result = evaluate(
+        reachrl.load_policy(policy), envs, starts, mode="sampled", config=config.eval, record=lambda start: True
+    )
+    found = {episode.start: episode for episode in result.episodes}
+    return [found[start] for start in starts]
 
 
-def compose(rows: dict[str, list[list[Image.Image]]], tasks: list[str], size: int) -> list[Image.Image]:
-    """One picture a moment: a row before and a row after RL, a column for each task; films that are over hold still."""
-    font = ImageFont.load_default(12)
-    length = max(len(film) for films in rows.values() for film in films)
-    drawn = []
-    for moment in range(length):
-        canvas = Image.new("RGB", (LABEL + size * len(tasks), TITLE + size * len(rows)), BACKGROUND)
-        draw = ImageDraw.Draw(canvas)
-        for column, task in enumerate(tasks):
-            left = LABEL + size * column + (size - font.getlength(task)) / 2
-            draw.text((left, 4), task, fill=INK, font=font)
-        for row, (name, films) in enumerate(rows.items()):
-            top = TITLE + size * row
-            draw.multiline_text((4, top + size // 2 - 14), name, fill=INK, font=font)
-            for column, film in enumerate(films):
-                canvas.paste(film[min(moment, len(film) - 1)], (LABEL + size * column, top))
-        drawn.append(canvas)
-    return drawn
+def tile(episode: PlayedEpisode, moment: int, size: int) -> Image.Image:
+    """A frame with a border that tells the outcome once the episode has ended."""
+    frames = episode.frames()
+    over = moment >= len(frames) - 1
+    colour = WAITING if not over else SUCCESS if episode.success else FAILURE
+    framed = Image.new("RGB", (size, size), colour)
+    inside = size - 2 * BORDER
+    frame = Image.fromarray(np.asarray(frames[min(moment, len(frames) - 1)]))
+    framed.paste(frame.resize((inside, inside), Image.Resampling.LANCZOS), (BORDER, BORDER))
+    return framed
+
+
+def compose(blocks: dict[str, list[PlayedEpisode]], moment: int, columns: int, size: int) -> Image.Image:
+    """One picture: a block for each policy, a row for each task."""
+    font, bold = ImageFont.load_default(12), ImageFont.load_default(14)
+    rows = len(next(iter(blocks.values()))) // columns
+    width = LABEL + len(blocks) * columns * size + (len(blocks) - 1) * GAP
+    canvas = Image.new("RGB", (width, TITLE + rows * size), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for place, (name, episodes) in enumerate(blocks.items()):
+        left = LABEL + place * (columns * size + GAP)
+        done = sum(episode.success and moment >= episode.num_steps for episode in episodes)
+        draw.text((left + 2, 4), f"{name}: {done} of {len(episodes)} succeeded", fill=INK, font=bold)
+        for number, episode in enumerate(episodes):
+            top = TITLE + number // columns * size
+            canvas.paste(tile(episode, moment, size), (left + number % columns * size, top))
+            if place == 0 and number % columns == 0:
+                draw.text((2, top + size // 2 - 7), episode.start.task, fill=INK, font=font)
+    return canvas
 
 
 def main() -> None:
-    """Compose and write."""
+    """Play, compose and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=200, help="pixels of a frame's side")
-    parser.add_argument("--every", type=int, default=2, help="keep every so manyth frame")
+    parser.add_argument("--columns", type=int, default=6, help="start states of each task")
+    parser.add_argument("--size", type=int, default=58, help="pixels of a frame's side")
+    parser.add_argument("--every", type=int, default=2, help="keep every so manyth moment")
     arguments = parser.parse_args()
-    tasks = json.loads((arguments.run / "config.json").read_text(encoding="utf-8"))["env"]["tasks"]
-    films = arguments.run / "videos"
-    tasks = [task for task in tasks if (films / f"after_{file_name(task, '.mp4')}").exists()]
-    rows = {}
-    for name, when in {"before\nRL": "before", "after\nRL": "after"}.items():
-        whole = [frames_of(films / f"{when}_{file_name(task, '.mp4')}", arguments.size) for task in tasks]
-        rows[name] = [[*film[:: arguments.every], film[-1]] for film in whole]
-    first, *others = compose(rows, tasks, arguments.size)
+    config = validate(read_config(arguments.run), where=str(arguments.run))
+    with VectorEnv(config.env, config.env.num_envs) as envs:
+        blocks = {
+            name: play(arguments.run / folder, config, envs, arguments.columns)
+            for name, folder in {"Before RL": "sft/policy", "After RL": "policy"}.items()
+        }
+    length = max(len(episode.frames()) for episodes in blocks.values() for episode in episodes)
+    moments = [*range(0, length - 1, arguments.every), *[length - 1] * 12]  # the end stands for a while
+    first, *others = [compose(blocks, moment, arguments.columns, arguments.size) for moment in moments]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    first.save(arguments.out, save_all=True, append_images=others, duration=110, loop=0, quality=60, method=4)
+    first.save(arguments.out, save_all=True, append_images=others, duration=120, loop=0, quality=70, method=4)
     size = arguments.out.stat().st_size
-    print(f"{arguments.out}: {len(others) + 1} frames, {first.width} x {first.height}, {size / 1e6:.2f} MB")
+    print(f"{arguments.out}: {len(moments)} frames, {first.width} x {first.height}, {size / 1e6:.2f} MB")
     if size > LIMIT:
         raise SystemExit(f"more than {LIMIT / 1e6:.0f} MB: take a smaller --size or a larger --every")
 
