@@ -1,4 +1,4 @@
-"""The whole loop (collector, reward, advantages, PPO, curriculum) must learn a corridor on every seed.
+"""The whole loop (collector, reward, advantages, PPO or GRPO, curriculum) must learn a corridor on every seed.
 
 With the reward shuffled between episodes, everything else untouched, the gain must vanish.
 """
@@ -11,7 +11,9 @@ from corridor import LENGTH, CorridorConfig
 from reachrl.backends.base import Workers
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.local import LocalActors
+from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.curriculum import SuccessRateConfig
+from reachrl.config.grpo import GRPOConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
@@ -26,6 +28,8 @@ from reachrl.testing.rewards import ShuffledReward
 PPO_OPTIONS = PPOConfig(
     lr=0.15, value_lr=0.1, gamma=0.95, minibatch_size=64, epochs=2, target_kl=None, warmup_iterations=2
 )
+# 8 groups of 4 episodes an iteration: at most as many decisions as PPO has.
+GRPO_OPTIONS = GRPOConfig(lr=0.3, group_size=4, minibatch_size=64, epochs=2, target_kl=None, max_rollouts=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def envs():
         yield vector
 
 
-def success_by_iteration(envs, path, seed, reward):
+def success_by_iteration(envs, path, seed, reward, algorithm: AlgorithmSection = PPO_OPTIONS):
     """Success rate of each iteration's episodes."""
     torch.manual_seed(seed)
     policy = TablePolicy(TablePolicyConfig(num_contexts=2 * LENGTH))
@@ -45,10 +49,12 @@ def success_by_iteration(envs, path, seed, reward):
         checkpoint_every=100,
         env=CorridorConfig(),
         policy=policy.config,
-        algorithm=PPO_OPTIONS,
+        algorithm=algorithm,
     )
-    learner = LocalLearner(policy, PPO_OPTIONS, seed=seed, temperature=1.0)
-    actors = LocalActors(policy, [envs], seed=seed, temperature=1.0)
+    learner = LocalLearner(policy, algorithm, seed=seed, temperature=1.0)
+    actors = LocalActors(
+        policy, [envs], seed=seed, temperature=1.0, needs=algorithm.needs, max_steps=config.env.max_steps
+    )
     curriculum = SuccessRateSampler(SuccessRateConfig(), tasks=config.env.tasks, num_starts=30, seed=seed)
     with Run.open(path, {}, tensorboard=False) as run:
         train(config, Workers(actors=actors, learner=learner), reward, curriculum, run)
@@ -57,14 +63,17 @@ def success_by_iteration(envs, path, seed, reward):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_corridor_is_learned(envs, tmp_path, seed):
-    rates = success_by_iteration(envs, tmp_path, seed, TaskReward())
+@pytest.mark.parametrize("algorithm", [PPO_OPTIONS, GRPO_OPTIONS], ids=["ppo", "grpo"])
+def test_the_corridor_is_learned(envs, tmp_path, seed, algorithm):
+    rates = success_by_iteration(envs, tmp_path, seed, TaskReward(), algorithm)
     assert np.mean(rates[:3]) < 0.45 and np.mean(rates[-3:]) > 0.85, rates
 
 
-def test_rewards_shuffled_between_episodes_teach_nothing(envs, tmp_path):
+@pytest.mark.parametrize("algorithm", [PPO_OPTIONS, GRPO_OPTIONS], ids=["ppo", "grpo"])
+def test_rewards_shuffled_between_episodes_teach_nothing(envs, tmp_path, algorithm):
     gains = []
-    for seed in range(3):
-        rates = success_by_iteration(envs, tmp_path / str(seed), seed, ShuffledReward(TaskReward(), seed=seed))
+    for seed in range(2):
+        reward = ShuffledReward(TaskReward(), seed=seed)
+        rates = success_by_iteration(envs, tmp_path / str(seed), seed, reward, algorithm)
         gains.append(np.mean(rates[-4:]) - np.mean(rates[:4]))
     assert np.mean(gains) < 0.1, gains
