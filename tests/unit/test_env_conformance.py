@@ -1,5 +1,6 @@
 """The conformance kit passes a sound environment and names each broken promise of an unsound one."""
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,41 @@ CONFIG = ReachConfig(max_steps=8)
 
 
 def test_the_toy_keeps_the_contract():
-    check_env(ReachEnv(CONFIG), expert=True)
+    check_env(ReachEnv(ReachConfig()), expert=True)
+
+
+class Backwards(ReachEnv):
+    """Its expert goes the wrong way to one square."""
+
+    def expert_action(self) -> np.ndarray:
+        return super().expert_action() * np.float32(-1 if self._target == 1 else 1)
+
+
+def test_an_expert_is_judged_by_whole_episodes_of_each_task():
+    check_env(Backwards(ReachConfig()))  # nobody asked
+    counts = r"67 % \(red-square 4/4, green-square 0/4, blue-square 4/4\)"
+    with pytest.raises(ExtensionError, match=f"at least 70 %.*{counts}.*expert_action"):
+        check_env(Backwards(ReachConfig()), expert=True, expert_episodes=4)
+    with pytest.raises(ExtensionError, match=f"in each task.*{counts}"):  # enough in all, none of one
+        check_env(Backwards(ReachConfig()), expert=True, expert_episodes=4, expert_success=0.5)
+    with pytest.raises(ExtensionError, match="it succeeded in 0 %"):  # as it should, and no time for it
+        check_env(ReachEnv(ReachConfig(max_steps=1)), expert=True)
+
+
+class Pushing(ReachEnv):
+    """Its expert lifts with nearly all its might, as one in millimetres would."""
+
+    def expert_action(self) -> np.ndarray:
+        action = super().expert_action()
+        action[2] = 0.99 if self._steps % 2 else 1.0
+        action[3] = 1.0  # always: a gripper that stays closed is no fault
+        return action
+
+
+def test_an_expert_at_its_limits_is_warned_of(caplog):
+    check_env(Pushing(ReachConfig()), expert=True)
+    [record] = caplog.records
+    assert re.search(r"lies at its limit in dimension 2 \(mean 0\.99\d*, limits -1 and 1\);", record.getMessage())
 
 
 def test_its_expert_succeeds_from_every_start_and_standing_still_never_does():

@@ -28,8 +28,8 @@ def test_an_official_checkpoint_of_the_hub_moves_the_robot_as_the_official_code(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     described = storage.official_config
 
-    def with_heads(folder, heads=None, dataset=None):  # which released sizes do not need
-        return described(folder, heads or HEADS, dataset)
+    def with_heads(folder, heads=None, dataset=None, **options):  # which released sizes do not need
+        return described(folder, heads or HEADS, dataset, **options)
 
     monkeypatch.setattr(storage, "official_config", with_heads)
     policy = reachrl.load_policy("owner/tiny", dataset="tiny_b", device="cpu")
@@ -127,3 +127,39 @@ def test_a_policy_with_two_cameras_and_a_state_gets_them_in_order():
 def test_wrong_arguments_are_named(policy, arguments, message):
     with pytest.raises(ConfigError, match=message):
         policy.predict(**({"images": FRAME, "instruction": "push"} | arguments))
+
+
+def test_what_a_policy_was_never_trained_on_is_warned_of_once_and_remembered(tmp_path, caplog):
+    trained = OpenVLAPolicy(small())
+    trained.predict(images=FRAME[:7], instruction="anything")  # unknown: nothing to say
+    trained.note_training(["Open the drawer", "close the drawer"], {"camera": FRAME[None]})
+    trained.save_pretrained(tmp_path / "policy")
+    policy = reachrl.load_policy(tmp_path / "policy", device="cpu")
+    policy.predict(images=FRAME, instruction="open the drawer")  # asked in the same words: prompts are lower case
+    assert caplog.messages == []
+    for _ in range(2):
+        policy.predict(images=FRAME, instruction="open the drawers")
+        policy.predict(images=FRAME[:7], instruction="close the drawer")
+    words, frame = caplog.messages
+    assert "never trained on the instruction 'open the drawers'; the nearest it knows is 'Open the drawer'" in words
+    assert "frames of 7 x 20 pixels, the policy was trained on 20 x 20" in frame
+
+
+def test_a_policy_that_pushes_at_its_limits_is_warned_of_after_30_decisions(monkeypatch, caplog):
+    policy = OpenVLAPolicy(small())
+    policy.set_action_stats(
+        np.array([-2.0, -1, 0.5, 0]), np.array([4.0, 1, 0.5, 1]), np.array([True, True, True, False])
+    )
+    # Dimension 0 almost at its upper end, 1 in the middle, 2 cannot vary, 3 has no statistics.
+    monkeypatch.setattr(policy, "decode_actions", lambda ids, mask: np.array([[[3.9, 0.0, 0.5, 1.0]]], np.float32))
+    for count in range(40):
+        policy.predict(images=FRAME, instruction="push")
+        assert len(caplog.messages) == (count >= 29), count
+    assert (
+        "over 30 decisions the mean action lies at its limit in dimension 0 (mean 3.9, limits -2 and 4)"
+        in (caplog.messages[0])
+    )
+    monkeypatch.setattr(policy, "decode_actions", lambda ids, mask: np.array([[[3.8, 0.0, 0.5, 1.0]]], np.float32))
+    for _ in range(40):  # 3.3 % from the end
+        policy.predict(images=FRAME, instruction="push")
+    assert len(caplog.messages) == 1

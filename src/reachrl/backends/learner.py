@@ -22,6 +22,7 @@ from reachrl.config.train import TrainConfig
 from reachrl.envs.base import Shown
 from reachrl.errors import CheckpointError
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
+from reachrl.policies.trained_on import warn_of_unfamiliar
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
@@ -145,6 +146,7 @@ class LocalLearner:
         action token.
         """
         began = time.time()
+        self._meet(rollout)
         batch = self.algorithm.batch(rollout, rewards, scored)
         block = self.group.block(len(self._scored))
         places = self._places(batch.rows)
@@ -157,6 +159,15 @@ class LocalLearner:
         self.version += 1
         self._log.add("update", began)
         return stats
+
+    def _meet(self, rollout: Rollout) -> None:
+        """Note what the policy is about to be trained on, and warn of what is new to it."""
+        policy = self._whole or self.policy
+        if policy.trained_on is None or self.group.rank > 0:
+            return
+        instructions = {text for row in rollout.instructions for text in row}
+        warn_of_unfamiliar(policy, instructions, rollout.images)
+        policy.note_training(instructions, rollout.images)
 
     def take_spans(self) -> list[Span]:
         """When was scored and when updated."""

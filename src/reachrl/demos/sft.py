@@ -105,6 +105,7 @@ class _Training:
         self.policy, self.config, self.seed = policy, config, seed
         self.folder = SFTFolder(folder, identity_of(policy, store, config, seed), config)
         self.data: Transitions = store.load()
+        policy.note_training(self.data.instructions, self.data.images)
         heldout = heldout_trajectories(self.data.starts, fraction=config.heldout_fraction, seed=seed)
         is_heldout = heldout[self.data.trajectory_ids]
         self.train_rows = np.flatnonzero(~is_heldout)

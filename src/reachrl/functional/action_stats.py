@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float64
 Vector = np.ndarray | Sequence[float]
 Mask = np.ndarray | Sequence[bool]
 
+_AT_LIMIT = 0.02  # share of an action's range from its end within which its mean counts as lying at the limit
 _SAME = 1e-6  # quantiles closer than this span nothing that 255 bins could divide
 
 
@@ -100,3 +101,17 @@ class ActionStats:
         moved = span > 0
         unit = np.where(moved, 2.0 * (actions - self.q01) / np.where(moved, span + self.epsilon, 1.0) - 1.0, 0.0)
         return np.where(self.mask, unit, actions)
+
+
+def at_limits(actions: Float[np.ndarray, "N D"], low: Float[np.ndarray, "D"], high: Float[np.ndarray, "D"]) -> str:
+    """Dimensions in which the mean of N actions lies within 2 % of the range from `low` or `high`, in words; "": none.
+
+    Dimensions that cannot vary (`low` equals `high`) are left out.
+    """
+    span = high - low
+    means = np.asarray(actions, np.float64).mean(axis=0)
+    near = np.minimum(means - low, high - means) <= _AT_LIMIT * span
+    return ", ".join(
+        f"dimension {d} (mean {means[d]:.3g}, limits {low[d]:.3g} and {high[d]:.3g})"
+        for d in np.flatnonzero(near & (span > 0))
+    )

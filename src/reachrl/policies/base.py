@@ -1,7 +1,7 @@
 """The interface of a policy, as the learner and the collector use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from reachrl.errors import CheckpointError, ConfigError, ExtensionError
 from reachrl.policies.answers import ActionSample, Evaluation, Noise, PolicyInputs
 from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.observed import check_temperature, one_observation
+from reachrl.policies.trained_on import MIN_DECISIONS, TrainedOn, warn_of_limits, warn_of_unfamiliar
 from reachrl.types import Observation
 
 
@@ -42,6 +43,11 @@ class Policy(nn.Module, ABC):
     """Cameras that `encode` looks at: the first ones of an observation."""
     state_size: int | None = None
     """Numbers of the observation's `state` that `encode` reads; None: it reads none."""
+    trained_on: TrainedOn | None = None
+    """Instructions and frame sizes of its training data; None: unknown, nothing is warned of."""
+    warned_of: frozenset[Hashable] = frozenset()
+    """What was warned of already: an instruction, a camera's frame size, the limits of actions."""
+    _lately: np.ndarray | None = None  # the last actions of `predict`
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +126,9 @@ class Policy(nn.Module, ABC):
         Returns:
             f32[H D]: `H` actions to carry out in turn (here one), in the units of the environment.
 
+        A warning is logged, once each, of an instruction or a frame size that the policy was never trained on, and
+        where the mean of its last 30 actions lies at a limit.
+
         Raises:
             ConfigError: an argument is not what is described here; says what it is.
             CheckpointError: the policy has several sets of action statistics, and none was chosen.
@@ -128,6 +137,7 @@ class Policy(nn.Module, ABC):
             images, instruction, state, num_cameras=self.num_cameras, state_size=self.state_size
         )
         check_temperature(temperature)
+        warn_of_unfamiliar(self, observation.instructions, observation.images)
         rng = np.random.default_rng() if generator is None else generator
 
         def noise(position: int) -> Tensor:
@@ -135,7 +145,11 @@ class Policy(nn.Module, ABC):
 
         asked = {"temperature": temperature, "noise": noise} if temperature > 0 else {}
         inputs = self.encode(observation)
-        return self.actions(self.act(inputs, **asked, with_values=False))[0]
+        actions = self.actions(self.act(inputs, **asked, with_values=False))[0]
+        lately = actions if self._lately is None else np.concatenate([self._lately, actions])
+        self._lately = lately[-MIN_DECISIONS:]
+        warn_of_limits(self, lately)
+        return actions
 
     @torch.no_grad()
     def acting_logprobs(
@@ -212,6 +226,10 @@ class Policy(nn.Module, ABC):
     ) -> Float[np.ndarray, "B H D"]:
         """Map tokens to actions f32[B H D] in the environment's units; malformed rows may become anything."""
 
+    def action_limits(self) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]] | None:
+        """The smallest and the largest action that tokens can say, equal where one cannot vary; None: unknown."""
+        return None
+
     @abstractmethod
     def encode_actions(self, actions: Float[np.ndarray, "B H D"]) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"]]:
         """Map actions f32[B H D] in the environment's units to the nearest tokens, and their mask."""
@@ -271,6 +289,11 @@ class Policy(nn.Module, ABC):
         What is in none of them is gathered for each pass as one piece.
         """
         return []
+
+    def note_training(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
+        """Add instructions and the sizes of frames u8[... H W 3] to what the policy is known to be trained on."""
+        new = TrainedOn.of(instructions, images.values())
+        self.trained_on = new if self.trained_on is None else self.trained_on.joined(new)
 
     def freeze(self, roles: Sequence[str]) -> None:
         """Stop gradients into the parameter groups named in `roles`."""

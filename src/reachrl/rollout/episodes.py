@@ -9,6 +9,7 @@ import numpy as np
 from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
+from reachrl.policies.trained_on import warn_of_limits, warn_of_unfamiliar
 from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
@@ -90,6 +91,9 @@ class EpisodePlayer:
     ) -> list[PlayedEpisode]:
         """Play every start state once; the result is in the order of `starts`.
 
+        Warns, once each, of an instruction or a frame size that the policy was never trained on, and where the mean of
+        all actions lies at a limit.
+
         Args:
             starts: what to play; one listed twice is played twice, with the same outcome.
             record: whether to keep an episode's turns.
@@ -112,9 +116,11 @@ class EpisodePlayer:
         fillers = [start or starts[0] for start in at(places)]
         lengths, decisions = [0] * count, [0] * count  # of the running episodes
         turns: list[list[Turn]] = [[] for _ in range(count)]
+        chosen: list[np.ndarray] = []
         observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
         while len(finished) < len(starts):
             current = at(places)
+            warn_of_unfamiliar(self.policy, observation.instructions, observation.images)
             sample, actions = self._act(observation, current, decisions)
             fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)
@@ -123,6 +129,7 @@ class EpisodePlayer:
                 decisions[n] += 1
                 ended = bool(step.terminated[n] or step.truncated[n])
                 if place is not None and start is not None and step.valid[n]:
+                    chosen.append(actions[n, : step.executed[n]])
                     if record(start):
                         turns[n].append(_turn(observation, actions, sample, step, n))
                     if ended:
@@ -143,6 +150,7 @@ class EpisodePlayer:
                     places[n], upcoming[n] = upcoming[n], following()
                     lengths[n], decisions[n], turns[n] = 0, 0, []
             observation = step.observation
+        warn_of_limits(self.policy, np.concatenate(chosen))
         return [finished[place] for place in range(len(starts))]
 
     def _act(

@@ -4,6 +4,7 @@ from reachrl.testing.conformance_env import check_env
 check_env(MyEnv(MyEnv.Config()))
 """
 
+import logging
 from itertools import product
 from typing import Any
 
@@ -11,18 +12,33 @@ import numpy as np
 
 from reachrl.envs.base import Env, Shown
 from reachrl.errors import ExtensionError
+from reachrl.functional.action_stats import at_limits
 from reachrl.types import SPLITS, Start
+
+log = logging.getLogger(__name__)
 
 _MAX_DECISIONS = 10_000  # an episode that lasts longer has no time limit
 
 
-def check_env(env: Env, *, num_steps: int = 5, expert: bool | None = None) -> None:
+def check_env(
+    env: Env,
+    *,
+    num_steps: int = 5,
+    expert: bool | None = None,
+    expert_episodes: int = 5,
+    expert_success: float = 0.7,
+) -> None:
     """Try an environment out.
+
+    Where the expert's mean action lies at a limit of `action_space`, a warning is logged: its units may be wrong.
 
     Args:
         env: a fresh instance; it is not closed.
         num_steps: decisions compared in the determinism check.
-        expert: whether `expert_action` must work; None: only if it does not raise `NotImplementedError`.
+        expert: True: the expert must solve its tasks in whole episodes; None: only its first action is looked at, if
+            `expert_action` does not raise `NotImplementedError`; False: nothing is asked of it.
+        expert_episodes: episodes of each of the first three tasks that the expert plays, on training starts.
+        expert_success: share of them that must succeed; of each task at least one.
 
     Raises:
         ExtensionError: the first promise that is broken, and how to keep it.
@@ -35,7 +51,10 @@ def check_env(env: Env, *, num_steps: int = 5, expert: bool | None = None) -> No
     _check_frames_differ(env)
     _check_determinism(env, starts, num_steps)
     _check_ends(env, starts[0])
-    _check_expert(env, starts[0], expert)
+    if expert is not False:
+        _check_expert(env, starts[0], expert)
+    if expert:
+        _check_expert_succeeds(env, expert_episodes, expert_success)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -184,3 +203,34 @@ def _check_expert(env: Env, start: Start, required: bool | None) -> None:
     same = isinstance(action, np.ndarray) and action.dtype == np.float32 and action.shape == env.action_space.shape
     _require(same, "expert_action is f32[D]")
     _require(env.action_space.contains(action), "expert_action lies in `action_space`")
+
+
+def _check_expert_succeeds(env: Env, episodes: int, threshold: float) -> None:
+    """Whole episodes of the expert on training starts: what demonstrations would be made of."""
+    wins, actions = dict[str, int](), list[np.ndarray]()
+    played = min(episodes, env.num_starts("train"))
+    for task in env.tasks[:3]:
+        wins[task] = 0
+        for number in range(played):
+            _reset(env, Start(task, "train", number))
+            terminated = truncated = False
+            while not (terminated or truncated):
+                actions.append(env.expert_action())
+                _, _, terminated, truncated, _ = env.step(actions[-1])
+            wins[task] += terminated
+    counts = ", ".join(f"{task} {won}/{played}" for task, won in wins.items())
+    rate = sum(wins.values()) / (played * len(wins))
+    _require(
+        rate >= threshold and min(wins.values()) > 0,
+        f"the expert succeeds in at least {100 * threshold:.0f} % of its episodes and in each task; it succeeded in "
+        f"{100 * rate:.0f} % ({counts}). Mend `expert_action`, raise `max_steps`, or call check_env(expert=False) and "
+        "train without demonstrations",
+    )
+    space: Any = env.action_space
+    taken = np.stack(actions)
+    varied = taken.min(axis=0) < taken.max(axis=0)  # a gripper that stays closed is no fault
+    if found := at_limits(taken, space.low, np.where(varied, space.high, space.low)):
+        log.warning(
+            "over %d decisions the expert's mean action lies at its limit in %s; are its actions in the units of "
+            "`action_space`?", len(actions), found,
+        )  # fmt: skip

@@ -87,6 +87,7 @@ class OpenVLAPolicy(Policy):
         self.state_stats: ActionStats | None = None
         if saved is not None:
             self._take_stats(saved)
+            self.trained_on = saved.trained_on
         with nullcontext() if saved is None else torch.device("meta"):
             self._build()
         if saved is not None:
@@ -355,6 +356,15 @@ class OpenVLAPolicy(Policy):
         """Map action tokens to actions f32[B H D] in the environment's units."""
         return self.action_stats.unnormalise(self.unit_actions(token_ids)).astype(np.float32)
 
+    def action_limits(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The ends of the statistics' range; of a dimension that passes through nothing is known."""
+        if isinstance(self._action_stats, tuple):
+            return None
+        stats = self.action_stats
+        ones = np.ones(len(stats.q01))
+        low, high = stats.unnormalise(-ones), stats.unnormalise(ones)
+        return low, np.where(stats.mask & (stats.q01 < stats.q99), high, low)
+
     def unit_actions(self, token_ids: Int64[Tensor, "B A"]) -> Float[np.ndarray, "B H D"]:
         """Map action tokens, action by action, to normalised actions f64[B H D] in (-1, 1)."""
         unit = unit_from_tokens(token_ids.cpu().numpy(), self.config.language_model.vocab_end)
@@ -414,6 +424,7 @@ class OpenVLAPolicy(Policy):
         saved = storage.read(folder, family=self.family(self.config))
         filling.refill(self, saved)
         self._take_stats(saved)
+        self.trained_on = saved.trained_on
         if self.tokenizer is None:
             self.tokenizer = self._tokenizer(saved)
 

@@ -32,6 +32,7 @@ from reachrl.policies.storage.saved import (
     write_stats,
 )
 from reachrl.policies.storage.weights import SINGLE_FILE, read_json
+from reachrl.policies.trained_on import TrainedOn
 from reachrl.run.manifest import verify_if_sealed
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
     text = config.model_copy(update=update).model_dump_json(indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     write_stats(folder, policy.action_stats, policy.state_stats)
+    if policy.trained_on is not None:
+        policy.trained_on.write(folder)
     if policy.tokenizer is not None:
         policy.tokenizer.save(folder / TOKENIZER_FILE)
 
@@ -112,6 +115,7 @@ def read(
         ours=_is_ours(folder),
         stats=_stats(folder, dataset, family),
         state_stats=_state_stats(folder, dataset, family),
+        trained_on=TrainedOn.read(folder),
         tokenizer=next((path for place in (folder, whole) if (path := place / TOKENIZER_FILE).is_file()), None),
         base=base,
         origin=origin_of(base, whole),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.storage.weights import read_json
+from reachrl.policies.trained_on import TrainedOn
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.manifest import seal
 from reachrl.run.stored_weights import check_finite
@@ -39,6 +40,7 @@ class SavedPolicy(Generic[Config]):
     ours: bool  # whether ReachRL wrote `folder`
     stats: ActionStats | tuple[str, ...]  # statistics; or the names to choose from, until one is chosen
     state_stats: ActionStats | None = None  # of the robot's state, where the policy sees it
+    trained_on: TrainedOn | None = None  # None: nothing is written of it
     tokenizer: Path | None  # its file
     base: Path  # the name, a folder or `owner/name`, by which adapters on these whole weights remember them
     origin: Path | None  # the foreign checkpoint that the whole weights began as; None: random ones
