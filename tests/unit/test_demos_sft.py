@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,39 @@ def test_first_loss_and_gradient_equal_a_plain_formula(store_folder: Path, tmp_p
     norm = math.sqrt(sum(float((p.grad**2).sum()) for p in fresh.parameters() if p.grad is not None))
     assert records[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert records[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_targets_of_different_lengths_weigh_by_their_tokens(store_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Loss over all tokens of the minibatch, in parts; held-out figures are means over rows of means over tokens."""
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    encode, evaluate, seen = ToyPolicy.encode_actions, ToyPolicy.evaluate, list[tuple[ToyInputs, Tensor, Tensor]]()
+
+    def shorter(self, actions):
+        ids, mask = encode(self, actions)
+        mask[torch.from_numpy(actions[:, 0, 0] < 0), 1] = False
+        return ids.where(mask, 0), mask
+
+    def spy(self, inputs, token_ids, token_mask, **kwargs):
+        seen.append((inputs, token_ids, token_mask))
+        out = evaluate(self, inputs, token_ids, token_mask, **kwargs)
+        return replace(out, logprobs=out.logprobs.masked_fill(~token_mask, math.nan))
+
+    monkeypatch.setattr(ToyPolicy, "encode_actions", shorter)
+    monkeypatch.setattr(ToyPolicy, "evaluate", spy)
+    changes = {"brightness": 0.0, "contrast": 0.0, "colour": 0.0, "steps": 1, "lr": 1e-30, "micro_batch_size": 7}
+    _, _, records = fit(store_folder, tmp_path, CONFIG.model_copy(update=changes))
+    torch.manual_seed(0)
+    fresh = ToyPolicy()
+    nll = list[list[list[float]]]()  # by pass, row and token
+    for inputs, ids, mask in seen:
+        table = -fresh._logits(inputs)[0].detach().log_softmax(-1)
+        rows = zip(table, ids, mask, strict=True)
+        nll.append([[float(t[i, id]) for i, id in enumerate(own) if kept[i]] for t, own, kept in rows])
+    trained = -(-CONFIG.batch_size // 7)
+    batch, heldout = (list(chain.from_iterable(passes)) for passes in (nll[:trained], nll[trained:]))
+    assert len(batch) == CONFIG.batch_size and {len(row) for row in batch} == {1, 2}
+    assert records[0]["train_loss"] == pytest.approx(sum(map(sum, batch)) / sum(map(len, batch)), rel=1e-5)
+    assert records[0]["heldout_loss"] == pytest.approx(np.mean([np.mean(row) for row in heldout]), rel=1e-5)
 
 
 def test_value_head_is_left_alone(store_folder: Path, tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from reachrl.config.grpo import GRPOConfig
 from reachrl.errors import ConfigError, ExtensionError
 from reachrl.functional.ppo import evened, importance_weights, policy_loss, token_kl
 from reachrl.rollout.acting import decide
+from reachrl.rollout.join import join_rollouts
 from reachrl.testing.conformance_policy import check_policy
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig, given_noise
+from reachrl.testing.rewards import make_rollout
 from reachrl.types import Observation
 
 SLOTS, LOW, HIGH = 6, 0.2, 0.3
@@ -222,3 +224,14 @@ def test_the_safe_action_stands_in_for_malformed_answers():
     for row, malformed in enumerate(sample.malformed.tolist()):
         own = sample.token_ids[row].numpy() / 127.5 - 1
         np.testing.assert_allclose(actions[row], [policy.safe_action if malformed else own], atol=1e-6)
+
+
+def test_rows_that_lengthen_a_rollout_are_no_data_but_can_be_scored():
+    """Of two actors with whole episodes one is done earlier; a token id that no policy has would end the scoring."""
+    long, brief = make_rollout(num_steps=6, num_envs=2), make_rollout(num_steps=4, num_envs=1, seed=1)
+    brief = replace(brief, token_ids=brief.token_ids + 31744)
+    joined = join_rollouts([long, brief])
+    assert joined.valid.shape == (6, 3) and not joined.valid[4:, 2].any()
+    assert not (joined.success | joined.terminated | joined.truncated)[4:, 2].any()
+    assert (joined.token_ids[4:, 2] == 31744).all() and joined.token_mask[4:, 2].all()
+    assert np.array_equal(joined.token_ids[:, :2], long.token_ids)
