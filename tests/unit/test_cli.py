@@ -19,6 +19,7 @@ from rich.console import Console
 from reachrl import errors
 from reachrl.cli import app as cli
 from reachrl.cli.display import Display, format_duration
+from reachrl.cli.terminal import Terminal
 from reachrl.config.loading import config_dict, list_presets, load_config
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
 
@@ -277,7 +278,7 @@ def test_config_docs_print_the_help_above_the_key(reachrl):
     lines = reachrl("config", "toy", "--docs")[1].splitlines()
     assert lines[lines.index("gamma = 0.97") - 1] == "# Discount per decision."
     # A section that gives an inherited option another default keeps the help.
-    assert lines[lines.index("max_steps = 15") - 1].startswith("# Decisions per episode")
+    assert lines[lines.index("max_steps = 15") - 1].startswith("# Control steps")
 
 
 def test_explain_lists_each_deviation_once_with_its_reason(reachrl):
@@ -324,7 +325,7 @@ def test_a_log_file_gets_a_line_every_few_seconds_and_the_last_one():
             progress.advance(1, train_loss=loss, note=None, success="1/2")
     assert file.getvalue().splitlines() == [
         "sft: warm start",
-        "sft 2/4  train_loss 1  success 1/2  1m09s",
+        "sft 2/4  train_loss 1  success 1/2  1m09s, 1m09s left",
         "sft 4/4  train_loss 0.25  success 1/2  1m11s",
         "sft: finished in 1m11s",
     ]
@@ -342,7 +343,7 @@ def test_a_resumed_stage_counts_on_from_what_was_done():
     with display.stage("train", 10, "PPO", completed=6) as progress:
         clock.now = 10.0
         progress.advance(1)
-    assert file.getvalue().splitlines()[:2] == ["train: PPO (6/10 done)", "train 7/10  10s"]
+    assert file.getvalue().splitlines()[:2] == ["train: PPO (6/10 done)", "train 7/10  10s, 30s left"]
 
 
 def test_quiet_leaves_warnings_only():
@@ -379,6 +380,45 @@ def test_a_terminal_of_100_columns_shows_the_bar_with_its_figures():
     visible = [line.split("\x1b[2K")[-1].split("\x1b[1A")[-1] for line in frame.splitlines()]
     assert max(len(line) for line in visible if "\x1b" not in line) <= 100
     assert "a line that stays" in frame
+
+
+def test_a_terminal_of_60_columns_shows_whole_figures_or_none():
+    file = StringIO()
+    console = Console(file=file, width=60, force_terminal=True, color_system=None, legacy_windows=False)
+    with Display(console).stage("train", 30, "online RL") as progress:
+        progress.advance(12, success="47/101", success_uniform="46%", kl=0.0123, ev=0.456)
+    shown = re.split(r"[\r\n]", re.sub(r"\x1b\[[\d?;]*[a-zA-Z]", "", file.getvalue()))
+    last = [line for line in shown if "12/30" in line][-1]
+    assert max(map(len, shown)) <= 60 and "…" not in last
+    assert re.match(r"train +12/30 success 47/101 +\d:\d\d:\d\d +", last), last
+
+
+def test_a_result_on_60_columns_keeps_every_figure_whole(command_line, stages_run, tmp_path):
+    for columns in (60, 40):
+        _, out, _ = command_line("quickstart", "toy", "--run", str(tmp_path / "run"), "--quiet", columns=columns)
+        assert out.count("3/10  30 % [10, 90]") == out.count("9/10  90 % [10, 90]") == 2
+        (tmp_path / "run" / "eval").rename(tmp_path / f"eval{columns}")
+
+
+def test_a_terminal_gets_long_lists_in_pages(monkeypatch, reachrl):
+    pages = []
+    monkeypatch.setattr("rich.pager.SystemPager.show", lambda self, content: pages.append(content))
+    for height, paged in ((40, True), (4000, False)):
+        terminal = partial(Terminal, force_terminal=True, color_system=None, height=height)
+        monkeypatch.setattr("reachrl.cli.list.Terminal", terminal)
+        _, out, _ = reachrl("list")
+        assert (len(pages) == 1) == paged
+        assert all(task in (pages.pop() if pages else out) for task in ("window-open",))
+
+
+def test_options_that_another_kind_resets_are_named(reachrl):
+    _, _, err = reachrl("config", "toy", "algorithm.kind=grpo", "algorithm.group_size=4", "algorithm.target_kl=0.1")
+    [note] = err.splitlines()
+    toy, own = load_config("toy").algorithm, load_config("toy", ["algorithm.kind=grpo", "algorithm.group_size=4"])
+    assert note.startswith("note: algorithm.kind=grpo begins with its own defaults, not with what toy sets: ")
+    assert f"algorithm.lr {toy.lr} -> {own.algorithm.lr}" in note
+    assert "group_size" not in note and "target_kl" not in note  # typed
+    assert reachrl("config", "toy", "algorithm.kind=ppo", "algorithm.lr=1e-5")[2] == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (7500, "2h05m")])

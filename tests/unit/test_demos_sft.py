@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -468,6 +470,29 @@ def test_heldout_rows_are_never_trained_on(store_folder: Path, tmp_path: Path) -
     assert not trained & held
     assert len(held) == 2  # 0.2 of 12 starts
     assert len(training.train_rows) == 20 * 8  # two trajectories a start, 8 steps each
+
+
+def test_the_bar_knows_how_many_steps_are_to_come_and_where_a_resumed_training_begins(
+    store_folder, tmp_path, monkeypatch
+):
+    shown = []
+
+    class Bar(Display):
+        @contextmanager
+        def stage(self, name, total=None, description="", *, completed=0):
+            with super().stage(name, total, description, completed=completed) as stage:
+                shown.append((total, completed, stage))
+                yield stage
+
+    config = load_config("toy").model_copy(update={"sft": CONFIG, "seed": 3})
+    monkeypatch.setattr(warm_start, "new_policy", lambda config: ToyPolicy())
+    with Run.open(tmp_path / "run", config_dict(config), tensorboard=False) as run:
+        shutil.copytree(store_folder, run.demos)
+        fit(store_folder, run.sft, stop_after=20)  # its checkpoint is of step 15
+        run_sft(config, run, Bar(quiet=True))
+        [(total, completed, stage)] = shown
+        assert (total, completed, stage.completed) == (60, 15, 60)
+        assert [record["step"] for record in run.metrics.read("sft")] == list(range(16, 61))
 
 
 def test_no_epochs_keep_the_policy_as_it_is(tmp_path):

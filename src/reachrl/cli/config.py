@@ -27,9 +27,11 @@ def config(
     ] = False,
 ) -> None:
     """Print the resolved configuration as TOML; a copy of it is a preset of your own."""
-    from reachrl.config.loading import config_dict, load_config
+    from reachrl.config.loading import config_dict, load_config, reset_by_kind
 
     resolved = load_config(preset, overrides or [])
+    for note in reset_by_kind(preset, overrides or [], resolved):
+        say(f"note: {note}", err=True)
     console = Terminal()
     if explain:
         console.print(_deviations(preset, overrides or []))

@@ -22,6 +22,8 @@ from reachrl.cli.terminal import Terminal
 
 Field = str | int | float | bool | None
 PLAIN_INTERVAL_S = 5.0
+_WIDE = 100  # characters from which there is room for a description and a bar
+_LABEL, _BAR = 28, 12
 
 
 class StageProgress:
@@ -34,7 +36,8 @@ class StageProgress:
         self._display = display
         self._task = task
         self._started = self._last_line = display.clock()
-        self._text = ""
+        self._begun_with = completed
+        self._figures: list[str] = []
 
     def advance(self, n: int = 1, **fields: Field) -> None:
         """Count `n` more units of work and show the newest figures.
@@ -45,7 +48,7 @@ class StageProgress:
         """
         self.completed += n
         if fields:
-            self._text = format_fields(fields)
+            self._figures = format_fields(fields)
         self._display.show(self, self._task)
 
     def log(self, text: str) -> None:
@@ -66,9 +69,19 @@ class StageProgress:
         return self._display.clock() - self._started
 
     @property
-    def text(self) -> str:
-        """The newest figures as one string."""
-        return self._text
+    def left_s(self) -> float | None:
+        """Seconds left at the speed so far; None where the total is unknown, or nothing was done yet or is left."""
+        done = self.completed - self._begun_with
+        if self.total is None or done <= 0 or self.completed >= self.total:
+            return None
+        return self.elapsed_s / done * (self.total - self.completed)
+
+    def text(self, width: int | None = None) -> str:
+        """The newest figures as one string; of those that do not fit into `width` characters the last are left out."""
+        figures = list(self._figures)
+        while width is not None and figures and len("  ".join(figures)) > width:
+            figures.pop()
+        return "  ".join(figures)
 
 
 class Display:
@@ -112,7 +125,8 @@ class Display:
             self._progress.start()
         task = None
         if self._progress is not None:
-            task = self._progress.add_task(label, total=total, completed=completed, figures="")
+            short = label if self.console.width >= _WIDE else name
+            task = self._progress.add_task(short, total=total, completed=completed, figures="")
         elif not self.quiet:
             self._print(f"{label} ({completed}/{total} done)" if completed else label)
         stage = StageProgress(self, name, total, completed, task)
@@ -130,11 +144,15 @@ class Display:
     def show(self, stage: StageProgress, task: TaskID | None) -> None:
         """Refresh a stage's bar, or print its plain line if one is due."""
         if self._progress is not None and task is not None:
-            self._progress.update(task, completed=stage.completed, figures=stage.text)
+            width = figures_width(self.console.width, stage.name, stage.total)
+            self._progress.update(task, completed=stage.completed, figures=stage.text(width))
         elif not self.quiet and stage.due(self._interval_s):
             count = f"{stage.completed}/{stage.total}" if stage.total is not None else str(stage.completed)
+            left = "" if stage.left_s is None else f", {format_duration(stage.left_s)} left"
             self._print(
-                "  ".join(filter(None, [f"{stage.name} {count}", stage.text, format_duration(stage.elapsed_s)]))
+                "  ".join(
+                    filter(None, [f"{stage.name} {count}", stage.text(), format_duration(stage.elapsed_s) + left])
+                )
             )
 
     def log(self, text: str, style: str = "") -> None:
@@ -177,13 +195,21 @@ class _DisplayHandler(logging.Handler):
         self._display._print(level + self.format(record), self.STYLES.get(record.levelno, ""))
 
 
+def figures_width(width: int, name: str, total: int | None) -> int:
+    """Characters that are left for figures beside the other columns of `_progress_bars`, which come first."""
+    what, bar = (_LABEL, _BAR) if width >= _WIDE else (len(name), 0)
+    count = 2 * len(str(total or 0)) + 1
+    return width - what - bar - count - len("0:00:00") - len("0:00:00") - 6  # a blank between columns, one to spare
+
+
 def _progress_bars(console: Console) -> Progress:
-    """Columns that fit 100 characters: what, bar, count, figures, time gone, time left."""
+    """What, bar, count, figures, time gone, time left; on narrow terminals the stage's name alone, and no bar."""
+    wide = console.width >= _WIDE
     return Progress(
         TextColumn(
-            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=_LABEL)
         ),
-        BarColumn(bar_width=12),
+        *([BarColumn(bar_width=_BAR)] if wide else []),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn(
             "{task.fields[figures]}",
@@ -200,14 +226,14 @@ def _progress_bars(console: Console) -> Progress:
     )
 
 
-def format_fields(fields: dict[str, Field]) -> str:
-    """Write figures as `name value`, floats with three significant digits."""
+def format_fields(fields: dict[str, Field]) -> list[str]:
+    """Write each figure as `name value`, floats with three significant digits."""
     shown = []
     for name, value in fields.items():
         if value is None:
             continue
         shown.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
-    return "  ".join(shown)
+    return shown
 
 
 def format_duration(seconds: float) -> str:

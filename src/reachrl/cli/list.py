@@ -1,5 +1,6 @@
 """`reachrl list`: presets, tasks and kinds that a configuration can name."""
 
+from contextlib import nullcontext
 from enum import StrEnum
 from typing import Annotated
 
@@ -18,12 +19,14 @@ class What(StrEnum):
 
 
 def list_(what: Annotated[What | None, typer.Argument(help="Only these.", show_default="all")] = None) -> None:
-    """List presets, tasks with their instructions, and the kinds of every extension point."""
+    """List presets, tasks with their instructions, and the kinds of every extension point; a terminal gets pages."""
     console = Terminal()
     tables = {What.presets: (_presets,), What.tasks: (_tasks, _libero_tasks), What.kinds: (_kinds,)}
-    for name, found in tables.items():
-        for table in found if what in (None, name) else ():
-            console.print(table())
+    shown = [table() for name, found in tables.items() if what in (None, name) for table in found]
+    rows = sum(table.row_count + 3 for table in shown)  # with title, columns and a blank line
+    with console.pager(styles=True) if console.is_terminal and rows > console.height else nullcontext():
+        for table in shown:
+            console.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,9 +1,12 @@
 """The result of a run as a small table, and where its report is."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from reachrl.cli.terminal import Terminal
@@ -26,18 +29,15 @@ def show_evaluations(run_dir: Path) -> None:
     )
     if any(before.get(mode, {}).get("per_task", {}).keys() != after[mode]["per_task"].keys() for mode in after):
         raise StorageError(f"{run_dir / 'eval'}: before.json and after.json hold other modes or tasks; {remedy}")
-    table = Table(title="Success on held-out start states", title_justify="left", title_style="bold", pad_edge=False)
-    for column in ("", "before", "after"):
-        table.add_column(column, no_wrap=True)
     modes = list(after)
-    for mode in modes:
-        table.add_row(f"all tasks, {mode}", success(before[mode]), success(after[mode]), style="bold")
-    table.add_section()
+    totals = [(f"all tasks, {mode}", success(before[mode]), success(after[mode])) for mode in modes]
     labels = task_labels(list(after[modes[0]]["per_task"]), _LABEL_LENGTH)
-    for task, record in after[modes[0]]["per_task"].items():
-        table.add_row(f"{labels[task]}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
+    tasks = [
+        (f"{labels[task]}, {modes[0]}", success(before[modes[0]]["per_task"][task]), success(record))
+        for task, record in after[modes[0]]["per_task"].items()
+    ]
     console = Terminal()
-    console.print(table)
+    print_figures(console, "Success on held-out start states", ("before", "after"), totals, tasks)
     for line in _paired_lines(before, after):
         console.print(line, soft_wrap=True, highlight=False)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
@@ -66,27 +66,54 @@ def show_result(result: dict[str, Any] | None, folder: Path) -> None:
     if result is None:
         console.print(f"This shard is done; the one that ends last writes {folder / 'result.json'}", soft_wrap=True)
         return
-    table = Table(
-        title=f"Success, protocol {result['protocol']}", title_justify="left", title_style="bold", pad_edge=False
-    )
-    table.add_column("")
-    for mode in result["modes"]:
-        table.add_column(mode, no_wrap=True)
     records = list(result["modes"].values())
-    table.add_row("all tasks", *map(success, records), style="bold")
+    totals = [("all tasks", *map(success, records))]
     first = next(iter(result["modes"]))
     tests = result["against_headline"]
     if tests:
-        table.add_row(f"against {first}, same starts", *(paired(tests.get(mode)) for mode in result["modes"]))
-    table.add_section()
+        totals.append((f"against {first}, same starts", *(paired(tests.get(mode)) for mode in result["modes"])))
     labels = task_labels(list(records[0]["per_task"]), _LABEL_LENGTH)
-    for task, label in labels.items():
-        table.add_row(label, *(success(record["per_task"][task]) for record in records))
-    console.print(table)
+    tasks = [(label, *(success(record["per_task"][task]) for record in records)) for task, label in labels.items()]
+    print_figures(console, f"Success, protocol {result['protocol']}", tuple(result["modes"]), totals, tasks)
     console.print("k/n, rate and 95 % Wilson interval.")
     _print_caveats(result["caveats"])
     page = (folder / "result.html").resolve()
     console.print(f"Page: {page}", soft_wrap=True, highlight=False)
+
+
+def print_figures(
+    console: Console,
+    title: str,
+    columns: Sequence[str],
+    totals: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[str]],
+) -> None:
+    """Print a table of figures; where the terminal is too narrow for it, each figure on a line of its own, whole.
+
+    Args:
+        console: Where.
+        title: Stands above it.
+        columns: Names of the columns of figures.
+        totals: A label and a figure for each column; in bold, above the others.
+        rows: The same, one a task.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("", *columns):
+        table.add_column(column, no_wrap=True)
+    for row in totals:
+        table.add_row(*row, style="bold")
+    table.add_section()
+    for row in rows:
+        table.add_row(*row)
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    if wanted <= console.width:
+        console.print(table)
+        return
+    console.print(title, style="bold")
+    for label, *figures in (*totals, *rows):
+        console.print(label, soft_wrap=True)
+        for column, figure in zip(columns, figures, strict=True):
+            console.print(f"  {column:<{max(map(len, columns))}}  {figure}", soft_wrap=True, highlight=False)
 
 
 def _print_caveats(caveats: list[str]) -> None:

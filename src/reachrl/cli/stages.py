@@ -62,7 +62,7 @@ def run_command(
     Raises:
         typer.Exit: 130 after Ctrl-C, once the user knows how to resume.
     """
-    from reachrl.config.loading import load_config
+    from reachrl.config.loading import load_config, reset_by_kind
 
     torchrun.check()
     preset, overrides = named_preset(preset, overrides, run, source and _run_of(source))
@@ -70,6 +70,8 @@ def run_command(
     run_dir = run or Path("runs") / Path(preset).stem
     follower = torchrun.rank() > 0  # the leader speaks for all
     with interruptible(quiet or follower, run_dir) as display:
+        for note in reset_by_kind(preset, overrides, config):
+            display.log(f"note: {note}")
         if source is not None and not follower:
             from reachrl.pipeline.branch import branch
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from reachrl.config.base import Section
 from reachrl.config.env import EnvSection
 from reachrl.config.marks import Affects, affecting
 from reachrl.config.named_code import check_names, trust_names
-from reachrl.config.overrides import apply_override, parsed_overrides
+from reachrl.config.overrides import apply_override, is_another_kind, parsed_overrides
 from reachrl.config.preset_files import PRESETS, merged_layers
 from reachrl.config.problems import problems_of_section
 from reachrl.config.reward_model import RewardModelSection
@@ -73,6 +74,35 @@ def load_config(preset: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
     trust_names(typed)
     check_names(data, where=preset)
     return validate(data, where=preset)
+
+
+def reset_by_kind(preset: str, overrides: Sequence[str] | Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """What a change of `kind` among the overrides has reset, in words: options that the preset sets otherwise.
+
+    Args:
+        preset: its name or its file.
+        overrides: as for `load_config`.
+        config: what `load_config` made of both.
+    """
+    data, _ = merged_layers(preset)
+    typed = dict(parsed_overrides(overrides))
+    notes: list[str] = []
+    for key in KIND_SECTIONS:
+        before, kind = as_section(data.get(key)), typed.get(f"{key}.kind")
+        if not before or not is_another_kind(before, kind):
+            continue
+        now = config_dict(getattr(config, key))
+        reset = [
+            f"{key}.{name} {shown_value(before[name])} -> {shown_value(now[name])}"
+            for name in sorted((before.keys() & now.keys()) - {"kind"})
+            if f"{key}.{name}" not in typed and before[name] != now[name]
+        ]
+        if reset:
+            notes.append(
+                f"{key}.kind={kind} begins with its own defaults, not with what {Path(preset).stem} sets: "
+                f"{', '.join(reset)}"
+            )
+    return notes
 
 
 def validate(data: dict[str, Any], *, where: str) -> TrainConfig:

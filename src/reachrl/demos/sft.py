@@ -61,6 +61,7 @@ def train_sft(
     seed: int,
     folder: Path,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
 ) -> SFTResult:
     """Fit the policy to the expert's action tokens; ends with the best held-out weights in `policy`.
 
@@ -76,6 +77,7 @@ def train_sft(
         on_step: called after each step with `kind`, `step`, `train_loss`, `lr`, `grad_norm`, and after an evaluation
             `changed_weights`, `heldout_loss`, `token_accuracy`, `action_error`. Steps since the last checkpoint
             come again on resumption.
+        on_start: called once before the first step with the steps already done and the steps in all.
 
     Raises:
         ConfigError: the policy takes cameras or a state that the demonstrations do not hold.
@@ -91,6 +93,8 @@ def train_sft(
     if (result := training.finished()) is not None:
         return result
     training.resume()
+    if on_start is not None:
+        on_start(training.step, training.steps)
     while training.step < training.steps:
         record = training.train_step()
         if on_step is not None:

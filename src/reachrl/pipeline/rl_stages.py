@@ -148,6 +148,7 @@ def _showing(progress: StageProgress) -> Callback:
             1,
             success=f"{record['success_k']}/{record['success_n']}",
             success_uniform=None if uniform is None else f"{100 * uniform:.0f}%",
+            policy="warming up the critic" if record.get("warming_up") else None,
             kl=record.get("kl"),  # none while only a critic trains
             ev=record.get("explained_variance"),
         )

@@ -1,12 +1,13 @@
 """Stages `demos` and `sft`: expert demonstrations, then supervised fine-tuning on them."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from reachrl.backends.policy_loading import new_policy
 from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
-from reachrl.pipeline.base import Display
+from reachrl.pipeline.base import Display, StageProgress
 from reachrl.run.directory import Run
 
 
@@ -40,19 +41,22 @@ def run_sft(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
         display.log("sft: nothing to fit, the policy is kept as it is, its critic too")
         policy.save_pretrained(run.sft / "policy")
         return {"steps": 0}
-    last = 0
-    with display.stage("sft", None, "next-token loss of action tokens") as progress:
+    shown: list[StageProgress] = []
+    with ExitStack() as stack:
+
+        def begin(done: int, total: int) -> None:
+            # Steps after the checkpoint that a killed training resumes from come again.
+            run.metrics.truncate_after("sft", "step", done)
+            stage = display.stage("sft", total, "next-token loss of action tokens", completed=done)
+            shown.append(stack.enter_context(stage))
 
         def show(record: dict[str, Any]) -> None:
-            nonlocal last
-            if last == 0:  # steps after the checkpoint that a killed training resumes from come again
-                run.metrics.truncate_after("sft", "step", record["step"] - 1)
             run.log({"kind": "sft"} | record)
-            figures = {key: value for key, value in record.items() if key.endswith("loss")}
-            progress.advance(int(record["step"]) - last, **figures)
-            last = int(record["step"])
+            shown[0].advance(1, **{key: value for key, value in record.items() if key.endswith("loss")})
 
-        result = train_sft(policy, run.demos, config.sft, seed=config.seed, folder=run.sft, on_step=show)
+        result = train_sft(
+            policy, run.demos, config.sft, seed=config.seed, folder=run.sft, on_step=show, on_start=begin
+        )
     return {
         "steps": result.steps,
         "best_step": result.best_step,
