@@ -2,8 +2,10 @@
 
 import math
 import mmap
+import os
+import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -81,3 +83,10 @@ def _parts(num_envs: int, shown: Shown) -> list[tuple[str, tuple[int, ...], np.d
 
 def _aligned(offset: int) -> int:
     return (offset + 15) // 16 * 16
+
+
+def anonymous_file() -> IO[bytes]:
+    """An unnamed file, which the system removes however this process ends."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("reachrl"), "r+b")
+    return tempfile.TemporaryFile()

@@ -1,11 +1,9 @@
 """`N` environments stepped together, one process each; lost workers are replaced, not fatal."""
 
-import os
-import tempfile
 import time
 import weakref
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -14,7 +12,7 @@ from reachrl import errors
 from reachrl.config.env import EnvSection
 from reachrl.envs.base import Shown
 from reachrl.envs.batch import EnvBatch, check_finite, is_batched
-from reachrl.envs.shared_arrays import SharedArrays
+from reachrl.envs.shared_arrays import SharedArrays, anonymous_file
 from reachrl.registry import resolve, send
 from reachrl.run.cores import available_cores
 from reachrl.types import EnvStep, Observation, Split, Start
@@ -43,7 +41,7 @@ class VectorEnv(EnvBatch):
         self.num_envs = num_envs
         self.lost_episodes = 0
         self._config = config
-        self._memory = memory = _anonymous_file()  # it gets its size when the workers have said what they show
+        self._memory = memory = anonymous_file()  # it gets its size when the workers have said what they show
         self._code = send("envs", config.kind)
         self._workers: list[WorkerProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._workers, memory)
@@ -283,13 +281,6 @@ def _too_late(config: EnvSection, timeout_s: float) -> str:
 
 def _hung(timeout_s: float) -> str:
     return f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)"
-
-
-def _anonymous_file() -> IO[bytes]:
-    """An unnamed file, which the system removes however this process ends."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("reachrl"), "r+b")
-    return tempfile.TemporaryFile()
 
 
 def _packed(start: Start) -> tuple[str, str, int]:
