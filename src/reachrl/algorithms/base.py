@@ -163,6 +163,12 @@ def valid_rows(rollout: Rollout) -> Int64[Tensor, "B"]:
     return torch.from_numpy(np.flatnonzero(rollout.valid))
 
 
+def rows_to_score(rollout: Rollout, *, all_rows: bool) -> np.ndarray:
+    """Rows of the rollout to score: all where values of rows that are no data end the steps before them."""
+    rows = np.arange(rollout.valid.size) if all_rows else np.flatnonzero(rollout.valid)
+    return rows if len(rows) else np.arange(rollout.valid.size)
+
+
 def engine_kl(rollout: Rollout, scored: Scored) -> float:
     """KL(sampler || learner) in nats per action token; NaN without a valid decision."""
     old, behaviour, mask = (

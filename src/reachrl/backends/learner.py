@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from reachrl.algorithms.base import Stats, engine_kl, new_algorithm
+from reachrl.algorithms.base import Stats, engine_kl, new_algorithm, rows_to_score
 from reachrl.backends import sharding
 from reachrl.backends.base import Done, Pending, SharedWeights
 from reachrl.backends.group import Group
@@ -99,7 +99,7 @@ class LocalLearner:
         self._inputs = None  # the last iteration's features go before this one's come
         steps, envs = rollout.valid.shape
         with_values = self.config.needs.values
-        self._scored = _rows_to_score(rollout, all_rows=with_values)
+        self._scored = rows_to_score(rollout, all_rows=with_values)
         flat = rollout.decisions()
         if len(self._scored) < len(flat):  # all of them need no copy
             flat = flat.rows(self._scored)
@@ -284,12 +284,6 @@ class LocalLearner:
             return lambda rows: cached.rows((places[rows] - first).clamp(0, last))
         flat = rollout.decisions()
         return lambda rows: self.policy.encode(flat.rows(keep[rows].numpy()))
-
-
-def _rows_to_score(rollout: Rollout, *, all_rows: bool) -> np.ndarray:
-    """Rows of the rollout to score: all where values of rows that are no data end the steps before them."""
-    rows = np.arange(rollout.valid.size) if all_rows else np.flatnonzero(rollout.valid)
-    return rows if len(rows) else np.arange(rollout.valid.size)
 
 
 def new_learner(config: TrainConfig, policy: Policy, group: Group, whole: Policy | None = None) -> LocalLearner:
