@@ -122,6 +122,7 @@ def _result(config: TrainConfig, folder: Path, *, stopped: bool) -> TrainResult:
         metrics=read_metrics(folder / "metrics.jsonl", "train"),
         before=evaluations("before"),
         after=evaluations("after"),
+        best=evaluations("best"),
         policy_folder=latest / "policy" if stopped and latest is not None else folder / "policy",
         device=config.device,
     )

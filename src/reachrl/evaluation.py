@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from reachrl.backends.base import Evaluator, Pending, Weights
 from reachrl.config.env import EnvSection
 from reachrl.config.evaluation import EvalSection, mode_temperature
 from reachrl.config.marks import Affects, affecting
@@ -84,44 +83,6 @@ def evaluate(
     """
     player = player_at(mode_temperature(mode), policy, envs, seed=config.seed)
     return EvalResult(mode=mode, episodes=tuple(player.play(starts, record=record, on_episode=on_episode)))
-
-
-class ValidationCurve:
-    """Success on validation starts during training, one point every `eval.during_every` versions of the weights.
-
-    Choosing a checkpoint or an option by these points also selects by chance. The final evaluation is unaffected: it
-    has other starts and other noise.
-
-    Args:
-        config: the run's.
-        evaluator: plays the episodes; None disables the curve.
-        log: takes the records.
-    """
-
-    def __init__(self, config: TrainConfig, evaluator: Evaluator | None, log: Callable[[dict[str, Any]], None]) -> None:
-        self._config, self._evaluator, self._log = config, evaluator, log
-        self._last: int | None = None
-        self._pending: Pending[list[PlayedEpisode]] | None = None
-
-    def begin(self, weights: Weights) -> None:
-        """Begin a point if these weights are due; the last one is finished first."""
-        every, options = self._config.eval.during_every, self._config.eval
-        if self._evaluator is None or not every or weights.version % every or weights.version == self._last:
-            return
-        self.finish()
-        self._last = weights.version
-        starts = validation_starts(self._config.env, options)
-        self._pending = self._evaluator.play(weights, starts, options.modes[0])
-
-    def finish(self) -> None:
-        """Wait for the point that is under way, and log it."""
-        if self._pending is None:
-            return
-        mode = self._config.eval.modes[0]
-        record = EvalResult(mode=mode, episodes=tuple(self._pending.result())).record()
-        self._pending = None
-        figures = {key: value for key, value in record.items() if key != "episodes"}
-        self._log({"kind": "validation", "iteration": self._last, "mode": mode} | figures)
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> PairedTest:

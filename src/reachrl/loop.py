@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from reachrl.backends.base import Pending, Workers
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import ExtensionError, StopTraining
-from reachrl.evaluation import ValidationCurve
 from reachrl.iteration_record import metrics, warn_of_engine_gap, warn_of_lost_steps
 from reachrl.registry import resolve
 from reachrl.rewards.audit import RewardAudit
@@ -21,6 +21,7 @@ from reachrl.run.directory import Run
 from reachrl.run.spans import Timelines
 from reachrl.training_checkpoint import Checkpointed, TrainState, checkpoint_due, restore, save
 from reachrl.types import Rewards, Rollout
+from reachrl.validation import ValidationCurve
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def train(
     with `collect_ahead`, after the rollout in flight. A checkpoint is then written.
 
     Returns:
-        How far it came: `config.num_iterations` unless a callback stopped it.
+        How far it came: `config.num_iterations` unless a callback or `eval.patience` stopped it.
 
     Raises:
         DivergedError: a loss, gradient or weight is not finite; nothing of that iteration is saved.
@@ -57,22 +58,24 @@ def train(
     """
     actors, learner = workers.actors, workers.learner
     audit = RewardAudit(config.audit, run.videos)
-    parts = Checkpointed(actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum)
+    validation = ValidationCurve(config, workers.evaluator, run.metrics.log, run.checkpoints)
+    parts = Checkpointed(
+        actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum, validation=validation
+    )
     state = restore(run, parts)
     run.forget_spans()
-    validation = ValidationCurve(config, workers.evaluator, run.metrics.log)
 
     def collect() -> Pending[Rollout]:
         with run.span("sync"):
             weights = learner.export_weights()
             actors.load_weights(weights)
         with run.span("evaluate"):
-            validation.begin(weights)
+            validation.begin(weights, lambda folder: learner.save_policy(folder))
         with run.span("rollout"):
             return actors.collect(curriculum.draw, config.rollout.num_steps)
 
     ahead: Pending[Rollout] | None = None
-    stopping = ended = False
+    stopping = ended = validation.exhausted
     timelines = Timelines()
     while state.iteration < config.num_iterations and not ended:
         collecting = ahead or collect()
@@ -101,7 +104,7 @@ def train(
             warn_of_lost_steps(state, stats)
         curriculum.observe(rollout.episodes)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
-        stopping |= asked_to_stop(callbacks, run.log(record))
+        stopping |= asked_to_stop(callbacks, run.log(record)) or validation.exhausted
         ended = stopping and ahead is None
         timelines.note(state.iteration, run.spans.take(), workers.take_spans())
         due, state = ended or checkpoint_due(config, state), state.advance(rollout)
@@ -109,8 +112,23 @@ def train(
             validation.finish()
             audit.finish()
             run.write_timeline(*timelines.typical(ahead=config.collect_ahead), actors.balance())
-            save(run, state, parts, keep=config.keep_checkpoints)
-    return state
+            save(run, state, parts, config)
+            ended |= validation.exhausted
+    return finish_validation(config, state, parts)
+
+
+def finish_validation(config: TrainConfig, state: TrainState, parts: Checkpointed) -> TrainState:
+    """Judge the weights that training ended with, unless a callback ended it: then it goes on another time."""
+    exhausted = parts.validation.exhausted
+    if config.eval.during_every and (exhausted or state.iteration == config.num_iterations):
+        parts.validation.judge_last(parts.learner.export_weights(), lambda folder: parts.learner.save_policy(folder))
+    if not exhausted or state.iteration == config.num_iterations:
+        return state
+    log.info(
+        "training ends after %d of %d iterations: %d evaluations in a row were not better than those before "
+        "(eval.patience)", state.iteration, config.num_iterations, config.eval.patience,
+    )  # fmt: skip
+    return replace(state, ended_early=True)
 
 
 def learn(

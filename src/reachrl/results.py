@@ -100,6 +100,9 @@ class TrainResult:
     first; empty for a stopped run."""
     after: dict[str, EvaluationResult]
     """The trained policy on the same starts; empty for a stopped run."""
+    best: dict[str, EvaluationResult]
+    """The weights that did best on validation starts, on the same starts; empty where none were chosen (without
+    `eval.during_every`), or where they are the last."""
     policy_folder: Path
     """The policy: `RUN/policy`, or that of the last checkpoint of a stopped run."""
     device: str

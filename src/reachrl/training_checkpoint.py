@@ -12,9 +12,16 @@ from reachrl.errors import CheckpointError
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
-from reachrl.run.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
+from reachrl.run.checkpoint import (
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from reachrl.run.directory import Run
 from reachrl.types import Rollout
+from reachrl.validation import ValidationCurve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,8 @@ class TrainState:
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
+    ended_early: bool = False
+    """Whether `eval.patience` ended training before the last iteration."""
 
     def advance(self, rollout: Rollout) -> "TrainState":
         """The state after one more iteration."""
@@ -44,15 +53,18 @@ class Checkpointed:
     reward: Reward
     audit: RewardAudit
     curriculum: TaskSampler
+    validation: ValidationCurve
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each part, JSON-ready; the learner's is in files of its own."""
-        return {name: getattr(self, name).state_dict() for name in ("actors", "reward", "audit", "curriculum")}
+        names = ("actors", "reward", "audit", "curriculum", "validation")
+        return {name: getattr(self, name).state_dict() for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore each part; the actors last, as they replay the running episodes."""
-        for name in ("curriculum", "audit", "reward", "actors"):
-            getattr(self, name).load_state_dict(state[name])
+        for name in ("curriculum", "audit", "reward", "validation", "actors"):
+            if name in state or name != "validation":  # which checkpoints of earlier versions do not have
+                getattr(self, name).load_state_dict(state[name])
 
 
 def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:
@@ -61,14 +73,16 @@ def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:
     return done % config.checkpoint_every == 0 or done == config.num_iterations
 
 
-def save(run: Run, state: TrainState, checkpointed: Checkpointed, *, keep: int) -> None:
+def save(run: Run, state: TrainState, checkpointed: Checkpointed, config: TrainConfig) -> None:
     """Write one complete checkpoint: weights, optimiser, running episodes, reward, curriculum, counters."""
 
     def fill(folder: Path) -> None:
         checkpointed.learner.save(folder)
         write_json_atomic(folder / "state.json", {"train": asdict(state)} | checkpointed.state_dict())
 
-    save_checkpoint(run.checkpoints, state.iteration, fill, keep=keep)
+    there = [checkpoint_step(folder) for folder in list_checkpoints(run.checkpoints)]
+    protected = checkpointed.validation.best_of(there, config.keep_best_checkpoints)
+    save_checkpoint(run.checkpoints, state.iteration, fill, keep=config.keep_checkpoints, protected=protected)
 
 
 def restore(run: Run, checkpointed: Checkpointed) -> TrainState:

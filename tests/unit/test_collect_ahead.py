@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 from toy_policy import toy_config, toy_policy
 
-from reachrl.evaluation import ValidationCurve
 from reachrl.loop import train
 from reachrl.registry import build
 from reachrl.rewards.task import TaskReward
 from reachrl.run.directory import Run
 from reachrl.run.spans import Span, Timelines
+from reachrl.validation import ValidationCurve
 
 OPTIONS = (
     "num_iterations=6",

@@ -11,7 +11,7 @@ from reachrl.cli.display import Display
 from reachrl.config.train import EvalSection
 from reachrl.demos.shard import iter_shard
 from reachrl.envs.vector import VectorEnv
-from reachrl.evaluation import ValidationCurve, compare, evaluate, heldout_starts, protocol_hash
+from reachrl.evaluation import compare, evaluate, heldout_starts, protocol_hash
 from reachrl.functional.stats import wilson
 from reachrl.pipeline.rl_stages import policy_trajectories
 from reachrl.registry import build
@@ -19,6 +19,7 @@ from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.directory import Run
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, Start
+from reachrl.validation import ValidationCurve
 
 CONFIG = EvalSection(num_starts=4, seed=11)
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from reachrl.backends.background import BackgroundEvaluator
 from reachrl.backends.base import Backend, Done, Pending, SharedWeights, Weights, Workers
 from reachrl.backends.data_parallel import LeadingLearner, follow
 from reachrl.backends.group import Group
@@ -225,10 +226,17 @@ class LocalBackend(Backend):
             needs=config.algorithm.needs,
             max_steps=config.env.max_steps,
         )
+        background = None
+        if config.eval.during_every and self.config.evaluator_envs:
+            background = BackgroundEvaluator(config)
         try:
             learner = own if group.alone else LeadingLearner(own, group, shown=actors.groups[0].shown)
-            yield Workers(actors=actors, learner=learner, evaluator=LocalEvaluator(whole or policy, config))
+            yield Workers(
+                actors=actors, learner=learner, evaluator=background or LocalEvaluator(whole or policy, config)
+            )
         finally:
+            if background is not None:
+                background.close()
             actors.close()
         learner.close()
 

@@ -76,7 +76,7 @@ def eval_(
 
     with interruptible(quiet, measurement.out) as display:
         if checkpoint is not None and policy is not None:
-            done = int(policy.parent.name.removeprefix("step_"))
+            done = checkpoint_iteration(policy.parent)
             display.log(f"checkpoint {policy.parent.name}: {done} of {measurement.config.num_iterations} iterations")
         result = measure(measurement, display)
     show_result(result, measurement.out)
@@ -102,17 +102,30 @@ def chosen_checkpoint(run: Path, which: str) -> Path:
     if which == "latest":
         return kept[max(kept)]
     if which == "best":
+        if (run / "checkpoints" / "best" / "policy").is_dir():
+            return run / "checkpoints" / "best"
         curve = {record["iteration"]: record["rate"] for record in read_metrics(run / "metrics.jsonl", "validation")}
         judged = {step: curve[step] for step in kept if step in curve}
         if not judged:
             raise ConfigError(
-                f"{run}: no checkpoint was judged on validation starts ({there}); best needs eval.during_every, with "
-                "checkpoint_every a multiple of it. Use --checkpoint latest"
+                f"{run}: no checkpoint was judged on validation starts ({there}); best needs training with "
+                "eval.during_every. Use --checkpoint latest"
             )
         return kept[max(judged, key=lambda step: (judged[step], step))]
     if not which.isdecimal() or int(which[:9]) not in kept:
         raise ConfigError(f"--checkpoint {which}: expected latest, best or an iteration; {there}")
     return kept[int(which)]
+
+
+def checkpoint_iteration(folder: Path) -> int:
+    """The iterations that the weights of a checkpoint, or of `checkpoints/best`, were trained for."""
+    from reachrl.run.checkpoint import checkpoint_step
+    from reachrl.run.records import BestPoint, read_record
+
+    if folder.name != "best":
+        return checkpoint_step(folder)
+    point = read_record(folder / "validation.json", BestPoint, remedy="use --checkpoint latest")
+    return int(point["iteration"])
 
 
 def _measurement(

@@ -12,7 +12,7 @@ from rich.table import Table
 from reachrl.cli.terminal import Terminal
 from reachrl.errors import StorageError
 from reachrl.report.formats import task_labels
-from reachrl.run.records import EvalStage, WholeEvaluation, read_record
+from reachrl.run.records import BestPoint, EvalStage, WholeEvaluation, read_record
 
 _LABEL_LENGTH = 34  # leaves room for two columns of figures on 100
 
@@ -38,7 +38,7 @@ def show_evaluations(run_dir: Path) -> None:
     ]
     console = Terminal()
     print_figures(console, "Success on held-out start states", ("before", "after"), totals, tasks)
-    for line in _paired_lines(before, after):
+    for line in [*_paired_lines(before, after), *_best_lines(run_dir, after)]:
         console.print(line, soft_wrap=True, highlight=False)
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
     stages = read_record(run_dir / "stages.json", EvalStage, remedy="delete it and run the stages again")
@@ -53,6 +53,23 @@ def _paired_lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     pairs = [(f"before and after, {mode}", before[mode], after[mode]) for mode in after]
     pairs += [(f"after, {first} and {mode}", after[first], after[mode]) for mode in others]
     return [f"{name}: {paired(asdict(compare(*records)))}" for name, *records in pairs if records[0].get("episodes")]
+
+
+def _best_lines(run_dir: Path, after: dict[str, Any]) -> list[str]:
+    """The weights that validation chose, on the same starts, where they are not the last."""
+    file = run_dir / "eval" / "best.json"
+    if not file.is_file():
+        return []
+    from reachrl.evaluation import compare
+
+    best = read_record(file, WholeEvaluation, remedy="delete it and evaluate again")
+    point = read_record(run_dir / "checkpoints" / "best" / "validation.json", BestPoint, remedy=f"delete {file}")
+    return [
+        f"best by validation (iteration {point['iteration']}), {mode}: {success(best[mode])}; against the last: "
+        f"{paired(asdict(compare(after[mode], best[mode])))}"
+        for mode in after
+        if mode in best
+    ]
 
 
 def show_result(result: dict[str, Any] | None, folder: Path) -> None:

@@ -30,6 +30,9 @@ class LocalBackendConfig(BackendSection):
     """One process, or as many learners as `torchrun` starts."""
 
     kind: Literal["local"] = "local"  # pyright: ignore[reportIncompatibleVariableOverride]
+    evaluator_envs: Annotated[int, Field(ge=0), Affects.SPEED] = 0
+    """Environments of a process that evaluates beside training with a copy of the policy, on cores that training leaves
+    idle (`eval.during_every`); 0: training waits while its own process evaluates."""
 
 
 class RayBackendConfig(BackendSection):

@@ -71,6 +71,9 @@ class EvalSection(Section):
     during_starts: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 10
     """Validation start states per task of those; the first ones of a set that neither training nor the final evaluation
     uses."""
+    patience: Annotated[Annotated[int, Field(ge=1)] | None, Affects.TRAINING | Affects.FUTURE] = None
+    """Training ends early once so many of those evaluations in a row were not better than all before them. None: it
+    never does."""
     num_videos: Annotated[int, Field(ge=0), Affects.SPEED] = 3
     """Tasks whose first held-out episode is recorded before and after."""
 

@@ -52,7 +52,10 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=1), Affects.TRAINING | Affects.FUTURE] = 5
     """Iterations between checkpoints; one is always written at the end."""
     keep_checkpoints: Annotated[int, Field(ge=1), Affects.SPEED] = 2
-    """Checkpoints kept on disk."""
+    """Newest checkpoints kept on disk."""
+    keep_best_checkpoints: Annotated[int, Field(ge=0), Affects.SPEED] = 0
+    """Checkpoints kept beside those, for their success on validation starts (`eval.during_every`): the highest. The
+    weights of the best point alone are kept in `checkpoints/best` anyway."""
     collect_ahead: Annotated[bool, Affects.TRAINING | Affects.FUTURE] = False
     """Collect the next rollout while the learner works on the last one. Its weights are then one update old, which
     `algorithm.importance_cap` must correct for; before a checkpoint they never are."""
@@ -105,6 +108,18 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _the_backend_can_do_it(self) -> Self:
         backend = self.backend
+        if isinstance(backend, LocalBackendConfig) and backend.evaluator_envs:
+            if backend.sharding == "full":
+                raise ValueError(
+                    "backend.evaluator_envs plays with a copy of the whole policy, which backend.sharding=full splits "
+                    "between the learners: set backend.evaluator_envs=0"
+                )
+            for key in ("env", "policy"):
+                if in_main(kind := str(getattr(self, key).kind)):
+                    raise ValueError(
+                        f"{key}.kind={kind} is a class of the notebook or script itself, which the process of "
+                        "backend.evaluator_envs cannot import: put it into a file, or set backend.evaluator_envs=0"
+                    )
         if not isinstance(backend, RayBackendConfig):
             return self
         if self.collect_ahead and backend.placement == "colocated":
@@ -237,6 +252,17 @@ class TrainConfig(Section):
                 f"reward_model.rollouts_per_task={wanted} exceeds env.num_train_starts={there}: each of these episodes "
                 "has a start of its own, so lower the one or raise the other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_chooses_is_measured(self) -> Self:
+        asked = {"eval.patience": self.eval.patience, "keep_best_checkpoints": self.keep_best_checkpoints or None}
+        for key, value in asked.items():
+            if value is not None and not self.eval.during_every:
+                raise ValueError(
+                    f"{key}={value} goes by success on validation starts, which eval.during_every=0 does not measure: "
+                    "set it to a number of iterations"
+                )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from reachrl.run.checkpoint import checkpoint_step, verify_checkpoint
 from reachrl.run.configuration import config_changes, read_config
 from reachrl.run.metrics import MetricsLog, read_metrics
 from reachrl.run.stages import StageRecords
+from reachrl.validation import BEST
 
 _WARM = ("demos", "sft", "reward")
 
@@ -73,6 +74,9 @@ def branch(source: Path, config: TrainConfig, run_dir: Path) -> None:
                 )
         if checkpoint:
             shutil.copytree(checkpoint, aside / "checkpoints" / checkpoint.name, copy_function=_link)
+            best = _read(run / "checkpoints" / BEST / "validation.json")
+            if best and best["iteration"] < origin["iteration"]:
+                shutil.copytree(run / "checkpoints" / BEST, aside / "checkpoints" / BEST, copy_function=_link)
         log = MetricsLog(aside / "metrics.jsonl")
         for record in read_metrics(run / "metrics.jsonl"):
             if record["kind"] in ("sft", "reward_model") or (

@@ -29,8 +29,9 @@ from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.directory import Run
 from reachrl.run.file_names import file_name
-from reachrl.run.records import Evaluation, RewardQuality, read_record
+from reachrl.run.records import BestPoint, Evaluation, RewardQuality, read_record
 from reachrl.types import Observation, Rewards, Rollout
+from reachrl.validation import BEST
 
 _AGAIN = "delete it and `eval` in stages.json, and evaluate again"
 
@@ -38,16 +39,21 @@ _AGAIN = "delete it and `eval` in stages.json, and evaluate again"
 def run_eval(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
     """Evaluate the warm-started and the trained policy on the same held-out starts; record some episodes.
 
-    A finished half (`eval/before.json`) is kept when the stage is resumed.
+    Where validation chose weights other than the last (`checkpoints/best`), they play too. A finished part
+    (`eval/before.json`) is kept when the stage is resumed.
     """
     starts = heldout_starts(config.env, config.eval)
+    policies = {"before": run.sft / "policy", "after": run.policy}
+    if (point := best_point(run)) is not None and point["iteration"] != trained_iterations(run):
+        policies["best"] = run.checkpoints / BEST / "policy"
     with open_envs(config.env, config.env.num_envs) as envs:
-        for when, folder in (("before", run.sft / "policy"), ("after", run.policy)):
+        for when, folder in policies.items():
             if (run.eval / f"{when}.json").exists():
                 continue
             policy = saved_policy(config, folder)
             played = dict.fromkeys(config.eval.modes, starts)
-            results = play_modes(config, policy, played, display, f"{when} RL, held-out starts", envs=envs)
+            name = "best by validation" if when == "best" else f"{when} RL"
+            results = play_modes(config, policy, played, display, f"{name}, held-out starts", envs=envs)
             _write_half(config, run, policy, results, when)
     rates = {when: _headline(config, _read(config, run, when))["rate"] for when in ("before", "after")}
     return rates | {"caveats": list(caveats(config))}
@@ -58,15 +64,20 @@ def _write_half(config: TrainConfig, run: Run, policy: Policy, results: dict[str
     reward = trained_reward(config, run) if when == "after" else build_reward(config, run)
     record = {mode: result.record() for mode, result in results.items()}
     episodes = [episode for result in results.values() for episode in result.episodes if episode.turns]
-    for episode in episodes:
+    for episode in episodes if when != "best" else ():
         _film(config, run, reward, episode, when)
     if when == "after" and episodes:
         # The longest success has most to show; with none, the first failure.
         chosen = max(episodes, key=lambda episode: (episode.success, episode.num_steps))
         write_json_atomic(run.conversation, conversation(config, policy, reward, chosen))
-    iteration = config.num_iterations if when == "after" else 0
-    run.metrics.truncate_after("eval", "iteration", iteration - 1)  # of an evaluation that was cut short here
-    if isinstance(reward, ProcessReward) and reward.model is not None:
+    if when == "best":
+        point = best_point(run)
+        assert point is not None
+        iteration = point["iteration"]
+    else:
+        iteration = trained_iterations(run) if when == "after" else 0
+        run.metrics.truncate_after("eval", "iteration", iteration - 1)  # of an evaluation that was cut short here
+    if when != "best" and isinstance(reward, ProcessReward) and reward.model is not None:
         # The same held-out trajectories each time: a refit that forgets them shows here.
         run.metrics.truncate_after("audit", "iteration", iteration - 1)
         run.log({"kind": "audit", "iteration": iteration} | audit_figures(config, run, reward.model))
@@ -74,6 +85,24 @@ def _write_half(config: TrainConfig, run: Run, policy: Policy, results: dict[str
         figures = {key: value for key, value in outcome.items() if key != "episodes"}
         run.log({"kind": "eval", "iteration": iteration, "mode": mode, "temperature": mode_temperature(mode)} | figures)
     write_json_atomic(run.eval / f"{when}.json", record)
+
+
+def trained_iterations(run: Run) -> int:
+    """The iterations that training ended with: fewer than `num_iterations` where `eval.patience` ended it."""
+    return int(run.stages.read()["train"]["info"]["iterations"])
+
+
+def best_point(run: Run) -> dict[str, Any] | None:
+    """The validation point of `checkpoints/best`; None where nothing was chosen.
+
+    Raises:
+        StorageError: its file is missing or damaged.
+    """
+    folder = run.checkpoints / BEST
+    if not folder.is_dir():
+        return None
+    remedy = f"delete {folder} to evaluate without it"
+    return read_record(folder / "validation.json", BestPoint, remedy=remedy)
 
 
 def episode_rewards(config: TrainConfig, reward: Reward, episode: PlayedEpisode) -> Rewards:
@@ -177,7 +206,24 @@ def summary(config: TrainConfig, run: Run) -> dict[str, Any]:
         "wall_s": wall | {"total": round(sum(wall.values()), 3)},
         "peak_rss_bytes": max(record["peak_rss_bytes"] for record in records.values()),
         "num_env_steps": records["train"]["info"]["env_steps"],
+        "best": _best(config, run, after),
         "reward_model": _reward_quality(config, run),
+    }
+
+
+def _best(config: TrainConfig, run: Run, after: dict[str, Any]) -> dict[str, Any] | None:
+    """The weights that validation chose, beside the last: success at each temperature, paired with the last."""
+    point = best_point(run)
+    if point is None:
+        return None
+    last = trained_iterations(run)
+    found = after if point["iteration"] == last else _read(config, run, "best")
+    return {
+        "iteration": point["iteration"],
+        "of": last,
+        "validation": {key: point[key] for key in ("mode", "k", "n", "rate", "wilson95")},
+        "success": {mode: _figures(found[mode]) for mode in config.eval.modes},
+        "against_last": {mode: asdict(compare(after[mode], found[mode])) for mode in config.eval.modes},
     }
 
 

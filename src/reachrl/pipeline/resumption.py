@@ -67,7 +67,8 @@ def permit(config: TrainConfig) -> Permit:
                 f"asked for. `reachrl train --run {path}` goes on with the run's own configuration; `--from` an "
                 "earlier checkpoint starts another run."
             )
-        extended = more > 0 and "train" in progress.finished
+        longer = {"num_iterations", "eval.patience"} & {change.key for change in changes}
+        extended = more > 0 and bool(longer) and "train" in progress.finished
         if extended:
             progress = replace(progress, finished=progress.finished - {*_AFTER_TRAINING})
         check_changes(config, changes, progress, where=f"run {path}")
@@ -135,7 +136,8 @@ def _open_again(path: Path, config: TrainConfig, iterations: int) -> None:
 
 def forget_results(path: Path) -> None:
     """Delete the evaluation and report of an earlier, shorter training."""
-    for file in (path / "eval" / "after.json", path / "conversation.json", path / "summary.json"):
+    results = (path / "eval" / "after.json", path / "eval" / "best.json", path / "conversation.json")
+    for file in (*results, path / "summary.json"):
         file.unlink(missing_ok=True)
     for film in (path / "videos").glob("after_*.mp4"):
         film.unlink()

@@ -171,11 +171,16 @@ def run_train(config: TrainConfig, run: Run, display: Display, callbacks: Sequen
         try:
             with display.stage("train", config.num_iterations, "online RL", completed=done) as progress:
                 state = _train_once(config, backend, run, [_showing(progress), *callbacks])
-                if state.iteration < config.num_iterations:
+                if state.iteration < config.num_iterations and not state.ended_early:
                     raise StopTraining(
                         f"a callback ended training after {state.iteration} of {config.num_iterations} iterations"
                     )
-            return {"iterations": state.iteration, "env_steps": state.env_steps, "episodes": state.episodes}
+            return {
+                "iterations": state.iteration,
+                "env_steps": state.env_steps,
+                "episodes": state.episodes,
+                "ended_early": state.ended_early,
+            }
         except LearnerLostError as error:
             lost += 1
             if lost > backend.max_restarts:
@@ -191,7 +196,7 @@ def _train_once(config: TrainConfig, backend: Backend, run: Run, callbacks: Sequ
     with backend.open(config, run.sft / "policy") as workers:
         reward = build_reward(config, run, scoring=workers.scoring)
         state = train(config, workers, reward, curriculum, run, callbacks)
-        if state.iteration == config.num_iterations:
+        if state.iteration == config.num_iterations or state.ended_early:
             replace_folder_atomic(run.policy, workers.learner.save_policy)
     return state
 

@@ -164,7 +164,13 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
         for when in ("before", "after")
         if entry[when]
     ]
-    return {"modes": modes, "chart": drawn(plots.success_interval_chart(rows)), "paired": summary.get("paired_test")}
+    best = summary.get("best")
+    return {
+        "modes": modes,
+        "chart": drawn(plots.success_interval_chart(rows)),
+        "paired": summary.get("paired_test"),
+        "best": best and best | {"last": best["iteration"] == best["of"]},
+    }
 
 
 def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from reachrl.errors import CheckpointError
@@ -38,14 +38,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], *, keep: int = 2) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, fill: Callable[[Path], None], *, keep: int = 2, protected: Collection[int] = ()
+) -> Path:
     """Write `folder/step_NNNNNN` in one piece and drop the oldest ones beyond `keep`.
 
     Args:
         folder: Where the run's checkpoints live.
         step: Iteration or optimiser step the checkpoint belongs to.
         fill: Writes the files into the folder it is given.
-        keep: How many checkpoints stay, this one included; at least 1.
+        keep: How many of the newest checkpoints stay, this one included; at least 1.
+        protected: Steps whose checkpoints stay as well.
 
     Returns:
         The checkpoint's folder.
@@ -66,7 +69,8 @@ def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], *, ke
     # Only now that the new one has its final name may an old one go; the new one never does.
     others = [other for other in list_checkpoints(Path(folder)) if other != path]
     for other in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(other)
+        if checkpoint_step(other) not in protected:
+            shutil.rmtree(other)
     return path
 
 

@@ -82,6 +82,13 @@ class Evaluation(RootModel[dict[str, Outcome]]):
     """`eval/before.json` and `eval/after.json`, by mode."""
 
 
+class BestPoint(Rate):
+    """`checkpoints/best/validation.json`: by what those weights were chosen."""
+
+    iteration: Count
+    mode: str
+
+
 class _WholeRate(Record):
     k: Count
     n: Count
@@ -135,6 +142,14 @@ class _AtTemperature(Record):
     against_headline: dict[str, Number] | None = None
 
 
+class _Best(Record):
+    iteration: Count
+    of: Count
+    validation: Rate
+    success: dict[str, Rate]
+    against_last: dict[str, dict[str, Number]]
+
+
 class Summary(Record):
     """`summary.json`."""
 
@@ -148,6 +163,7 @@ class Summary(Record):
     success_after_sampled: Rate | None = None
     paired_test: dict[str, Number] | None = None
     temperatures: list[_AtTemperature] = []
+    best: _Best | None = None
     wall_s: dict[str, Seconds] | None = None
     peak_rss_bytes: Count | None = None
     num_env_steps: Count | None = None
