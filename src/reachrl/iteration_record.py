@@ -76,6 +76,15 @@ def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> 
         )  # fmt: skip
 
 
+def warn_of_low_entropy(state: TrainState, stats: Stats) -> None:
+    """Say so when the policy's entropy has fallen below `algorithm.entropy_floor`."""
+    if stats.get("entropy_low"):
+        log.warning(
+            "iteration %d: entropy %.3f nats per action token is below algorithm.entropy_floor; the entropy bonus "
+            "rises from %.4f", state.iteration, stats["entropy"], stats["entropy_coef"],
+        )  # fmt: skip
+
+
 def warn_of_lost_steps(state: TrainState, stats: Stats) -> None:
     """Warn when optimiser steps are rounded away instead of changing the weights."""
     for name, share in (("policy", stats.get("changed_weights")), ("critic", stats.get("value_changed_weights"))):

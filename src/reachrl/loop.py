@@ -12,7 +12,7 @@ from reachrl.backends.base import Pending, Workers
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import ExtensionError, StopTraining
-from reachrl.iteration_record import metrics, warn_of_engine_gap, warn_of_lost_steps
+from reachrl.iteration_record import metrics, warn_of_engine_gap, warn_of_lost_steps, warn_of_low_entropy
 from reachrl.registry import resolve
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward, check_finite
@@ -102,6 +102,7 @@ def train(
         if lag == 0:
             warn_of_engine_gap(config, state, stats)
             warn_of_lost_steps(state, stats)
+        warn_of_low_entropy(state, stats)
         curriculum.observe(rollout.episodes)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
         stopping |= asked_to_stop(callbacks, run.log(record)) or validation.exhausted

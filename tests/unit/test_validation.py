@@ -2,8 +2,8 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tiny_run import play, tiny_config, train_lines
@@ -21,6 +21,13 @@ from reachrl.validation import BEST, ValidationCurve, longest_wait
 
 DENSE = "reward.kind=oracle"  # some reward in every rollout, so that weights move
 EVERY = (DENSE, "eval.during_every=1", "eval.during_starts=1", "num_iterations=5", "checkpoint_every=2")
+
+
+@dataclass
+class Version:
+    """Weights that have nothing but a version."""
+
+    version: int
 
 
 class Scripted:
@@ -68,7 +75,7 @@ def test_the_best_is_the_highest_and_the_latest_of_equal_ones(tmp_path):
         (folder / "v").write_text(str(version))
 
     for version in range(6):
-        judged.begin(SimpleNamespace(version=version), save)
+        judged.begin(Version(version), save)
         judged.finish()
         seen.append((judged.best, judged.exhausted, (tmp_path / BEST / "policy" / "v").read_text()))
     assert seen == [(0, False, "0"), (1, False, "1"), (2, False, "2"), (3, False, "3"), (3, False, "3"), (3, True, "3")]

@@ -87,6 +87,8 @@ class Algorithm(ABC):
     Config: ClassVar[type[AlgorithmSection]]
     optimizer: torch.optim.Optimizer
     """Of the trained parameters; the learner saves, moves and shares its state."""
+    num_iterations: int | None = None
+    """Iterations of the run, over which schedules run; None: unknown."""
     group: Group | None = None
     """The processes that share each batch; None: this one alone."""
 

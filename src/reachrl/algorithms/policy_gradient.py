@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from reachrl.algorithms.base import Algorithm, Batch, Group, Stats
+from reachrl.algorithms.lr_groups import lr_groups
 from reachrl.config.algorithm import KL_ROWS, STOP_ROWS, PolicyGradientSection
 from reachrl.errors import ConfigError, DivergedError, ExtensionError
 from reachrl.functional.ppo import evened, importance_weights, policy_loss, token_kl
+from reachrl.functional.schedules import decay, entropy_bonus, kl_adapted
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
 from reachrl.run.weight_change import WeightSample, check_float32
 from reachrl.streams import Stream, generator
@@ -27,8 +29,8 @@ _FIGURES = ("policy_loss", "entropy", "clip_frac", "value_loss")  # means over r
 class PolicyGradient(Algorithm):
     """Owns an AdamW optimiser of the policy's parameters, and of a critic's if its section needs values.
 
-    A subclass makes the batch. One with a critic also overrides `_critic_loss` and `_learning_rates`, and may train the
-    critic alone for an iteration (`_trains_policy`).
+    A subclass makes the batch. One with a critic also overrides `_critic_loss` and `_value_learning_rates`, and may
+    train the critic alone for an iteration (`_trains_policy`) or for more epochs (`_critic_epochs`).
 
     Args:
         config: the section.
@@ -50,13 +52,18 @@ class PolicyGradient(Algorithm):
             policy.freeze(["vision"])
         if not config.needs.values:
             policy.freeze(["value"])
-        trained = [self._policy_parameters, self._value_parameters]
+        self._parts, trained = lr_groups(config, policy, self._policy_parameters)
+        optimised = [{"params": parameters, "lr": config.lr, "role": "policy"} for parameters in trained if parameters]
+        if self._value_parameters:
+            optimised.append({"params": self._value_parameters, "lr": config.lr, "role": "value"})
         self.optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": config.lr} for parameters in trained if parameters],
+            optimised,
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
         self._trained = 0  # iterations that moved the policy
+        self._kl_factor = 1.0  # of the learning rate, with `lr_schedule=kl`
+        self._entropy_extra = 0.0  # what `entropy_floor` has added to `entropy_coef`
         self._token_actions = _token_actions(config, policy)
 
     def update(self, batch: Batch, *, iteration: int) -> Stats:
@@ -66,14 +73,17 @@ class PolicyGradient(Algorithm):
             DivergedError: a loss or gradient is not finite; the weights are those before that step.
             ExtensionError: the policy scores actions otherwise than a moment ago with the same weights.
         """
-        lr = self._set_options()
+        lr = self._set_options(iteration)
         train_policy = self._trains_policy()
         self._train_only_critic(not train_policy)
         sums: dict[str, float] = defaultdict(float)
         weights, value_weights = WeightSample(self._policy_parameters), WeightSample(self._value_parameters)
         policy_steps = value_steps = unchecked = 0
         moving, critic = train_policy, bool(self._value_parameters)
-        for epoch in range(self.config.epochs):
+        for epoch in range(max(self.config.epochs, self._critic_epochs or 0)):
+            if moving and epoch == self.config.epochs:
+                moving = False
+                self._train_only_critic(True)
             minibatches = self._minibatches(len(batch.rows), iteration, epoch)
             for number, rows in enumerate(minibatches, start=1):
                 if not (moving or critic):
@@ -103,24 +113,34 @@ class PolicyGradient(Algorithm):
                 if unchecked >= STOP_ROWS or ends_epoch:
                     moving, unchecked = not self._went_too_far(batch, iteration), 0
                     self._train_only_critic(not moving)  # for what is left of the epoch
-            if train_policy and not moving:
+            if train_policy and not moving and self._critic_epochs is None:
                 break
         self._train_only_critic(False)
         if policy_steps:
             self._trained += 1
             sums["kl"] = self._kl_since(batch, iteration, KL_ROWS)
+            if self.config.lr_schedule == "kl":
+                self._kl_factor = kl_adapted(self._kl_factor, sums["kl"], self.config.kl_to_aim_at)
             sums["changed"] = weights.changed(self.optimizer)
         if value_steps:
             sums["value_changed"] = value_weights.changed(self.optimizer)
-        return self._summary(sums, policy_steps, value_steps) | {"lr": lr} | (batch.stats or {})
+        figures = self._summary(sums, policy_steps, value_steps) | {"lr": lr}
+        return figures | self._hold_entropy(figures["entropy"]) | (batch.stats or {})
 
     def state_dict(self) -> dict[str, Any]:
-        """How many iterations moved the policy."""
-        return {"trained": self._trained}
+        """How many iterations moved the policy, and what its schedules have come to."""
+        state: dict[str, Any] = {"trained": self._trained}
+        if self.config.lr_schedule == "kl":
+            state["kl_factor"] = self._kl_factor
+        if self.config.entropy_floor is not None:
+            state["entropy_extra"] = self._entropy_extra
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
+        """Continue from there; checkpoints of earlier versions have no schedules."""
         self._trained = int(state["trained"])
+        self._kl_factor = float(state.get("kl_factor", 1.0))
+        self._entropy_extra = 0.0 if self.config.entropy_floor is None else float(state.get("entropy_extra", 0.0))
 
     def _trains_policy(self) -> bool:
         """Whether this iteration moves the policy, not the critic alone."""
@@ -132,23 +152,52 @@ class PolicyGradient(Algorithm):
             f"{type(self).__name__} needs values, but has no loss for them: override _critic_loss"
         )
 
-    def _learning_rates(self) -> Sequence[float]:
-        """Of the optimiser's groups, before warm-up."""
-        return (self.config.lr,)
+    @property
+    def _critic_epochs(self) -> int | None:
+        """Passes of the critic; None: it ends with the policy's."""
+        return None
+
+    def _value_learning_rates(self) -> Sequence[float]:
+        """Of a critic's parameters, where there is one."""
+        return ()
+
+    def _hold_entropy(self, entropy: float) -> Stats:
+        """Adapt the weight of the entropy bonus to `entropy_floor`; figures about it, none where it is off."""
+        config, used = self.config, self._entropy_extra
+        if config.entropy_floor is None:
+            return {}
+        self._entropy_extra = entropy_bonus(used, entropy, floor=config.entropy_floor, step=config.entropy_step)
+        return {"entropy_coef": config.entropy_coef + used, "entropy_low": entropy < config.entropy_floor}
 
     def _went_too_far(self, batch: Batch, iteration: int) -> bool:
         """Whether the steps so far have moved the policy by more than `target_kl`."""
         target = self.config.target_kl
         return target is not None and self._kl_since(batch, iteration, STOP_ROWS) > target
 
-    def _set_options(self) -> float:
+    def _set_options(self, iteration: int) -> float:
         """Give the optimiser the configured options, whatever a checkpoint has it do; returns the policy's rate."""
         config = self.config
-        factor = min(1.0, (self._trained + 1) / (config.lr_warmup_iterations + 1))
-        rates = [rate * factor if number == 0 else rate for number, rate in enumerate(self._learning_rates())]
+        factor = min(1.0, (self._trained + 1) / (config.lr_warmup_iterations + 1)) * self._scheduled(iteration)
+        own = {"projector": config.projector_lr, "head": config.head_lr}
+        rates = [(own.get(part) or config.lr) * factor for part in self._parts]
+        rates += self._value_learning_rates()
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             group |= {"lr": lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
-        return rates[0]
+        return config.lr * factor
+
+    def _scheduled(self, iteration: int) -> float:
+        """The factor that `lr_schedule` puts on the policy's rates in this iteration."""
+        config = self.config
+        if config.lr_schedule == "constant":
+            return 1.0
+        if config.lr_schedule == "kl":
+            return self._kl_factor
+        if self.num_iterations is None:
+            raise ConfigError(
+                f"algorithm.lr_schedule={config.lr_schedule} falls over a run's num_iterations, which nobody has told "
+                "this algorithm: set its attribute num_iterations, or lr_schedule=constant"
+            )
+        return decay(config.lr_schedule, min(1.0, iteration / self.num_iterations), config.lr_final)
 
     def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> tuple[Tensor, ...]:
         order = generator(self.seed, Stream.MINIBATCHES, iteration, epoch).permutation(num_rows)
@@ -219,13 +268,14 @@ class PolicyGradient(Algorithm):
             ratio_level=config.ratio_level,
             token_actions=None if self._token_actions is None else self._token_actions.to(device),
             importance=importance,
+            dual_clip=config.dual_clip,
         )
         entropy = evened(out.entropy, mask).mean()
         sums["policy_loss"] += share * surrogate.mean().item()
         sums["entropy"] += share * entropy.item()
         sums["clip_frac"] += share * ratio_stats["clip_frac"].item()
         sums["log_ratio_max"] = max(sums["log_ratio_max"], ratio_stats["log_ratio_max"].item())
-        return surrogate.mean() - config.entropy_coef * entropy
+        return surrogate.mean() - (config.entropy_coef + self._entropy_extra) * entropy
 
     def _evaluate(self, inputs: PolicyInputs, batch: Batch, rows: Tensor) -> Evaluation:
         """Score the tokens of `rows`, with values only where there is a critic."""

@@ -94,8 +94,12 @@ class PPO(PolicyGradient):
     def _trains_policy(self) -> bool:
         return not self.warming_up
 
-    def _learning_rates(self) -> Sequence[float]:
-        return self.config.lr, self.config.value_lr
+    @property
+    def _critic_epochs(self) -> int | None:
+        return self.config.value_epochs
+
+    def _value_learning_rates(self) -> Sequence[float]:
+        return (self.config.value_lr,)
 
     def _normalized(self, advantages: Tensor) -> Tensor:
         # Over the whole batch of the iteration: per micro-batch would make memory settings part of the algorithm.

@@ -54,6 +54,7 @@ class LocalLearner:
         temperature: float,
         group: Group | None = None,
         whole: Policy | None = None,
+        num_iterations: int | None = None,
     ) -> None:
         self.policy, self.config, self.group = policy, config, group or Group()
         self.seed, self.temperature, self._whole = seed, temperature, whole
@@ -62,6 +63,7 @@ class LocalLearner:
         self.algorithm = new_algorithm(config, policy, seed=seed, temperature=temperature)
         if not self.group.alone:
             self.algorithm.group = self.group
+        self.algorithm.num_iterations = num_iterations
         self.version = 0
         self._log = SpanLog("learner")
         self._read_state: dict[str, Any] | None = None  # of a checkpoint, until it is shared
@@ -289,7 +291,15 @@ class LocalLearner:
 def new_learner(config: TrainConfig, policy: Policy, group: Group, whole: Policy | None = None) -> LocalLearner:
     """The learner of a run, in this process; see `LocalLearner`."""
     temperature = config.rollout.temperature
-    return LocalLearner(policy, config.algorithm, seed=config.seed, temperature=temperature, group=group, whole=whole)
+    return LocalLearner(
+        policy,
+        config.algorithm,
+        seed=config.seed,
+        temperature=temperature,
+        group=group,
+        whole=whole,
+        num_iterations=config.num_iterations,
+    )
 
 
 def _read_state(path: Path) -> dict[str, Any]:

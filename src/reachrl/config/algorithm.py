@@ -70,6 +70,9 @@ class PolicyGradientSection(AlgorithmSection):
     """The ratio is clipped below at 1 - clip_eps_low."""
     clip_eps_high: Annotated[Positive, Affects.FUTURE] = 0.28
     """The ratio is clipped above at 1 + clip_eps_high."""
+    dual_clip: Annotated[Annotated[float, Field(gt=1)] | None, Affects.FUTURE] = None
+    """Bound of the ratio for actions with a negative advantage: their loss is at most this many times the advantage, so
+    that an action that the policy has come to prefer since cannot blow up the gradient. 3 is common; none: no bound."""
     epochs: Annotated[int, Field(ge=1), Affects.FUTURE] = 2
     """Passes over each iteration's batch."""
     minibatch_size: Annotated[int, Field(ge=1), Affects.FUTURE] = 256
@@ -81,6 +84,19 @@ class PolicyGradientSection(AlgorithmSection):
     """Learning rate of the policy (language model, projector and, if trained, vision)."""
     lr_warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 0
     """Iterations over which the policy's learning rate rises linearly, from the first that trains it on."""
+    lr_schedule: Annotated[Literal["constant", "linear", "cosine", "kl"], Affects.FUTURE] = "constant"
+    """How the policy's learning rate changes from one iteration to the next. `linear` and `cosine` fall from `lr` to
+    `lr_final * lr` over the run's `num_iterations`. `kl` follows the KL of each update: above twice `desired_kl` the
+    rate is divided by 1.5, below half of it multiplied by 1.5, between a hundredth and ten times `lr`."""
+    lr_final: Annotated[Unit, Affects.FUTURE] = 0.0
+    """With `linear` or `cosine`: the share of `lr` that is left at the end."""
+    desired_kl: Annotated[Positive | None, Affects.FUTURE] = None
+    """With `lr_schedule=kl`: the KL of an iteration's update to aim at, in nats per action token. None: half of
+    `target_kl`, so that an update which that stops lowers the rate, or 0.01 where nothing stops updates."""
+    projector_lr: Annotated[Rate | None, Affects.FUTURE] = None
+    """Learning rate of the policy's projector; none: `lr`. The schedule scales it too."""
+    head_lr: Annotated[Rate | None, Affects.FUTURE] = None
+    """Learning rate of the policy's output layer; none: `lr`. The schedule scales it too."""
     weight_decay: Annotated[float, Field(ge=0), Affects.FUTURE] = 0.0
     """AdamW weight decay."""
     adam_eps: Annotated[Positive, Affects.FUTURE] = 1e-5
@@ -89,11 +105,23 @@ class PolicyGradientSection(AlgorithmSection):
     """Gradient norm clip of the policy's parameters and, separately, of a critic's."""
     entropy_coef: Annotated[float, Field(ge=0), Affects.FUTURE] = 0.0
     """Weight of the entropy bonus (mean over action tokens)."""
+    entropy_floor: Annotated[Positive | None, Affects.FUTURE] = None
+    """Entropy to hold, in nats per action token: an iteration below it is warned of, and raises the weight of the
+    entropy bonus by `entropy_step`; one above lowers it again, down to `entropy_coef`. None switches it off."""
+    entropy_step: Annotated[Positive, Affects.FUTURE] = 1e-3
+    """See `entropy_floor`."""
     target_kl: Annotated[Positive | None, Affects.FUTURE] = None
     """Stop this iteration's policy updates once they have moved the policy by more: KL in nats per action token,
     measured on 128 random rows of the batch after steps on as many, and after each epoch. None switches it off."""
     importance_cap: Annotated[Positive | None, Affects.FUTURE] = None
     """Truncated importance weight between learner and sampler log-probs; none for one-engine runs."""
+
+    @property
+    def kl_to_aim_at(self) -> float:
+        """`desired_kl`, or what stands for it."""
+        if self.desired_kl is not None:
+            return self.desired_kl
+        return 0.01 if self.target_kl is None else self.target_kl / 2
 
     @property
     def corrects_sampler(self) -> bool:

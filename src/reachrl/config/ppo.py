@@ -1,8 +1,8 @@
 """Options of PPO: advantages, critic, critic warm-up."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from reachrl.config.algorithm import Needs, PolicyGradientSection, Positive, Rate, Unit
 from reachrl.config.marks import Affects
@@ -28,6 +28,9 @@ class PPOConfig(PolicyGradientSection):
     detached feels it through its gradient clip only: AdamW does not see the scale of a loss."""
     value_loss: Annotated[Literal["mse", "huber"], Affects.FUTURE] = "huber"
     """Squared error halved, or Huber with delta 1."""
+    value_epochs: Annotated[Annotated[int, Field(ge=1)] | None, Affects.FUTURE] = None
+    """Passes of the critic over each iteration's batch, `epochs` at least, even where `target_kl` stops the policy.
+    None: as many as the policy makes, the one in which it is stopped to its end."""
     value_clip: Annotated[Positive | None, Affects.FUTURE] = None
     """Clip the change of a value against the old one (the larger loss counts); none switches it off."""
     warmup_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 2
@@ -36,6 +39,15 @@ class PPOConfig(PolicyGradientSection):
     """Stay in warm-up until the critic explains this share of the returns' variance (none: iterations only)."""
     warmup_max_iterations: Annotated[int, Field(ge=0), Affects.FUTURE] = 10
     """Warm-up by explained variance ends at the latest here."""
+
+    @model_validator(mode="after")
+    def _the_critic_trains_as_long_as_the_policy(self) -> Self:
+        if self.value_epochs is not None and self.value_epochs < self.epochs:
+            raise ValueError(
+                f"value_epochs={self.value_epochs} are fewer than epochs={self.epochs}: the critic trains along in "
+                "each pass of the policy; raise value_epochs"
+            )
+        return self
 
     @property
     def needs(self) -> Needs:

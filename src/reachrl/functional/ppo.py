@@ -31,6 +31,7 @@ def policy_loss(
     ratio_level: Literal["token", "action", "chunk"],
     token_actions: Int64[Tensor, "A"] | None = None,
     importance: Float[Tensor, "B"] | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Float[Tensor, "B"], dict[str, Float[Tensor, ""]]]:
     """Clipped surrogate loss of each row, and how the ratio behaved.
 
@@ -47,13 +48,15 @@ def policy_loss(
         ratio_level: what one ratio covers.
         token_actions: for `action`, which action of the chunk each slot belongs to; None: a row is one action.
         importance: truncated weight of each row against the sampler's distribution, or none.
+        dual_clip: with a negative advantage A the loss is at most -dual_clip * A; none: no bound.
 
     Returns:
         loss per row f32[B] and scalars: `clip_frac`, the share of ratios whose gradient the clip cuts (outside the
         interval on the side that their advantage favours; SB3 and TorchRL also count those on the other side, which
         are pulled back); `log_ratio_max`, the greatest |log ratio|.
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; action-level sum: VLA-RL (arXiv 2505.18719), eq. 1.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; action-level sum: VLA-RL (arXiv 2505.18719), eq. 1;
+        dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5.
     """
     log_ratio = (logprobs - old_logprobs).where(mask, 0)
     if ratio_level == "action" and token_actions is not None:
@@ -63,12 +66,16 @@ def policy_loss(
     ratio = log_ratio.exp()
     advantage = advantages.unsqueeze(-1)
     unclipped, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
-    loss = evened(torch.maximum(unclipped, clipped), mask).mean(-1)
+    loss, cut = torch.maximum(unclipped, clipped), clipped > unclipped
+    if dual_clip is not None:
+        most = torch.where(advantage < 0, -dual_clip * advantage, torch.inf)
+        cut, loss = cut | (loss > most), torch.minimum(loss, most)
+    loss = evened(loss, mask).mean(-1)
     if importance is not None:
         loss = loss * importance
     with torch.no_grad():
         stats = {
-            "clip_frac": evened((clipped > unclipped).float(), mask).mean(),
+            "clip_frac": evened(cut.float(), mask).mean(),
             "log_ratio_max": log_ratio.abs().max(),
         }
     return loss, stats

@@ -279,6 +279,10 @@ class Policy(nn.Module, ABC):
         What is frozen for good (the weights under adapters) is in none of them.
         """
 
+    def trunk_parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parts of the trunk that may have a learning rate of their own: `projector` and `head` (the output layer)."""
+        return {}
+
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
         """What must be equal for weights to fit; stored in checkpoints and compared on load."""

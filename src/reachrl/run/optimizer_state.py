@@ -15,8 +15,19 @@ from reachrl.run.atomic import aside, storage_errors
 
 
 def _description(optimizer: Optimizer) -> dict[str, Any]:
-    """What must be equal for a state to fit: the class and each group's parameter shapes, in order."""
-    shapes = [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
+    """What must be equal for a state to fit: the class and each group's parameter shapes, in order.
+
+    Neighbouring groups of one `role` count as one: they differ in their options, which are not stored.
+    """
+    shapes: list[list[list[int]]] = []
+    role = None
+    for group in optimizer.param_groups:
+        own = [list(parameter.shape) for parameter in group["params"]]
+        if shapes and role is not None and group.get("role") == role:
+            shapes[-1] += own
+        else:
+            shapes.append(own)
+        role = group.get("role")
     return {"class": type(optimizer).__name__, "shapes": shapes}
 
 

@@ -176,6 +176,14 @@ class PrismaticNetwork(Policy):
             "value": value if self.critic is None else [*value, *self.critic.parameters()],
         }
 
+    def trunk_parts(self) -> dict[str, list[nn.Parameter]]:
+        """The projector and the output layer, with their adapters."""
+        prefixes = {"projector": "projector.", "head": "language_model.lm_head."}
+        return {
+            part: [parameter for name, parameter in self.named_parameters() if name.startswith(prefix)]
+            for part, prefix in prefixes.items()
+        }
+
     def sharding_units(self) -> list[nn.Module]:
         """The towers, projectors, value head, and every decoder layer but the last, whose parts are used singly."""
         trunks: list[tuple[nn.Module, LlamaModel]] = [(self.projector, self.language_model.model)]
