@@ -1,4 +1,7 @@
-"""A simulator that steps all its worlds at once, as one plug-in file: sliders on rails, in numpy arrays."""
+"""A simulator that steps all its worlds at once, as one plug-in file: sliders on rails, in numpy arrays.
+
+Two cameras of different sizes film each, and the state is the slider's place, its goal and 1.
+"""
 
 import numpy as np
 
@@ -25,7 +28,8 @@ class Sliders(BatchedEnv):
     def __init__(self, config, num_envs):
         super().__init__(config, num_envs)
         self.tasks, self.action_dim = config.tasks, 4
-        self.shown = Shown(cameras={"front": (config.image_size, config.image_size, 3)}, state_size=None)
+        side = config.image_size
+        self.shown = Shown(cameras={"front": (side, side, 3), "back": (side // 2, side // 2, 3)}, state_size=3)
         self.x, self.goal = np.zeros(num_envs), np.zeros(num_envs)
 
     def instruction(self, task):
@@ -46,5 +50,9 @@ class Sliders(BatchedEnv):
         pose = np.stack([self.x, 0 * self.x, 0 * self.x, 0 * self.x + 1], axis=1).astype(np.float32)
         far = np.abs(self.x - self.goal)
         return Worlds(
-            images={"front": images}, ee_state=pose, success=far < NEAR, progress=(1 - far).astype(np.float32)
+            images={"front": images, "back": 255 - images[:, ::2, ::2]},
+            ee_state=pose,
+            state=np.stack([self.x, self.goal, 0 * self.x + 1], axis=1).astype(np.float32),
+            success=far < NEAR,
+            progress=(1 - far).astype(np.float32),
         )

@@ -45,6 +45,9 @@ class ChunkPolicy(Policy):
         self.head = nn.Linear(config.hidden, self.num_action_tokens * CHOICES)
         self.value_head = nn.Linear(config.hidden, 1)
 
+    def token_actions(self):
+        return torch.arange(self.num_actions).repeat_interleave(self.config.action_dim)
+
     def prompt(self, instruction):
         return instruction
 

@@ -141,6 +141,11 @@ def _check_success(envs: EnvBatch, solve: Callable[[Start], np.ndarray]) -> None
     fresh = envs.reset([other] * envs.num_envs, [other] * envs.num_envs)
     every = np.ones(envs.num_envs, bool)
     _same(step.observation, fresh, every, "a row that ended shows the first frame of its next start")
+    envs.reset([start] * envs.num_envs, [other] * envs.num_envs)
+    first = np.arange(envs.num_envs) == 0  # the others stand still and go on
+    alone = envs.step(np.where(first[:, None, None], more, 0).astype(np.float32), [other] * envs.num_envs)
+    message = "an episode that has ended stays as it ended while other rows go on"
+    _same(alone.final_observation, step.final_observation, first, message)
 
 
 def _same(ours: Observation, theirs: Observation, rows: np.ndarray, message: str) -> None:
