@@ -1,5 +1,6 @@
 """Chunks of actions: the environment stops at an episode's end, and time, discounts and rewards count control steps."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from two_eyed_env import TwoEyed, TwoEyedConfig
 
+from reachrl.algorithms.base import Batch
+from reachrl.algorithms.grpo import GRPO
 from reachrl.config.algorithm import Needs
 from reachrl.config.demos import DemosSection, SFTSection
+from reachrl.config.grpo import GRPOConfig
 from reachrl.config.loading import load_config
 from reachrl.demos.expert import run_attempt
 from reachrl.demos.sft import train_sft
@@ -29,7 +33,7 @@ from reachrl.rollout.episodes import EpisodePlayer
 from reachrl.testing.conformance_batch import check_batch
 from reachrl.testing.envs import ReachConfig, ReachEnv
 from reachrl.testing.rewards import make_rollout
-from reachrl.types import Start
+from reachrl.types import Observation, Start
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
 from two_cameras import ChunkConfig, ChunkPolicy
@@ -306,3 +310,39 @@ def test_a_policy_that_sees_more_than_is_shown_is_refused(chunk_policy):
     chunk_policy.num_cameras = 1
     with VectorEnv(ReachConfig(), 1) as envs, pytest.raises(ConfigError, match="state of 3 numbers, and there is no"):
         collector(chunk_policy, envs)
+
+
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+def test_only_tokens_of_actions_carried_out_are_credited(chunk_policy, level):
+    """One step of a whole update against autograd over the executed part of each answer."""
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8) for name in ("front", "back")}
+    state = rng.random((9, 3), np.float32)
+    inputs = chunk_policy.encode(Observation(images=images, instructions=("",) * 9, state=state))
+    before = copy.deepcopy(chunk_policy)
+    sample = chunk_policy.act(inputs, noise=lambda _: torch.from_numpy(rng.gumbel(size=(9, 21)).astype(np.float32)))
+    executed = torch.tensor([1, 2, 3, 4, 5, 3, 2, 1, 2], dtype=torch.int32)
+    malformed = torch.arange(9) == 8  # credited as a whole
+    advantages = torch.randn(9)
+    batch = Batch(
+        inputs=inputs.rows, rows=torch.arange(9), token_ids=sample.token_ids, token_mask=sample.token_mask,
+        malformed=malformed, executed=executed, behaviour_logprobs=sample.logprobs, old_logprobs=sample.logprobs,
+        advantages=advantages,
+    )  # fmt: skip
+    config = GRPOConfig(
+        epochs=1, minibatch_size=9, micro_batch_size=4, lr=1e-2, entropy_coef=0.0, ratio_level=level,
+        max_grad_norm=1e9, weight_decay=0.0,
+    )  # fmt: skip
+    GRPO(config, chunk_policy, seed=0, temperature=1.0).update(batch, iteration=0)
+
+    logprobs = before.evaluate(inputs, sample.token_ids, sample.token_mask).logprobs.reshape(9, 8, 4)
+    losses = []
+    for row in range(9):
+        own = logprobs[row, : 8 if malformed[row] else executed[row]]
+        parts = {"token": own.reshape(-1), "action": own.sum(1), "chunk": own.sum()[None]}[level]
+        losses.append(-(advantages[row] * (parts - parts.detach()).exp()).mean())
+    groups = before.parameter_groups()
+    torch.stack(losses).mean().backward()
+    torch.optim.AdamW([*groups["vision"], *groups["trunk"]], lr=1e-2, eps=1e-5, weight_decay=0.0).step()
+    torch.testing.assert_close(chunk_policy.head.weight, before.head.weight, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(chunk_policy.trunk[0].weight, before.trunk[0].weight, atol=1e-5, rtol=1e-3)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from reachrl.config.algorithm import AlgorithmSection
@@ -40,6 +40,8 @@ class Batch:
     """The slots that hold a row's tokens; the others hold id 0 and log-prob 0, and no mean counts them."""
     malformed: Bool[Tensor, "B"]
     """Rows that stood for no action; they are learned from like the others."""
+    executed: Int32[Tensor, "B"] | None = None
+    """Actions of each row's chunk that were carried out; None: all."""
     behaviour_logprobs: Float[Tensor, "B A"]
     old_logprobs: Float[Tensor, "B A"]
     advantages: Float[Tensor, "B"]
@@ -150,6 +152,7 @@ def decisions(rollout: Rollout, scored: Scored, keep: Int64[Tensor, "B"], **cred
         "token_ids": rollout.token_ids,
         "token_mask": rollout.token_mask,
         "malformed": rollout.malformed,
+        "executed": rollout.executed,
         "behaviour_logprobs": rollout.behaviour_logprobs,
         "old_logprobs": scored.old_logprobs,
     } | credit

@@ -65,6 +65,7 @@ class PolicyGradient(Algorithm):
         self._kl_factor = 1.0  # of the learning rate, with `lr_schedule=kl`
         self._entropy_extra = 0.0  # what `entropy_floor` has added to `entropy_coef`
         self._token_actions = _token_actions(config, policy)
+        self._slots = policy.token_actions() if policy.num_actions > 1 else None
 
     def update(self, batch: Batch, *, iteration: int) -> Stats:
         """Train on one iteration's batch; without rows, nothing is trained.
@@ -250,7 +251,7 @@ class PolicyGradient(Algorithm):
     ) -> Tensor:
         """Mean clipped surrogate of the rows, minus the entropy bonus; adds their figures to `sums`."""
         config, device = self.config, self.policy.device
-        mask, old_logprobs = batch.token_mask[micro].to(device), batch.old_logprobs[micro].to(device)
+        mask, old_logprobs = self._credited(batch, micro).to(device), batch.old_logprobs[micro].to(device)
         importance = None
         if config.importance_cap is not None:
             behaviour = batch.behaviour_logprobs[micro].to(device)
@@ -270,12 +271,23 @@ class PolicyGradient(Algorithm):
             importance=importance,
             dual_clip=config.dual_clip,
         )
-        entropy = evened(out.entropy, mask).mean()
+        entropy = evened(out.entropy, batch.token_mask[micro].to(device)).mean()
         sums["policy_loss"] += share * surrogate.mean().item()
         sums["entropy"] += share * entropy.item()
         sums["clip_frac"] += share * ratio_stats["clip_frac"].item()
         sums["log_ratio_max"] = max(sums["log_ratio_max"], ratio_stats["log_ratio_max"].item())
         return surrogate.mean() - (config.entropy_coef + self._entropy_extra) * entropy
+
+    def _credited(self, batch: Batch, rows: Tensor) -> Tensor:
+        """The tokens bool[b A] that a row's advantage is due to: those of the actions that were carried out.
+
+        A chunk is cut short by success, by the time limit or by `env.execute`; what its other actions would have done
+        nobody knows. Where tokens stand for the chunk as a whole, and in malformed answers, all of them count.
+        """
+        mask = batch.token_mask[rows]
+        if self._slots is None or batch.executed is None:
+            return mask
+        return mask & ((self._slots < batch.executed[rows, None]) | batch.malformed[rows, None])
 
     def _evaluate(self, inputs: PolicyInputs, batch: Batch, rows: Tensor) -> Evaluation:
         """Score the tokens of `rows`, with values only where there is a critic."""
