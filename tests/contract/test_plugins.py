@@ -27,12 +27,17 @@ RAY = ("backend.kind=ray", "backend.actors=2", "backend.deadline_s=90")
 WITHOUT_PPO = tuple(option for option in OVERRIDES if "warmup" not in option)
 BARE = tuple(option for option in OVERRIDES if not option.startswith("algorithm."))
 SHORT = "policy.kind=short_answers:ShortPolicy"
+CHUNKS = (*OVERRIDES, "policy.kind=two_cameras:ChunkPolicy", "reward.kind=oracle", "algorithm.warmup_iterations=0")
+CHUNKS += ("env.max_steps=12", "env.execute=5")
 PLUGINS = {
     "short answers, ppo": (*OVERRIDES, SHORT, "algorithm.warmup_iterations=0"),
     "short answers, an algorithm of groups": (*BARE, SHORT, "algorithm.kind=group_algorithm:Mine"),
+    "two cameras, a state and chunks": (*CHUNKS, "env.kind=two_eyed_env:TwoEyed"),
+    "many worlds, cameras and chunks": (*CHUNKS, "env.kind=batched_worlds:Sliders", "env.tasks=[left,right]"),
     "grpo": (*WITHOUT_PPO, "algorithm.kind=grpo", "algorithm.group_size=4", "env.radius=0.2"),
 }
-ON_RAY = tuple(PLUGINS)[1:]  # every file once; groups are of episodes of both actors
+# Every file once; groups are of episodes of both actors.
+ON_RAY = ("short answers, an algorithm of groups", "many worlds, cameras and chunks", "grpo")
 
 
 def config_of(name: str, *more: str) -> TrainConfig:
@@ -108,6 +113,14 @@ def test_on_ray_it_has_the_figures_of_one_process_which_can_go_on(name, whole, o
 def test_answers_differ_in_length_and_some_are_malformed(whole):
     for record in whole("short answers, ppo"):
         assert 0 < record["malformed_rate"] < 1 and record["kl"] > 0
+
+
+@pytest.mark.parametrize("name", ["two cameras, a state and chunks", "many worlds, cameras and chunks"])
+def test_chunks_of_five_actions_are_counted_as_such_and_move_the_policy(name, whole):
+    first, second = whole(name)
+    decisions = 4 * 8
+    assert 3 * decisions < first["env_steps"] <= 5 * decisions < second["env_steps"] <= 10 * decisions
+    assert first["kl"] > 0 and first["reward/process"] != second["reward/process"]
 
 
 def test_groups_are_of_episodes_of_one_start(whole):
