@@ -1,6 +1,8 @@
 """One iteration as a record of `metrics.jsonl`, and warnings about its metrics."""
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,11 +41,45 @@ def metrics(
             "malformed_rate": float(rollout.malformed[valid].mean()) if valid.any() else None,
             "episode_length": float(np.mean([e.num_steps for e in episodes])) if episodes else None,
         }
+        | episode_figures(rollout)
         | {f"reward/{name}": float(part[valid].sum()) / num_valid for name, part in rewards.parts.items()}
         | stats
         | uniform_success(episodes, curriculum)
         | curriculum.metrics()
     )
+
+
+def episode_figures(rollout: Rollout) -> dict[str, Any]:
+    """What tells why episodes fail; NaN where no episode tells it.
+
+    Returns:
+        `task_successes/<task>` and `task_episodes/<task>`: counts; `truncated`: share of the episodes that the time
+        limit cut off; of those, `progress/end`: how far they came by the simulator's own word, 0..1, and
+        `progress/late_gain`: how much of it in their last quarter; `gripper/early`: opening of the gripper, 0..1, after
+        the decision with an episode's third control step.
+    """
+    successes, played = Counter[str](), Counter[str]()
+    ends, gains, openings, cut = list[float](), list[float](), list[float](), 0
+    for (t, n), episode in zip(rollout.final_rows.tolist(), rollout.episodes, strict=True):
+        successes[episode.start.task] += episode.success
+        played[episode.start.task] += 1
+        first = t + 1 - episode.num_decisions
+        if episode.num_steps >= 3 and first >= 0:
+            third = int((rollout.executed[first : t + 1, n].cumsum() >= 3).argmax())
+            openings.append(float(rollout.ee_state[first + third, n, 3]))
+        if not rollout.truncated[t, n]:
+            continue
+        cut += 1
+        ends.append(float(rollout.progress[t, n, 1]))
+        if (late := t - episode.num_decisions // 4) >= 0:
+            gains.append(float(rollout.progress[t, n, 1] - rollout.progress[late, n, 1]))
+    means = {"progress/end": ends, "progress/late_gain": gains, "gripper/early": openings}
+    return {
+        **{f"task_successes/{task}": successes[task] for task in played},
+        **{f"task_episodes/{task}": count for task, count in played.items()},
+        "truncated": cut / len(rollout.episodes) if rollout.episodes else None,
+        **{name: float(np.mean(values)) if values else math.nan for name, values in means.items()},
+    }
 
 
 def uniform_success(episodes: Sequence[Episode], curriculum: TaskSampler) -> dict[str, float | None]:

@@ -14,6 +14,7 @@ from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import ExtensionError, StopTraining
 from reachrl.iteration_record import metrics, warn_of_engine_gap, warn_of_lost_steps, warn_of_low_entropy
 from reachrl.registry import resolve
+from reachrl.report.diagnosis import Explainer
 from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward, check_finite
 from reachrl.rollout.join import append_rewards, append_rollouts
@@ -64,6 +65,7 @@ def train(
     )
     state = restore(run, parts)
     run.forget_spans()
+    explainer = new_explainer(config, run)
 
     def collect() -> Pending[Rollout]:
         with run.span("sync"):
@@ -105,7 +107,10 @@ def train(
         warn_of_low_entropy(state, stats)
         curriculum.observe(rollout.episodes)
         record = metrics(state, rollout, rewards, stats, curriculum) | actors.metrics() | watched | {"lag": lag}
-        stopping |= asked_to_stop(callbacks, run.log(record)) or validation.exhausted
+        record = run.log(record)
+        if (diagnosis := explainer.observe(record)) is not None:
+            log.warning("iteration %d: %s", state.iteration, diagnosis.text())
+        stopping |= asked_to_stop(callbacks, record) or validation.exhausted
         ended = stopping and ahead is None
         timelines.note(state.iteration, run.spans.take(), workers.take_spans())
         due, state = ended or checkpoint_due(config, state), state.advance(rollout)
@@ -116,6 +121,12 @@ def train(
             save(run, state, parts, config)
             ended |= validation.exhausted
     return finish_validation(config, state, parts)
+
+
+def new_explainer(config: TrainConfig, run: Run) -> Explainer:
+    """Says why the run does not learn, if it does not; it knows what was trained before."""
+    demos = next(iter(run.metrics.read("demos")), None)
+    return Explainer(run.metrics.read("train"), after=config.explain_after, demos=demos, max_steps=config.env.max_steps)
 
 
 def finish_validation(config: TrainConfig, state: TrainState, parts: Checkpointed) -> TrainState:

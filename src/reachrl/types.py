@@ -140,6 +140,7 @@ class Rollout:
     episodes: tuple[Episode, ...]
     policy_version: int
     control_hz: float | None = None  # control steps a second of simulated time; None: unknown
+    action_bounds: Float32[np.ndarray, "2 D"] | None = None  # lowest and highest that is carried out; None: unknown
 
     @property
     def frames(self) -> UInt8[np.ndarray, "T N H W 3"]:

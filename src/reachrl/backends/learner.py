@@ -23,6 +23,7 @@ from reachrl.envs.base import Shown
 from reachrl.errors import CheckpointError
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
 from reachrl.policies.trained_on import warn_of_unfamiliar
+from reachrl.rollout.action_figures import action_figures
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
@@ -145,7 +146,7 @@ class LocalLearner:
         """The algorithm's batch, then its optimiser steps.
 
         Beside its figures, `engine_kl` is KL(sampler || learner) of the valid decisions before the update, in nats per
-        action token.
+        action token; `actions/...` say how large the actions were.
         """
         began = time.time()
         self._meet(rollout)
@@ -158,6 +159,7 @@ class LocalLearner:
             own=None if self.group.alone else (places >= block.start) & (places < block.stop),
         )
         stats = self.algorithm.update(batch, iteration=iteration) | {"engine_kl": engine_kl(rollout, scored)}
+        stats |= action_figures(rollout, self.policy)
         self.version += 1
         self._log.add("update", began)
         return stats

@@ -56,6 +56,8 @@ class TrainConfig(Section):
     keep_best_checkpoints: Annotated[int, Field(ge=0), Affects.SPEED] = 0
     """Checkpoints kept beside those, for their success on validation starts (`eval.during_every`): the highest. The
     weights of the best point alone are kept in `checkpoints/best` anyway."""
+    explain_after: Annotated[int, Field(ge=1), Affects.SPEED] = 10
+    """Iterations without success, or of a fall, after which the run says in words what its figures point to."""
     collect_ahead: Annotated[bool, Affects.TRAINING | Affects.FUTURE] = False
     """Collect the next rollout while the learner works on the last one. Its weights are then one update old, which
     `algorithm.importance_cap` must correct for; before a checkpoint they never are."""

@@ -252,6 +252,18 @@ class TrajectoryStore:
                     actions.append(values)
         return ActionStats.of_actions(np.concatenate(actions))
 
+    def hand_states(self) -> Iterator[Float32[np.ndarray, "T+1 4"]]:
+        """The end-effector's states of each trajectory, without decoding its images.
+
+        Raises:
+            StorageError: a shard is damaged.
+        """
+        for shard in self.shards:
+            with open_shard(shard) as file:
+                for group in range(file.num_row_groups):
+                    where = f"{shard}, episode {group}"
+                    yield table_vectors(_columns(file, shard, group, ["ee_state"]), "ee_state", where)
+
     def __iter__(self) -> Iterator[Trajectory]:
         for shard in self.shards:
             yield from iter_shard(shard)

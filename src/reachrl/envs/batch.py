@@ -26,6 +26,8 @@ class EnvBatch(ABC):
     action_dim: int
     shown: Shown
     control_hz: float | None
+    action_bounds: Float32[np.ndarray, "2 D"] | None = None
+    """Lowest and highest of each action number that is carried out; None: they are not known."""
     execute: int | None
     """`env.execute`: actions of a chunk that are carried out; None: all."""
     lost_episodes: int = 0

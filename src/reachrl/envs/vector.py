@@ -68,6 +68,7 @@ class VectorEnv(EnvBatch):
         self._arrays = SharedArrays(memory.fileno(), num_envs, self.shown)
         self.tasks: tuple[str, ...] = tuple(self._facts["tasks"])
         self.action_dim: int = self._facts["action_dim"]
+        self.action_bounds = np.array(self._facts["action_bounds"], np.float32)
         self.control_hz: float | None = self._facts["control_hz"]
         self.execute = config.execute
 

@@ -48,6 +48,7 @@ class Worker:
             "instructions": {task: env.instruction(task) for task in env.tasks},
             "num_starts": {split: env.num_starts(split) for split in SPLITS},
             "action_dim": env.action_space.shape[0],
+            "action_bounds": [env.action_space.low.tolist(), env.action_space.high.tolist()],
         }
 
     def reset(self, start: list[Any], actions: list[list[float]]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def branch(source: Path, config: TrainConfig, run_dir: Path) -> None:
                 shutil.copytree(run / "checkpoints" / BEST, aside / "checkpoints" / BEST, copy_function=_link)
         log = MetricsLog(aside / "metrics.jsonl")
         for record in read_metrics(run / "metrics.jsonl"):
-            if record["kind"] in ("sft", "reward_model") or (
+            if record["kind"] in ("demos", "sft", "reward_model") or (
                 record["kind"] in ("train", "validation") and record["iteration"] < origin["iteration"]
             ):
                 log.log(record)

@@ -3,10 +3,13 @@
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from reachrl.backends.policy_loading import new_policy
 from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
+from reachrl.demos.store import TrajectoryStore
 from reachrl.pipeline.base import Display, StageProgress
 from reachrl.run.directory import Run
 
@@ -26,7 +29,25 @@ def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
             done = event.total_kept
 
         store = collect_demos(config.env, config.demos, run.demos, seed=config.seed, on_progress=show)
+    run.metrics.truncate_after("demos", "iteration", -1)  # of an attempt that was cut short here
+    run.log({"kind": "demos", "iteration": 0} | outline(store))
     return {"trajectories": len(store)}
+
+
+def outline(store: TrajectoryStore) -> dict[str, Any]:
+    """What episodes of the policy are compared with: number and length of the experts', opening of their gripper.
+
+    `gripper/early` is as in training records: the opening after the third decision.
+    """
+    states = list(store.hand_states())
+    lengths = [len(state) - 1 for state in states]
+    early = [float(state[3, 3]) for state in states if len(state) > 3]
+    return {
+        "trajectories": len(states),
+        "length_mean": float(np.mean(lengths)),
+        "length_max": max(lengths),
+        "gripper/early": float(np.mean(early)) if early else None,
+    }
 
 
 def needs_demos(config: TrainConfig) -> bool:

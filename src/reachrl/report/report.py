@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from reachrl.errors import StorageError
 from reachrl.report import plots
+from reachrl.report.diagnosis import Diagnosis, diagnose
 from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit, films_by_task
 from reachrl.report.pages import drawn, render_page
 from reachrl.report.sections import (
@@ -107,6 +108,7 @@ def render_report(run_path: Path) -> str:
         alarm=alarm_section(run_path, train),
         warm_start=loss_chart(run_path, "sft", 960),
         panels=_panels(train),
+        diagnosis=_diagnosis(run_path, config, train),
         timing=timing_section(summary, stages, train),
         timeline=timeline_section(run_path),
         config=sorted(flatten_config(config).items()) if config else None,
@@ -225,6 +227,17 @@ def _videos(run_path: Path, evals: dict) -> dict[str, Any] | None:
     clips, left_out = clips_that_fit(films, MAX_VIDEO_BYTES)
     rows = [{"task": task, "clips": dict(zip(found[task], shown, strict=True))} for task, shown in clips.items()]
     return {"rows": rows, "left_out": left_out}
+
+
+def _diagnosis(run_path: Path, config: dict | None, train: Sequence[dict]) -> Diagnosis | None:
+    """Why the run does not learn, as its last iterations show it; None where it does."""
+    env = (config or {}).get("env") or {}
+    return diagnose(
+        train,
+        after=(config or {}).get("explain_after", 10),
+        demos=next(iter(read_metrics(run_path / "metrics.jsonl", "demos")), None),
+        max_steps=env.get("max_steps"),
+    )
 
 
 def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:

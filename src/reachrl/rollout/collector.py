@@ -244,6 +244,7 @@ class Collector:
             episodes=tuple(episodes),
             policy_version=policy_version,
             control_hz=self.envs.control_hz,
+            action_bounds=self.envs.action_bounds,
         )
 
 

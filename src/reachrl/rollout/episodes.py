@@ -17,7 +17,7 @@ from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 Mode = Literal["greedy", "sampled"]
 
 # Start i of one split is another start than that of another split: it gets other noise, too.
-_NOISE: dict[Split, Stream] = {
+NOISE: dict[Split, Stream] = {
     "train": Stream.PRACTICE_NOISE,
     "validation": Stream.VALIDATION_NOISE,
     "eval": Stream.EVALUATION_NOISE,
@@ -159,7 +159,7 @@ class EpisodePlayer:
         noise = None
         if self.mode == "sampled":
             generators = (
-                start and generator(self.seed, _NOISE[start.split], start.task, start.index, decision)
+                start and generator(self.seed, NOISE[start.split], start.task, start.index, decision)
                 for start, decision in zip(current, decisions, strict=True)
             )
             noise = EpisodeNoise(self.policy, generators)

@@ -46,6 +46,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         episodes=tuple(episodes[place] for place in order),
         policy_version=parts[0].policy_version,
         control_hz=parts[0].control_hz,
+        action_bounds=parts[0].action_bounds,
     )
 
 
@@ -65,6 +66,7 @@ def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
         episodes=first.episodes + second.episodes,
         policy_version=first.policy_version,
         control_hz=first.control_hz,
+        action_bounds=first.action_bounds,
     )
 
 

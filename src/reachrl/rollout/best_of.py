@@ -1,0 +1,146 @@
+"""Test-time search: several sampled actions a decision, of which the one that ranks highest is carried out."""
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64
+
+from reachrl.envs.vector import VectorEnv
+from reachrl.policies.base import ActionSample, Policy
+from reachrl.rollout.acting import EpisodeNoise, decide
+from reachrl.rollout.episodes import NOISE, EpisodePlayer
+from reachrl.streams import generator
+from reachrl.types import Observation, Start
+
+Rank = Literal["logprob", "vote", "critic"]
+LOOKS_AHEAD = ("critic",)
+
+
+class BestOfPlayer(EpisodePlayer):
+    """Plays episodes with the best of `count` sampled actions in each decision.
+
+    Candidate 0 has the noise of an ordinary evaluation and further ones have their own, so that the best of one is that
+    evaluation and the candidates of a smaller `count` are among those of a larger one. Of equal candidates the first is
+    taken.
+
+    Args:
+        policy: what acts.
+        envs: where.
+        temperature: of the sampling distribution.
+        seed: of the noise.
+        count: candidates a decision.
+        rank: `logprob`: the likeliest. `vote`: the action nearest to all others (their medoid), which two candidates
+            cannot outvote. `critic`: the highest value of the state that the action leads to, success counting as 1;
+            values know the state alone, so a copy of the simulator is asked for it: an oracle look-ahead, which a robot
+            does not have.
+        look_ahead: for `critic`: `count` environments of their own.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        envs: VectorEnv,
+        *,
+        temperature: float,
+        seed: int,
+        count: int,
+        rank: Rank,
+        look_ahead: VectorEnv | None = None,
+    ) -> None:
+        super().__init__(policy, envs, mode="sampled", temperature=temperature, seed=seed)
+        self.count, self.rank, self._look_ahead = count, rank, look_ahead
+        self._taken: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # in the episode of each environment
+        self.seconds = 0.0
+        """Spent on deciding so far."""
+        self.decisions = 0
+        """That were made in it."""
+
+    def _act(
+        self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]
+    ) -> tuple[ActionSample, np.ndarray]:
+        began = time.perf_counter()
+        samples, actions = [], []
+        for candidate in range(self.count):
+            noise = EpisodeNoise(self.policy, self._generators(current, lengths, candidate))
+            sample, chosen = decide(
+                self.policy, observation, temperature=self.temperature, noise=noise, with_values=True
+            )
+            samples.append(sample)
+            actions.append(chosen[:, 0])
+        for taken, length in zip(self._taken, lengths, strict=True):
+            del taken[length:]  # a new episode has none
+        offered = np.stack(actions, axis=1)  # [N candidates D]
+        scores = np.zeros((len(offered), self.count))
+        if self.count > 1:
+            scores = self._scores(samples, offered, current)
+            scores[np.stack([sample.malformed.numpy() for sample in samples], axis=1)] = -np.inf
+        best = scores.argmax(1)
+        rows = np.arange(len(best))
+        for n, action in enumerate(offered[rows, best]):
+            self._taken[n].append(action)
+        self.seconds += time.perf_counter() - began
+        self.decisions += sum(start is not None for start in current)
+        return _picked(samples, torch.from_numpy(best)), offered[rows, best]
+
+    def _generators(
+        self, current: Sequence[Start | None], lengths: Sequence[int], candidate: int
+    ) -> list[np.random.Generator | None]:
+        more = (candidate,) if candidate else ()
+        return [
+            None if start is None else generator(self.seed, NOISE[start.split], start.task, start.index, length, *more)
+            for start, length in zip(current, lengths, strict=True)
+        ]
+
+    def _scores(
+        self, samples: Sequence[ActionSample], offered: Float32[np.ndarray, "N C D"], current: Sequence[Start | None]
+    ) -> Float64[np.ndarray, "N C"]:
+        if self.rank == "logprob":
+            return np.stack([sample.logprobs.sum(-1).double().numpy() for sample in samples], axis=1)
+        if self.rank == "vote":
+            return -votes_against(offered)
+        return np.stack(
+            [
+                np.zeros(self.count) if start is None else self._values_after(start, self._taken[n], offered[n])
+                for n, start in enumerate(current)
+            ]
+        )
+
+    @torch.no_grad()
+    def _values_after(
+        self, start: Start, taken: Sequence[np.ndarray], candidates: Float32[np.ndarray, "C D"]
+    ) -> Float64[np.ndarray, "C"]:
+        """The value of the state that each candidate leads to; 1 for success, 0 at the time limit."""
+        envs = self._look_ahead
+        assert envs is not None and envs.num_envs == self.count
+        history = np.array(taken, np.float32).reshape(-1, candidates.shape[1])
+        envs.replay([start] * self.count, [history] * self.count)
+        step = envs.step(candidates, [start] * self.count)
+        values = self.policy.values(self.policy.encode(step.observation)).double().cpu().numpy()
+        values = np.where(step.terminated | step.truncated, 0.0, values)
+        return np.where(step.valid, np.where(step.success, 1.0, values), -np.inf)
+
+
+def votes_against(offered: Float32[np.ndarray, "N C D"]) -> Float64[np.ndarray, "N C"]:
+    """The mean distance (L1) of each candidate to the others of its row."""
+    offered = offered.astype(np.float64)
+    return np.abs(offered[:, :, None] - offered[:, None]).sum((2, 3)) / max(1, offered.shape[1] - 1)
+
+
+def _picked(samples: Sequence[ActionSample], best: torch.Tensor) -> ActionSample:
+    """The chosen candidate of each row."""
+    rows = torch.arange(len(best))
+
+    def pick(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(tensors)[best, rows]
+
+    values = [sample.values for sample in samples if sample.values is not None]
+    return ActionSample(
+        token_ids=pick([sample.token_ids for sample in samples]),
+        token_mask=pick([sample.token_mask for sample in samples]),
+        logprobs=pick([sample.logprobs for sample in samples]),
+        values=pick(values) if len(values) == len(samples) else None,
+        malformed=pick([sample.malformed for sample in samples]),
+    )
