@@ -87,7 +87,9 @@ def paired(runs: dict[str, list[Path]], one: str, other: str, mode: str) -> str:
     return f"{other} against {one}: {test.improved} better, {test.worsened} worse, p = {test.p_value:.2g}"
 
 
-def draw(runs: dict[str, list[Path]], path: Path) -> None:
+def draw(
+    runs: dict[str, list[Path]], path: Path, colours: dict[str, str] = COLOURS, title: str = "Learning curves by reward"
+) -> None:
     """Training success of each arm weighed to a uniform draw, over seeds and iterations, with Wilson intervals."""
     curves = {}
     for arm, folders in runs.items():
@@ -99,20 +101,20 @@ def draw(runs: dict[str, list[Path]], path: Path) -> None:
     last = max(x for points in curves.values() for x, *_ in points)
     chart = Chart(
         (0, last), (0, 1), width=860, height=420, margin=(22, 110, 42, 52), x_label="iteration",
-        y_label="success_uniform of training episodes", y_format=percent, title="Learning curves by reward",
+        y_label="success_uniform of training episodes", y_format=percent, title=title,
     )  # fmt: skip
     for arm, points in curves.items():
         band = [(chart.x(x), chart.y(high)) for x, _, _, high in points]
         band += [(chart.x(x), chart.y(low)) for x, _, low, _ in reversed(points)]
         outline = " ".join(f"{x},{y}" for x, y in band)
-        chart.add(f'<polygon points="{outline}" fill="{COLOURS[arm]}" fill-opacity="0.15"/>')
+        chart.add(f'<polygon points="{outline}" fill="{colours[arm]}" fill-opacity="0.15"/>')
         line = "L".join(f"{chart.x(x)} {chart.y(y)}" for x, y, *_ in points)
-        chart.add(f'<path d="M{line}" fill="none" stroke="{COLOURS[arm]}" stroke-width="2"/>')
+        chart.add(f'<path d="M{line}" fill="none" stroke="{colours[arm]}" stroke-width="2"/>')
     height = float("-inf")
     for arm in sorted(curves, key=lambda arm: -curves[arm][-1][1]):  # from above, names kept apart
         height = max(chart.y(curves[arm][-1][1]) + 4, height + 15)
         chart.add(
-            f'<text x="{chart.x(last) + 8}" y="{height}" style="fill:{COLOURS[arm]};font-weight:600">{arm}</text>'
+            f'<text x="{chart.x(last) + 8}" y="{height}" style="fill:{colours[arm]};font-weight:600">{arm}</text>'
         )
     style = "<style>text{font:12px sans-serif;fill:#5b6776}.grid{stroke:#e9edf1}.axis{stroke:#dfe4ea}</style>"
     picture = chart.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)

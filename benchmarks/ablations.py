@@ -1,0 +1,251 @@
+"""The paper's ablations and ours: the same warm starts trained with one option changed, over several seeds.
+
+    python benchmarks/ablations.py --seeds 1 2 3 4 5 --out runs/ablations
+    python benchmarks/ablations.py --arms full no-process-reward --story cheap --jobs 2
+    python benchmarks/ablations.py --page-only
+
+The arm `full` runs the whole story once for each seed; every other arm begins from its demonstrations, warm start and
+reward model (`reachrl train --from`), and so differs in training alone, unless the policy itself is another. What is
+finished is kept, what was cut short goes on, and `--jobs` runs stand side by side at low priority. The page has a row
+for each arm and seed, the arms' means with 95 % t intervals over seeds, differences from `full` of runs that share a
+seed, and the learning curves.
+
+A cheaper story (`--story cheap`) asks the same of fewer tasks and iterations. Its ranking says something of the full
+story only where both were run: name such arms before you trust it with the others.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reachrl.config.loading import load_config
+from reachrl.functional.stats import seed_interval, wilson
+from reachrl.run.atomic import write_bytes_atomic
+from reachrl.run.cores import available_cores
+from reachrl.run.metrics import read_metrics
+from reward_arms import draw
+
+ROOT = Path(__file__).parents[1]
+_NICENESS = 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One change to training."""
+
+    overrides: tuple[str, ...]
+    colour: str
+    claim: str  # what the paper, or we, expect of it
+    seeds: int = 5  # that its row needs
+    own_warm_start: bool = False  # another policy cannot begin from that of `full`
+
+
+TEN_TIMES = "algorithm.lr=10 times the preset's"
+ARMS = {
+    "full": Arm((), "#0f8b6d", "the story as it is"),
+    "no-process-reward": Arm(("reward.kind=task",), "#5b6776", "paper: worse without the process reward"),
+    "uniform-curriculum": Arm(("curriculum.kind=uniform",), "#c9760a", "paper: worse with uniform sampling"),
+    "printed-curriculum": Arm(("curriculum.weighting=paper",), "#8e5ea2", "paper: the weight as it is printed"),
+    "temperature-1.0": Arm(("rollout.temperature=1.0",), "#1f77b4", "paper: worse than 1.5"),
+    "temperature-1.5": Arm(("rollout.temperature=1.5",), "#17becf", "paper: better than 1.0"),
+    "warm-up-0": Arm(("algorithm.warmup_iterations=0",), "#c0392b", "paper: worse without critic warm-up"),
+    "warm-up-5": Arm(("algorithm.warmup_iterations=5",), "#7f8c8d", "paper: its own setting"),
+    "lr-x10": Arm((TEN_TIMES,), "#e377c2", "paper: ten times the rate destroys the policy"),
+    "clip-symmetric": Arm(("algorithm.clip_eps_high=0.2",), "#bcbd22", "ours: no better than 0.2/0.28", 3),
+    "separate-critic": Arm(("policy.critic=separate",), "#2c3e50", "ours: no better than the shared one", 3, True),
+    "token-ratio": Arm(("algorithm.ratio_level=token",), "#d35400", "ours: no better than the action's ratio", 3),
+}
+STORIES = {
+    "quickstart": ("metaworld_quickstart", ()),
+    "cheap": (
+        "metaworld_quickstart",
+        ("env.tasks=drawer-close,faucet-open,handle-press,window-open", "num_iterations=22", "eval.num_videos=0"),
+    ),
+    "toy": ("toy", ("eval.num_videos=0",)),  # for trying this program, not for its figures
+}
+
+
+def run_full(preset: str, overrides: Sequence[str], run: Path, seed: int) -> None:
+    """The whole story of one seed, unless it is done."""
+    if not (run / "summary.json").exists():
+        _reachrl("quickstart", preset, f"seed={seed}", *overrides, "--run", str(run))
+
+
+def run_arm(preset: str, overrides: Sequence[str], base: Path, run: Path, seed: int) -> None:
+    """Training and evaluation of one arm of one seed from the warm start of `base`, unless they are done."""
+    if (run / "summary.json").exists():
+        return
+    words = [preset, f"seed={seed}", *overrides]
+    _reachrl("train", *words, "--from", str(base), "--run", str(run))
+    for stage in ("eval", "report"):
+        _reachrl(stage, *words, "--run", str(run))
+
+
+def _reachrl(*words: str) -> None:
+    command = ["nice", "-n", str(_NICENESS), sys.executable, "-m", "reachrl", *words, "--quiet"]
+    subprocess.run(command, check=True)
+
+
+def run_missing(arms: Sequence[str], story: str, seeds: Sequence[int], out: Path, jobs: int) -> dict[str, list[str]]:
+    """Run what is not there yet; the runs that failed, by arm, with the reason."""
+    preset, common = STORIES[story]
+    failed: dict[str, list[str]] = {}
+
+    def one(arm: str, seed: int) -> None:
+        base, run = out / story / "full" / f"seed{seed}", out / story / arm / f"seed{seed}"
+        tenfold = f"algorithm.lr={10 * load_config(preset).algorithm.lr:g}"  # pyright: ignore[reportAttributeAccessIssue]
+        overrides = [*common, *(tenfold if each == TEN_TIMES else each for each in ARMS[arm].overrides)]
+        if arm == "full" or ARMS[arm].own_warm_start:
+            run_full(preset, overrides, run, seed)
+        else:
+            run_arm(preset, overrides, base, run, seed)
+
+    # An arm needs the warm start of its seed: all of those first.
+    for stage in (["full"], [arm for arm in arms if arm != "full"]):
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            work = {pool.submit(one, arm, seed): (arm, seed) for seed in seeds for arm in stage}
+            for done in concurrent.futures.as_completed(work):
+                arm, seed = work[done]
+                if (error := done.exception()) is not None:  # an arm may well diverge: that is its result
+                    failed.setdefault(arm, []).append(f"seed {seed}: {error}")
+    return failed
+
+
+def summaries(arm: str, story: str, out: Path) -> dict[int, dict[str, Any]]:
+    """What the finished runs of an arm came to, by seed."""
+    found = sorted((out / story / arm).glob("seed*/summary.json"), key=lambda path: int(path.parent.name[4:]))
+    return {int(path.parent.name[4:]): json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[str, list[str]]) -> str:
+    """The page about the finished runs: the arms, then each run."""
+    found = {arm: runs for arm in arms if (runs := summaries(arm, story, out))}
+    preset, common = STORIES[story]
+    hashes = {run["protocol_hash"] for runs in found.values() for run in runs.values()}
+    if len(hashes) > 1:
+        raise SystemExit(f"the runs follow different protocols ({', '.join(sorted(hashes))}); they cannot be compared")
+    text = [
+        "# Ablations",
+        "",
+        f"Written by `benchmarks/ablations.py` from finished runs of the story `{story}`: preset `{preset}`"
+        + (f" with {', '.join(f'`{each}`' for each in common)}" if common else "")
+        + f", protocol `{next(iter(hashes), 'none')}`. Each arm begins from the warm start and reward model of `full` "
+        "of its seed and changes training alone. Rates are held-out success of the last weights at the headline's "
+        "temperature; intervals over seeds are 95 % t intervals, and a difference is that of runs which share a seed. "
+        "An arm is called better or worse only where the interval of its difference lies on one side of 0.",
+        "",
+        "| Arm | Changes | Expected | Seeds | After, pooled | Mean over seeds, points | Less `full`, points | Says |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    text += [_arm_row(arm, runs, found.get("full", {})) for arm, runs in found.items()]
+    text += [f"| {arm} | | | 0 | not run | | | untested |" for arm in arms if arm not in found]
+    text += [
+        "",
+        "## Each run",
+        "",
+        "| Arm | Seed | Before | After | Best by validation | Minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    text += [_run_row(arm, seed, run) for arm, runs in found.items() for seed, run in runs.items()]
+    if any(runs for runs in found.values()):
+        text += ["", "## Learning curves", "", f"![Learning curves by arm]({picture})", ""]
+        text += [
+            "`success_uniform` of training episodes, pooled over seeds and four iterations, with Wilson intervals."
+        ]
+    if failed:
+        text += ["", "## Runs that did not end", ""]
+        text += [f"- {arm}, {each}" for arm, problems in failed.items() for each in problems]
+    return "\n".join(text) + "\n"
+
+
+def _arm_row(arm: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
+    after = {seed: run["success_after"] for seed, run in runs.items()}
+    k, n = sum(each["k"] for each in after.values()), sum(each["n"] for each in after.values())
+    low, high = wilson(k, n)
+    mean = _points([100 * each["rate"] for each in after.values()], signed=False)
+    shared = [seed for seed in after if seed in full and arm != "full"]
+    less = [100 * (after[seed]["rate"] - full[seed]["success_after"]["rate"]) for seed in shared]
+    changes = ", ".join(f"`{each}`" for each in ARMS[arm].overrides) or "nothing"
+    pooled = f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    says = _verdict(less, ARMS[arm].seeds) if less else ""
+    return f"| {arm} | {changes} | {ARMS[arm].claim} | {len(runs)} | {pooled} | {mean} | {_points(less)} | {says} |"
+
+
+def _points(values: Sequence[float], *, signed: bool = True) -> str:
+    if not values:
+        return ""
+    mean, low, high = seed_interval(values)
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return form.format(mean) + (f" [{form.format(low)}, {form.format(high)}]" if len(values) > 1 else " (one seed)")
+
+
+def _verdict(less: Sequence[float], needed: int) -> str:
+    if len(less) < needed:
+        return f"too few seeds ({len(less)} of {needed})"
+    _, low, high = seed_interval(less)
+    return "worse" if high < 0 else "better" if low > 0 else "not told apart"
+
+
+def _run_row(arm: str, seed: int, run: dict[str, Any]) -> str:
+    def rate(found: dict[str, Any] | None) -> str:
+        return "" if not found else f"{found['k']}/{found['n']} = {100 * found['rate']:.1f} %"
+
+    best = run.get("best")
+    chosen = f"{rate(best['success'][run['mode']])} (iteration {best['iteration']} of {best['of']})" if best else ""
+    minutes = run["wall_s"]["total"] / 60
+    return (
+        f"| {arm} | {seed} | {rate(run['success_before'])} | {rate(run['success_after'])} | {chosen} | {minutes:.1f} |"
+    )
+
+
+def _draw(arms: Sequence[str], story: str, out: Path, path: Path) -> None:
+    runs = {
+        arm: [out / story / arm / f"seed{seed}" for seed in found]
+        for arm in arms
+        if (found := summaries(arm, story, out))
+    }
+    drawn = {
+        arm: folders
+        for arm, folders in runs.items()
+        if all(read_metrics(f / "metrics.jsonl", "train") for f in folders)
+    }
+    if drawn:
+        draw(drawn, path, {arm: ARMS[arm].colour for arm in drawn}, "Learning curves by arm")
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--story", choices=list(STORIES), default="quickstart")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--jobs", type=int, default=max(1, available_cores() // 2), help="runs side by side")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reproduction" / "ablations.md")
+    parser.add_argument("--page-only", action="store_true", help="write the page about what is there; run nothing")
+    arguments = parser.parse_args()
+    arms = list(dict.fromkeys(["full", *arguments.arms]))
+    failed: dict[str, list[str]] = {}
+    if not arguments.page_only:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        failed = run_missing(arms, arguments.story, arguments.seeds, arguments.out, arguments.jobs)
+    picture = arguments.page.with_suffix(".svg")
+    _draw(arms, arguments.story, arguments.out, picture)
+    text = page(arms, arguments.story, arguments.out, picture.name, failed)
+    write_bytes_atomic(arguments.page, text.encode())
+    print(f"{arguments.page}: {sum(len(summaries(arm, arguments.story, arguments.out)) for arm in arms)} runs")
+    for arm, problems in failed.items():
+        print(f"{arm}: {'; '.join(problems)}")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
