@@ -145,7 +145,11 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
         "|---|---|---|---|---|---|---|---|",
     ]
     text += [_arm_row(arm, runs, found.get("full", {})) for arm, runs in found.items()]
-    text += [f"| {arm} | | | 0 | not run | | | untested |" for arm in arms if arm not in found]
+    text += [
+        f"| {arm} | {_changes(arm)} | {ARMS[arm].claim} | 0 | not run | | | untested |"
+        for arm in arms
+        if arm not in found
+    ]
     text += [
         "",
         "## Each run",
@@ -172,10 +176,15 @@ def _arm_row(arm: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str
     mean = _points([100 * each["rate"] for each in after.values()], signed=False)
     shared = [seed for seed in after if seed in full and arm != "full"]
     less = [100 * (after[seed]["rate"] - full[seed]["success_after"]["rate"]) for seed in shared]
-    changes = ", ".join(f"`{each}`" for each in ARMS[arm].overrides) or "nothing"
     pooled = f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     says = _verdict(less, ARMS[arm].seeds) if less else ""
-    return f"| {arm} | {changes} | {ARMS[arm].claim} | {len(runs)} | {pooled} | {mean} | {_points(less)} | {says} |"
+    return (
+        f"| {arm} | {_changes(arm)} | {ARMS[arm].claim} | {len(runs)} | {pooled} | {mean} | {_points(less)} | {says} |"
+    )
+
+
+def _changes(arm: str) -> str:
+    return ", ".join(f"`{each}`" for each in ARMS[arm].overrides) or "nothing"
 
 
 def _points(values: Sequence[float], *, signed: bool = True) -> str:

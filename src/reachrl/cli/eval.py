@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from reachrl.cli.results import show_evaluations, show_result
+from reachrl.cli.results import show_best_of, show_evaluations, show_result
 from reachrl.cli.stages import QuietOption, RunOption, interruptible, named_preset, run_command
 from reachrl.errors import ConfigError
 
@@ -58,6 +58,22 @@ def eval_(
         Path | None,
         typer.Option(metavar="DIR", help="Where outcomes go, the same for all shards.", rich_help_panel=OWN),
     ] = None,
+    best_of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,2,4,8",
+            help="Carry out the best of N sampled actions a decision, for each N; paired with N = 1.",
+            rich_help_panel=OWN,
+        ),
+    ] = None,
+    rank: Annotated[
+        str,
+        typer.Option(
+            metavar="logprob|vote|critic",
+            help="What makes an action the best; critic looks ahead in a copy of the simulator.",
+            rich_help_panel=OWN,
+        ),
+    ] = "logprob",
     quiet: QuietOption = False,
 ) -> None:
     """Measure success on held-out start states: of a run before and after training, or of any policy."""
@@ -66,6 +82,12 @@ def eval_(
             raise ConfigError("--checkpoint names one of --run's checkpoints, and goes without --policy")
         policy = chosen_checkpoint(run, checkpoint) / "policy"
     preset, overrides = named_preset(preset, overrides, run, policy.parent if policy else None)
+    if best_of is not None:
+        if shard or protocol == "official":
+            raise ConfigError("--best-of goes with --protocol heldout, without --shard")
+        measurement = _measurement(preset, overrides, run, policy, suite, "heldout", "1/1", out)
+        _best_of(measurement, best_of, rank, quiet)
+        return
     if policy is None and suite is None and protocol is None:
         if shard or out:
             raise ConfigError("--shard and --out go with --protocol heldout or official")
@@ -80,6 +102,21 @@ def eval_(
             display.log(f"checkpoint {policy.parent.name}: {done} of {measurement.config.num_iterations} iterations")
         result = measure(measurement, display)
     show_result(result, measurement.out)
+
+
+def _best_of(measurement: "Measurement", counts: str, rank: str, quiet: bool) -> None:
+    from reachrl.pipeline.best_of import MOST, measure_best_of
+
+    if rank not in ("logprob", "vote", "critic"):
+        raise ConfigError(f"--rank {rank}: expected logprob, vote or critic")
+    numbers = [part.strip() for part in counts.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part[:9]) <= MOST for part in numbers):
+        raise ConfigError(f"--best-of {counts}: expected numbers from 1 to {MOST}, such as 1,2,4,8")
+    with interruptible(quiet, measurement.out) as display:
+        result = measure_best_of(
+            measurement.config, measurement.policy, measurement.out, [int(part) for part in numbers], rank, display
+        )
+    show_best_of(result, measurement.out)
 
 
 def chosen_checkpoint(run: Path, which: str) -> Path:

@@ -148,6 +148,33 @@ def success(record: dict[str, Any]) -> str:
     return f"{record['k']}/{record['n']}  {100 * record['rate']:.0f} % [{low:.0f}, {high:.0f}]"
 
 
+def show_best_of(result: dict[str, Any], folder: Path) -> None:
+    """Print success and time by the number of candidates.
+
+    Args:
+        result: What `reachrl.pipeline.best_of.measure_best_of` returned.
+        folder: Where it lies.
+    """
+    label = " (oracle look-ahead)" if result["oracle_look_ahead"] else ""
+    title = f"Best of N actions, {result['mode']}, ranked by {result['rank']}{label}"
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("N", "success", "against N = 1, same starts", "ms per decision"):
+        table.add_column(column, no_wrap=True)
+    for row in result["rows"]:
+        against = paired(row["against_one"]) if row["best_of"] > 1 else ""
+        table.add_row(str(row["best_of"]), success(row["outcomes"]), against, f"{row['ms_per_decision']:.1f}")
+    console = Terminal()
+    console.print(table)
+    console.print("k/n, rate and 95 % Wilson interval. Rank and N were chosen before: the best row is not the result.")
+    if result["oracle_look_ahead"]:
+        console.print(
+            "Oracle look-ahead: candidates are tried in a copy of the simulator, which a robot does not have."
+        )
+    _print_caveats(result["caveats"])
+    file = (folder / f"best-of-{result['rank']}.json").resolve()
+    console.print(f"Result: {file}", soft_wrap=True, highlight=False)
+
+
 def paired(test: dict[str, Any] | None) -> str:
     """Write a paired test as `+improved -worsened, p = ...`; nothing where there is none."""
     return "" if test is None else f"+{test['improved']} -{test['worsened']}, p = {test['p_value']:.2g}"

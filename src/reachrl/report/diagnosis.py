@@ -197,7 +197,7 @@ def _situation(recent: Sequence[Row]) -> str:
 def _wrong_statistics(recent: Sequence[Row]) -> Finding | None:
     clipped, size = _mean(recent, "actions/beyond_bounds"), _mean(recent, "actions/size")
     remedy = (
-        "check the action statistics: `reachrl model inspect` shows those of the policy, which must be those of this "
+        "check the action statistics: `reachrl model info` shows those of the policy, which must be those of this "
         "environment's actions (policy.dataset chooses among several)"
     )
     if clipped >= _CLIPPED:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64
 
-from reachrl.envs.vector import VectorEnv
+from reachrl.envs.batch import EnvBatch
 from reachrl.policies.base import ActionSample, Policy
 from reachrl.rollout.acting import EpisodeNoise, decide
 from reachrl.rollout.episodes import NOISE, EpisodePlayer
@@ -42,37 +42,37 @@ class BestOfPlayer(EpisodePlayer):
     def __init__(
         self,
         policy: Policy,
-        envs: VectorEnv,
+        envs: EnvBatch,
         *,
         temperature: float,
         seed: int,
         count: int,
         rank: Rank,
-        look_ahead: VectorEnv | None = None,
+        look_ahead: EnvBatch | None = None,
     ) -> None:
         super().__init__(policy, envs, mode="sampled", temperature=temperature, seed=seed)
         self.count, self.rank, self._look_ahead = count, rank, look_ahead
-        self._taken: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # in the episode of each environment
+        self._taken: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # chunks of the running episodes
         self.seconds = 0.0
         """Spent on deciding so far."""
         self.decisions = 0
         """That were made in it."""
 
     def _act(
-        self, observation: Observation, current: Sequence[Start | None], lengths: Sequence[int]
+        self, observation: Observation, current: Sequence[Start | None], decisions: Sequence[int]
     ) -> tuple[ActionSample, np.ndarray]:
         began = time.perf_counter()
         samples, actions = [], []
         for candidate in range(self.count):
-            noise = EpisodeNoise(self.policy, self._generators(current, lengths, candidate))
+            noise = EpisodeNoise(self.policy, self._generators(current, decisions, candidate))
             sample, chosen = decide(
                 self.policy, observation, temperature=self.temperature, noise=noise, with_values=True
             )
             samples.append(sample)
-            actions.append(chosen[:, 0])
-        for taken, length in zip(self._taken, lengths, strict=True):
-            del taken[length:]  # a new episode has none
-        offered = np.stack(actions, axis=1)  # [N candidates D]
+            actions.append(chosen[:, : self._execute])
+        for taken, made in zip(self._taken, decisions, strict=True):
+            del taken[made:]  # a new episode has none
+        offered = np.stack(actions, axis=1)  # [N candidates K D]
         scores = np.zeros((len(offered), self.count))
         if self.count > 1:
             scores = self._scores(samples, offered, current)
@@ -86,16 +86,16 @@ class BestOfPlayer(EpisodePlayer):
         return _picked(samples, torch.from_numpy(best)), offered[rows, best]
 
     def _generators(
-        self, current: Sequence[Start | None], lengths: Sequence[int], candidate: int
+        self, current: Sequence[Start | None], decisions: Sequence[int], candidate: int
     ) -> list[np.random.Generator | None]:
         more = (candidate,) if candidate else ()
         return [
-            None if start is None else generator(self.seed, NOISE[start.split], start.task, start.index, length, *more)
-            for start, length in zip(current, lengths, strict=True)
+            None if start is None else generator(self.seed, NOISE[start.split], start.task, start.index, made, *more)
+            for start, made in zip(current, decisions, strict=True)
         ]
 
     def _scores(
-        self, samples: Sequence[ActionSample], offered: Float32[np.ndarray, "N C D"], current: Sequence[Start | None]
+        self, samples: Sequence[ActionSample], offered: Float32[np.ndarray, "N C K D"], current: Sequence[Start | None]
     ) -> Float64[np.ndarray, "N C"]:
         if self.rank == "logprob":
             return np.stack([sample.logprobs.sum(-1).double().numpy() for sample in samples], axis=1)
@@ -110,12 +110,12 @@ class BestOfPlayer(EpisodePlayer):
 
     @torch.no_grad()
     def _values_after(
-        self, start: Start, taken: Sequence[np.ndarray], candidates: Float32[np.ndarray, "C D"]
+        self, start: Start, taken: Sequence[np.ndarray], candidates: Float32[np.ndarray, "C K D"]
     ) -> Float64[np.ndarray, "C"]:
         """The value of the state that each candidate leads to; 1 for success, 0 at the time limit."""
         envs = self._look_ahead
         assert envs is not None and envs.num_envs == self.count
-        history = np.array(taken, np.float32).reshape(-1, candidates.shape[1])
+        history = np.array(taken, np.float32).reshape(-1, candidates.shape[-1])
         envs.replay([start] * self.count, [history] * self.count)
         step = envs.step(candidates, [start] * self.count)
         values = self.policy.values(self.policy.encode(step.observation)).double().cpu().numpy()
@@ -123,10 +123,10 @@ class BestOfPlayer(EpisodePlayer):
         return np.where(step.valid, np.where(step.success, 1.0, values), -np.inf)
 
 
-def votes_against(offered: Float32[np.ndarray, "N C D"]) -> Float64[np.ndarray, "N C"]:
+def votes_against(offered: Float32[np.ndarray, "N C K D"]) -> Float64[np.ndarray, "N C"]:
     """The mean distance (L1) of each candidate to the others of its row."""
     offered = offered.astype(np.float64)
-    return np.abs(offered[:, :, None] - offered[:, None]).sum((2, 3)) / max(1, offered.shape[1] - 1)
+    return np.abs(offered[:, :, None] - offered[:, None]).sum((2, 3, 4)) / max(1, offered.shape[1] - 1)
 
 
 def _picked(samples: Sequence[ActionSample], best: torch.Tensor) -> ActionSample:
