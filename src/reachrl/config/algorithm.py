@@ -46,7 +46,7 @@ class AlgorithmSection(Section):
 
     @property
     def discount(self) -> float:
-        """Discount per decision, with which rewards shape potentials."""
+        """Discount per control step, with which rewards shape potentials."""
         return 1.0
 
     @property

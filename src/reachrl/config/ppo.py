@@ -14,7 +14,7 @@ class PPOConfig(PolicyGradientSection):
     kind: Annotated[Literal["ppo"], Affects.TRAINING] = "ppo"
     """Which algorithm."""
     gamma: Annotated[Unit, Affects.FUTURE] = 0.97
-    """Discount per decision."""
+    """Discount per control step: a decision that lasts several is discounted once for each."""
     gae_lambda: Annotated[Unit, Affects.FUTURE] = 0.95
     """Exponential weight of generalised advantage estimation."""
     bootstrap_truncated: Annotated[bool, Affects.FUTURE] = True

@@ -72,7 +72,7 @@ def _check_description(env: Env) -> None:
     space: Any = env.action_space
     _require(len(space.shape) == 1 and space.dtype == np.float32, "`action_space` is a Box f32[D]")
     _require(bool(np.isfinite([space.low, space.high]).all()), "`action_space` is bounded")
-    _require(env.control_hz is None or env.control_hz > 0, "`control_hz` is decisions a second, or None")
+    _require(env.control_hz is None or env.control_hz > 0, "`control_hz` is actions a second, or None")
     Shown.of(env.observation_space)
 
 
