@@ -65,7 +65,8 @@ class PolicyGradient(Algorithm):
         self._kl_factor = 1.0  # of the learning rate, with `lr_schedule=kl`
         self._entropy_extra = 0.0  # what `entropy_floor` has added to `entropy_coef`
         self._token_actions = _token_actions(config, policy)
-        self._slots = policy.token_actions() if policy.num_actions > 1 else None
+        slots = policy.token_actions() if policy.num_actions > 1 else None
+        self._slots = None if slots is None else slots.cpu()
 
     def update(self, batch: Batch, *, iteration: int) -> Stats:
         """Train on one iteration's batch; without rows, nothing is trained.
