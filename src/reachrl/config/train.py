@@ -241,8 +241,8 @@ class TrainConfig(Section):
         if by_segments and discount ** (self.env.max_steps - 1) < SMALLEST_DISCOUNT:
             raise ValueError(
                 f"reward.pay=segments divides the potential by algorithm.gamma={discount:g} once for each further "
-                f"control step of a segment, which is no longer a finite number over env.max_steps={self.env.max_steps}: "
-                "raise algorithm.gamma, or set reward.pay=steps"
+                "control step of a segment, which is no longer a finite number over "
+                f"env.max_steps={self.env.max_steps}: raise algorithm.gamma, or set reward.pay=steps"
             )
         return self
 
