@@ -33,15 +33,21 @@ class EvalResult:
 
 def outcome(episode: PlayedEpisode) -> dict[str, Any]:
     """What a record keeps of an episode."""
-    start = episode.start
-    return {"task": start.task, "start": start.index, "success": episode.success, "num_steps": episode.num_steps}
+    counts = {name: getattr(episode, name) for name in ("num_steps", "num_decisions", "num_malformed")}
+    return {"task": episode.start.task, "start": episode.start.index, "success": episode.success} | counts
 
 
 def outcomes_record(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts and Wilson intervals, of all and per task, with the outcomes themselves: JSON-ready."""
     tasks = dict.fromkeys(found["task"] for found in outcomes)
     per_task = {task: rate([found["success"] for found in outcomes if found["task"] == task]) for task in tasks}
-    return rate([found["success"] for found in outcomes]) | {"per_task": per_task, "episodes": list(outcomes)}
+    decisions = sum(found["num_decisions"] for found in outcomes)
+    malformed = sum(found["num_malformed"] for found in outcomes) / decisions if decisions else None
+    return rate([found["success"] for found in outcomes]) | {
+        "malformed_rate": malformed,
+        "per_task": per_task,
+        "episodes": list(outcomes),
+    }
 
 
 def rate(outcomes: Sequence[bool]) -> dict[str, Any]:

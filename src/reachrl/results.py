@@ -45,7 +45,8 @@ class EvaluationResult:
     """Over all tasks."""
     per_task: dict[str, SuccessRate]
     episodes: list[dict[str, Any]]
-    """`task`, `start`, `success` and `num_steps` of each episode: rows for `pandas.DataFrame`."""
+    """`task`, `start`, `success`, `num_steps`, `num_decisions` and `num_malformed` of each episode: rows for
+    `pandas.DataFrame`."""
     protocol_hash: str
     """Only rates with the same one may be compared."""
     caveats: tuple[str, ...] = ()

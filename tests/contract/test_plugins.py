@@ -13,15 +13,18 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
-from short_answers import ShortConfig, ShortPolicy
+from short_answers import DIMS, END, ShortConfig, ShortPolicy
 from tiny_run import OVERRIDES, Lines, play, train_lines
 
 from reachrl.config.loading import load_config
 from reachrl.config.train import TrainConfig
+from reachrl.envs.vector import VectorEnv
+from reachrl.evaluation import EvalResult
 from reachrl.pipeline import run_stage
 from reachrl.rollout.acting import EpisodeNoise
+from reachrl.rollout.episodes import EpisodePlayer
 from reachrl.testing.conformance_policy import check_policy
-from reachrl.types import Observation
+from reachrl.types import Observation, Start
 
 RAY = ("backend.kind=ray", "backend.actors=2", "backend.deadline_s=90")
 WITHOUT_PPO = tuple(option for option in OVERRIDES if "warmup" not in option)
@@ -142,3 +145,22 @@ def test_short_answers_keep_the_contract():
     torch.testing.assert_close(
         policy.acting_logprobs(policy.encode(observation), sample.token_ids, sample.token_mask), sample.logprobs
     )
+
+
+def test_evaluations_count_malformed_answers_and_carry_out_the_safe_action():
+    torch.manual_seed(0)
+    config = config_of("short answers, ppo")
+    with VectorEnv(config.env, 2) as envs:
+        player = EpisodePlayer(ShortPolicy(ShortConfig()), envs, mode="sampled", temperature=1.0, seed=0)
+        starts = [Start(config.env.tasks[0], "eval", index) for index in range(4)]
+        result = EvalResult(mode="sampled", episodes=tuple(player.play(starts, record=lambda _: True)))
+    turns = [turn for episode in result.episodes for turn in episode.turns]
+    malformed = [turn for turn in turns if turn.malformed]
+    assert 0 < len(malformed) < len(turns)
+    assert result.record()["malformed_rate"] == len(malformed) / len(turns)
+    for turn in malformed:
+        said = turn.token_ids[turn.token_mask]
+        numbers = (said != END).sum()
+        assert numbers == 0 or numbers > DIMS or said[-1] != END
+        assert not turn.actions.any()
+    assert any(turn.actions.any() for turn in turns if not turn.malformed)

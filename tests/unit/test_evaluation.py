@@ -115,7 +115,9 @@ class Player:
 
     def play(self, weights, starts, mode):
         self.asked.append(list(starts))
-        return Done([PlayedEpisode(start=start, instruction="", success=True, num_steps=1) for start in starts])
+        return Done(
+            [PlayedEpisode(start=start, instruction="", success=True, num_steps=1, num_decisions=1) for start in starts]
+        )
 
 
 def test_evaluations_during_training_play_neither_training_nor_test_starts():

@@ -178,6 +178,7 @@ def film(seed):
         instruction="reach the goal",
         success=True,
         num_steps=6,
+        num_decisions=6,
         turns=tuple(turns),
         final_observation=turns[0].observation,
     )

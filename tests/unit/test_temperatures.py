@@ -77,8 +77,9 @@ def test_actions_are_drawn_at_the_named_temperature_with_the_same_noise():
 
 def test_temperatures_are_compared_on_the_same_starts():
     def record(successes):
+        counts = {"num_decisions": 1, "num_malformed": 0}
         return outcomes_record(
-            [{"task": "t", "start": i, "success": bool(s), "num_steps": 1} for i, s in enumerate(successes)]
+            [{"task": "t", "start": i, "success": bool(s)} | counts for i, s in enumerate(successes)]
         )
 
     records = {"greedy": record([0, 0, 0, 1, 1, 0]), "sampled@0.6": record([1, 1, 1, 1, 0, 0])}

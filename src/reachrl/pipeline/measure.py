@@ -108,7 +108,7 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
     if any(key not in found for key in keys):
         return None
     config = measurement.config
-    fields = ("task", "start", "success", "num_steps")
+    fields = ("task", "start", "success", "num_steps", "num_decisions", "num_malformed")
     modes = {
         mode: outcomes_record([{field: found[key][field] for field in fields} for key in keys if key[0] == mode])
         for mode in config.eval.modes

@@ -52,6 +52,8 @@ class PlayedEpisode:
     instruction: str
     success: bool
     num_steps: int  # control steps: actions carried out
+    num_decisions: int
+    num_malformed: int = 0  # decisions whose answer stood for no action
     turns: tuple[Turn, ...] = ()
     final_observation: Observation | None = None  # one row
     control_hz: float | None = None  # control steps a second of simulated time; None: unknown
@@ -115,6 +117,7 @@ class EpisodePlayer:
         # With the queue empty an environment keeps stepping; its results are discarded.
         fillers = [start or starts[0] for start in at(places)]
         lengths, decisions = [0] * count, [0] * count  # of the running episodes
+        malformed = [0] * count
         turns: list[list[Turn]] = [[] for _ in range(count)]
         chosen: list[np.ndarray] = []
         observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
@@ -127,6 +130,7 @@ class EpisodePlayer:
             for n, (place, start) in enumerate(zip(places, current, strict=True)):
                 lengths[n] += int(step.executed[n])
                 decisions[n] += 1
+                malformed[n] += bool(sample.malformed[n])
                 ended = bool(step.terminated[n] or step.truncated[n])
                 if place is not None and start is not None and step.valid[n]:
                     chosen.append(actions[n, : step.executed[n]])
@@ -138,6 +142,8 @@ class EpisodePlayer:
                             instruction=observation.instructions[n],
                             success=bool(step.success[n]),
                             num_steps=lengths[n],
+                            num_decisions=decisions[n],
+                            num_malformed=malformed[n],
                             turns=tuple(turns[n]),
                             final_observation=step.final_observation.rows(slice(n, n + 1)) if turns[n] else None,
                             control_hz=self.envs.control_hz,
@@ -148,7 +154,7 @@ class EpisodePlayer:
                     if place is not None and not step.valid[n]:
                         queue.append(place)  # its worker was lost: play it again
                     places[n], upcoming[n] = upcoming[n], following()
-                    lengths[n], decisions[n], turns[n] = 0, 0, []
+                    lengths[n], decisions[n], malformed[n], turns[n] = 0, 0, 0, []
             observation = step.observation
         warn_of_limits(self.policy, np.concatenate(chosen))
         return [finished[place] for place in range(len(starts))]
