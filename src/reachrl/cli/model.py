@@ -50,13 +50,18 @@ def verify(
     tower_heads: Annotated[
         str | None, typer.Option("--tower-heads", metavar="N,N", help="Attention heads of towers never released.")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="Of the policy, where no file states it: chunk_size=8."),
+    ] = None,
 ) -> None:
     """Compute recorded outputs of the official code again; exit code 1 if one does not agree or was not recorded."""
     heads = None if tower_heads is None else _heads(tower_heads)
     from reachrl.policies.folders import folders_of
 
     where, folders = folders_of(folder)
-    result = folders.verify(where, recorded, dataset=dataset, tower_heads=heads)
+    told = {"options": dict(_pair(each) for each in option)} if option else {}
+    result = folders.verify(where, recorded, dataset=dataset, tower_heads=heads, **told)
     table = _table("Recorded and computed again", "tensor", "largest difference", "tolerance", "")
     for check in result.checks:
         table.add_row(
@@ -74,6 +79,15 @@ def verify(
         console.print(f"Not compared: {', '.join(result.ignored)}", highlight=False)
     if not result.passed:
         raise typer.Exit(1)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from reachrl.errors import ConfigError
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--option {text!r}: expected KEY=VALUE, such as chunk_size=8")
+    return key.removeprefix("policy."), value
 
 
 def _heads(text: str) -> list[int]:

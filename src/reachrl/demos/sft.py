@@ -22,6 +22,7 @@ from reachrl.demos.split import heldout_trajectories
 from reachrl.demos.store import TrajectoryStore, Transitions
 from reachrl.errors import ConfigError, DivergedError
 from reachrl.fitting import adamw
+from reachrl.functional.action_stats import ActionStats
 from reachrl.functional.ppo import evened
 from reachrl.policies.base import Policy, check_shown
 from reachrl.run.weight_change import ALARM, WeightSample
@@ -119,6 +120,9 @@ class _Training:
         if len(self.train_rows) == 0:
             raise ConfigError(f"{store.folder}: no step to train on; collect at least one demonstration per task.")
         self.steps = total_steps(config, len(self.train_rows))
+        if policy.state_size is not None and self.data.state is not None:
+            states = ActionStats.of_actions(self.data.state)
+            policy.set_state_stats(states.q01, states.q99, states.mask)
         with torch.no_grad():
             self.actions = self.data.chunks(policy.num_actions)
             self.token_ids, self.token_mask = (each.cpu() for each in policy.encode_actions(self.actions))

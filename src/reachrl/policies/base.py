@@ -238,6 +238,12 @@ class Policy(nn.Module, ABC):
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
         """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through."""
 
+    def set_state_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
+        """Fix the normalisation of the robot's state: f64[S] quantiles of those seen in training.
+
+        Nothing to do for a policy that reads no state, or reads it as it is.
+        """
+
     @abstractmethod
     def reset_critic(self) -> None:
         """Begin a critic with a trunk of its own anew, after a warm start that trained the actor.

@@ -101,7 +101,13 @@ class PolicyFolders:
         )
 
     def verify(
-        self, folder: Path, recorded: Path, *, dataset: str | None, tower_heads: Sequence[int] | None
+        self,
+        folder: Path,
+        recorded: Path,
+        *,
+        dataset: str | None,
+        tower_heads: Sequence[int] | None,
+        options: Mapping[str, str] | None = None,
     ) -> Verification:
         """Compute recorded outputs of the official code again.
 
@@ -110,6 +116,7 @@ class PolicyFolders:
             recorded: a safetensors file with in- and outputs.
             dataset: the action statistics of the recorded actions, when the checkpoint holds several.
             tower_heads: attention heads of each vision tower, where no file states them.
+            options: of the policy's section, where no file states them.
 
         Raises:
             CheckpointError: the checkpoint or the recording cannot be read, or they do not fit.

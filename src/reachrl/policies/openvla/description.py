@@ -5,6 +5,7 @@ from pathlib import Path
 from reachrl.config.towers import TowerConfig
 from reachrl.policies.folders import Inspection, Part, dtypes_in_words
 from reachrl.policies.openvla.inspection import EXAMPLE, AdapterInfo, CheckpointInfo, prompt_of
+from reachrl.policies.openvla.oft import unsupported
 
 _LAYOUTS = {
     "official": "the official OpenVLA layout",
@@ -40,6 +41,7 @@ def _whole(found: CheckpointInfo) -> Inspection:
         folder=found.folder,
         facts={
             "layout": _LAYOUTS[found.layout] + _oft(found.oft_signal),
+            **({"kind": _kind(found)} if found.oft_signal is not None else {}),
             "image": f"{size} x {size} pixels ({config.resize}), {config.num_patches} patches",
             "stored as": dtypes_in_words(found.dtypes),
             "statistics": f"{dims} action dimensions" if dims else "none",
@@ -90,4 +92,10 @@ def _tower(tower: TowerConfig, *, heads_known: bool) -> str:
 
 
 def _oft(signal: str | None) -> str:
-    return "" if signal is None else f"; OpenVLA-OFT by {signal}: another function, it cannot be loaded"
+    return "" if signal is None else f"; OpenVLA-OFT by {signal}: another function than plain OpenVLA's"
+
+
+def _kind(found: CheckpointInfo) -> str:
+    if (problem := unsupported(found.folder)) is not None:
+        return f"none that can be trained: {problem}"
+    return "policy.kind=openvla_oft, with policy.chunk_size, policy.dialect and what else no file states"

@@ -1,5 +1,7 @@
 """From observations to the model-ready rows of OpenVLA."""
 
+import numpy as np
+import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
@@ -44,6 +46,18 @@ class PromptAndPixels(Policy):
         images = fit_frames(observation.frames, config)
         pixels = normalise_pixels(images, config.image_mean, config.image_std, self.device)
         return OpenVLAInputs(prompt_ids=prompt_ids, prompt_mask=prompt_mask, pixel_values=pixels)
+
+    def noise_inputs(self, rng: np.random.Generator, rows: int) -> OpenVLAInputs:
+        """Rows of noise in the shape of what is seen, for comparing two policies; no tokenizer is needed."""
+        config = self.config
+        images = rng.integers(0, 256, (rows, config.image_size, config.image_size, 3), dtype=np.uint8)
+        prompts = rng.integers(0, self.first_action_id, (rows, config.prompt_length))
+        prompts[:, 0] = config.language_model.bos_token_id
+        return OpenVLAInputs(
+            prompt_ids=torch.from_numpy(prompts).to(self.device),
+            prompt_mask=torch.ones(prompts.shape, dtype=torch.bool, device=self.device),
+            pixel_values=normalise_pixels(images, config.image_mean, config.image_std, self.device),
+        )
 
     def encode_prompts(self, instructions: tuple[str, ...]) -> tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Prompt tokens alone, padded on the right: what rows with cached vision features need.

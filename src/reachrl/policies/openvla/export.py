@@ -17,11 +17,10 @@ from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.policies.lora.export import copy_adapter, merge_files, refuse_whole
 from reachrl.policies.lora.files import VALUE_FILE, base_of, check_base, is_adapter
 from reachrl.policies.lora.merge_check import MergeCheck, check_merged
-from reachrl.policies.openvla.inputs import OpenVLAInputs
+from reachrl.policies.openvla.family import family_of, policy_class
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.preprocess import normalise_pixels
 from reachrl.policies.openvla.statistics import norm_stats
 from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.storage.saved import CONFIG_FILE, OUR_STATS, STATS_FILE, TOKENIZER_FILE, write_new
@@ -97,7 +96,8 @@ def _merge(folder: Path, out: Path) -> Merge:
         # In 16 bits the arithmetic's own noise would be part of the distance.
         update = {"lora": None, "dataset": None, "critic": critic, "dtype": "float32", "compute_dtype": None}
         whole = saved.model_copy(update=update | {"rollout_copy": False, "checkpoint": out})
-        trained = (_scores(OpenVLAPolicy(saved)) - _scores(OpenVLAPolicy(whole))).abs().mean().item()
+        build = policy_class(saved)
+        trained = (_scores(build(saved)) - _scores(build(whole))).abs().mean().item()
     return Merge(check=check, trained=trained)
 
 
@@ -106,6 +106,9 @@ def copy_surroundings(folder: Path, base: Path, out: Path) -> None:
     weights = {path.name for path in weight_files(base)}
     for path in base.iterdir():
         if path.is_file() and path.name not in (*weights, MANIFEST) and path.suffix not in _PICKLES:
+            shutil.copyfile(path, out / path.name)
+    if is_official(base) and (folder / CONFIG_FILE).is_file():
+        for path in family_of(read_config(folder)).kept(base):
             shutil.copyfile(path, out / path.name)
     if (folder / TOKENIZER_FILE).is_file():
         shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
@@ -126,16 +129,8 @@ def copy_surroundings(folder: Path, base: Path, out: Path) -> None:
 @torch.no_grad()
 def _scores(policy: OpenVLAPolicy) -> Float[Tensor, "B A V"]:
     """Log-probabilities at every action position after fixed tokens, of random frames."""
-    rng, config, first = np.random.default_rng(0), policy.config, policy.first_action_id
-    images = rng.integers(0, 256, (_ROWS, config.image_size, config.image_size, 3), dtype=np.uint8)
-    # Words by number: a tokenizer may lie beside the adapters, beside the base or nowhere.
-    prompts = rng.integers(0, first, (_ROWS, config.prompt_length))
-    prompts[:, 0] = config.language_model.bos_token_id
-    inputs = OpenVLAInputs(
-        prompt_ids=torch.from_numpy(prompts).to(policy.device),
-        prompt_mask=torch.ones(prompts.shape, dtype=torch.bool, device=policy.device),
-        pixel_values=normalise_pixels(images, config.image_mean, config.image_std, policy.device),
-    )
+    rng, first = np.random.default_rng(0), policy.first_action_id
+    inputs = policy.noise_inputs(rng, _ROWS)
     ids = torch.from_numpy(rng.integers(first, first + NUM_ACTION_BINS, (_ROWS, policy.num_action_tokens)))
     logits, _ = policy.action_logits(inputs, ids.to(policy.device))
     return logits.float().log_softmax(-1).cpu()

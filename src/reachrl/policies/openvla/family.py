@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.errors import CheckpointError
@@ -13,7 +13,10 @@ from reachrl.policies.openvla.statistics import official_stats
 from reachrl.policies.storage.families import other_family
 from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json
-from reachrl.registry import BUILTINS, section_class
+from reachrl.registry import BUILTINS, resolve, section_class
+
+if TYPE_CHECKING:
+    from reachrl.policies.openvla.policy import OpenVLAPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,19 @@ class Family:
         """
         return None
 
+    def kept(self, folder: Path) -> tuple[Path, ...]:
+        """Files beside an official folder's weights that an export copies, pickles among them."""
+        return ()
+
+    def write_companions(self, folder: Path, base: Path, out: Path) -> None:
+        """Write what an official folder keeps beside its weights.
+
+        Args:
+            folder: whole weights of ours.
+            base: the official checkpoint that they began as.
+            out: where to.
+        """
+
 
 OPENVLA = Family()
 
@@ -77,3 +93,13 @@ def stored_section(raw: Mapping[str, Any]) -> type[PrismaticConfig]:
     kind = raw.get("kind")
     found = section_class("policies", str(kind)) if kind in BUILTINS["policies"] else OpenVLAConfig
     return found if issubclass(found, PrismaticConfig) else OpenVLAConfig
+
+
+def policy_class(config: PrismaticConfig) -> type["OpenVLAPolicy"]:
+    """The class that a configuration is of."""
+    return resolve("policies", config.kind)
+
+
+def family_of(config: PrismaticConfig) -> Family:
+    """What an official checkpoint is read as, given what a configuration states of it."""
+    return policy_class(config).family(config)

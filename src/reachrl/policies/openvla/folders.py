@@ -1,6 +1,6 @@
 """Folders in OpenVLA's layout or of our own policies of this kind."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reachrl.errors import CheckpointError, ConfigError
@@ -35,9 +35,17 @@ class OpenVLAFolders(PolicyFolders):
         return describe(inspect_folder(folder))
 
     def verify(
-        self, folder: Path, recorded: Path, *, dataset: str | None, tower_heads: Sequence[int] | None
+        self,
+        folder: Path,
+        recorded: Path,
+        *,
+        dataset: str | None,
+        tower_heads: Sequence[int] | None,
+        options: Mapping[str, str] | None = None,
     ) -> Verification:
         """Against OpenVLA's official code."""
+        if options:
+            raise ConfigError(f"--option {next(iter(options))}: the files of a plain OpenVLA state everything")
         from reachrl.policies.openvla.verify import verify
 
         return verify(folder, recorded, dataset=dataset, tower_heads=tower_heads)

@@ -11,6 +11,7 @@ from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.openvla.export import copy_surroundings
+from reachrl.policies.openvla.family import family_of, policy_class
 from reachrl.policies.openvla.names import HEAD, canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, ties_embeddings
 from reachrl.policies.openvla.storage import (
@@ -71,6 +72,7 @@ def export_official(folder: Path, out: Path, *, base: Path | None = None) -> Pat
         copy_surroundings(folder, whole, aside)
         _write_config(config, whole, aside)
         _write_weights(config, folder, whole, aside)
+        family_of(config).write_companions(folder, whole, aside)
 
     write_new(out, fill)
     return whole
@@ -80,18 +82,23 @@ def _check_base(config: PrismaticConfig, folder: Path, base: Path) -> None:
     if not is_official(base):
         raise ConfigError(f"{base} was written by ReachRL; name a checkpoint in the official layout by --base")
     heads = [tower.num_heads for tower in config.towers if isinstance(tower, ViTTowerConfig)]
-    stored = read_config(base, heads)
+    stored = read_config(base, heads, family=family_of(config))
     ignored = NOT_OFFICIAL
     if set(PIXEL_STATISTICS) <= stored.model_fields_set:
         ignored = ignored - set(PIXEL_STATISTICS)
     compare_architectures(architecture_of(stored), architecture_of(config), base, set(ignored) | {"lora"})
     check_shapes(
-        {key: shape for key, shape in read_shapes(folder, canonical_key).items() if not key.startswith(_CRITIC)},
+        {key: shape for key, shape in read_shapes(folder, canonical_key).items() if not key.startswith(_apart(config))},
         read_shapes(base, canonical_key),
         base,
         skipped=lambda key: is_dead(key, config),
         optional=lambda key: key == HEAD and ties_embeddings(base),
     )
+
+
+def _apart(config: PrismaticConfig) -> tuple[str, ...]:
+    """How names of weights begin that the official layout does not keep among the others."""
+    return (*_CRITIC, *policy_class(config).companions)
 
 
 def _write_config(config: PrismaticConfig, base: Path, out: Path) -> None:
@@ -107,7 +114,7 @@ def _write_weights(config: PrismaticConfig, folder: Path, base: Path, out: Path)
     size = 0
     files = weight_files(base)
     with safe_open(folder / SINGLE_FILE, framework="pt") as ours:
-        left = {key for key in ours.keys() if not key.startswith(_CRITIC)}  # noqa: SIM118  (not a dictionary)
+        left = {key for key in ours.keys() if not key.startswith(_apart(config))}  # noqa: SIM118  (not a dictionary)
         for path in files:
             state = {}
             with safe_open(path, framework="pt") as theirs:

@@ -4,13 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from safetensors import safe_open
+
 from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.policy import PrismaticConfig
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.lora.files import is_adapter
 from reachrl.policies.openvla.family import Family
 from reachrl.policies.openvla.statistics import official_stats
+from reachrl.policies.openvla_oft.companions import PROPRIO, find
 from reachrl.policies.openvla_oft.told import TOLD, check_told
+from reachrl.policies.storage.weights import SINGLE_FILE
 
 EPSILON = 1e-8  # added to the span of statistics in each program that trains such checkpoints
 _ENDS = {"quantiles": ("q01", "q99"), "bounds": ("min", "max")}
@@ -55,6 +60,28 @@ class OFTFamily(Family):
             CheckpointError: they are missing or damaged.
         """
         return self._stats(folder, dataset, "proprio") if self.sees_state else None
+
+    def kept(self, folder: Path) -> tuple[Path, ...]:
+        """The state's projector, which adapters leave as it is."""
+        path = find(folder, PROPRIO) if self.sees_state else None
+        return () if path is None else (path,)
+
+    def write_companions(self, folder: Path, base: Path, out: Path) -> None:
+        """Write the trained projector of the state as the official code reads it.
+
+        Args:
+            folder: whole weights of ours.
+            base: the official checkpoint that they began as.
+            out: where to.
+        """
+        if not self.sees_state:
+            return
+        prefix = f"{PROPRIO}."
+        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a dictionary)
+            state = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+        path = find(base, PROPRIO)
+        torch.save(state, out / (path.name if path is not None else f"{PROPRIO}--0_checkpoint.pt"))
 
     def _stats(self, folder: Path, dataset: str, part: str) -> ActionStats:
         low, high = _ENDS[self.told.get("statistics", "quantiles")]

@@ -1,9 +1,10 @@
 """Folders of OpenVLA-OFT: in OpenVLA's layout, with signs of it, or of our own policies of this kind."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reachrl.errors import CheckpointError
-from reachrl.policies.folders import PolicyFolders
+from reachrl.policies.folders import PolicyFolders, Verification
 from reachrl.policies.lora.files import base_name, is_adapter
 from reachrl.policies.openvla.folders import OpenVLAFolders
 from reachrl.policies.openvla.official import is_official
@@ -26,3 +27,17 @@ class OFTFolders(OpenVLAFolders):
             return "no sign of OpenVLA-OFT" if signal is None else None
         except CheckpointError as error:
             return str(error)
+
+    def verify(
+        self,
+        folder: Path,
+        recorded: Path,
+        *,
+        dataset: str | None,
+        tower_heads: Sequence[int] | None,
+        options: Mapping[str, str] | None = None,
+    ) -> Verification:
+        """Against OpenVLA-OFT's official code, SimpleVLA-RL or RLinf."""
+        from reachrl.policies.openvla_oft.verify import verify
+
+        return verify(folder, recorded, dataset=dataset, tower_heads=tower_heads, options=options)

@@ -62,6 +62,8 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         self.proprio_projector = None
         if size is not None:
             self.proprio_projector = ProprioProjector(size, width).to(getattr(torch, self.config.dtype))
+        if size is not None and self.config.checkpoint is None:
+            self.state_stats = ActionStats.identity(size)
 
     # --- from observations -------------------------------------------------------------------------------------
 
@@ -90,6 +92,18 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
             prompt_mask=prompt_mask,
             pixel_values=torch.cat(pixels, 1),
             state=self._encode_state(observation.state),
+        )
+
+    def noise_inputs(self, rng: np.random.Generator, rows: int) -> OFTInputs:
+        """Rows of noise in the shape of what is seen, for comparing two policies; no tokenizer is needed."""
+        cameras = [super(OpenVLAOFTPolicy, self).noise_inputs(rng, rows) for _ in range(self.config.num_cameras)]
+        size, first = self.config.state_size, cameras[0]
+        state = None if size is None else torch.from_numpy(rng.uniform(-1, 1, (rows, size)).astype(np.float32))
+        return OFTInputs(
+            prompt_ids=first.prompt_ids,
+            prompt_mask=first.prompt_mask,
+            pixel_values=torch.cat([each.pixel_values for each in cameras if each.pixel_values is not None], 1),
+            state=None if state is None else state.to(self.device),
         )
 
     def _encode_state(self, state: np.ndarray | None) -> Float[Tensor, "B S"] | None:
@@ -137,6 +151,11 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         recompute = adapters.recomputing(self) if self.config.gradient_checkpointing else None
         tokens, stop = self.num_action_tokens, self.config.stop
         return chunk_hidden(model, embeds, valid, num_tokens=tokens, stop=stop, recompute=recompute)
+
+    def chunk_hidden(self, inputs: OFTInputs) -> Float[Tensor, "B A E"]:
+        """Normed hidden states that the action tokens are read from."""
+        with self._arithmetic():
+            return self._chunk(self.projector, self.language_model.model, self._features(inputs), inputs)
 
     def _first_hidden(
         self, projector: nn.Module, model: LlamaModel, features: Float[Tensor, "B P F"], inputs: OFTInputs

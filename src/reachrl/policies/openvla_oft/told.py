@@ -81,6 +81,5 @@ def _state(folder: Path, raw: dict[str, Any], config: OpenVLAOFTConfig) -> Itera
     if config.state_size is not None and projector is None:
         yield (
             f"policy.state_size={config.state_size}, but there is no {companions.PROPRIO}--N_checkpoint.pt beside the "
-            "weights, which maps the state to a token; put it there (a model on the hub is downloaded without "
-            "pickles: copy the whole repository into a folder), or leave policy.state_size unset"
+            "weights, which maps the state to a token; put it there, or leave policy.state_size unset"
         )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from reachrl.errors import CheckpointError
 
-# No pickles and no code: what is not listed is never downloaded.
-_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+# No code, and of pickles one that is read as tensors alone: what is not listed is never downloaded.
+_FILES = ["*.json", "*.safetensors", "tokenizer.model", "proprio_projector--*.pt"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

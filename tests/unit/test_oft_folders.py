@@ -1,0 +1,202 @@
+"""Folders of OpenVLA-OFT as real tools leave them: read, refused with the reason, exported and read again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oft_folder import DATA, HEADS, PROPRIO_FILE, WHOLE, load, part, recorded, write_oft
+from safetensors.torch import load_file, save_file
+
+from reachrl.config.policy import LoRAConfig
+from reachrl.errors import CheckpointError, ConfigError
+from reachrl.policies.folders import kind_of, resolve
+from reachrl.policies.openvla.export import export_merged
+from reachrl.policies.openvla.official_export import export_official
+from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla_oft.inputs import OFTInputs
+from reachrl.policies.openvla_oft.policy import OpenVLAOFTPolicy
+from reachrl.policies.openvla_oft.verify import verify
+
+
+def rows(cameras: int = 2) -> OFTInputs:
+    io = recorded()
+    images = (io["pixel_values"], io["wrist_pixel_values"])[:cameras]
+    return OFTInputs(
+        prompt_ids=io["input_ids"],
+        prompt_mask=io["attention_mask"].bool(),
+        pixel_values=torch.cat(images, 1),
+        state=io["proprio"].float() if cameras == 2 else None,
+    )
+
+
+def leave(name: str, content: object = "") -> Callable[[Path], object]:
+    def mark(folder: Path) -> object:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return torch.save(content, path) if name.endswith(".pt") else path.write_text(str(content))
+
+    return mark
+
+
+def state_in_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        (leave("action_head--150000_checkpoint.pt"), r"action_head--150000_checkpoint\.pt it has a regression head"),
+        (
+            leave("noisy_action_projector--9_checkpoint.pt"),
+            r"noisy_action_projector--9\S+ it has a diffusion",
+        ),
+        (leave("vision_backbone--9_checkpoint.pt"), r"vision_backbone--9_checkpoint\.pt.*\(FiLM\)"),
+        (lambda folder: state_in_config(folder, use_l1_regression=True), r"use_l1_regression in config\.json"),
+    ],
+)
+def test_heads_without_token_probabilities_are_refused_with_the_reason(tmp_path, mark, says):
+    folder = write_oft(tmp_path / "checkpoint")
+    mark(folder)
+    for look in (lambda: load(folder), lambda: OpenVLAPolicy.load_official(folder, tower_heads=HEADS)):
+        with pytest.raises(CheckpointError, match=says) as caught:
+            look()
+        if "FiLM" not in says:
+            assert "no token probabilities" in str(caught.value)
+            assert "Haozhan72/Openvla-oft-SFT-libero10-traj1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mark", "told", "says"),
+    [
+        (lambda folder: None, {"chunk_size": None}, r"set policy\.chunk_size \(actions of an answer"),
+        (lambda folder: None, {"dialect": None}, r"set policy\.dialect \(the program that trained it"),
+        (
+            leave(PROPRIO_FILE, part("proprio_projector")),
+            {},
+            r"proprio_projector--150000\S+ .*state_size is not",
+        ),
+        (lambda folder: None, {"state_size": 8}, r"no proprio_projector--N_checkpoint\.pt beside"),
+        (leave(PROPRIO_FILE, part("proprio_projector")), {"state_size": 14}, r"state_size = 14, but .* have 8 dim"),
+        (lambda folder: state_in_config(folder, num_images_in_input=2), {}, r"set policy\.num_cameras=2"),
+        (lambda folder: state_in_config(folder, action_chunk_size=5), {}, r"set policy\.chunk_size=5"),
+        (lambda folder: state_in_config(folder, use_proprio=True), {}, r"use_proprio in config\.json"),
+        (lambda folder: state_in_config(folder, implement_version="rlinf"), {}, r"set policy\.dialect=rlinf"),
+        (
+            lambda folder: state_in_config(folder, implement_version="official"),
+            {"dialect": "rlinf"},
+            r"which does not close the sequence with </s>; set policy\.dialect=official",
+        ),
+        (leave("constants.py", '"NUM_ACTIONS_CHUNK": 25, x\n"NUM_ACTIONS_CHUNK": 5'), {}, "chunks of 5 or 25 actions"),
+    ],
+)
+def test_what_a_file_states_is_not_contradicted(tmp_path, mark, told, says):
+    folder = write_oft(tmp_path / "checkpoint")
+    mark(folder)
+    options = {key: value for key, value in ({"chunk_size": 8, "dialect": "official"} | told).items() if value}
+    with pytest.raises((CheckpointError, ConfigError), match=says):
+        OpenVLAOFTPolicy.load_official(folder, tower_heads=HEADS, **options)
+
+
+def test_statistics_of_another_dimension_are_named(tmp_path):
+    folder = write_oft(tmp_path / "checkpoint", state=True)
+    path = folder / "dataset_statistics.json"
+    stats = json.loads(path.read_text())
+    stats["libero_spatial_no_noops"]["proprio"] = {"q01": [0.0] * 7, "q99": [1.0] * 7}
+    path.write_text(json.dumps(stats))
+    with pytest.raises(ConfigError, match=r"policy\.state_size = 8, but the statistics of the state have 7 dimensions"):
+        load(folder, **WHOLE)
+    del stats["libero_spatial_no_noops"]["proprio"]
+    path.write_text(json.dumps(stats))
+    with pytest.raises(CheckpointError, match=r"damaged \(KeyError\('proprio'\)\)"):
+        load(folder, **WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"type": "pi0"}, "it is pi0 by type = 'pi0'.*no token probabilities"),
+        ({"type": "pi05"}, r"it is pi0\.5"),
+        ({"type": "smolvla"}, "it is SmolVLA"),
+        ({"model_type": "gr00t_n1_5"}, "it is GR00T by model_type"),
+        ({"model_type": "qwen2_5_vl"}, "which no policy kind of this version computes|set policy.kind=qwen_fast"),
+        ({"type": "pi0_fast"}, "which no policy kind of this version computes|set policy.kind=pi0_fast"),
+    ],
+)
+@pytest.mark.parametrize("policy", [OpenVLAPolicy, OpenVLAOFTPolicy])
+def test_other_families_are_named(tmp_path, policy, config, says):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=says):
+        policy.load_official(tmp_path)
+
+
+def test_a_folder_with_a_sign_is_of_this_kind(tmp_path):
+    plain = write_oft(tmp_path / "plain")
+    signed = write_oft(tmp_path / "signed", state=True)
+    assert (kind_of(plain), kind_of(signed)) == ("openvla", "openvla_oft")
+    facts = resolve("policies", "openvla_oft").folders.inspect(signed).facts
+    assert facts["layout"].endswith(f"OpenVLA-OFT by the file {PROPRIO_FILE}: another function than plain OpenVLA's")
+    assert facts["kind"].startswith("policy.kind=openvla_oft, with policy.chunk_size")
+
+
+def test_whole_weights_are_exported_in_the_official_layout_and_read_again(tmp_path):
+    base = write_oft(tmp_path / "base", state=True)
+    policy = load(base, **WHOLE)
+    with torch.no_grad():
+        for parameter in policy.parameter_groups()["trunk"]:
+            parameter.add_(
+                0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    policy.save_pretrained(tmp_path / "trained")
+    export_official(tmp_path / "trained", tmp_path / "out")
+    keys = {line.split(" ")[0] for line in (DATA / "keys.txt").read_text().splitlines()}
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == keys
+    written = torch.load(tmp_path / "out" / PROPRIO_FILE, weights_only=True)  # as the official code reads it
+    assert torch.equal(written["fc1.weight"], policy.proprio_projector.fc1.weight)
+    again = load(tmp_path / "out", **WHOLE)
+    assert torch.equal(again.act(rows()).token_ids, policy.act(rows()).token_ids)
+    np.testing.assert_allclose(again.state_stats.q01, policy.state_stats.q01)
+
+
+def test_adapters_on_an_official_base_are_merged_with_the_states_projector(tmp_path):
+    base = write_oft(tmp_path / "base", state=True)
+    config = load(base, **WHOLE).config
+    torch.manual_seed(0)
+    policy = OpenVLAOFTPolicy(config.model_copy(update={"lora": LoRAConfig(rank=2, alpha=4.0)}))
+    for name, parameter in policy.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    policy.save_pretrained(tmp_path / "trained")
+    export_merged(tmp_path / "trained", tmp_path / "merged")
+    assert (tmp_path / "merged" / PROPRIO_FILE).read_bytes() == (base / PROPRIO_FILE).read_bytes()
+    merged = load(tmp_path / "merged", dataset="reachrl", **WHOLE)
+    ids = policy.act(rows()).token_ids
+    ours, theirs = (each.action_logits(rows(), ids)[0] for each in (policy, merged))
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours - load(base, **WHOLE).action_logits(rows(), ids)[0]).abs().max() > 0.1
+
+
+def recording(path: Path, name: str) -> Path:
+    io, outputs = recorded(), ("hidden", "logits", "actions")
+    content = {key: io[key] for key in ("input_ids", "attention_mask", "proprio_raw", "proprio_token")}
+    content |= {key: io[f"{name}_{key}"] for key in outputs} | {"tokens": io[f"{name}_tokens_full"]}
+    content["pixel_values"] = torch.cat([io["pixel_values"], io["wrist_pixel_values"]], 1)
+    content["projected"] = torch.cat([io["projected"], io["projected_wrist"]], 1)
+    save_file({key: tensor.contiguous() for key, tensor in content.items()}, path)
+    return path
+
+
+def test_verify_computes_the_recording_again_and_notices_a_wrong_dialect(tmp_path):
+    folder, file = write_oft(tmp_path / "base", state=True), recording(tmp_path / "io.safetensors", "tokens2p")
+    options = {"chunk_size": "8", "dialect": "official", "num_cameras": "2", "state_size": "8"}
+    result = verify(folder, file, tower_heads=HEADS, options=options)
+    assert result.passed and len(result.checks) == 6 and not result.missing and not result.ignored
+    wrong = verify(folder, file, tower_heads=HEADS, options=options | {"dialect": "rlinf"})
+    assert {check.name for check in wrong.checks if not check.passed} == {"hidden", "logits", "tokens", "actions"}
+    with pytest.raises(ConfigError, match="--option temperature: expected one of chunk_size"):
+        verify(folder, file, options={"temperature": "1"})
+    with pytest.raises(ConfigError, match="--option chunk_size"):
+        verify(folder, file, options={"chunk_size": "many"})
