@@ -86,7 +86,7 @@ def kinds(group: str) -> dict[str, str]:
 
 
 def search_here() -> None:
-    """Look for plug-ins that the user names also where the command runs, without their being installed."""
+    """Also search the working directory for plug-ins that the user names."""
     global _search_here
     _search_here = True
 

@@ -1,4 +1,4 @@
-"""What an algorithm is asked for, what it receives and what it returns."""
+"""The interface of an algorithm: its batch, its update and its state."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class Group(Protocol):
 
 
 class Algorithm(ABC):
-    """Turns rewards into credit for decisions, and improves a policy by it.
+    """Assigns credit to decisions and updates the policy.
 
     What it needs of the collector and of the learner its section says (`AlgorithmSection.needs`).
 
@@ -169,7 +169,7 @@ def valid_rows(rollout: Rollout) -> Int64[Tensor, "B"]:
 
 
 def rows_to_score(rollout: Rollout, *, all_rows: bool) -> np.ndarray:
-    """Rows of the rollout to score: all where values of rows that are no data end the steps before them."""
+    """Rows of the rollout to score: the valid ones, or all where values are needed to bootstrap earlier steps."""
     rows = np.arange(rollout.valid.size) if all_rows else np.flatnonzero(rollout.valid)
     return rows if len(rows) else np.arange(rollout.valid.size)
 

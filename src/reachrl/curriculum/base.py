@@ -1,4 +1,4 @@
-"""What a curriculum over tasks and start states does."""
+"""The interface of a curriculum over tasks and start states."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class TaskSampler(ABC):
         self.seed = seed
 
     def assign(self, number: int) -> Start:
-        """Task and start state of episode `number`; asking changes nothing, so anyone may ask in any order."""
+        """Task and start state of episode `number`: a pure function, so that calls may come in any order."""
         probabilities = self.probabilities()
         # A stream per draw: there is no random state to checkpoint.
         draw = generator(self.seed, Stream.CURRICULUM, number)

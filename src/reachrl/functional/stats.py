@@ -1,4 +1,4 @@
-"""Statistics that make a success rate worth quoting: Wilson intervals, paired tests, explained variance."""
+"""Statistics of success rates: Wilson intervals, paired tests, intervals over seeds; explained variance."""
 
 import math
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ class ValueHead(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was learned."""
+        """Reset to the initial weights."""
         self.fc1.reset_parameters()
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)

@@ -1,4 +1,4 @@
-"""What is done with folders of policies beside loading them; each kind of policy offers its own."""
+"""Inspection, verification and export of saved policies; each kind of policy implements its own."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A walk over the layers of transformers' Llama: their two halves, and teacher-forced hidden states."""
+"""Forward passes of transformers' Llama, layer by layer: for teacher forcing and for cached decoding."""
 
 import functools
 from collections.abc import Callable

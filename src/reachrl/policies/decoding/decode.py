@@ -17,7 +17,7 @@ from reachrl.policies.llama import PLAIN, LayerPass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """What one pass over a batch yields."""
+    """Result of decoding one batch."""
 
     token_ids: Int64[Tensor, "B A"]  # vocabulary ids
     logprobs: Float[Tensor, "B A"]

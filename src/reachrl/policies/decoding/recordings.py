@@ -1,4 +1,4 @@
-"""Work on a prompt's cache, recorded once per batch size and replayed: one launch instead of thousands."""
+"""Single-token steps recorded once per batch size (CUDA graphs) and replayed in one launch instead of thousands."""
 
 from collections.abc import Callable
 

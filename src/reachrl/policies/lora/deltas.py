@@ -1,4 +1,4 @@
-"""What the files of adapters say: pairs of matrices, their scale, and whether our configuration agrees with them."""
+"""Adapter files read as pairs of matrices with their scale, and checked against our configuration."""
 
 import math
 import re
@@ -26,7 +26,7 @@ _SHOWN = 6
 
 
 def deltas(folder: Path, name_of: Callable[[str], str]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """What the adapters in `folder` add, as (A, B, scale) for each weight they change, by its name.
+    """The adapters in `folder` as (A, B, scale) for each weight they change, by its name.
 
     Args:
         folder: with plain LoRA in peft's files.
@@ -122,7 +122,7 @@ def _pairs(path: Path, stored: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
 
 
 def _rank_and_scale(path: Path) -> tuple[int, float]:
-    """What peft's configuration says of plain LoRA."""
+    """Rank and scale from peft's configuration; plain LoRA only."""
     config = read_json(path)
     foreign = [key for key in _FOREIGN if config.get(key)]
     foreign += ["trained biases"] if config.get("bias", "none") != "none" else []

@@ -1,4 +1,4 @@
-"""Adapters as others use them: peft's two files alone, or folded into the files of their base."""
+"""Export of adapters: peft's two files alone, or merged into the files of their base."""
 
 import shutil
 from collections.abc import Callable, Mapping

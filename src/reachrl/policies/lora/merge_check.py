@@ -1,4 +1,4 @@
-"""Whether merged files hold the base plus the adapters: each number, by arithmetic of its own."""
+"""Check of merged files: every number equals base plus adapters, by independent arithmetic."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Folding adapters into the weights they adapt, always out of place and rounded once."""
+"""Merging of adapters into the weights they adapt, always out of place and rounded once."""
 
 from collections.abc import Callable
 from pathlib import Path

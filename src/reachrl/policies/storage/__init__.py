@@ -1,1 +1,1 @@
-"""What all families of policies store alike: folders of safetensors files, on this machine or on the hub."""
+"""Storage shared by all families of policies: folders of safetensors files, local or on the hub."""

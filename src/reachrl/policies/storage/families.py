@@ -1,4 +1,4 @@
-"""Which family of policies a folder's `config.json` belongs to, so that the wrong one is refused by name."""
+"""Detects the family of policies of a folder's `config.json`, to refuse another family by name."""
 
 import re
 from collections.abc import Mapping
