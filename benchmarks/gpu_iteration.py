@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reachrl.algorithms.base import Batch
-from reachrl.algorithms.policy_gradient import FIRST_RATIO_TOLERANCE
+from reachrl.algorithms.minibatches import FIRST_RATIO_TOLERANCE
 from reachrl.algorithms.ppo import PPO
 from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.config.ppo import PPOConfig

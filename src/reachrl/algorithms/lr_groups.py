@@ -3,9 +3,11 @@
 import itertools
 
 from torch import nn
+from torch.optim import AdamW
 
 from reachrl.config.algorithm import PolicyGradientSection
 from reachrl.errors import ConfigError
+from reachrl.functional.schedules import decay
 from reachrl.policies.base import Policy
 
 
@@ -35,3 +37,34 @@ def lr_groups(
         for part, members in itertools.groupby(parameters, key=lambda parameter: part_of.get(id(parameter), "trunk"))
     ]
     return [part for part, _ in runs], [members for _, members in runs]
+
+
+def schedule_factor(
+    config: PolicyGradientSection, iteration: int, num_iterations: int | None, kl_factor: float
+) -> float:
+    """The factor that `lr_schedule` puts on the policy's rates in this iteration."""
+    if config.lr_schedule == "constant":
+        return 1.0
+    if config.lr_schedule == "kl":
+        return kl_factor
+    if num_iterations is None:
+        raise ConfigError(
+            f"algorithm.lr_schedule={config.lr_schedule} falls over a run's num_iterations, which this "
+            "algorithm was not given: set its attribute num_iterations, or lr_schedule=constant"
+        )
+    return decay(config.lr_schedule, min(1.0, iteration / num_iterations), config.lr_final)
+
+
+def grouped_optimizer(
+    config: PolicyGradientSection, policy: Policy, parameters: list[nn.Parameter], value_parameters: list[nn.Parameter]
+) -> tuple[list[str], AdamW]:
+    """AdamW over the groups of `lr_groups` and, last, the critic's parameters.
+
+    Returns:
+        the part of each of the policy's groups, and the optimiser.
+    """
+    parts, trained = lr_groups(config, policy, parameters)
+    groups = [{"params": members, "lr": config.lr, "role": "policy"} for members in trained if members]
+    if value_parameters:
+        groups.append({"params": value_parameters, "lr": config.lr, "role": "value"})
+    return parts, AdamW(groups, eps=config.adam_eps, weight_decay=config.weight_decay)

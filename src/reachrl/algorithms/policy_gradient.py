@@ -1,29 +1,24 @@
 """Clipped policy gradients: epochs over minibatches, exact gradient accumulation, KL stop; alone or on shared rows."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from reachrl.algorithms.base import Algorithm, Batch, Group, Stats
-from reachrl.algorithms.lr_groups import lr_groups
+from reachrl.algorithms.base import Algorithm, Batch, Stats
+from reachrl.algorithms.lr_groups import grouped_optimizer, schedule_factor
+from reachrl.algorithms.minibatches import check_first_ratio, equal_parts, row_weights, summary, token_actions_of
+from reachrl.algorithms.shared_gradients import clip_gradients, idle_passes, reduced_figures, sum_gradients
 from reachrl.config.algorithm import KL_ROWS, STOP_ROWS, PolicyGradientSection
-from reachrl.errors import ConfigError, DivergedError, ExtensionError
-from reachrl.functional.ppo import evened, importance_weights, policy_loss, token_kl
-from reachrl.functional.schedules import decay, entropy_bonus, kl_adapted
+from reachrl.errors import DivergedError
+from reachrl.functional.ppo import evened, policy_loss, token_kl
+from reachrl.functional.schedules import entropy_bonus, kl_adapted
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
 from reachrl.run.weight_change import WeightSample, check_float32
 from reachrl.streams import Stream, generator
-
-# How far the very first ratio or its inverse may be above 1: rounding in another batch shape, nothing more.
-FIRST_RATIO_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-
-_FIGURES = ("policy_loss", "entropy", "clip_frac", "value_loss")  # means over rows; log_ratio_max beside them
 
 
 class PolicyGradient(Algorithm):
@@ -52,21 +47,12 @@ class PolicyGradient(Algorithm):
             policy.freeze(["vision"])
         if not config.needs.values:
             policy.freeze(["value"])
-        self._parts, trained = lr_groups(config, policy, self._policy_parameters)
-        optimised = [{"params": parameters, "lr": config.lr, "role": "policy"} for parameters in trained if parameters]
-        if self._value_parameters:
-            optimised.append({"params": self._value_parameters, "lr": config.lr, "role": "value"})
-        self.optimizer = torch.optim.AdamW(
-            optimised,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-        )
+        self._parts, self.optimizer = grouped_optimizer(config, policy, self._policy_parameters, self._value_parameters)
         self._trained = 0  # iterations that moved the policy
         self._kl_factor = 1.0  # of the learning rate, with `lr_schedule=kl`
         self._entropy_extra = 0.0  # what `entropy_floor` has added to `entropy_coef`
-        self._token_actions = _token_actions(config, policy)
-        slots = policy.token_actions() if policy.num_actions > 1 else None
-        self._slots = None if slots is None else slots.cpu()
+        self._token_actions = token_actions_of(config, policy)
+        self._slots = policy.token_actions() if policy.num_actions > 1 else None
 
     def update(self, batch: Batch, *, iteration: int) -> Stats:
         """Train on one iteration's batch; without rows, nothing is trained.
@@ -92,7 +78,7 @@ class PolicyGradient(Algorithm):
                     break
                 stats = self._backward(batch, rows, train_policy=moving)
                 if moving and policy_steps == 0:
-                    self._check_first_ratio(stats["log_ratio_max"])
+                    check_first_ratio(stats["log_ratio_max"], self.policy)
                 if moving:
                     weights.remember()
                 if critic:
@@ -126,7 +112,7 @@ class PolicyGradient(Algorithm):
             sums["changed"] = weights.changed(self.optimizer)
         if value_steps:
             sums["value_changed"] = value_weights.changed(self.optimizer)
-        figures = self._summary(sums, policy_steps, value_steps) | {"lr": lr}
+        figures = summary(sums, policy_steps, value_steps, critic=bool(self._value_parameters)) | {"lr": lr}
         return figures | self._hold_entropy(figures["entropy"]) | (batch.stats or {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,27 +165,14 @@ class PolicyGradient(Algorithm):
     def _set_options(self, iteration: int) -> float:
         """Give the optimiser the configured options, whatever a checkpoint has it do; returns the policy's rate."""
         config = self.config
-        factor = min(1.0, (self._trained + 1) / (config.lr_warmup_iterations + 1)) * self._scheduled(iteration)
+        factor = min(1.0, (self._trained + 1) / (config.lr_warmup_iterations + 1))
+        factor *= schedule_factor(config, iteration, self.num_iterations, self._kl_factor)
         own = {"projector": config.projector_lr, "head": config.head_lr}
         rates = [(own.get(part) or config.lr) * factor for part in self._parts]
         rates += self._value_learning_rates()
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             group |= {"lr": lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
         return config.lr * factor
-
-    def _scheduled(self, iteration: int) -> float:
-        """The factor that `lr_schedule` puts on the policy's rates in this iteration."""
-        config = self.config
-        if config.lr_schedule == "constant":
-            return 1.0
-        if config.lr_schedule == "kl":
-            return self._kl_factor
-        if self.num_iterations is None:
-            raise ConfigError(
-                f"algorithm.lr_schedule={config.lr_schedule} falls over a run's num_iterations, which nobody has told "
-                "this algorithm: set its attribute num_iterations, or lr_schedule=constant"
-            )
-        return decay(config.lr_schedule, min(1.0, iteration / self.num_iterations), config.lr_final)
 
     def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> tuple[Tensor, ...]:
         order = generator(self.seed, Stream.MINIBATCHES, iteration, epoch).permutation(num_rows)
@@ -219,7 +192,7 @@ class PolicyGradient(Algorithm):
         micros = equal_parts(mine, self.config.micro_batch_size)
         group = self.group
         scale = group.size if group is not None and group.sharded else 1  # from the mean over processes to their sum
-        idle = self._passes_of_the_others(len(micros))
+        idle = idle_passes(group, len(micros))
         for micro in micros:
             share = len(micro) / len(rows)
             inputs, device = batch.inputs(micro), self.policy.device
@@ -253,13 +226,6 @@ class PolicyGradient(Algorithm):
         """Mean clipped surrogate of the rows, minus the entropy bonus; adds their figures to `sums`."""
         config, device = self.config, self.policy.device
         mask, old_logprobs = self._credited(batch, micro).to(device), batch.old_logprobs[micro].to(device)
-        importance = None
-        if config.importance_cap is not None:
-            behaviour = batch.behaviour_logprobs[micro].to(device)
-            importance = importance_weights(old_logprobs, behaviour, mask, config.importance_cap)
-        if batch.weights is not None:
-            weights = batch.weights[micro].to(device)
-            importance = weights if importance is None else importance * weights
         surrogate, ratio_stats = policy_loss(
             out.logprobs,
             old_logprobs,
@@ -269,7 +235,7 @@ class PolicyGradient(Algorithm):
             clip_eps_high=config.clip_eps_high,
             ratio_level=config.ratio_level,
             token_actions=None if self._token_actions is None else self._token_actions.to(device),
-            importance=importance,
+            importance=row_weights(batch, micro, mask, config.importance_cap),
             dual_clip=config.dual_clip,
         )
         entropy = evened(out.entropy, batch.token_mask[micro].to(device)).mean()
@@ -297,16 +263,8 @@ class PolicyGradient(Algorithm):
             return self.policy.evaluate(inputs, ids, mask, temperature=self.temperature)
         return self.policy.evaluate(inputs, ids, mask, temperature=self.temperature, with_values=False)
 
-    def _passes_of_the_others(self, own: int) -> int:
-        """How many more passes some other process makes over this minibatch, where all must make as many."""
-        if self.group is None or not self.group.sharded:
-            return 0
-        most = torch.tensor([own])
-        self.group.max_(most)
-        return int(most) - own
-
     def _scores(self, batch: Batch, rows: Tensor, *, with_policy: bool) -> Tensor:
-        """A sum over all outputs for `rows`: a pass that keeps FSDP's collectives in step on every process."""
+        """Sum of all outputs for `rows`: run as an idle pass so that FSDP's collectives match on every process."""
         inputs = batch.inputs(rows)
         if not with_policy:
             return self.policy.values(inputs).sum()
@@ -320,7 +278,7 @@ class PolicyGradient(Algorithm):
         order = generator(self.seed, Stream.KL_ROWS, iteration).permutation(len(batch.token_ids))
         rows = torch.from_numpy(order[:most])
         parts = equal_parts(rows if batch.own is None else rows[batch.own[rows]], self.config.score_batch_size)
-        idle = self._passes_of_the_others(len(parts))
+        idle = idle_passes(self.group, len(parts))
         total = torch.zeros((), dtype=torch.float64)
         for part in parts:
             out = self._evaluate(batch.inputs(part), batch, part)
@@ -333,95 +291,19 @@ class PolicyGradient(Algorithm):
         return total.item() / len(rows)
 
     def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
-        """The figures of the whole minibatch; its gradient is put into the parameters."""
+        """Figures of the whole minibatch; sums its gradient over the processes."""
         if self.group is None:
             return dict(sums)
         if not self.group.sharded:
-            self._sum_gradients(self.group)
-        figures = torch.tensor([sums[name] for name in _FIGURES], dtype=torch.float64)
-        greatest = torch.tensor([sums["log_ratio_max"]], dtype=torch.float64)
-        self.group.sum_([figures])
-        self.group.max_(greatest)
-        return dict(zip(_FIGURES, figures.tolist(), strict=True)) | {"log_ratio_max": greatest.item()}
-
-    def _sum_gradients(self, group: Group) -> None:
-        parameters = [parameter for options in self.optimizer.param_groups for parameter in options["params"]]
-        reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        group.max_(reached)  # by some process: with few rows it need not be this one
-        moved = [parameter for parameter, known in zip(parameters, reached.tolist(), strict=True) if known]
-        for parameter in moved:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        group.sum_([parameter.grad for parameter in moved if parameter.grad is not None])
+            sum_gradients(self.group, [each for options in self.optimizer.param_groups for each in options["params"]])
+        return reduced_figures(self.group, sums)
 
     def _step(self, *, train_policy: bool) -> tuple[float, float]:
         norms = (
-            self._clip(self._policy_parameters) if train_policy else 0.0,
-            self._clip(self._value_parameters) if self._value_parameters else 0.0,
+            clip_gradients(self._policy_parameters, self.config.max_grad_norm) if train_policy else 0.0,
+            clip_gradients(self._value_parameters, self.config.max_grad_norm) if self._value_parameters else 0.0,
         )
         if not np.isfinite(norms).all():
             raise DivergedError(f"a gradient is not finite (norms {norms}); no step was taken. Lower algorithm.lr.")
         self.optimizer.step()
         return norms
-
-    def _clip(self, parameters: list[nn.Parameter]) -> float:
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-    def _check_first_ratio(self, log_ratio_max: float) -> None:
-        if log_ratio_max > math.log1p(FIRST_RATIO_TOLERANCE[self.policy.compute_dtype]):
-            raise ExtensionError(
-                f"the first minibatch has a probability ratio of {math.exp(log_ratio_max):.4f} or its inverse, "
-                f"expected 1: {type(self.policy).__name__} gave the same actions other log-probs a moment ago with "
-                "the same weights. Its `evaluate` must answer the same with and without gradients, in batches of any "
-                "size, without chance (dropout); where only rounding is to blame, compute in float32"
-            )
-
-    def _summary(self, sums: dict[str, float], policy_steps: int, value_steps: int) -> Stats:
-        """Means over the steps taken; `kl` is KL(before || after the update), in nats per action token.
-
-        Without a step of the policy (critic warm-up, no rows) or of the critic its figures are NaN.
-        """
-
-        def mean(name: str, steps: int) -> float:
-            return sums[name] / steps if steps else math.nan  # not looked at is not 0
-
-        figures = {
-            "loss/policy": mean("policy_loss", policy_steps),
-            "entropy": mean("entropy", policy_steps),
-            "kl": sums["kl"] if policy_steps else math.nan,
-            "clip_frac": mean("clip_frac", policy_steps),
-            "grad_norm": mean("grad_norm", policy_steps),
-            "changed_weights": mean("changed", min(policy_steps, 1)),
-            "policy_steps": policy_steps,
-        }
-        if self._value_parameters:
-            figures |= {
-                "loss/value": mean("value_loss", value_steps),
-                "value_grad_norm": mean("value_grad_norm", value_steps),
-                "value_changed_weights": mean("value_changed", min(value_steps, 1)),
-                "value_steps": value_steps,
-            }
-        return figures
-
-
-def _token_actions(config: PolicyGradientSection, policy: Policy) -> Tensor | None:
-    """Which action of a chunk each token slot belongs to, where ratios are those of actions; None: a row is one.
-
-    Raises:
-        ConfigError: the policy's tokens belong to no single action.
-    """
-    if config.ratio_level != "action" or policy.num_actions == 1:
-        return None
-    slots = policy.token_actions()
-    if slots is None:
-        raise ConfigError(
-            f"algorithm.ratio_level=action, but an answer of {type(policy).__name__} stands for {policy.num_actions} "
-            "actions as a whole: no token belongs to one of them. Set algorithm.ratio_level=chunk or token"
-        )
-    return slots
-
-
-def equal_parts(rows: Tensor, most: int) -> tuple[Tensor, ...]:
-    """Split rows into as few parts of at most `most` as it takes, with sizes that differ by one at most."""
-    return rows.tensor_split(math.ceil(len(rows) / most)) if len(rows) else ()
