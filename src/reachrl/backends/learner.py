@@ -1,6 +1,5 @@
 """The learner of one process: scores rollouts and updates the policy, alone or together with others."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from reachrl.algorithms.base import Stats, engine_kl, new_algorithm, rows_to_score
 from reachrl.backends import sharding
@@ -20,11 +18,11 @@ from reachrl.backends.weights import PackedWeights, acting_parameters, learner_a
 from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.train import TrainConfig
 from reachrl.envs.base import Shown
-from reachrl.errors import CheckpointError
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
 from reachrl.policies.trained_on import warn_of_unfamiliar
 from reachrl.rollout.action_figures import action_figures
 from reachrl.run.atomic import write_json_atomic
+from reachrl.run.checkpoint import read_state
 from reachrl.run.optimizer_state import read_optimizer, save_optimizer
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Observation, Rewards, Rollout, Scored
@@ -98,7 +96,7 @@ class LocalLearner:
         Vision features are computed once here and kept for the update while the towers are frozen.
         """
         began = time.time()
-        self._move_optimizer(self.policy.device)  # back, if it was handed over
+        sharding.move_state(self.algorithm.optimizer, self.policy.device)  # back, if it was handed over
         self._inputs = None  # the last iteration's features go before this one's come
         steps, envs = rollout.valid.shape
         with_values = self.config.needs.values
@@ -121,7 +119,7 @@ class LocalLearner:
             if out.values is not None:
                 values.append(out.values.float().cpu())
             cached.append(inputs)
-        self._pass_with_the_others(flat, ids, mask, block, made=len(cached))
+        self._dummy_passes(flat, ids, mask, block, made=len(cached))
         self._inputs = None if self.config.train_vision else type(cached[0]).concat(cached)
         scored = np.zeros((steps * envs, ids.shape[1]), dtype=np.float32)
         scored[self._scored] = self.group.gather(torch.cat(logprobs)).numpy()
@@ -211,7 +209,7 @@ class LocalLearner:
         """
         self.version = version
         (self._whole or self.policy).restore(folder / "policy")
-        self.algorithm.load_state_dict(_read_state(folder / "algorithm.json"))
+        self.algorithm.load_state_dict(read_state(folder / "algorithm.json"))
         state = read_optimizer(self.algorithm.optimizer, folder / "optimizer.safetensors")
         if self.group.sharded:
             self._read_state = state
@@ -235,21 +233,15 @@ class LocalLearner:
         """
         self._inputs = None
         self.algorithm.optimizer.zero_grad(set_to_none=True)
-        self._move_optimizer("cpu")
+        sharding.move_state(self.algorithm.optimizer, "cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _move_optimizer(self, device: torch.device | str) -> None:
-        for entries in self.algorithm.optimizer.state.values():
-            for name, value in entries.items():
-                if name != "step" and isinstance(value, Tensor) and not isinstance(value, DTensor):
-                    entries[name] = value.to(device)
 
     def close(self) -> None:
         """Nothing to close."""
 
-    def _pass_with_the_others(self, flat: Observation, ids: Tensor, mask: Tensor, block: slice, *, made: int) -> None:
-        """Where weights are split every process must make as many passes: whose block is smaller repeats a row."""
+    def _dummy_passes(self, flat: Observation, ids: Tensor, mask: Tensor, block: slice, *, made: int) -> None:
+        """Repeat a row so that every process of a sharded group makes equally many passes (FSDP collectives match)."""
         if self.group.sharded:
             rows = slice(block.start, block.start + 1)
             for _ in range(self.group.passes(len(ids), self.config.score_batch_size) - made):
@@ -302,10 +294,3 @@ def new_learner(config: TrainConfig, policy: Policy, group: Group, whole: Policy
         whole=whole,
         num_iterations=config.num_iterations,
     )
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing or damaged ({error}); resume from another checkpoint.") from error

@@ -119,3 +119,11 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> di
             if keep:
                 state[index][name] = given.cpu() if isinstance(given, Tensor) else given
     return {"state": state, "param_groups": found["param_groups"]}
+
+
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    """Move an optimiser's moments to `device`; step counters and sharded tensors stay where they are."""
+    for entries in optimizer.state.values():
+        for name, value in entries.items():
+            if name != "step" and isinstance(value, Tensor) and not isinstance(value, DTensor):
+                entries[name] = value.to(device)

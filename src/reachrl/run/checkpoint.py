@@ -1,9 +1,11 @@
 """Checkpoints that are complete or absent, with a digest of every file."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from reachrl.errors import CheckpointError
 from reachrl.run.atomic import recover_tree, replace_folder_atomic
@@ -94,3 +96,15 @@ def verify_checkpoint(path: Path, *, nested: bool = True) -> dict:
     older = [other.name for other in list_checkpoints(path.parent) if other != path]
     remedy = f"delete {path} to resume from {older[-1]}" if older else "copy the checkpoint again, or start over"
     return verify(path, remedy=remedy, nested=nested)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or damaged ({error}); resume from another checkpoint.") from error
