@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reachrl.algorithms.base import Batch, Stats
 from reachrl.config.algorithm import PolicyGradientSection
-from reachrl.errors import ConfigError, ExtensionError
+from reachrl.errors import ConfigError, DivergedError, ExtensionError
 from reachrl.functional.ppo import importance_weights
 from reachrl.policies.base import Policy
 
@@ -95,3 +95,49 @@ def row_weights(batch: Batch, rows: Tensor, mask: Tensor, cap: float | None) -> 
     old, behaviour = (each[rows].to(mask.device) for each in (batch.old_logprobs, batch.behaviour_logprobs))
     importance = importance_weights(old, behaviour, mask, cap)
     return importance if weights is None else importance * weights
+
+
+def credited_mask(batch: Batch, rows: Tensor, slots: Tensor | None) -> Tensor:
+    """The tokens bool[b A] that a row's advantage is due to: those of the actions that were carried out.
+
+    A chunk is cut short by success, by the time limit or by `env.execute`; the effect of its other actions is unknown.
+    Where tokens stand for the chunk as a whole, and in malformed answers, all of them count.
+
+    Args:
+        batch: with the number of actions carried out, or None.
+        rows: of the batch.
+        slots: which action each token slot belongs to; None: they stand for the chunk as a whole.
+    """
+    mask = batch.token_mask[rows]
+    if slots is None or batch.executed is None:
+        return mask
+    return mask & ((slots < batch.executed[rows, None]) | batch.malformed[rows, None])
+
+
+def chunk_slots(policy: Policy) -> Tensor | None:
+    """Which action of a chunk each token slot belongs to, in main memory; None for single actions or whole chunks."""
+    slots = policy.token_actions() if policy.num_actions > 1 else None
+    return None if slots is None else slots.cpu()
+
+
+def check_losses(figures: dict[str, float], *, critic: bool) -> None:
+    """Check a minibatch's figures before its step is taken.
+
+    Raises:
+        DivergedError: one is not finite.
+    """
+    if not all(math.isfinite(value) for value in figures.values()):
+        raise DivergedError(
+            f"a loss is not finite: {figures}. Weights were not changed by it; resume from the last "
+            f"checkpoint with a lower algorithm.lr{' or algorithm.value_lr' if critic else ''}."
+        )
+
+
+def check_norms(norms: tuple[float, float]) -> None:
+    """Check the gradient norms of policy and critic before a step.
+
+    Raises:
+        DivergedError: one is not finite.
+    """
+    if not all(map(math.isfinite, norms)):
+        raise DivergedError(f"a gradient is not finite (norms {norms}); no step was taken. Lower algorithm.lr.")

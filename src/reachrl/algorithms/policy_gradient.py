@@ -4,16 +4,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reachrl.algorithms.base import Algorithm, Batch, Stats
 from reachrl.algorithms.lr_groups import grouped_optimizer, schedule_factor
-from reachrl.algorithms.minibatches import check_first_ratio, equal_parts, row_weights, summary, token_actions_of
+from reachrl.algorithms.minibatches import (
+    check_first_ratio,
+    credited_mask,
+    equal_parts,
+    row_weights,
+    summary,
+    token_actions_of,
+)
 from reachrl.algorithms.shared_gradients import clip_gradients, idle_passes, reduced_figures, sum_gradients
 from reachrl.config.algorithm import KL_ROWS, STOP_ROWS, PolicyGradientSection
-from reachrl.errors import DivergedError
 from reachrl.functional.ppo import evened, policy_loss, token_kl
 from reachrl.functional.schedules import entropy_bonus, kl_adapted
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
@@ -52,7 +57,7 @@ class PolicyGradient(Algorithm):
         self._kl_factor = 1.0  # of the learning rate, with `lr_schedule=kl`
         self._entropy_extra = 0.0  # what `entropy_floor` has added to `entropy_coef`
         self._token_actions = token_actions_of(config, policy)
-        self._slots = policy.token_actions() if policy.num_actions > 1 else None
+        self._slots = chunk_slots(policy)
 
     def update(self, batch: Batch, *, iteration: int) -> Stats:
         """Train on one iteration's batch; without rows, nothing is trained.
@@ -213,11 +218,7 @@ class PolicyGradient(Algorithm):
         for _ in range(idle):
             (self._scores(batch, rows[:1], with_policy=train_policy) * 0).backward()
         figures = self._over_processes(sums)
-        if not all(np.isfinite(value) for value in figures.values()):
-            raise DivergedError(
-                f"a loss is not finite: {figures}. Weights were not changed by it; resume from the last "
-                f"checkpoint with a lower algorithm.lr{' or algorithm.value_lr' if self._value_parameters else ''}."
-            )
+        check_losses(figures, critic=bool(self._value_parameters))
         return figures
 
     def _policy_loss(
@@ -225,7 +226,7 @@ class PolicyGradient(Algorithm):
     ) -> Tensor:
         """Mean clipped surrogate of the rows, minus the entropy bonus; adds their figures to `sums`."""
         config, device = self.config, self.policy.device
-        mask, old_logprobs = self._credited(batch, micro).to(device), batch.old_logprobs[micro].to(device)
+        mask, old_logprobs = credited_mask(batch, micro, self._slots).to(device), batch.old_logprobs[micro].to(device)
         surrogate, ratio_stats = policy_loss(
             out.logprobs,
             old_logprobs,
@@ -244,17 +245,6 @@ class PolicyGradient(Algorithm):
         sums["clip_frac"] += share * ratio_stats["clip_frac"].item()
         sums["log_ratio_max"] = max(sums["log_ratio_max"], ratio_stats["log_ratio_max"].item())
         return surrogate.mean() - (config.entropy_coef + self._entropy_extra) * entropy
-
-    def _credited(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The tokens bool[b A] that a row's advantage is due to: those of the actions that were carried out.
-
-        A chunk is cut short by success, by the time limit or by `env.execute`; what its other actions would have done
-        nobody knows. Where tokens stand for the chunk as a whole, and in malformed answers, all of them count.
-        """
-        mask = batch.token_mask[rows]
-        if self._slots is None or batch.executed is None:
-            return mask
-        return mask & ((self._slots < batch.executed[rows, None]) | batch.malformed[rows, None])
 
     def _evaluate(self, inputs: PolicyInputs, batch: Batch, rows: Tensor) -> Evaluation:
         """Score the tokens of `rows`, with values only where there is a critic."""
@@ -303,7 +293,6 @@ class PolicyGradient(Algorithm):
             clip_gradients(self._policy_parameters, self.config.max_grad_norm) if train_policy else 0.0,
             clip_gradients(self._value_parameters, self.config.max_grad_norm) if self._value_parameters else 0.0,
         )
-        if not np.isfinite(norms).all():
-            raise DivergedError(f"a gradient is not finite (norms {norms}); no step was taken. Lower algorithm.lr.")
+        check_norms(norms)
         self.optimizer.step()
         return norms
