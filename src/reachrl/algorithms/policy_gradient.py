@@ -11,6 +11,9 @@ from reachrl.algorithms.base import Algorithm, Batch, Stats
 from reachrl.algorithms.lr_groups import grouped_optimizer, schedule_factor
 from reachrl.algorithms.minibatches import (
     check_first_ratio,
+    check_losses,
+    check_norms,
+    chunk_slots,
     credited_mask,
     equal_parts,
     row_weights,
@@ -289,10 +292,9 @@ class PolicyGradient(Algorithm):
         return reduced_figures(self.group, sums)
 
     def _step(self, *, train_policy: bool) -> tuple[float, float]:
-        norms = (
-            clip_gradients(self._policy_parameters, self.config.max_grad_norm) if train_policy else 0.0,
-            clip_gradients(self._value_parameters, self.config.max_grad_norm) if self._value_parameters else 0.0,
-        )
+        limit, critic = self.config.max_grad_norm, self._value_parameters
+        norm = clip_gradients(self._policy_parameters, limit) if train_policy else 0.0
+        norms = norm, clip_gradients(critic, limit) if critic else 0.0
         check_norms(norms)
         self.optimizer.step()
         return norms
