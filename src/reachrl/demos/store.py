@@ -3,7 +3,6 @@
 `meta.json` is written last: without it the store is incomplete. The rows of a shard are described in `shard.py`.
 """
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64, UInt8
-from PIL import Image
 
-from reachrl.demos.checks import check_finite, check_rows, check_trajectory
+from reachrl.demos.checks import check_finite
 from reachrl.demos.damage import unreadable
-from reachrl.demos.episode_table import FORMAT_VERSION, image_columns, table_actions, table_vectors
+from reachrl.demos.episode_table import FORMAT_VERSION, table_actions, table_vectors
+from reachrl.demos.scan import Shapes, columns, scan
 from reachrl.demos.shard import (
     READABLE_VERSIONS,
     ShardWriter,
@@ -85,8 +82,8 @@ def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any]
     """
     actions: list[np.ndarray] = []
     counts: dict[str, int] = {}
-    shapes: list[_Shapes] = []
-    records = [_scan(folder / name, actions, counts, shapes) for name in shards]
+    shapes: list[Shapes] = []
+    records = [scan(folder / name, actions, counts, shapes) for name in shards]
     dims = {len(action) for action in actions}
     if len(shapes) != 1 or len(dims) != 1:
         raise ConfigError(
@@ -109,57 +106,6 @@ def finish_store(folder: Path, shards: Sequence[str], *, info: Mapping[str, Any]
     }
     write_json_atomic(folder / META_FILE, meta)
     return TrajectoryStore(folder)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shapes:
-    """What the episodes of a store have in common."""
-
-    cameras: dict[str, tuple[int, int]]  # height and width of the frames
-    state_size: int | None
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{camera} {height}x{width}" for camera, (height, width) in self.cameras.items())
-        return f"{sizes} with {f'{self.state_size} numbers of state' if self.state_size else 'no state'}"
-
-
-def _scan(shard: Path, actions: list[np.ndarray], counts: dict[str, int], shapes: list[_Shapes]) -> dict[str, Any]:
-    """Read a shard once, frames left compressed; adds to the three totals and returns its record in `meta.json`."""
-    with open_shard(shard) as file:
-        for group in range(file.num_row_groups):
-            images, state = image_columns(file.schema_arrow), ["state"] * ("state" in file.schema_arrow.names)
-            names = ["task", "step", "is_final", "action", "ee_state", *images.values(), *state]
-            table = _columns(file, shard, group, names)
-            where = f"{shard}, episode {group}"
-            check_rows(table, where)
-            values = table_actions(table, where)
-            check_trajectory(values, table_vectors(table, "ee_state", where), where)
-            task = table["task"][0].as_py()
-            counts[task] = counts.get(task, 0) + 1
-            actions += list(values)
-            sizes = {camera: _frame_size(table[name][0].as_py()["bytes"]) for camera, name in images.items()}
-            found = _Shapes(sizes, len(table["state"][0].as_py()) if state else None)
-            if found not in shapes:
-                shapes.append(found)
-        return {
-            "name": shard.name,
-            "trajectories": file.num_row_groups,
-            "rows": file.metadata.num_rows,
-            "bytes": shard.stat().st_size,
-        }
-
-
-def _columns(file: pq.ParquetFile, shard: Path, group: int, names: list[str]) -> pa.Table:
-    """Some columns of one episode."""
-    try:
-        return file.read_row_group(group, columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(shard, error) from error
-
-
-def _frame_size(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.height, image.width
 
 
 class TrajectoryStore:
@@ -247,7 +193,7 @@ class TrajectoryStore:
             with open_shard(shard) as file:
                 for group in range(file.num_row_groups):
                     where = f"{shard}, episode {group}"
-                    values = table_actions(_columns(file, shard, group, ["action"]), where)
+                    values = table_actions(columns(file, shard, group, ["action"]), where)
                     check_finite(values, "action", where)
                     actions.append(values)
         return ActionStats.of_actions(np.concatenate(actions))
@@ -262,7 +208,7 @@ class TrajectoryStore:
             with open_shard(shard) as file:
                 for group in range(file.num_row_groups):
                     where = f"{shard}, episode {group}"
-                    yield table_vectors(_columns(file, shard, group, ["ee_state"]), "ee_state", where)
+                    yield table_vectors(columns(file, shard, group, ["ee_state"]), "ee_state", where)
 
     def __iter__(self) -> Iterator[Trajectory]:
         for shard in self.shards:
