@@ -145,7 +145,7 @@ def inverted_gripper(recent: Sequence[Row], demos: Row | None) -> Finding | None
 
 
 def frozen(recent: Sequence[Row]) -> Finding | None:
-    """Optimiser steps that move the policy hardly or not at all."""
+    """No weight of the policy has moved."""
     rows = [row for row in recent if not row.get("warming_up")]
     if not rows:
         return None
