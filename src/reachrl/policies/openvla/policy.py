@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -223,7 +223,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         tower_heads: Sequence[int] | None = None,
         critic: Literal["shared", "separate"] = "shared",
         **told: Any,
-    ) -> Self:
+    ) -> "OpenVLAPolicy":
         """Read a checkpoint in the official layout; the critic starts untrained.
 
         Args:

@@ -53,7 +53,9 @@ def verify(
         ConfigError: an option is none of those, or has a value of another kind.
     """
     tensors = _read(recorded)
-    policy = OpenVLAOFTPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads, **_told(options or {}))
+    told = _told(options or {})
+    policy = OpenVLAOFTPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads, **told)
+    policy = cast(OpenVLAOFTPolicy, policy)
     ours = _compute(policy, _inputs(policy, tensors, recorded))
     expected = [name for name in TOLERANCES if name != "proprio_token" or policy.config.state_size is not None]
     names = [name for name in expected if name in tensors]
