@@ -16,6 +16,8 @@ pytestmark = pytest.mark.e2e
 # Two iterations between checkpoints, so that a kill loses finished iterations that must be run again.
 OVERRIDES = [
     "num_iterations=5",
+    "checkpoint_every=2",
+    "env.num_envs=4",
     "rollout.num_steps=20",
     "demos.episodes_per_task=4",
     "sft.epochs=2",

@@ -1,4 +1,4 @@
-"""A tiny environment with the full contract: a dot that moves to the square of the named colour."""
+"""A tiny environment with the full contract: a dot that moves to the square of the named colour and holds it."""
 
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -20,8 +20,10 @@ COLORS = {
 }
 _BACKGROUND = 25
 _SPEED = 0.06  # m per decision at full action
-_GRIP_SPEED = 0.5  # opening per decision at full effort
-_APART = 0.2  # m between squares, and between the dot and each of them, at the start
+_GRIP_SPEED = 0.25  # opening per decision at full effort
+_CORNERS = np.array([[0.2, 0.2], [0.8, 0.8], [0.2, 0.8], [0.8, 0.2]])  # m: about where each square lies
+_JITTER = 0.1  # m by which a start moves a square at most, in x and in y
+_CLOSED = 0.5  # opening of the gripper below which it holds
 
 
 class ReachConfig(EnvSection):
@@ -51,10 +53,11 @@ class ReachConfig(EnvSection):
 
 
 class ReachEnv(Env):
-    """Squares of all colours lie about; the instruction says which one to move the dot to.
+    """A square of each colour lies in its corner; the instruction says which one to move the dot to and hold.
 
     Actions are f32[4] in [-1, 1]: displacement x y z and gripper effort (positive closes). Height and
-    gripper are shown in `ee_state` only; success is nearness in x and y.
+    gripper are shown in `ee_state` only; success is nearness in x and y with the gripper at least half closed.
+    An imitator of the expert, which closes on arrival, often arrives open: there is something to learn online.
     """
 
     Config = ReachConfig
@@ -83,13 +86,8 @@ class ReachEnv(Env):
         start = start_option(options)
         check_start(self, start)
         rng = np.random.default_rng(start_key(start))
-        while True:
-            places = rng.uniform(0.1, 0.9, (len(COLORS) + 1, 2))
-            distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
-            if distances[~np.eye(len(places), dtype=bool)].min() > _APART:
-                break
-        self._state = np.array([*places[0], 0.5, 1.0])
-        self._squares = places[1:]
+        self._state = np.array([*rng.uniform(0.35, 0.65, 2), 0.5, 0.5])
+        self._squares = _CORNERS + rng.uniform(-_JITTER, _JITTER, _CORNERS.shape)
         self._target = list(COLORS).index(start.task)
         self._steps = 0
         self._over = False
@@ -106,7 +104,7 @@ class ReachEnv(Env):
         action = np.clip(action, -1.0, 1.0).astype(np.float64)
         self._state = np.clip(self._state + action * [_SPEED, _SPEED, _SPEED, -_GRIP_SPEED], 0.0, 1.0)
         distance = float(np.linalg.norm(self._to_target()))
-        success = distance < self.config.radius
+        success = distance < self.config.radius and bool(self._state[3] < _CLOSED)
         self._steps += 1
         truncated = not success and self._steps >= self.config.max_steps
         self._over = success or truncated

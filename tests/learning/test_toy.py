@@ -1,0 +1,20 @@
+"""The preset `toy`, which newcomers meet first, must improve on starts that nothing was trained on.
+
+Shortened to half of its iterations, the task's own reward and sampled actions, on one seed; all of it on three seeds is
+in `docs/benchmarks/toy.md`.
+"""
+
+import json
+
+from tiny_run import play
+
+from reachrl.config.loading import load_config
+
+
+def test_the_toy_learns(tmp_path):
+    changes = ["num_iterations=12", "reward.kind=task", "eval.temperatures=[1]", "eval.num_videos=0", "num_threads=1"]
+    play(load_config("toy", changes), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    before, after, test = (found[key] for key in ("success_before", "success_after", "paired_test"))
+    assert 0.1 < before["rate"] < 0.5, before  # room, and something to begin with
+    assert test["improved"] > test["worsened"] and test["p_value"] < 0.01, (before, after, test)
