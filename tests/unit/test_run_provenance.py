@@ -1,5 +1,6 @@
 """Provenance agrees with what git and the interpreter say themselves."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -53,3 +54,26 @@ def test_commit_and_local_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert provenance.commit() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "provenance.py").write_text("a = 2")
     assert provenance.commit()["dirty"] is True
+
+
+def test_stages_keep_the_source_that_ran_them_and_plugins_their_file(tmp_path: Path, monkeypatch) -> None:
+    source = "class Mine: ...\n"
+    (tmp_path / "my_reward_file.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_reward_file  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+    path = tmp_path / "provenance.json"
+    plugins = {"reward.kind": "my_reward_file:Mine", "env.kind": "never_imported:Env"}
+    trained = provenance.write_provenance(path, stage="train", seed=3, plugins=plugins)["stages"]["train"]
+    monkeypatch.setattr(sys, "argv", ["reachrl", "report"])
+    monkeypatch.setattr(provenance, "commit", lambda file=None: {"commit": "another", "dirty": True})
+    monkeypatch.setattr(provenance, "package_versions", lambda: {"torch": "another"})
+    record = provenance.write_provenance(path, stage="report", seed=3)
+    assert (record["commit"], record["stages"]["report"]["commit"]) == ("another", "another")
+    assert record["stages"]["train"] == trained and trained["commit"] != "another"
+    assert provenance.write_provenance(path, seed=3)["stages"].keys() == {"train", "report"}  # it ran no stage
+    unknown = {"name": "never_imported:Env", "file": None, "sha256": None, "commit": None, "dirty": None}
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    file = str((tmp_path / "my_reward_file.py").resolve())
+    known = {"name": "my_reward_file:Mine", "file": file, "sha256": digest, "commit": None, "dirty": None}
+    assert trained["plugins"] == {"reward.kind": known, "env.kind": unknown}

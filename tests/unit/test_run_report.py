@@ -21,6 +21,7 @@ from reachrl.report import plots, sections
 from reachrl.report.overlay import draw_overlay
 from reachrl.report.report import write_report
 from reachrl.report.svg import Chart, span, ticks
+from reachrl.report.verdict import verdict
 from reachrl.report.video import write_video
 from reachrl.run.atomic import write_json_atomic
 
@@ -323,6 +324,77 @@ def test_the_learning_curve_draws_points_where_the_numbers_are() -> None:
     plot = Chart((-0.12, 10.2), (0, 1), width=960, height=360, margin=(22, 16, 42, 48))
     assert float(circle.get("cy", 0)) == pytest.approx(22 + (360 - 42 - 22) * 0.25, abs=0.01)
     assert float(circle.get("cx", 0)) == pytest.approx(plot.x(10 - 0.04), abs=0.01)
+
+
+def test_a_learning_curve_can_be_read_against_steps_and_hours() -> None:
+    train = [
+        {"iteration": i, "env_steps": 500 * (i + 1), "success_k": 1, "success_n": 2}
+        | {"seconds/rollout": 2700.0, "seconds/update": 900.0}
+        for i in range(4)
+    ]
+    iterations, steps, hours = plots.time_axes(train)
+    assert [axis.label for axis in (iterations, steps, hours)] == [
+        "training iteration", "environment steps", "hours of training",
+    ]  # fmt: skip
+    # Before training nothing is spent; an evaluation after 4 iterations stands at the end of the last.
+    assert [[axis.at(i) for i in (0, 1, 3, 4)] for axis in (iterations, steps, hours)] == [
+        [0, 1, 3, 4], [0, 1000, 2000, 2000], pytest.approx([0, 2, 4, 4]),
+    ]  # fmt: skip
+    evals = [{"iteration": 4, "mode": "greedy", "k": 3, "n": 4}]
+    [svg] = ET.fromstring(plots.learning_curve(train, evals, axis=steps)[0])
+    plot = Chart((-0.012 * 2000, 2000 * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48))
+    [held_out] = [e for e in svg.iter("circle") if e.get("class") == "dot c-after"]
+    assert float(held_out.get("cx", 0)) == pytest.approx(plot.x(2000 - 0.004 * 2000), abs=0.01)
+    assert plots.time_axes([{"iteration": 0}]) == [iterations]  # nothing else is known
+
+
+RATES = ({"k": 40, "n": 100, "rate": 0.4}, {"k": 60, "n": 100, "rate": 0.6})
+
+
+@pytest.mark.parametrize(
+    ("improved", "worsened", "p", "css", "begins"),
+    [
+        (25, 5, 0.0003, "good", "Better: held-out success went from 40.0 % to 60.0 %"),
+        (5, 25, 0.0003, "bad", "Worse: "),
+        (12, 8, 0.5, "neutral", "No evidence of a change: "),
+        (12, 8, 0.05, "neutral", "No evidence"),
+    ],
+)
+def test_the_first_sentence_is_a_verdict(improved, worsened, p, css, begins) -> None:
+    before, after = RATES if improved > worsened else RATES[::-1]
+    test = {"improved": improved, "worsened": worsened, "p_value": p}
+    said = verdict(before, after, test, seed=7)
+    assert said is not None and said["css"] == css and said["text"].startswith(begins)
+    assert f"same 100 starts, p = {p:.2g}; one seed, 7)" in said["text"]
+
+
+def test_a_verdict_needs_both_evaluations_and_a_test() -> None:
+    assert verdict(None, RATES[0], None, seed=1) is None
+    untested = verdict(*RATES, None, seed=None)
+    assert untested is not None and untested["css"] == "neutral" and untested["text"].startswith("Not tested: ")
+
+
+def test_pictures_never_shrink_their_words_below_11_pixels() -> None:
+    page = Path(plots.__file__).parent / "templates" / "report.css"
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: ?(?:\d+ )?([\d.]+)px", page.read_text())]
+    assert min(sizes) >= 11
+    [svg] = ET.fromstring(plots.learning_curve([], [{"iteration": 1, "k": 1, "n": 2}])[0])
+    least = float(re.search(r"min-width:(\d+)px", svg.get("style", ""))[1])  # pyright: ignore[reportOptionalSubscript]
+    assert 12 * least / float(svg.get("viewBox", "").split()[2]) >= 11
+
+
+def test_the_headline_names_the_source_that_trained(tmp_path: Path) -> None:
+    trained = {"commit": "aaaaaaaaaaaa", "dirty": False, "started": "2026-01-01T01:00:00+00:00", "command": ["reachrl"]}
+    facts = {
+        "commit": "bbbbbbbbbbbb",
+        "dirty": True,
+        "started": "2026-02-02T02:00:00+00:00",
+        "stages": {"train": trained},
+    }
+    write_json_atomic(tmp_path / "provenance.json", facts)
+    chips = re.search(r'class="chips">(.*?)</p>', write_report(tmp_path).read_text(), re.DOTALL)
+    assert chips is not None and "aaaaaaaaaa" in chips[1] and "2026-01-01" in chips[1]
+    assert "bbbb" not in chips[1] and "local changes" not in chips[1]
 
 
 @pytest.mark.parametrize("iterations", [1, 7, 44, 49, 100, 120])

@@ -145,7 +145,7 @@ def test_work_in_turn_needs_one_row_and_kinds_that_need_several_share_none() -> 
 
 def test_lanes_are_in_order_and_inside_the_picture_and_overlaps_are_both_seen() -> None:
     svg = timeline.timeline_chart(actor_spans())
-    root = ET.fromstring(svg)
+    [root] = ET.fromstring(svg)
     width, height = map(float, root.attrib["viewBox"].split()[2:])
     rows = [t for t in root.iter("text") if t.get("class") == "row"]
     assert [t.text for t in rows] == ["loop", "actor 0", "actor 1", "learner"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from reachrl import torchrun
 from reachrl.config.loading import config_dict, config_hash
+from reachrl.config.named_code import names
 from reachrl.config.train import TrainConfig, refuse_rounded_training
 from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display
@@ -75,11 +76,16 @@ def run_stage(
         follow_train(config)
         return {}
     with Run.open(run_dir, config_dict(config), permit=permit(config)) as run:
-        write_provenance(
-            run.provenance, seed=config.seed, protocol_hash=protocol_hash(config), config_hash=config_hash(config)
-        )
         finished = run.stage_done(name)
         missing = _missing(config, run)
+        write_provenance(
+            run.provenance,
+            stage=None if finished is not None and name not in missing else name,
+            seed=config.seed,
+            protocol_hash=protocol_hash(config),
+            config_hash=config_hash(config),
+            plugins=dict(names(config_dict(config))),
+        )
         # The report is redrawn from what lies on disk.
         if finished is not None and name != "report" and name not in missing:
             display.log(f"{name}: already done in {run_dir}")

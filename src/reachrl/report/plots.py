@@ -1,12 +1,45 @@
 """The report's plots, each drawn from records on disk."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from reachrl.functional.stats import wilson
 from reachrl.report.formats import percent, plain, task_labels
 from reachrl.report.svg import Chart, span
+
+
+@dataclass(frozen=True, slots=True)
+class TimeAxis:
+    """What a chart over training is drawn against."""
+
+    css: str  # of the pictures that are drawn against it
+    label: str
+    numbers: tuple[tuple[float, float], ...]  # (iteration, place), ascending; none: the iteration itself
+
+    def at(self, iteration: float) -> float:
+        """The place of an iteration: that of the last record up to it, 0 before the first."""
+        if not self.numbers:
+            return iteration
+        index = bisect_right(self.numbers, iteration, key=lambda pair: pair[0])
+        return self.numbers[index - 1][1] if index and iteration > 0 else 0.0
+
+
+def time_axes(train: Sequence[dict[str, Any]]) -> list[TimeAxis]:
+    """Iterations, environment steps, and hours of training, those that the records know."""
+    axes = [TimeAxis("x-iterations", "training iteration", ())]
+    steps = [(r["iteration"], float(r["env_steps"])) for r in train if r.get("env_steps") is not None]
+    if train and len(steps) == len(train):
+        axes.append(TimeAxis("x-steps", "environment steps", tuple(steps)))
+    hours, passed = [], 0.0
+    for record in train:
+        passed += sum(value or 0.0 for key, value in record.items() if key.startswith("seconds/")) / 3600
+        hours.append((record["iteration"], passed))
+    if passed > 0:
+        axes.append(TimeAxis("x-hours", "hours of training", tuple(hours)))
+    return axes
 
 
 def rate_of(record: dict[str, Any]) -> tuple[float, tuple[float, float]]:
@@ -97,6 +130,7 @@ def learning_curve(
     validation: Sequence[dict[str, Any]] = (),
     *,
     window: int | None = None,
+    axis: TimeAxis | None = None,
 ) -> tuple[str, int]:
     """Draw training success (pooled over a window, with a band), evaluations and validations (with whiskers).
 
@@ -108,37 +142,42 @@ def learning_curve(
         evals: Evaluation records with `iteration`, `mode`, `k`, `n`.
         validation: Those of evaluations on validation starts.
         window: Iterations pooled; by default a tenth of the run, at most 10.
+        axis: What it is drawn against; by default the iteration.
 
     Returns:
         The SVG and the window.
     """
     window = window or max(1, min(10, round(len(train) / 10)))
-    last = max([r["iteration"] for r in [*train, *evals, *validation]], default=1)
+    axis = axis or time_axes(())[0]
+    last = max([axis.at(r["iteration"]) for r in [*train, *evals, *validation]], default=1) or 1
     chart = Chart(
-        (-0.012 * max(1, last), max(1, last) * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48),
-        x_label="training iteration", y_label="success rate", y_format=percent, title="Learning curve",
+        (-0.012 * last, last * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48), x_label=axis.label,
+        y_label="success rate", y_format=percent, title="Learning curve",
     )  # fmt: skip
     pooled = moving_success(train, window)
     if pooled:
         xs, rates, lows, highs = (list(column) for column in zip(*pooled, strict=True))
+        xs = [axis.at(x) for x in xs]
         chart.band(xs, lows, highs, "c-train")
         for record in train:
             if record.get("success_n"):
                 k, n = record["success_k"], record["success_n"]
                 note = f"iteration {record['iteration']}: {k} of {n} training episodes"
-                chart.dot(record["iteration"], k / n, "c-train", radius=1.8, note=note, css="dot faint")
+                chart.dot(axis.at(record["iteration"]), k / n, "c-train", radius=1.8, note=note, css="dot faint")
         chart.line(list(zip(xs, rates, strict=True)), "c-train")
     weighed = moving_uniform_success(train, window)
     if weighed:
-        chart.band([x for x, *_ in weighed], [low for *_, low, _ in weighed], [high for *_, high in weighed], "c-heat")
-        chart.line([(x, rate) for x, rate, *_ in weighed], "c-heat")
+        xs = [axis.at(x) for x, *_ in weighed]
+        chart.band(xs, [low for *_, low, _ in weighed], [high for *_, high in weighed], "c-uniform")
+        chart.line([(x, rate) for x, (_, rate, *_) in zip(xs, weighed, strict=True)], "c-uniform")
     drawn = [(evals, "held out"), (validation, "validation starts")]
     colours = dict(curve_colours(evals, validation))
     for records, prefix in drawn:
         for mode in _modes(records):
             name = f"{prefix}, {mode}"
             points = sorted((r for r in records if r.get("mode", "greedy") == mode), key=lambda r: r["iteration"])
-            _draw_evaluations(chart, points, name, colours[name], _SHIFTS.get(name, 0.0) * max(1, last))
+            places = [axis.at(r["iteration"]) + _SHIFTS.get(name, 0.0) * last for r in points]
+            _draw_evaluations(chart, points, name, colours[name], places)
     return chart.render(), window
 
 
@@ -167,10 +206,11 @@ def _modes(records: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(dict.fromkeys(r.get("mode", "greedy") for r in records))
 
 
-def _draw_evaluations(chart: Chart, points: Sequence[dict[str, Any]], name: str, colour: str, shift: float) -> None:
-    places = [(r, r["iteration"] + shift) for r in points]
-    chart.line([(x, rate_of(r)[0]) for r, x in places], colour, css="line thin dashed")
-    for record, x in places:
+def _draw_evaluations(
+    chart: Chart, points: Sequence[dict[str, Any]], name: str, colour: str, places: Sequence[float]
+) -> None:
+    chart.line([(x, rate_of(r)[0]) for r, x in zip(points, places, strict=True)], colour, css="line thin dashed")
+    for record, x in zip(points, places, strict=True):
         rate, (low, high) = rate_of(record)
         chart.whisker(x, low, high, colour)
         counts = f"{record['k']} of {record['n']} = {percent(rate)}"
@@ -184,7 +224,7 @@ def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any
     labels = task_labels(tasks)
     row = 40
     chart = Chart(
-        (0, 1), (0, 1), width=560, height=row * len(tasks) + 34, margin=(6, 62, 26, 158), x_format=percent,
+        (0, 1), (0, 1), width=470, height=row * len(tasks) + 34, margin=(6, 62, 26, 158), x_format=percent,
         y_ticks=False, title="Success per task before and after",
     )  # fmt: skip
     for i, task in enumerate(tasks):

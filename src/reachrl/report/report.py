@@ -21,6 +21,7 @@ from reachrl.report.sections import (
     timing_section,
 )
 from reachrl.report.timeline import timeline_section
+from reachrl.report.verdict import verdict
 from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.configuration import flatten_config, read_history
 from reachrl.run.metrics import read_metrics
@@ -96,6 +97,7 @@ def render_report(run_path: Path) -> str:
         "report.html.j2",
         name=run_path.resolve().name,
         provenance=provenance,
+        trained=_training(provenance),
         summary=summary,
         caveats=summary.get("caveats", []),
         headline=_headline(summary, evals),
@@ -125,6 +127,12 @@ def _unfinished(config: dict | None, stages: dict, train: Sequence[dict]) -> dic
     if ended or not train or not config or "num_iterations" not in config:
         return None
     return {"done": train[-1]["iteration"] + 1, "of": config["num_iterations"]}
+
+
+def _training(provenance: dict) -> dict[str, Any]:
+    """Where the trained weights come from: the stage `train` if it is recorded, else the earliest command."""
+    stages = provenance.get("stages") or {}
+    return stages.get("train") or next(iter(provenance.get("earlier", [])), provenance)
 
 
 def _commands(provenance: dict) -> list[str]:
@@ -166,11 +174,14 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
         for when in ("before", "after")
         if entry[when]
     ]
-    best = summary.get("best")
+    best, first_mode = summary.get("best"), modes[0]
     return {
         "modes": modes,
         "chart": drawn(plots.success_interval_chart(rows)),
         "paired": summary.get("paired_test"),
+        "verdict": verdict(
+            first_mode["before"], first_mode["after"], summary.get("paired_test"), seed=summary.get("seed")
+        ),
         "best": best and best | {"last": best["iteration"] == best["of"]},
     }
 
@@ -191,10 +202,15 @@ def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, A
                 points.append({**record, "iteration": iteration, "mode": mode})
     if not train and not points and not validation:
         return None
-    picture, window = plots.learning_curve(train, points, validation)
+    axes = plots.time_axes(train)
+    charts = []
+    for axis in axes:
+        picture, window = plots.learning_curve(train, points, validation, axis=axis)
+        charts.append({"css": axis.css, "chart": drawn(picture)})
     steps = max((r.get("env_steps") or 0 for r in train), default=0)
     return {
-        "chart": drawn(picture),
+        "charts": charts,
+        "axes": [{"css": axis.css, "label": axis.label} for axis in axes],
         "window": window,
         "env_steps": steps,
         "iterations": len(train),
@@ -241,16 +257,14 @@ def _diagnosis(run_path: Path, config: dict | None, train: Sequence[dict]) -> Di
 
 
 def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:
-    charts = []
+    panels = []
     for title, key, form in PANELS:
-        points = [(record["iteration"], record.get(key)) for record in train]
-        if any(y is not None for _, y in points):
-            series = [(title, "c-after", points)]
-            charts.append(
-                {
-                    "title": title,
-                    "key": key,
-                    "chart": drawn(plots.panel(series, x_label="iteration", zero=form == "zero")),
-                }
-            )
-    return charts or None
+        if all(record.get(key) is None for record in train):
+            continue
+        charts = []
+        for axis in plots.time_axes(train):
+            points = [(axis.at(record["iteration"]), record.get(key)) for record in train]
+            picture = plots.panel([(title, "c-after", points)], x_label=axis.label, zero=form == "zero")
+            charts.append({"css": axis.css, "chart": drawn(picture)})
+        panels.append({"title": title, "key": key, "charts": charts})
+    return panels or None

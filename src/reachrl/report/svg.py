@@ -163,7 +163,10 @@ class Chart:
 
     def render(self) -> str:
         """Return the picture."""
+        # Narrow pages scroll sideways: text of 12 pixels shrinks to 11 and no further.
+        least = math.ceil(self._width * 11 / 12)
         return (
-            f'<svg viewBox="0 0 {self._width} {self._height}" role="img" aria-label="{escape(self._title)}" '
-            f'style="max-width:{self._width}px">{"".join(self._parts)}</svg>'
+            f'<div class="scroll"><svg viewBox="0 0 {self._width} {self._height}" role="img" '
+            f'aria-label="{escape(self._title)}" style="max-width:{self._width}px;min-width:{least}px">'
+            f"{''.join(self._parts)}</svg></div>"
         )

@@ -180,6 +180,8 @@ class Provenance(_Attempt):
     """`provenance.json`."""
 
     earlier: list[_Attempt] = []
+    stages: dict[str, _Attempt] = {}
+    plugins: dict[str, dict[str, Any]] = {}
     memory_bytes: Count | None = None
     gpus: list[Any] | None = None
     packages: dict[str, str | None] | None = None
