@@ -187,7 +187,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path, caplog, kind):
             ["rollout.num_steps=4"],
             r"whole episodes, but those of 15 decisions \(env.max_steps=15\) exceed rollout.num_steps=4",
         ),
-        (["algorithm.group_size=3"], "8 whole episodes .* no groups of algorithm.group_size=3"),
+        (["algorithm.group_size=3"], "64 whole episodes .* no groups of algorithm.group_size=3"),
         (["policy.critic=separate"], "set policy.critic=shared"),
         (["collect_ahead=true", "algorithm.importance_cap=2"], "set algorithm.max_rollouts=1"),
         (["algorithm.group_size=1"], "algorithm.group_size = 1"),

@@ -22,6 +22,8 @@ OVERRIDES = (
     *(
         "sft.epochs=0",
         "reward.kind=task",
+        "algorithm.lr=2e-4",
+        "algorithm.lr_warmup_iterations=0",
         "algorithm.minibatch_size=8",
         "algorithm.micro_batch_size=8",
         "algorithm.warmup_iterations=1",
