@@ -154,8 +154,9 @@ def write_provenance(path: Path, stage: str | None = None, **facts: Any) -> dict
         kept = ("started", "command", "commit", "dirty", "packages", "plugins")
         now = {key: record[key] for key in kept}
         known = record["stages"].get(stage)
-        same = known is not None and all(known.get(key) == now[key] for key in ("command", "commit", "dirty"))
-        record["stages"][stage] = now | ({"started": known["started"]} if same else {})
+        if known is not None and all(known.get(key) == now[key] for key in ("command", "commit", "dirty")):
+            now["started"] = known.get("started")
+        record["stages"][stage] = now
     write_json_atomic(path, record)
     return record
 
