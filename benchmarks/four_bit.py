@@ -22,9 +22,9 @@ from statistics import median
 
 import torch
 
+from reachrl.config.loading import load_config
 from reachrl.config.policy import OpenVLAConfig
-from reachrl.config.ppo import PPOConfig
-from reachrl.plan.parameters import adapter_parameters, layer_parameters, weights
+from reachrl.plan.outline import outline_of
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -141,12 +141,17 @@ def main() -> None:
                 )
                 results[name] |= json.loads(done.stdout.splitlines()[-1])
             config = configure(Path(place) / "base", **case)
-            planned[name] = sum(part.bytes for part in weights(config, PPOConfig())) / 1e6
-    report(results, planned, arguments.rounds, config)
+            run = load_config("toy").model_copy(update={"policy": config})
+            parts = outline_of(run, accelerator=False).weights
+            planned[name] = sum(part.bytes for part in parts) / 1e6
+            counts = {part.name: part.count / 1e6 for part in parts}
+    report(results, planned, arguments.rounds, config, counts)
 
 
-def report(results: dict, planned: dict[str, float], rounds: int, config: OpenVLAConfig) -> None:
-    maps, adapters = layer_parameters(config) / 1e6, adapter_parameters(config, "language_model") / 1e6
+def report(
+    results: dict, planned: dict[str, float], rounds: int, config: OpenVLAConfig, counts: dict[str, float]
+) -> None:
+    maps, adapters = counts["language model, 4 bits"], counts["adapters of the language model"]
     print("# A 4-bit base\n")
     tokens = config.num_patches + config.prompt_length + config.num_action_tokens - 1
     print(f"`python benchmarks/four_bit.py --rounds {rounds}`: 8 layers of width 1,024 ({maps:.0f} M weights in their")

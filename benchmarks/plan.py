@@ -4,8 +4,8 @@
 
 Two policies run on this machine (or its GPU), each case in a process of its own: one rollout pass, then forward,
 backward and AdamW over the same number of rows. Memory is the growth of the peak resident set, or what CUDA's allocator
-says; products are counted by PyTorch's `FlopCounterMode`. The 7B policy exists in name only, on the meta device: what
-autograd would keep is added up tensor by tensor. Times on a CPU are CPU seconds, so that other programs disturb less.
+says; products are counted by PyTorch's `FlopCounterMode`. Times on a CPU are CPU seconds, so that other programs
+disturb less.
 """
 
 import argparse
@@ -15,11 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,10 +31,9 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.config.train import TrainConfig
-from reachrl.plan import activations, compute
 from reachrl.plan.device import Device, find_device
 from reachrl.plan.memory import plan_memory
-from reachrl.plan.parameters import weights
+from reachrl.plan.outline import outline_of
 from reachrl.plan.timing import plan_time
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -67,17 +64,6 @@ CASES: dict[str, tuple[OpenVLAConfig, dict[str, object], int]] = {
     "openvla-shaped, checkpointing": (_SHAPED, {"gradient_checkpointing": True}, 2),
     "openvla-shaped, separate critic": (_SHAPED, {"critic": "separate"}, 2),
     "openvla-shaped, bfloat16 LoRA": (_SHAPED, {**_LORA, "dtype": "bfloat16"}, 2),
-}
-NAMES = {
-    "full": {},
-    "full, separate critic": {"critic": "separate"},
-    "LoRA 32": {"lora": {"rank": 32}, "checkpoint": "nowhere"},
-    "LoRA 32, adapter critic, checkpointing": {
-        "lora": {"rank": 32},
-        "critic": "adapter",
-        "checkpoint": "nowhere",
-        "gradient_checkpointing": True,
-    },
 }
 
 
@@ -169,7 +155,8 @@ def measure(name: str, rounds: int) -> dict[str, float]:
 
     def act() -> None:
         assert seen.pixel_values is not None
-        policy.act(replace(seen, pixel_values=seen.pixel_values.clone()))  # as freshly encoded frames
+        fresh = replace(seen, pixel_values=seen.pixel_values.clone())  # as freshly encoded frames
+        policy.act(fresh, with_values=False)
 
     def backward() -> None:
         out = policy.evaluate(cached, actions)
@@ -201,13 +188,13 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     return found
 
 
-def run_of(policy: OpenVLAConfig, rows: int, passes: int = 1) -> TrainConfig:
-    """A run whose iteration is one decision in each of `rows` environments, or several, and a pass over each."""
+def run_of(policy: OpenVLAConfig, rows: int) -> TrainConfig:
+    """A run whose iteration is one decision in each of `rows` environments, and a pass over all of them."""
     return TrainConfig(
         env=MetaworldConfig(num_envs=rows),
-        rollout=RolloutSection(num_steps=passes),
+        rollout=RolloutSection(num_steps=1),
         policy=policy,
-        algorithm=PPOConfig(epochs=1, minibatch_size=passes * rows, micro_batch_size=rows),
+        algorithm=PPOConfig(epochs=1, minibatch_size=rows, micro_batch_size=rows),
     )
 
 
@@ -218,76 +205,17 @@ def predict(name: str, device: Device) -> dict[str, float]:
     config = run_of(policy, rows)
     plan, taken = plan_memory(config, device), {part.name: part for part in plan_time(config, device).stretches}
     held = ("frozen weights", "trainable weights", "gradients", "Adam states")
-    acting = [taken["prefill"], taken["decode steps"]]
+    outline = outline_of(config, accelerator=not device.is_cpu)
     return {
         "held": sum(part.bytes for part in plan.parts if part.name in held),
         "rollout": plan.of("rollout"),
-        "update": plan_memory(run_of(policy, rows, passes=2), device).of("update"),
+        "update": outline.training[0].peak(rows),
         "optimiser": plan.of("optimiser step"),
-        "act s": sum(part.seconds for part in acting),
+        "act s": taken["acting"].seconds,
         "step s": taken["PPO, 1 epochs"].seconds,
-        "act flops": sum(part.flops for part in acting),
+        "act flops": taken["acting"].flops,
         "step flops": taken["PPO, 1 epochs"].flops,
     }
-
-
-class _Fused(torch.autograd.Function):
-    """Attention that keeps what a fused kernel keeps; on the meta device PyTorch takes the unfused one."""
-
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # pyright: ignore
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-@contextmanager
-def in_name_only(fused: bool) -> Iterator[None]:
-    """Lets a policy run on the meta device, which knows no autocast."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-        return _Fused.apply(query, key, value)  # pyright: ignore[reportReturnType]
-
-    instead = patch("torch.nn.functional.scaled_dot_product_attention", attention) if fused else nullcontext()
-    with patch("torch.autocast", lambda *_, **__: nullcontext()), instead, torch.device("meta"):
-        yield
-
-
-def trace(changes: dict[str, object]) -> dict[str, float]:
-    """Parameters, bytes kept by one row and products of its training pass, of the 7B policy on the meta device."""
-    config = OpenVLAConfig.openvla_7b(**changes)
-    rows, kept = 2, {}
-    with in_name_only(fused=True):
-        policy = build(config)
-        _, cached, actions = rows_of(policy, rows)
-        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
-        alive = []
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            alive.append(tensor)  # so that no storage is counted under another's number
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        recompute = policy.config.gradient_checkpointing
-        with nullcontext() if recompute else torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            policy.evaluate(cached, actions)
-    with in_name_only(fused=False):
-
-        def step() -> None:
-            out = policy.evaluate(cached, actions)
-            assert out.values is not None
-            (out.logprobs.mean() + out.entropy.mean() + out.values.square().mean()).backward()
-
-        flops = products(step)
-    parameters = sum(parameter.numel() for parameter in policy.parameters())
-    return {"parameters": parameters, "kept": sum(kept.values()) / rows, "flops": flops / rows}
 
 
 def table_measured(arguments: argparse.Namespace) -> None:
@@ -319,25 +247,6 @@ def table_measured(arguments: argparse.Namespace) -> None:
             print(f"| {name} | {CASES[name][2]} | {label} | {cells} |", flush=True)
 
 
-def table_traced() -> None:
-    print("| 7B policy | What | Predicted | Traced | Ratio |\n|---|---|---|---|---|")
-    for name, changes in NAMES.items():
-        policy, traced = OpenVLAConfig.openvla_7b(**changes), trace(changes)
-        ours = {
-            "parameters": sum(part.count for part in weights(policy, PPOConfig())),
-            "kept": sum(activations.training_row(policy, train_vision=False).values()),
-            "flops": compute.evaluation(policy, train_vision=False).total,
-        }
-        for key, label, unit, size in (
-            ("parameters", "parameters", "M", 1e6),
-            ("kept", "kept for the backward pass, a row", "MB", 1e6),
-            ("flops", "training pass, a row", "TFLOP", 1e12),
-        ):
-            if traced[key]:  # what is computed again is not kept by autograd's own hooks
-                cells = f"{ours[key] / size:,.2f} {unit} | {traced[key] / size:,.2f} {unit}"
-                print(f"| {name} | {label} | {cells} | {ours[key] / traced[key]:.4f} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -354,8 +263,6 @@ def main() -> None:
     print(f"`python benchmarks/plan.py {' '.join(sys.argv[1:])}`: {arguments.threads} threads, ", end="")
     print(f"median of {arguments.rounds} rounds.\n")
     table_measured(arguments)
-    print("\nThe 7B policy, on the meta device: no weights, exact shapes.\n")
-    table_traced()
 
 
 if __name__ == "__main__":

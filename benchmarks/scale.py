@@ -28,8 +28,8 @@ from reachrl.backends.policy_loading import new_policy
 from reachrl.config.loading import load_config
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import find_device
-from reachrl.plan.memory import sections
-from reachrl.plan.parameters import weights
+from reachrl.plan.memory import trained
+from reachrl.plan.outline import outline_of
 from reachrl.plan.timing import plan_time
 from reachrl.policies.base import Policy
 from reachrl.registry import build
@@ -237,16 +237,13 @@ def openvla_stages(rows: int) -> tuple[Stages, TrainConfig]:
         config = load_config("libero_spatial", [f"env.num_envs={count}"])
         parts = {part.name.split(",")[0]: part.seconds for part in plan_time(config, device).stretches}
         seconds[count] = parts
-    per_row = {
-        name: (seconds[rows][name] - seconds[rows // 2][name]) / (rows - rows // 2)
-        for name in ("prefill", "decode steps")
-    }
-    decode_row = sum(per_row.values()) / config.rollout.num_steps
-    decode = (seconds[rows]["prefill"] + seconds[rows]["decode steps"]) / config.rollout.num_steps
+    decode_row = (
+        (seconds[rows]["acting"] - seconds[rows // 2]["acting"]) / (rows - rows // 2) / config.rollout.num_steps
+    )
+    decode = seconds[rows]["acting"] / config.rollout.num_steps
     decisions = rows * config.rollout.num_steps
     epochs = config.algorithm.epochs  # pyright: ignore[reportAttributeAccessIssue]
-    policy, ppo = sections(config)
-    adapters = sum(part.bytes for part in weights(policy, ppo) if part.trained_by is not None)
+    adapters = trained(outline_of(config, accelerator=True))
     return (
         Stages(
             decode_fixed_s=decode - rows * decode_row,

@@ -1,21 +1,20 @@
 """Policies and runs whose plans are tested, and what is measured of them."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
-from reachrl.plan.activations import features_row
 from reachrl.plan.device import Device
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -41,6 +40,7 @@ SIZES = {
 GQA = {"language_model": {**SIZES["language_model"], "num_kv_heads": 2}}
 LORA = {"lora": {"rank": 8}, "checkpoint": "nowhere"}
 ALL_PARTS = {"lora": {"rank": 8, "parts": ["language_model", "projector", "vision"]}, "checkpoint": "nowhere"}
+MIXED = {"compute_dtype": "bfloat16"}
 ONE_TOWER = {
     "towers": SIZES["towers"][:1],
     "image_mean": ((0.5, 0.5, 0.5),),
@@ -61,6 +61,17 @@ VARIANTS = {
     "lora everywhere": ALL_PARTS,
     "adapter critic": {**LORA, "critic": "adapter", "dtype": "bfloat16"},
     "lora checkpointing": {**LORA, "gradient_checkpointing": True},
+    "mixed": MIXED,
+    "lora mixed": {**LORA, **MIXED},
+    "mixed checkpointing": {**MIXED, "gradient_checkpointing": True},
+    "copy": {**LORA, "rollout_copy": True},
+    "copy in 8 bits": {
+        **LORA,
+        "rollout_copy": True,
+        "rollout_precision": "float8",
+        "dtype": "bfloat16",
+        "language_model": {**SIZES["language_model"], "intermediate_size": 352},
+    },
 }
 # The towers are trained in a few of them only.
 WITH_VISION = ("full", "one tower", "bfloat16", "lora everywhere")
@@ -95,29 +106,25 @@ def rows_of(policy: OpenVLAPolicy, rows: int = ROWS) -> tuple[OpenVLAInputs, Ope
     return seen, cached, torch.full((rows, config.num_action_tokens), policy.first_action_id)
 
 
-def run_of(policy: OpenVLAConfig, *, passes: int = 1) -> TrainConfig:
+def run_of(policy: OpenVLAConfig, *, passes: int = 1, train_vision: bool = False) -> TrainConfig:
     """One decision in each of `ROWS` environments for every pass of the minibatch that they make."""
-    ppo = PPOConfig(importance_cap=2.0, epochs=1, minibatch_size=passes * ROWS, micro_batch_size=ROWS)
+    rows = {"minibatch_size": passes * ROWS, "micro_batch_size": ROWS}
+    ppo = PPOConfig(importance_cap=2.0, epochs=1, train_vision=train_vision, **rows)
     return TrainConfig(
         env=MetaworldConfig(num_envs=ROWS), rollout=RolloutSection(num_steps=passes), policy=policy, algorithm=ppo
     )
 
 
-def large(**changes: object) -> TrainConfig:
-    """The 7B policy in a run of 2,048 decisions an iteration, 16 rows a pass."""
+def large(layers: int = 32, **changes: object) -> TrainConfig:
+    """The 7B policy in a run of 2,048 decisions an iteration, 16 rows a pass; tracing fewer layers takes less time."""
     policy = OpenVLAConfig.openvla_7b(**{"checkpoint": "openvla-7b", **changes})
-    ppo = PPOConfig(micro_batch_size=16)
+    llm = policy.language_model.model_copy(update={"num_layers": layers})
     return TrainConfig(
-        env=MetaworldConfig(num_envs=16), rollout=RolloutSection(num_steps=128), policy=policy, algorithm=ppo
+        env=MetaworldConfig(num_envs=16),
+        rollout=RolloutSection(num_steps=128),
+        policy=policy.model_copy(update={"language_model": llm}),
+        algorithm=PPOConfig(micro_batch_size=16),
     )
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules without storage; that device knows no autocast."""
-    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-        yield
 
 
 def train(policy: OpenVLAPolicy, inputs: OpenVLAInputs, actions: torch.Tensor) -> None:
@@ -125,9 +132,17 @@ def train(policy: OpenVLAPolicy, inputs: OpenVLAInputs, actions: torch.Tensor) -
     (out.logprobs.sum() + out.entropy.sum() + out.values.square().sum()).backward()
 
 
-def plan_inputs(config: OpenVLAConfig) -> int:
-    """Bytes of the frames that a plan counts and that the test made before."""
-    return ROWS * (features_row(config) + 4 * 3 * len(config.towers) * config.image_size**2)
+def products(run: Callable[[], object]) -> int:
+    """FLOPs by PyTorch's own count; attention unfused, since it does not know the CPU's fused kernel."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def given_bytes(inputs: OpenVLAInputs) -> int:
+    """Bytes of a policy's inputs."""
+    fields = (inputs.prompt_ids, inputs.prompt_mask, inputs.pixel_values, inputs.vision_features)
+    return sum(each.nbytes for each in fields if each is not None)
 
 
 class Live(TorchDispatchMode):

@@ -51,7 +51,6 @@ def command(*arguments: str) -> str:
         ["list"],
         ["config", "metaworld_quickstart", "--docs"],
         ["config", "paper", "--explain"],
-        ["plan", "robust", "--device", "h200"],
     ],
     ids=" ".join,
 )

@@ -3,16 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from plan_policies import CPU, large
+from plan_policies import large
 
 from reachrl.config.loading import load_config
-from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
-from reachrl.errors import ConfigError
 from reachrl.plan.advice import advise, apply
 from reachrl.plan.device import DEVICES, GIB, find_device
-from reachrl.plan.memory import plan_memory, usable
+from reachrl.plan.memory import plan_memory
 
 # --- devices and advice -----------------------------------------------------------------------------
 
@@ -24,31 +22,29 @@ def test_the_cpu_is_measured_quickly_and_sensibly() -> None:
     assert find_device("cpu", 3.0).memory == 3.0
 
 
-def test_the_released_model_fits_as_adapters_and_not_as_a_whole() -> None:
-    whole, card = large(critic="separate"), DEVICES["h100"]
-    plan = plan_memory(whole, card)
-    assert not plan.fits(card) and plan.peak > 2 * usable(card)
-    assert plan.of("always") > 14.5e9 + 2 * 13e9 * 3  # two trunks, their gradients and states
+def test_weights_that_do_not_fit_are_trained_by_adapters() -> None:
+    whole, card = apply(large(2, critic="separate"), {"algorithm.score_batch_size": 16}), DEVICES["h100"]
+    card = replace(card, memory=0.6 * plan_memory(whole, card).peak / GIB)
     first = advise(whole, card)[0]
     assert first.overrides == {"policy.lora.rank": 32, "policy.critic": "adapter"}
-    adapted = large(lora={"rank": 32}, critic="adapter")
-    assert plan_memory(adapted, DEVICES["h200"]).fits(DEVICES["h200"])
+    assert plan_memory(apply(whole, first.overrides), card).fits(card)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        large(critic="separate"),
-        large(dtype="float32"),
-        large(lora={"rank": 32}, critic="adapter", rollout_copy=True),
-        large().model_copy(update={"algorithm": PPOConfig(train_vision=True)}),
+        large(2, critic="separate"),
+        large(2, lora={"rank": 32}, critic="adapter", rollout_copy=True),
+        large(2).model_copy(update={"algorithm": PPOConfig(train_vision=True)}),
         load_config("robust", ["policy.critic=separate"]),
-        large(rollout_copy=True, compile_prefill=True),
-        apply(large(rollout_copy=True), {"policy.rollout_precision": "float8", "algorithm.importance_cap": 2.0}),
+        apply(
+            large(2, rollout_copy=True, compile_prefill=True),
+            {"policy.rollout_precision": "float8", "algorithm.importance_cap": 2.0},
+        ),
     ],
-    ids=["separate", "float32", "adapters", "vision", "robust", "compiled copy", "copy in 8 bits"],
+    ids=["separate", "adapters", "vision", "robust", "copy in 8 bits"],
 )
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.01])
+@pytest.mark.parametrize("share", [0.5, 0.01])
 def test_advised_changes_save_what_they_say_and_stop_when_it_fits(config: TrainConfig, share: float) -> None:
     device = replace(DEVICES["h100"], memory=share * plan_memory(config, DEVICES["h100"]).peak / GIB)
     changes, plan = advise(config, device), plan_memory(config, device)
@@ -60,12 +56,12 @@ def test_advised_changes_save_what_they_say_and_stop_when_it_fits(config: TrainC
         assert change.saves == pytest.approx(plan.peak - after.peak) and change.saves > 0
         assert change.leaves == after.peak
         plan = after
-    assert plan.fits(device) or (share < 0.9 and advise(config, device) == [])
+    assert plan.fits(device) or advise(config, device) == []
     assert not (share < 0.1 and plan.fits(device))
 
 
 def test_the_first_change_saves_most_of_all() -> None:
-    config, device = large(critic="separate"), DEVICES["a100-40"]
+    config, device = large(2, critic="separate"), replace(DEVICES["a100-40"], memory=16)
     changes = advise(config, device)
     for other in ({"policy.gradient_checkpointing": True}, {"env.num_envs": 8}, {"algorithm.micro_batch_size": 4}):
         saved = plan_memory(config, device).peak - plan_memory(apply(config, other), device).peak
@@ -73,9 +69,9 @@ def test_the_first_change_saves_most_of_all() -> None:
 
 
 def test_nothing_is_advised_where_it_fits_or_where_it_makes_no_sense() -> None:
-    assert advise(large(lora={"rank": 32}), DEVICES["h200"]) == []
-    scratch = large(checkpoint=None)  # no weights to freeze
-    advised = {key for change in advise(scratch, DEVICES["4090"]) for key in change.overrides}
+    assert advise(large(2, lora={"rank": 32}), DEVICES["h200"]) == []
+    scratch = large(2, checkpoint=None)  # no weights to freeze
+    advised = {key for change in advise(scratch, replace(DEVICES["4090"], memory=8)) for key in change.overrides}
     assert advised and not any("lora" in key for key in advised)
 
 
@@ -124,13 +120,3 @@ def test_where_nothing_helps_it_says_so(reachrl) -> None:
 def test_mistakes_are_told_without_a_traceback(reachrl, arguments: list[str], words: str) -> None:
     code, out, err = reachrl("plan", "robust", *arguments)
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
-
-
-def test_a_policy_from_outside_is_not_guessed_at() -> None:
-    class Other(OpenVLAConfig.__base__):  # another section
-        kind: str = "mine"
-        """Its kind."""
-
-    config = load_config("robust").model_copy(update={"policy": Other()})
-    with pytest.raises(ConfigError, match=r"policy.kind='mine'"):
-        plan_memory(config, CPU)

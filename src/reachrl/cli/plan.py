@@ -1,4 +1,4 @@
-"""`reachrl plan`: memory and time of a configuration on a device, before anything is built or downloaded."""
+"""`reachrl plan`: memory and time of a configuration on a device; its policy is traced without reading weights."""
 
 import math
 from typing import TYPE_CHECKING, Annotated
@@ -36,7 +36,7 @@ def plan(
         typer.Option(help="Of all simulators together, without a policy.", show_default="360, Meta-World on two cores"),
     ] = None,
 ) -> None:
-    """Predict memory and time of PPO from the configuration alone; exit with 1 if it does not fit."""
+    """Predict memory and time from the configuration alone, without its weights; exit with 1 if it does not fit."""
     from reachrl.config.loading import load_config
     from reachrl.config.train import refuse_rounded_training
     from reachrl.errors import ConfigError
@@ -62,7 +62,7 @@ def plan(
             "check those that you changed"
         ) from error
     console = Terminal(width=min(Terminal().width, WIDTH))
-    console.print(_parameters(config))
+    console.print(_parameters(config, machine))
     for title, part in _devices(needed, config, machine):
         console.print(_memory(title, part))
     console.print(_time(time, config))
@@ -85,34 +85,33 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _parameters(config: "TrainConfig") -> Table:
-    from reachrl.plan.memory import sections
-    from reachrl.plan.parameters import weights
+def _parameters(config: "TrainConfig", device: "Device") -> Table:
+    from reachrl.plan.outline import outline_of
 
     table = _table("Parameters", "part", "count", "bytes each", "trained by")
-    for part in weights(*sections(config)):
+    for part in outline_of(config, accelerator=not device.is_cpu).weights:
         table.add_row(part.name, f"{part.count:,}", f"{part.width:.3g}", part.trained_by or "frozen")
     return table
 
 
 def _devices(plan: "MemoryPlan", config: "TrainConfig", device: "Device") -> "list[tuple[str, MemoryPlan]]":
     """The plan of each kind of device with its title."""
-    from reachrl.plan.crew import crew_of
+    from reachrl.plan.layout import layout_of
 
-    crew = crew_of(config)
-    if crew.alone or device.is_cpu:
+    layout = layout_of(config)
+    if layout.alone or device.is_cpu:
         return [("Memory", plan)]
     if plan.actor is None:
-        return [(f"Memory of each of {crew.learners} GPUs with a learner and an actor", plan)]
-    actors = f"Memory of each of {crew.actors} GPUs with an actor"
-    return [(f"Memory of each of {crew.learners} GPUs with a learner", plan), (actors, plan.actor)]
+        return [(f"Memory of each of {layout.learners} GPUs with a learner and an actor", plan)]
+    actors = f"Memory of each of {layout.actors} GPUs with an actor"
+    return [(f"Memory of each of {layout.learners} GPUs with a learner", plan), (actors, plan.actor)]
 
 
 def _not_counted(config: "TrainConfig") -> str:
     """What the plan for several processes does not count."""
-    from reachrl.plan.crew import crew_of
+    from reachrl.plan.layout import layout_of
 
-    if not crew_of(config).alone:
+    if not layout_of(config).alone:
         return (
             " Time is that of one learner's and one actor's share: communication, waiting for the slowest process and "
             "work done meanwhile are not modelled."

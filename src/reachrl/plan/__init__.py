@@ -1,1 +1,1 @@
-"""What a configuration would need, predicted from its numbers alone: memory by part, time by part, what to change."""
+"""What a configuration would need: memory by part, time by part, what to change; traced on the meta device."""

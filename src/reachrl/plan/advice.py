@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reachrl.config.loading import config_dict, validate
-from reachrl.config.policy import NF4_BLOCK
+from reachrl.config.policy import NF4_BLOCK, PrismaticConfig
 from reachrl.config.train import TrainConfig
-from reachrl.plan.crew import crew_of, least_environments
 from reachrl.plan.device import Device
-from reachrl.plan.memory import MemoryPlan, micro_rows, plan_memory, score_rows, sections, usable
-from reachrl.plan.parameters import weights
+from reachrl.plan.layout import layout_of, least_environments
+from reachrl.plan.memory import MemoryPlan, micro_rows, plan_memory, score_rows, usable
+from reachrl.plan.outline import algorithm_of, outline_of
 
 _LEAST_ROWS = 4  # fewer at once leave most processors idle
 _NO_LORA_RANK = 32  # what OpenVLA's recipe uses
@@ -71,7 +71,7 @@ def _candidates(
     config: TrainConfig, device: Device, plan: MemoryPlan
 ) -> Iterator[tuple[dict[str, Any], str, MemoryPlan]]:
     """Every change that is open to `config`, valid by itself: overrides, reason, and the plan with it."""
-    for overrides, reason in _switches(config, device):
+    for overrides, reason in _switches(config, device, plan):
         yield overrides, reason, plan_memory(apply(config, overrides), device)
     for key, rows, least, reason in _row_counts(config):
         if rows > least:
@@ -79,34 +79,35 @@ def _candidates(
             yield {key: fewer}, reason, after
 
 
-def _switches(config: TrainConfig, device: Device) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes of what is computed, and how."""
-    policy, algorithm = sections(config)
-    if policy.lora is None and policy.checkpoint is not None:
+def _switches(config: TrainConfig, device: Device, plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes of what is computed, and how; of a policy from outside those whose keys it has."""
+    policy, has = config.policy, vars(config.policy)
+    lora, critic = has.get("lora"), has.get("critic")
+    if "lora" in has and lora is None and has.get("checkpoint") is not None:
         adapters: dict[str, Any] = {"policy.lora.rank": _NO_LORA_RANK}
-        if policy.critic == "separate":  # would copy what adapters leave frozen
+        if critic == "separate":  # would copy what adapters leave frozen
             adapters["policy.critic"] = "adapter"
         yield adapters, "train adapters on frozen weights: gradients and Adam states of a hundredth of them"
-    elif policy.critic == "separate":
+    elif critic == "separate":
         yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: no second trunk to keep and train"
     if _four_bits_would_tell(config, device):
         reason = "frozen weights in 4 bits, decoded at each use: a quarter of their memory, rounded, some more time"
         yield {"policy.lora.base": "nf4"}, reason
-    if policy.critic == "adapter":
+    if critic == "adapter":
         yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: one pass instead of two"
-    if policy.rollout_copy:
+    if has.get("rollout_copy"):
         off = {f"policy.{key}": value for key, value in _OFF_WITHOUT_COPY.items() if getattr(policy, key) != value}
         reason = "decode with the trained weights: no second trunk, a slower rollout"
         yield {"policy.rollout_copy": False, **off}, reason
-    if not policy.gradient_checkpointing:
+    if has.get("gradient_checkpointing") is False and plan.worst == "update":
         yield {"policy.gradient_checkpointing": True}, "layers are computed again instead of kept: a third more time"
-    if policy.dtype == "float32" and policy.lora is not None:  # trained weights would lose their small steps
+    if has.get("dtype") == "float32" and lora is not None:  # trained weights would lose their small steps
         overrides = {"policy.dtype": "bfloat16", "policy.compute_dtype": None}
         yield overrides, "frozen weights in half the bytes; adapters stay float32"
-    crew = crew_of(config)
-    if crew.learners > 1 and not crew.sharded and not policy.four_bit:
+    layout = layout_of(config)
+    if layout.learners > 1 and not layout.sharded and not getattr(policy, "four_bit", False):
         yield {"backend.sharding": "full"}, "split weights, gradients and Adam states over the learners; more to send"
-    if algorithm.train_vision:
+    if algorithm_of(config).train_vision:
         yield {"algorithm.train_vision": False}, "freeze the towers and keep their features instead of training them"
 
 
@@ -129,12 +130,13 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
 
     Elsewhere it is not advised, since it changes the function that is trained and the other changes hardly do.
     """
-    policy, algorithm = sections(config)
-    possible = policy.lora is not None and not policy.four_bit and config.backend.sharding == "none"
-    if not possible or not policy.language_model.has_widths_of(NF4_BLOCK):
+    policy = config.policy
+    if not isinstance(policy, PrismaticConfig) or policy.lora is None or config.backend.sharding != "none":
         return False
-    frozen = sum(part.bytes for part in weights(policy, algorithm) if part.trained_by is None)
-    return frozen > usable(device) / 2
+    if policy.four_bit or not policy.language_model.has_widths_of(NF4_BLOCK):
+        return False
+    held = outline_of(config, accelerator=not device.is_cpu).weights
+    return sum(part.bytes for part in held if part.trained_by is None) > usable(device) / 2
 
 
 def _halved(

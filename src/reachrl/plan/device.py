@@ -24,19 +24,15 @@ class Device:
     fp32: float  # TFLOP/s
     bandwidth: float  # GB/s
     capability: tuple[int, int] | None = None  # CUDA's compute capability; a CPU has none
-    forward_share: float = 0.52
-    training_share: float = 0.36
+    forward_share: float = 0.75
+    training_share: float = 0.75
     bandwidth_share: float = 0.72
-    layer_call_s: float = 3e-4  # least time to have one decoder layer started, s
+    launch_s: float = 5e-6  # least time to have one operation started, s
 
     @property
     def is_cpu(self) -> bool:
         """Whether the learner shares its memory with the simulators."""
         return self.name == "cpu"
-
-    def flops(self, width: int) -> float:
-        """Peak FLOP/s of arithmetic in `width` bytes a number."""
-        return 1e12 * (self.bf16 if width == 2 else self.fp32)
 
 
 # Arithmetic, bandwidth and capability are those of NVIDIA's data sheets, without sparsity; memory is what PyTorch says
@@ -44,7 +40,7 @@ class Device:
 #
 # The shares (fields above) go back to an H200: large bf16 products reach 790 of 989 TFLOP/s and copies 4.3 of 4.8 TB/s
 # there; of that, 65 % in a forward pass, 45 % in training and 80 % of the bandwidth are good. 0.65 * 790 / 989 = 0.52,
-# 0.45 * 790 / 989 = 0.36, 0.80 * 4.3 / 4.8 = 0.72. The time to start a layer is an estimate for eager PyTorch.
+# 0.45 * 790 / 989 = 0.36, 0.80 * 4.3 / 4.8 = 0.72. The time to start an operation is an estimate for eager PyTorch.
 DEVICES = {
     device.name: device
     for device in (
@@ -109,7 +105,7 @@ def measure_cpu() -> Device:
         forward_share=0.6,
         training_share=0.6,
         bandwidth_share=0.5,
-        layer_call_s=2e-4,
+        launch_s=3e-6,
     )
 
 

@@ -1,7 +1,7 @@
 """The interface of a policy, as the learner and the collector use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -277,6 +277,32 @@ class Policy(nn.Module, ABC):
         if saved.architecture() != self.architecture():
             raise CheckpointError(f"{folder}: the checkpoint's architecture is not the configuration's")
         self.load_state_dict(saved.state_dict())
+
+    @classmethod
+    def outline(cls, config: Any, *, recorder: Callable[[Any], Any] | None = None) -> "Policy":
+        """Build the policy that `config` describes on the meta device: shapes without numbers, for planning.
+
+        Called under `torch.device("meta")`. Override it where the constructor reads a checkpoint, which need not exist.
+        What the plan then runs there (`act`, `cache`, `evaluate`, `values`) must not read numbers, as `item()` and
+        `if mask.any()` do; ask for the device first, as for an accelerator, which would have to wait.
+
+        Args:
+            config: the policy's section.
+            recorder: stands for what records work on an accelerator, for policies whose acting replays recordings; it
+                takes work and returns what repeats it. None: as on a CPU.
+        """
+        return cls(config)
+
+    def example_inputs(self, observation: Observation) -> Any:
+        """Rows as large as those of `encode`, whatever is in them, for planning on the meta device.
+
+        Override it where `encode` needs what `outline` does not have, such as a tokenizer.
+        """
+        return self.encode(observation).to(self.device)
+
+    def acting_rows(self, rows: int) -> int:
+        """Rows for which acting holds memory when it is asked for `rows`: more where recordings have fixed sizes."""
+        return rows
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

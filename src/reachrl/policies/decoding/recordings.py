@@ -27,16 +27,17 @@ class Recordings:
 
     Args:
         record: makes recordings, of CUDA graphs as a rule.
+        rounded: the size that a batch is filled up to.
     """
 
-    def __init__(self, record: Recorder) -> None:
-        self._record = record
+    def __init__(self, record: Recorder, rounded: Callable[[int], int] = recorded_rows) -> None:
+        self._record, self._rounded = record, rounded
         self._cache: KVCache | None = None
         self._recorded: dict[object, _Recorded] = {}
 
     def cache(self, model: LlamaModel, batch: int, length: int, like: Tensor) -> KVCache:
         """The cache, for a prompt of `batch` rows that will be replayed on, `length` positions with its steps."""
-        rows, own = recorded_rows(batch), self._cache
+        rows, own = self._rounded(batch), self._cache
         if own is None or own.rows < rows or own.length < length:
             self._recorded.clear()
             self._cache = None  # given back before more is asked for
@@ -59,7 +60,7 @@ class Recordings:
             noise: for every token that is chosen.
             name: what else than shapes tells one work from another.
         """
-        rows = recorded_rows(len(prompt.hidden))
+        rows = self._rounded(len(prompt.hidden))
         key = (rows, prompt.length, noise.shape[1:], name)
         if key not in self._recorded:
             assert self._cache is not None

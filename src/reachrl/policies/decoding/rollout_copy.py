@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from reachrl.policies.decoding.recordings import CudaGraphs, Recordings
+from reachrl.policies.decoding.recordings import CudaGraphs, Recorder, Recordings
 from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.llama import FUSED, PLAIN, LayerPass, compiled, decoder_layers, fuse
 from reachrl.policies.lora.four_bit import dense_weight, weight_dtype
@@ -26,13 +26,21 @@ class RolloutCopy:
         float8: whether the decoder layers multiply 8-bit numbers.
         records_steps: whether single-token steps are recorded, on a GPU.
         compiles_prefill: whether the decoder layers are compiled for prompts.
+        recorder: of the steps, instead of CUDA graphs, for batches of any size; for planning.
 
     Raises:
         ConfigError: the device cannot multiply in the precision that is asked for.
     """
 
     def __init__(
-        self, projector: nn.Module, model: LlamaModel, *, float8: bool, records_steps: bool, compiles_prefill: bool
+        self,
+        projector: nn.Module,
+        model: LlamaModel,
+        *,
+        float8: bool,
+        records_steps: bool,
+        compiles_prefill: bool,
+        recorder: Recorder | None = None,
     ) -> None:
         device = next(model.parameters()).device
         kind = Float8Linear if float8 else FrozenLinear
@@ -44,6 +52,8 @@ class RolloutCopy:
         self.recordings: Recordings | None = None
         if device.type == "cuda" and records_steps:
             self.recordings = Recordings(CudaGraphs(device))
+        elif recorder is not None and records_steps:
+            self.recordings = Recordings(recorder, rounded=lambda rows: rows)
         for layer in decoder_layers(self.model):
             fuse(layer)
         for part in (self.projector, self.model):

@@ -71,6 +71,43 @@ def make_room(
     return fill
 
 
+def outline(policy: nn.Module, prefix: str, dtype: torch.dtype, compute: torch.dtype) -> None:
+    """Put 4-bit maps on the meta device in place of the linear maps of the decoder layers, for planning.
+
+    Args:
+        policy: on the meta device.
+        prefix: how the names of the decoder layers begin.
+        dtype: of the weights before they are quantised.
+        compute: type of the products.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
+    tables, meta = library().functional, torch.device("meta")
+    with torch.device("cpu"):  # what scales are quantised to is computed once, from numbers
+        tables.name2qmap.setdefault("dynamic", tables.create_dynamic_map())
+    shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
+    for name, fill in make_room(policy, prefix, meta, dtype, compute).items():
+        fill(torch.empty(shapes[name], dtype=dtype, device=meta))
+        linear = policy.get_submodule(name.removesuffix(".weight"))
+        linear.forward = partial(_Decoding.apply, linear)
+
+
+class _Decoding(torch.autograd.Function):
+    """A 4-bit map where no fused kernel serves: decoded for each product, forward and backward, and let go."""
+
+    @staticmethod
+    def forward(ctx: Any, linear: nn.Module, x: Tensor) -> Tensor:
+        """`x W^T`."""
+        ctx.linear = linear
+        return nn.functional.linear(x, dense_weight(linear))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        """The gradient of the input; the weight has none."""
+        return None, grads[0] @ dense_weight(ctx.linear)
+
+
 def _in_compute_type(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Mixed precision does not reach inside bitsandbytes: without this, its maps would return their input's type."""
     return (inputs[0].to(linear.compute_dtype),)

@@ -59,6 +59,13 @@ class PromptAndPixels(Policy):
             pixel_values=normalise_pixels(images, config.image_mean, config.image_std, self.device),
         )
 
+    def example_inputs(self, observation: Observation) -> OpenVLAInputs:
+        """Rows of zeros: planning has no tokenizer."""
+        rows, config = len(observation), self.config
+        ids = torch.zeros(rows, config.prompt_length, dtype=torch.long, device=self.device)
+        size = (rows, 3 * len(config.towers), config.image_size, config.image_size)
+        return OpenVLAInputs(prompt_ids=ids, prompt_mask=ids == 0, pixel_values=torch.zeros(size, device=self.device))
+
     def encode_prompts(self, instructions: tuple[str, ...]) -> tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Prompt tokens alone, padded on the right: what rows with cached vision features need.
 

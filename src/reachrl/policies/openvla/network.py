@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from reachrl.config.policy import PrismaticConfig
+from reachrl.config.policy import PrismaticConfig, recorded_rows
 from reachrl.policies.base import Policy
 from reachrl.policies.critic import SeparateTrunk, ValueHead
+from reachrl.policies.decoding.recordings import Recorder
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import build_llama, decoder_layers, last_hidden
 from reachrl.policies.lora import adapters
@@ -35,6 +36,7 @@ class PrismaticNetwork(Policy):
     first_choice: int
     """The vocabulary id of the first token that may be chosen."""
     _rollout: RolloutCopy | None
+    _recorder: Recorder | None = None  # for planning
 
     def _build(self) -> None:
         config, llm = self.config, self.config.language_model
@@ -76,6 +78,11 @@ class PrismaticNetwork(Policy):
         if adapters.CRITIC in sets:
             adapters.copy_set(self, adapters.ACTOR, adapters.CRITIC)  # it begins as the actor
 
+    def acting_rows(self, rows: int) -> int:
+        """Recorded steps are filled up to the next of few sizes."""
+        records = self._recorder is not None and getattr(self.config, "records_steps", False)
+        return recorded_rows(rows) if records else rows
+
     def vision_features(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P F"]:
         """The vision towers' output: what may be cached while the towers are frozen."""
         return self._see(pixel_values)
@@ -101,6 +108,7 @@ class PrismaticNetwork(Policy):
                 float8=self.config.rollout_precision == "float8",
                 records_steps=self.config.records_steps,
                 compiles_prefill=self.config.compile_prefill,
+                recorder=self._recorder,
             )
         self._rollout.update()
         return self._rollout

@@ -18,15 +18,18 @@ from reachrl.errors import ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.base import ActionSample, Evaluation, Noise
 from reachrl.policies.decoding.decode import action_logits, decode
+from reachrl.policies.decoding.recordings import Recorder
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.llama import PLAIN
+from reachrl.policies.lora import four_bit
 from reachrl.policies.openvla import filling, storage
 from reachrl.policies.openvla.actions import BinnedActions
 from reachrl.policies.openvla.encoding import PromptAndPixels
 from reachrl.policies.openvla.family import OPENVLA, Family
 from reachrl.policies.openvla.folders import OpenVLAFolders
 from reachrl.policies.openvla.inputs import OpenVLAInputs
+from reachrl.policies.openvla.names import LAYERS
 from reachrl.policies.openvla.network import PrismaticNetwork
 from reachrl.policies.openvla.sequence import embed
 from reachrl.policies.storage.saved import SavedPolicy
@@ -82,6 +85,25 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         if saved is not None:
             filling.fill(self, saved, torch.get_default_device())
         self.eval()  # after everything that makes modules, which begin as if they were being trained
+
+    @classmethod
+    def outline(cls, config: PrismaticConfig, *, recorder: Recorder | None = None) -> "OpenVLAPolicy":
+        """The policy that `config` describes, without its checkpoint, its adapters and 4-bit maps included.
+
+        What would be compiled computes step by step.
+
+        Raises:
+            MissingExtra: a 4-bit base without bitsandbytes.
+        """
+        critic = "shared" if config.critic == "adapter" else config.critic
+        policy = cls(config.model_copy(update={"checkpoint": None, "lora": None, "critic": critic}))
+        eager = {"compile_prefill": False} if hasattr(config, "compile_prefill") else {}
+        policy.config, policy._recorder = config.model_copy(update=eager), recorder
+        if config.four_bit:
+            four_bit.outline(policy, LAYERS, getattr(torch, config.dtype), policy.compute_dtype)
+        if config.lora is not None:
+            policy.add_adapters(Path("outline"))
+        return policy
 
     @classmethod
     def family(cls, config: PrismaticConfig) -> Family:

@@ -106,6 +106,17 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
             state=None if state is None else state.to(self.device),
         )
 
+    def example_inputs(self, observation: Observation) -> OFTInputs:
+        """Rows of zeros: planning has no tokenizer and no statistics."""
+        given, size = super().example_inputs(observation), self.config.state_size
+        assert given.pixel_values is not None
+        return OFTInputs(
+            prompt_ids=given.prompt_ids,
+            prompt_mask=given.prompt_mask,
+            pixel_values=given.pixel_values.repeat(1, self.config.num_cameras, 1, 1),
+            state=None if size is None else torch.zeros(len(given), size, device=self.device),
+        )
+
     def _encode_state(self, state: np.ndarray | None) -> Float[Tensor, "B S"] | None:
         size = self.config.state_size
         if size is None:

@@ -9,7 +9,7 @@ from reachrl.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
+class ProcessLayout:
     """The processes of a run as its `backend` section has them, and the rows that come to one of each."""
 
     environments: int
@@ -45,7 +45,7 @@ def least_environments(config: TrainConfig) -> int:
     return max(actors * backend.env_groups, math.ceil(learners / config.rollout.num_steps))
 
 
-def crew_of(config: TrainConfig) -> Crew:
+def layout_of(config: TrainConfig) -> ProcessLayout:
     """The processes of a run; a backend other than Ray's is taken for one process.
 
     Raises:
@@ -57,15 +57,15 @@ def crew_of(config: TrainConfig) -> Crew:
             f"the processes of `backend` need {least} environments, but env.num_envs={config.env.num_envs}: raise it, "
             "or lower backend.actors, backend.env_groups or backend.learners"
         )
-    crew = Crew(
+    layout = ProcessLayout(
         environments=config.env.num_envs,
         decisions=config.rollout.num_steps * config.env.num_envs,
         groups=backend.env_groups,
     )
     if not isinstance(backend, RayBackendConfig):
-        return crew
+        return layout
     return replace(
-        crew,
+        layout,
         learners=backend.learners,
         actors=backend.actors,
         sharded=backend.sharding == "full" and backend.learners > 1,
