@@ -9,6 +9,7 @@ import pytest
 import torch
 from oft_folder import DATA, HEADS, PROPRIO_FILE, WHOLE, load, part, recorded, write_oft
 from safetensors.torch import load_file, save_file
+from small_policy import foreign
 
 from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
@@ -200,3 +201,18 @@ def test_verify_computes_the_recording_again_and_notices_a_wrong_dialect(tmp_pat
         verify(folder, file, options={"temperature": "1"})
     with pytest.raises(ConfigError, match="--option chunk_size"):
         verify(folder, file, options={"chunk_size": "many"})
+
+
+def test_adapters_as_peft_writes_them_are_folded_into_their_base(tmp_path):
+    base = write_oft(tmp_path / "base")
+    adapters = foreign(base, tmp_path / "lora_adapter", read_by=lambda folder: load(folder, dialect="simplevla_rl"))
+    policy = load(adapters, dialect="simplevla_rl")
+    stored = load_file(adapters / "adapter_model.safetensors")
+    whole = load_file(base / "model.safetensors")
+    for name in ("language_model.model.layers.1.mlp.up_proj", "language_model.lm_head"):
+        a, b = (stored[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        expected = whole[f"{name}.weight"] + 2.0 * b @ a  # alpha / r = 4 / 2
+        assert (policy.get_submodule(name).weight - expected).abs().max() < 1e-5
+        assert (b @ a).abs().max() > 0.01
+    with pytest.raises(CheckpointError, match=r"no proprio_projector--N_checkpoint\.pt beside"):
+        load(adapters, dialect="simplevla_rl", **WHOLE)
