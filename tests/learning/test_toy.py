@@ -5,6 +5,10 @@ seeds is in `docs/benchmarks/toy.md`.
 """
 
 import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from tiny_run import play
 
