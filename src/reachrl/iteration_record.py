@@ -101,6 +101,15 @@ def uniform_success(episodes: Sequence[Episode], curriculum: TaskSampler) -> dic
     return dict(zip(names, (rate, sum(weights), effective), strict=True))
 
 
+def warn_of_lost_rollout(state: TrainState, rollout: Rollout) -> None:
+    """Warn of an iteration without any valid decision."""
+    if not rollout.num_env_steps:
+        log.warning(
+            "iteration %d: nothing to train on, every environment was lost in every step; see the workers' logs",
+            state.iteration,
+        )
+
+
 def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> None:
     """Warn when the sampler's log-probs differ from the learner's: the probability ratio is then wrong."""
     gap, alarm = stats["engine_kl"], config.rollout.engine_kl_alarm

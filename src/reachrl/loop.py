@@ -12,7 +12,13 @@ from reachrl.backends.base import Pending, Workers
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import ExtensionError, StopTraining
-from reachrl.iteration_record import metrics, warn_of_engine_gap, warn_of_lost_steps, warn_of_low_entropy
+from reachrl.iteration_record import (
+    metrics,
+    warn_of_engine_gap,
+    warn_of_lost_rollout,
+    warn_of_lost_steps,
+    warn_of_low_entropy,
+)
 from reachrl.registry import resolve
 from reachrl.report.diagnosis import Explainer
 from reachrl.rewards.audit import RewardAudit
@@ -85,18 +91,10 @@ def train(
             rollout = collecting.result()
         del collecting  # what it was put together from may go
         lag = learner.version - rollout.policy_version
-        if lag != (expected := 0 if ahead is None else 1):
-            raise ExtensionError(
-                f"backend.kind={config.backend.kind} gave a rollout of weights that are {lag} updates old, expected "  # pyright: ignore
-                f"{expected}: `collect` must act with, and name, the weights that `load_weights` was given last"
-            )
+        check_lag(config, lag, expected=0 if ahead is None else 1)
         # Nothing is collected ahead across a checkpoint: a resumed run then needs the newest weights only.
         ahead = collect() if config.collect_ahead and not (stopping or checkpoint_due(config, state)) else None
-        if not rollout.num_env_steps:
-            log.warning(
-                "iteration %d: nothing to train on, every environment was lost in every step; see the workers' logs",
-                state.iteration,
-            )
+        warn_of_lost_rollout(state, rollout)
         rollout, rewards, stats = learn(config, run, state, parts, rollout)
         with run.span("watch"):
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
@@ -121,6 +119,20 @@ def train(
             save(run, state, parts, config)
             ended |= validation.exhausted
     return finish_validation(config, state, parts)
+
+
+def check_lag(config: TrainConfig, lag: int, *, expected: int) -> None:
+    """Check that a rollout was collected with the weights that the actors were given last.
+
+    Raises:
+        ExtensionError: it was not.
+    """
+    if lag != expected:
+        kind: str = config.backend.kind  # pyright: ignore[reportAttributeAccessIssue]
+        raise ExtensionError(
+            f"backend.kind={kind} gave a rollout of weights that are {lag} updates old, expected {expected}: `collect` "
+            "must act with, and name, the weights that `load_weights` was given last"
+        )
 
 
 def new_explainer(config: TrainConfig, run: Run) -> Explainer:
