@@ -42,6 +42,84 @@ def command(*arguments: str) -> str:
 # --- imports ----------------------------------------------------------------------------------------
 
 
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """The project's modules that are imported when the module in a file is: not in functions, nor for types alone."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                whole = {f"{child.module}.{alias.name}" for alias in child.names}
+                found.update(whole & modules or {child.module})
+            elif isinstance(child, ast.FunctionDef) or (
+                isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            ):
+                continue
+            walk(child)
+
+    walk(ast.parse(path.read_text()))
+    return found & modules
+
+
+def import_circle(source: Path) -> list[str]:
+    """Modules below `source` that import one another in a circle, [] if there is none."""
+    paths = {".".join(path.relative_to(source).with_suffix("").parts): path for path in source.rglob("*.py")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    edges = {name: imported_modules(path, set(paths)) - {name} for name, path in paths.items()}
+    while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    while ends := [name for name in edges if not any(name in edges[other] for other in edges)]:
+        for name in ends:  # they lead into a circle without being part of one
+            del edges[name]
+    return sorted(edges)
+
+
+def test_no_import_runs_in_a_circle():
+    assert import_circle(ROOT / "src") == []
+
+
+def test_an_import_circle_would_be_found(tmp_path):
+    (tmp_path / "a.py").write_text("from b import f\n")
+    (tmp_path / "b.py").write_text("try:\n    import a\nexcept ImportError:\n    pass\nimport c\n")
+    (tmp_path / "c.py").write_text("import json\n\ndef f():\n    import a\n")
+    (tmp_path / "d.py").write_text("import a\n")
+    assert import_circle(tmp_path) == ["a", "b"]
+
+
+# To be split: each of them is one class or one calculation.
+LONG_FILES = {"memory.py", "trace.py", "base.py", "plots.py"}
+
+
+def too_long(source: Path, file_lines: int = 300, function_lines: int = 60) -> list[str]:
+    """Files, and functions without their docstrings, that have more lines than a reader should meet at once."""
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        text = path.read_text()
+        if (count := len(text.splitlines())) > file_lines:
+            found.append(f"{path.name} {count}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body and (count := (node.end_lineno or 0) - body[0].lineno + 1) > function_lines:
+                    found.append(f"{path.name}:{node.name} {count}")
+    return found
+
+
+def test_no_file_and_no_function_is_too_long():
+    found = too_long(ROOT / "src")
+    assert [each for each in found if each.split()[0] not in LONG_FILES] == []
+
+
+def test_a_long_file_and_a_long_function_would_be_found(tmp_path):
+    (tmp_path / "long.py").write_text('def f():\n    """Say."""\n' + "    pass\n" * 61 + "x = 1\n" * 238)
+    assert too_long(tmp_path) == ["long.py 301", "long.py:f 61"]
+    (tmp_path / "long.py").write_text('def f():\n    """Say."""\n' + "    pass\n" * 60 + "x = 1\n" * 238)
+    assert too_long(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
