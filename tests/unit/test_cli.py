@@ -276,7 +276,7 @@ def test_config_as_json_is_what_a_run_folder_keeps(reachrl):
 
 def test_config_docs_print_the_help_above_the_key(reachrl):
     lines = reachrl("config", "toy", "--docs")[1].splitlines()
-    assert lines[lines.index("gamma = 0.97") - 1] .startswith("# Discount per control step")
+    assert lines[lines.index("gamma = 0.97") - 1].startswith("# Discount per control step")
     # A section that gives an inherited option another default keeps the help.
     assert lines[lines.index("max_steps = 15") - 1].startswith("# Control steps")
 
