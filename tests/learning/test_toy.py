@@ -1,7 +1,7 @@
 """The preset `toy`, which newcomers meet first, must improve on starts that nothing was trained on.
 
-Shortened for CI to half of its iterations, the task's own reward and sampled actions, on one seed; all of it on three
-seeds is in `docs/benchmarks/toy.md`.
+Shortened for CI to a third of its iterations, the task's own reward, greedy actions and fewer starts, on one seed; all
+of it on three seeds is in `docs/benchmarks/toy.md`.
 """
 
 import json
@@ -15,9 +15,10 @@ from tiny_run import play
 from reachrl.config.loading import load_config
 
 CHANGES = (
-    "num_iterations=12",
+    "num_iterations=8",
     "reward.kind=task",
-    "eval.temperatures=[1]",
+    "eval.temperatures=[0]",
+    "eval.num_starts=15",
     "eval.num_videos=0",
     "num_threads=1",
 )
@@ -27,5 +28,5 @@ def test_the_toy_learns(tmp_path):
     play(load_config("toy", CHANGES), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after, test = (found[key] for key in ("success_before", "success_after", "paired_test"))
-    assert before["n"] == after["n"] == 120 and 0.1 < before["rate"] < 0.5, before  # room, and something to begin with
+    assert before["n"] == after["n"] == 45 and before["rate"] < 0.5, before  # room
     assert test["improved"] > test["worsened"] and test["p_value"] < 0.01, (before, after, test)
