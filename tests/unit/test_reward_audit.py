@@ -43,6 +43,7 @@ def rollout_of(outcomes, scores, *, lost=()):
         terminated=ended & success,
         truncated=ended & ~success,
         valid=valid,
+        executed=valid.astype(np.int32),
         ee_state=np.zeros((steps, 1, 4), np.float32),
         progress=np.zeros((steps, 1, 2), np.float32),
         episodes=tuple(

@@ -15,13 +15,12 @@ from reachrl.config.demos import SFTSection
 from reachrl.config.loading import load_config
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.protocols import evaluation_config
-from reachrl.config.reward_model import SmallRewardModelConfig
 from reachrl.config.train import refuse_rounded_training
 from reachrl.demos.sft import _optimizer as sft_optimizer
 from reachrl.errors import ConfigError
+from reachrl.fitting import adamw
 from reachrl.iteration_record import warn_of_lost_steps
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.rewards.process.optimise import _optimizer as reward_optimizer
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.run.weight_change import ALARM, WeightSample
 
@@ -124,7 +123,7 @@ def test_weights_in_16_bits_are_not_trained_by_anyone(base) -> None:
                 make(policy)
     small_model = SmallRewardModel(image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=["reach"])
     with pytest.raises(ConfigError, match="held in bfloat16"):
-        reward_optimizer(small_model.bfloat16(), SmallRewardModelConfig())
+        adamw(list(small_model.bfloat16().parameters()), lr=1e-3, weight_decay=0.0, model="SmallRewardModel")
     for changes in ({"dtype": "bfloat16"}, {"compute_dtype": "bfloat16"}):  # adapters are float32 on any base
         PPO(
             PPOConfig(train_vision=True),
