@@ -83,6 +83,7 @@ def test_a_key_that_nobody_knows_any_more_is_refused() -> None:
 REMEDIES = {
     **dict.fromkeys(("demos.action_noise", "demos.episodes_per_task", "demos.max_attempts_factor"), ("demos", True)),
     **dict.fromkeys(("env.max_steps", "env.tasks", "env.image_size", "env.mesh_faces", "env.kind"), ("demos", True)),
+    **dict.fromkeys(("env.cameras", "env.execute"), ("demos", True)),
     **dict.fromkeys(("sft.lr", "sft.warmup_steps"), ("sft", True)),
     **dict.fromkeys(("sft.epochs", "policy.checkpoint", "policy.dataset", "policy.language_model"), ("sft", False)),
     **dict.fromkeys(("policy.lora", "policy.lora.base", "policy.lora.parts", "policy.resize"), ("sft", False)),

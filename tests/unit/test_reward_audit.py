@@ -137,7 +137,7 @@ def test_episodes_across_rollouts_count_once_and_lost_ones_not_at_all(tmp_path):
     for first, last in parts:
         cut = slice(first, last)
         per_step = ["token_ids", "token_mask", "behaviour_logprobs", "malformed", "ee_state", "progress"]
-        per_step += ["success", "terminated", "truncated", "valid"]
+        per_step += ["success", "terminated", "truncated", "valid", "executed"]
         inside = [i for i, (t, _) in enumerate(rollout.final_rows) if first <= t < last]
         part = replace(
             rollout,

@@ -72,7 +72,8 @@ def test_every_step_against_brute_force(mode):
 
 def test_potential_telescopes_over_each_episode():
     rollout = make_rollout(12, 3, seed=4)
-    rollout = replace(rollout, valid=np.ones_like(rollout.valid))  # whole episodes: no lost rows
+    whole = np.ones_like(rollout.valid)  # whole episodes: no lost rows
+    rollout = replace(rollout, valid=whole, executed=whole.astype(np.int32))
     config = ProcessRewardConfig(mode="potential", weight=0.3)
     process = ProcessReward(config, gamma=GAMMA, model=PixelModel())(rollout).parts["process"]
     checked = {"terminated": 0, "truncated": 0, "running": 0}

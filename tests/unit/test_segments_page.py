@@ -255,7 +255,7 @@ def test_trajectories_without_poses_are_left_out_and_told(tmp_path, command_line
     write_shard(shard, [trajectory(), trajectory(index=5, poses=False)])
     code, said, err = command_line("reward", "segments", shard, "--out", out, columns=400)
     assert code == 0 and said.startswith("1 trajectory:")
-    assert "1 trajectory left out for want of finite end-effector poses" in err and "pick-up start 5 (expert)" in err
+    assert "1 trajectory left out: no finite end-effector poses" in err and "pick-up start 5 (expert)" in err
     write_video(tmp_path / "film.mp4", np.zeros((4, 16, 16, 3), np.uint8), hold_last_s=0)
     out.unlink()
     code, said, err = command_line(
