@@ -1,7 +1,7 @@
 """What a perfect program must do: products and bytes of the towers, the projector and the language model."""
 
 from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -22,7 +22,7 @@ def trunk_flops(llm: LanguageModelConfig, tokens: int, queries: int) -> float:
     return (llm.num_layers - 1) * full_layer + last_layer + 2 * queries * NUM_ACTION_BINS * llm.hidden_size
 
 
-def vision_flops(config: OpenVLAConfig) -> float:
+def vision_flops(config: PrismaticConfig) -> float:
     """FLOPs of the towers for one frame."""
     total = 0.0
     for tower in config.towers:
@@ -46,7 +46,7 @@ def projector_flops(policy: OpenVLAPolicy) -> float:
     return 2 * policy.config.num_patches * weights
 
 
-def prompt_tokens(config: OpenVLAConfig) -> int:
+def prompt_tokens(config: PrismaticConfig) -> int:
     """Positions before the first action token."""
     return config.num_patches + config.prompt_length
 
