@@ -12,6 +12,7 @@ from reachrl.errors import ConfigError
 from reachrl.policies.openvla import storage
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.trained_on import warn_of_unfamiliar
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 
 FRAME = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
@@ -143,6 +144,35 @@ def test_what_a_policy_was_never_trained_on_is_warned_of_once_and_remembered(tmp
     words, frame = caplog.messages
     assert "never trained on the instruction 'open the drawers'; the nearest it knows is 'Open the drawer'" in words
     assert "frames of 7 x 20 pixels, the policy was trained on 20 x 20" in frame
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "cameras", "exchanged"),
+    [
+        (1, "scene wrist", False),
+        (1, "scene", False),
+        (1, "other", False),  # it may be the scene by another name
+        (1, "wrist scene", True),
+        (1, "wrist", True),
+        (2, "scene wrist", False),
+        (2, "scene other", False),
+        (2, "other scene", True),
+        (2, "wrist scene", True),
+    ],
+)
+def test_cameras_in_another_order_than_in_training_are_warned_of_once(tmp_path, caplog, looked_at, cameras, exchanged):
+    trained = OpenVLAPolicy(small())
+    trained.note_training(["push"], {"scene": FRAME[None], "wrist": FRAME[None]})
+    trained.note_training(["push"], {"wrist": FRAME[None], "scene": FRAME[None]})  # the first order stays
+    trained.save_pretrained(tmp_path / "policy")
+    policy = reachrl.load_policy(tmp_path / "policy", device="cpu")
+    policy.num_cameras = looked_at
+    for _ in range(2):
+        warn_of_unfamiliar(policy, ["push"], dict.fromkeys(cameras.split(), FRAME[None]))
+    assert len(caplog.messages) == exchanged
+    if exchanged:
+        names = [", ".join(names.split()[:looked_at]) for names in (cameras, "scene wrist")]
+        assert "looks at the cameras {} in this order, it was trained on {}:".format(*names) in caplog.messages[0]
 
 
 def test_a_policy_that_pushes_at_its_limits_is_warned_of_after_30_decisions(monkeypatch, caplog):

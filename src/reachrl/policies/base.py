@@ -44,7 +44,7 @@ class Policy(nn.Module, ABC):
     state_size: int | None = None
     """Numbers of the observation's `state` that `encode` reads; None: it reads none."""
     trained_on: TrainedOn | None = None
-    """Instructions and frame sizes of its training data; None: unknown, nothing is warned of."""
+    """Instructions, frame sizes and cameras of its training data; None: unknown, nothing is warned of."""
     warned_of: frozenset[Hashable] = frozenset()
     """What was warned of already: an instruction, a camera's frame size, the limits of actions."""
     _lately: np.ndarray | None = None  # the last actions of `predict`
@@ -126,8 +126,8 @@ class Policy(nn.Module, ABC):
         Returns:
             f32[H D]: `H` actions to carry out in turn (here one), in the units of the environment.
 
-        A warning is logged, once each, of an instruction or a frame size that the policy was never trained on, and
-        where the mean of its last 30 actions lies at a limit.
+        A warning is logged, once each, of an instruction, a frame size or an order of cameras that the policy was never
+        trained on, and where the mean of its last 30 actions lies at a limit.
 
         Raises:
             ConfigError: an argument is not what is described here; says what it is.
@@ -327,8 +327,8 @@ class Policy(nn.Module, ABC):
         return []
 
     def note_training(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
-        """Add instructions and the sizes of frames u8[... H W 3] to what the policy is known to be trained on."""
-        new = TrainedOn.of(instructions, images.values())
+        """Add instructions, cameras and the sizes of frames u8[... H W 3] to what it is known to be trained on."""
+        new = TrainedOn.of(instructions, images)
         self.trained_on = new if self.trained_on is None else self.trained_on.joined(new)
 
     def freeze(self, roles: Sequence[str]) -> None:

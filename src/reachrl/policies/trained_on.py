@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,24 +24,33 @@ MIN_DECISIONS = 30  # fewer say nothing about a mean
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedOn:
-    """Instructions and frame sizes of all training data, demonstrations and rollouts alike."""
+    """Instructions, frame sizes and cameras of all training data, demonstrations and rollouts alike."""
 
     instructions: frozenset[str]
     sizes: frozenset[tuple[int, int]]  # (height, width) in pixels, of any camera
+    cameras: tuple[str, ...] = ()  # in the order of the first training data; (): unknown
 
     @classmethod
-    def of(cls, instructions: Iterable[str], images: Iterable[np.ndarray]) -> "TrainedOn":
+    def of(cls, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> "TrainedOn":
         """What these instructions and frames u8[... H W 3] are."""
-        sizes = frozenset((int(frames.shape[-3]), int(frames.shape[-2])) for frames in images)
-        return cls(instructions=frozenset(instructions), sizes=sizes)
+        sizes = frozenset((int(frames.shape[-3]), int(frames.shape[-2])) for frames in images.values())
+        return cls(instructions=frozenset(instructions), sizes=sizes, cameras=tuple(images))
 
     def joined(self, other: "TrainedOn") -> "TrainedOn":
-        """Both together."""
-        return TrainedOn(instructions=self.instructions | other.instructions, sizes=self.sizes | other.sizes)
+        """Both together; the cameras' order stays that of the first data."""
+        return TrainedOn(
+            instructions=self.instructions | other.instructions,
+            sizes=self.sizes | other.sizes,
+            cameras=self.cameras or other.cameras,
+        )
 
     def write(self, folder: Path) -> None:
         """Write `trained_on.json`."""
-        found = {"instructions": sorted(self.instructions), "sizes": sorted(map(list, self.sizes))}
+        found = {
+            "instructions": sorted(self.instructions),
+            "sizes": sorted(map(list, self.sizes)),
+            "cameras": list(self.cameras),
+        }
         (folder / TRAINED_ON_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -57,18 +66,21 @@ class TrainedOn:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             sizes = frozenset((int(height), int(width)) for height, width in found["sizes"])
-            return cls(instructions=frozenset(map(str, found["instructions"])), sizes=sizes)
+            cameras = tuple(map(str, found.get("cameras", ())))  # files of earlier versions have none
+            return cls(instructions=frozenset(map(str, found["instructions"])), sizes=sizes, cameras=cameras)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}; take the policy from another checkpoint") from error
 
 
 def warn_of_unfamiliar(policy: "Policy", instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
-    """Warn once each of an instruction or a frame size that the policy was never trained on, as far as is known.
+    """Warn once each of an instruction, a frame size or an order of cameras that the policy was never trained on.
+
+    Only what is known is warned of: cameras that have other names than in training may well be the same ones.
 
     Args:
         policy: what is to act.
         instructions: what it is asked.
-        images: frames u8[... H W 3] by camera.
+        images: frames u8[... H W 3] by camera, in the order in which the policy looks at them.
     """
     known = policy.trained_on
     if known is None:
@@ -84,6 +96,15 @@ def warn_of_unfamiliar(policy: "Policy", instructions: Iterable[str], images: Ma
                 instruction,
                 f"the policy was never trained on the instruction {instruction!r}; {hint}. Expect little of it there",
             )
+    looked_at = list(images)[: policy.num_cameras]
+    if _exchanged(looked_at, images, known.cameras):
+        _warn_once(
+            policy,
+            ("cameras", *looked_at),
+            f"the policy looks at the cameras {', '.join(looked_at)} in this order, it was trained on "
+            f"{', '.join(known.cameras[: policy.num_cameras])}: it takes one camera for another. Give them in the "
+            "order of training (env.cameras, or the order of the images of predict)",
+        )
     for camera, frames in images.items():
         height, width = frames.shape[-3:-1]
         if (height, width) not in known.sizes:
@@ -114,6 +135,12 @@ def warn_of_limits(policy: "Policy", actions: np.ndarray) -> None:
             "it can nearly all the time. Look at the frames, the instruction and the action statistics "
             "(policy.dataset): are they those it was trained with?",
         )
+
+
+def _exchanged(looked_at: Sequence[str], shown: Collection[str], trained: Sequence[str]) -> bool:
+    """Whether a camera stands in the place of another one that it is known, by name, not to be."""
+    pairs = zip(looked_at, trained, strict=False)
+    return any(camera != known and (known in shown or camera in trained) for camera, known in pairs)
 
 
 def _some(instructions: Iterable[str], count: int = 3) -> str:

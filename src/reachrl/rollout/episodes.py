@@ -93,8 +93,8 @@ class EpisodePlayer:
     ) -> list[PlayedEpisode]:
         """Play every start state once; the result is in the order of `starts`.
 
-        Warns, once each, of an instruction or a frame size that the policy was never trained on, and where the mean of
-        all actions lies at a limit.
+        Warns, once each, of an instruction, a frame size or an order of cameras that the policy was never trained on,
+        and where the mean of all actions lies at a limit.
 
         Args:
             starts: what to play; one listed twice is played twice, with the same outcome.
