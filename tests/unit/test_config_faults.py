@@ -181,3 +181,20 @@ def test_a_temperature_counts_once(key):
 def test_pixels_are_not_divided_by_zero():
     with pytest.raises(ConfigError, match="image_std is .*expected numbers above 0"):
         load_config("toy", ["policy.image_std=[[0.5,0.5,0.5],[0.5,0,0.5]]"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "said"),
+    [
+        (
+            "metaworld_quickstart",
+            32,
+            r"image_size=32 is not a multiple of 24 \(the strides 4 \* 2 \* 3\); set it to 24 or",
+        ),
+        ("metaworld_quickstart", 10, "set it to 24 or 48"),
+        ("libero_object", 200, r"image_size=200 is not a multiple of 14 \(patch_size\); set it to 196 or 210"),
+    ],
+)
+def test_frames_that_patches_do_not_fill_are_told_the_next_sizes(preset: str, size: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(preset, [f"policy.image_size={size}"])

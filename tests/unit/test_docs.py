@@ -1,5 +1,7 @@
 """The documentation is run: code of the how-to pages, commands of every page, links between pages."""
 
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from typer.testing import CliRunner
 
+import reachrl
 from reachrl.algorithms.base import Batch
 from reachrl.algorithms.ppo import PPO
 from reachrl.cli.app import app
@@ -21,7 +25,12 @@ from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WALK = ROOT / "docs" / "walk-through.md"
 HOW_TO = sorted(path for path in (ROOT / "docs" / "how-to").glob("*.md") if path.stem != "index")
+SHORTER = (
+    *("env.num_envs=2", "num_threads=1", "num_iterations=2", "rollout.num_steps=24", "demos.episodes_per_task=4"),
+    *("sft.epochs=2", "eval.num_starts=2", "eval.num_videos=1"),
+)  # the walk-through's runs, in seconds
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -34,6 +43,12 @@ def commands(page: Path) -> list[list[str]]:
     """Every `reachrl ...` line of a page's shell blocks, split into words."""
     lines = [line for _, text in blocks(page, "bash") for line in text.splitlines()]
     return [shlex.split(line)[1:] for line in lines if line.startswith("reachrl ")]
+
+
+def evaluated_starts(result: Path) -> dict[tuple[str, int], bool]:
+    """Success of the greedy episodes of an evaluation, by task and number of the start."""
+    episodes = json.loads(result.read_text())["greedy"]["episodes"]
+    return {(episode["task"], episode["start"]): episode["success"] for episode in episodes}
 
 
 def check_command(words: list[str]) -> None:
@@ -81,6 +96,31 @@ def test_the_code_of_a_how_to_page_works(page, my_lab):
         runpy.run_path(str(my_lab / title), run_name="__main__" if title.startswith("notebook") else title)
     for words in commands(page):
         check_command(words)
+
+
+def test_the_walk_through_is_walked(my_lab):
+    walked = []
+    for language, title, text in BLOCK.findall(WALK.read_text()):
+        if language == "python":
+            (my_lab / title).write_text(text)
+            if title.startswith(("test_", "notebook")):
+                runpy.run_path(str(my_lab / title), run_name="__main__")
+                walked.append(title)
+        for words in [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("reachrl ")]:
+            check_command(words)
+            if "metaworld_quickstart" not in words:  # its experts and evaluations take minutes
+                typed = CliRunner().invoke(app, [*words, *(SHORTER if "toy" in words else ())], catch_exceptions=False)
+                assert typed.exit_code == 0, typed.output
+                walked.append(words[0])
+    tests = ["test_valve.py", "quickstart", "test_upright.py", "train", "eval", "report", "test_loop.py", "notebook.py"]
+    assert walked == tests
+    for run in ("upright", "notebook"):  # a decision costs at most the price of 0.05, and starts lie sideways
+        lines = [json.loads(line) for line in (my_lab / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        lying = [line["reward/lying"] for line in lines if line["kind"] == "train"]
+        assert len(lying) == 2 and all(-0.05 < price < -0.005 for price in lying)
+    turned = evaluated_starts(my_lab / "runs" / "upright" / "eval" / "after.json")
+    policy, turn = reachrl.load_policy(my_lab / "runs" / "upright"), importlib.import_module("my_lab.loop").turn
+    assert {(task, number): turn(policy, task, number)[0] for task, number in turned} == turned
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,13 @@ def test_importing_the_package_loads_nothing_else():
     assert torch_too == "False"  # a configuration is read in a moment
 
 
+def test_any_policy_is_imported_without_a_warning_of_kernels_that_are_not_used():
+    """Which module asks peft first, and with it bitsandbytes, differs; all of them import the package of policies."""
+    program = "import logging, reachrl.policies; logging.getLogger('bitsandbytes.backends').warning('of no use here')"
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert shown.stderr == ""
+
+
 def test_the_face_is_functions_whatever_else_was_imported():
     import reachrl.evaluation
     import reachrl.loop

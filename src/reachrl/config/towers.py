@@ -1,10 +1,19 @@
 """Options of the vision towers."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
+
+
+def _patches(image_size: int, side: int, name: str) -> int:
+    """Patches of `side` pixels along an image; `name` says where the side comes from."""
+    if image_size % side:
+        fits = f"{max(image_size // side, 1) * side} or {(max(image_size // side, 1) + 1) * side}"
+        raise ValueError(f"image_size={image_size} is not a multiple of {side} ({name}); set it to {fits}, for example")
+    return image_size // side
 
 
 class ViTTowerConfig(Section):
@@ -42,9 +51,7 @@ class ViTTowerConfig(Section):
 
     def grid(self, image_size: int) -> int:
         """Patches along one side of an image of `image_size` pixels."""
-        if image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={image_size}")
-        return image_size // self.patch_size
+        return _patches(image_size, self.patch_size, "patch_size")
 
 
 class ConvStage(Section):
@@ -83,11 +90,8 @@ class ConvTowerConfig(Section):
 
     def grid(self, image_size: int) -> int:
         """Patches along one side of an image of `image_size` pixels."""
-        for stage in self.stages:
-            if image_size % stage.stride:
-                raise ValueError(f"the strides of the convolutions do not divide image_size (at {image_size} pixels)")
-            image_size //= stage.stride
-        return image_size
+        strides = " * ".join(str(stage.stride) for stage in self.stages)
+        return _patches(image_size, math.prod(stage.stride for stage in self.stages), f"the strides {strides}")
 
 
 TowerConfig = Annotated[ViTTowerConfig | ConvTowerConfig, Field(discriminator="kind")]

@@ -1,1 +1,7 @@
 """Vision-language-action policies with a value head: what acts, and what is trained."""
+
+import logging
+
+# peft, which any policy may import, brings bitsandbytes along where it is installed; that warns of a kernel that is not
+# used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
