@@ -7,6 +7,7 @@ The class is sent to the processes that environments run in; nothing needs to be
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -21,7 +22,7 @@ RUN = Path("runs/slider")
 class SliderConfig(EnvSection):
     """A white bar on a rail that must be pushed to one end."""
 
-    tasks: tuple[str, ...] = ("left", "right")
+    tasks: tuple[Literal["left", "right"], ...] = ("left", "right")
     image_size: int = 24
     max_steps: int = 12
     num_envs: int = 4

@@ -192,8 +192,12 @@ def _import(target: str, *, group: str, kind: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        if error.name == module_name or not attribute:
-            raise ExtensionError(f"{group}: kind {kind!r} points to {target!r}, which does not exist.") from error
+        if not attribute or (error.name and f"{module_name}.".startswith(f"{error.name}.")):
+            raise ExtensionError(
+                f"{group}: kind {kind!r} ({target!r}): there is no module {error.name or module_name!r}, neither here "
+                f"({os.getcwd()}) nor on PYTHONPATH, nor installed. Correct the name, or run the command in the folder "
+                "that the module lies in."
+            ) from error
         package = (error.name or "").partition(".")[0]
         how = f"pip install 'reachrl[{_EXTRAS[package]}]'" if package in _EXTRAS else "install it"
         raise MissingExtra(f"{group}: kind {kind!r} needs the package {error.name!r}: {how}.") from error

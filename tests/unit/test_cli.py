@@ -106,6 +106,30 @@ def test_a_plug_in_that_cannot_be_imported_is_an_error_and_no_traceback(reachrl,
     assert words in err and "python -c 'from broken_sim import Sim'" in err
 
 
+@pytest.mark.parametrize(("kind", "missing"), [("no_lab.sim:Sim", "no_lab"), ("lab.valve:Sim", "lab.valve")])
+def test_a_module_that_is_not_there_is_looked_for_somewhere(reachrl, monkeypatch, tmp_path, kind, missing):
+    """The package itself, as where the command runs in another folder, or a file of it; neither can be installed."""
+    (tmp_path / "lab").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lab", raising=False)
+    status, _, err = reachrl("config", "toy", f"env.kind={kind}")
+    assert status == errors.ExtensionError.exit_code
+    assert f"there is no module '{missing}', neither here ({tmp_path}) nor on PYTHONPATH" in err
+
+
+def test_a_plug_in_that_needs_a_package_says_which(reachrl, monkeypatch, tmp_path):
+    (tmp_path / "needy_sim.py").write_text("import no_such_physics")
+    monkeypatch.syspath_prepend(tmp_path)
+    status, _, err = reachrl("config", "toy", "env.kind=needy_sim:Sim")
+    assert status == errors.MissingExtra.exit_code and "needs the package 'no_such_physics': install it" in err
+
+
+def test_a_run_that_is_not_there_is_named(reachrl, tmp_path):
+    status, _, err = reachrl("report", "--run", str(tmp_path / "doors"))
+    assert status == 2 and f"{tmp_path / 'doors'} has no config.json" in err
+
+
 def test_a_plug_in_may_say_itself_what_is_missing(reachrl, monkeypatch, tmp_path):
     (tmp_path / "poor_sim.py").write_text("from reachrl.errors import MissingExtra\nraise MissingExtra('get it')")
     monkeypatch.syspath_prepend(tmp_path)

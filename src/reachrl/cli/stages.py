@@ -94,7 +94,11 @@ def named_preset(preset: str | None, overrides: list[str] | None, *folders: Path
     for folder in folders:
         if folder is not None and (folder / "config.json").is_file():
             return str(folder / "config.json"), overrides
-    raise ConfigError("which configuration? Name a preset (see `reachrl list`), or a --run that has its config.json")
+    tried = [str(folder) for folder in folders if folder is not None]
+    found = f"{' and '.join(tried)} has no config.json. " if tried else ""
+    raise ConfigError(
+        f"which configuration? {found}Name a preset (see `reachrl list`), or the folder of a run that was begun"
+    )
 
 
 def _run_of(source: Path) -> Path:
