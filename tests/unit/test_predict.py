@@ -189,6 +189,7 @@ def test_a_policy_that_pushes_at_its_limits_is_warned_of_after_30_decisions(monk
         "over 30 decisions the mean action lies at its limit in dimension 0 (mean 3.9, limits -2 and 4)"
         in (caplog.messages[0])
     )
+    assert caplog.messages[0].endswith("A policy that has hardly been trained does so too.")
     monkeypatch.setattr(policy, "decode_actions", lambda ids, mask: np.array([[[3.8, 0.0, 0.5, 1.0]]], np.float32))
     for _ in range(40):  # 3.3 % from the end
         policy.predict(images=FRAME, instruction="push")

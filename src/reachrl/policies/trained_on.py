@@ -133,7 +133,7 @@ def warn_of_limits(policy: "Policy", actions: np.ndarray) -> None:
             "the limits of actions",
             f"over {len(actions)} decisions the mean action lies at its limit in {found}: the policy pushes as far as "
             "it can nearly all the time. Look at the frames, the instruction and the action statistics "
-            "(policy.dataset): are they those it was trained with?",
+            "(policy.dataset): are they those it was trained with? A policy that has hardly been trained does so too.",
         )
 
 
