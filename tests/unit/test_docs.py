@@ -29,7 +29,13 @@ WALK = ROOT / "docs" / "walk-through.md"
 HOW_TO = sorted(path for path in (ROOT / "docs" / "how-to").glob("*.md") if path.stem != "index")
 SHORTER = (
     *("env.num_envs=2", "num_threads=1", "num_iterations=2", "rollout.num_steps=24", "demos.episodes_per_task=4"),
-    *("sft.epochs=2", "eval.num_starts=2", "eval.num_videos=1"),
+    *(
+        "sft.epochs=2",
+        "eval.num_starts=2",
+        "eval.num_videos=1",
+        "reward_model.steps=5",
+        "reward_model.rollouts_per_task=2",
+    ),
 )  # the walk-through's runs, in seconds
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -67,6 +73,8 @@ def check_command(words: list[str]) -> None:
                 next(rest)  # its value
         else:
             plain.append(word)
+    if plain and "=" in plain[0]:
+        plain.insert(0, "toy")  # in place of the configuration of a run, which is not there
     if plain and "preset" in {parameter.name for parameter in command.params}:
         load_config(plain[0], plain[1:])
 
