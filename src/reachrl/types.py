@@ -121,7 +121,7 @@ class Rollout:
     """`T` decisions in each of `N` environments, collected with one policy version."""
 
     images: dict[str, UInt8[np.ndarray, "T N H W 3"]]
-    instructions: tuple[tuple[str, ...], ...]  # [T][N]
+    instructions: tuple[tuple[str, ...], ...]  # T tuples of N
     state: Float32[np.ndarray, "T N S"] | None = None
     last_observation: Observation  # after step T, the bootstrap of rows still running
     final_observation: Observation  # E rows: what each of the E ended episodes showed last
