@@ -49,6 +49,16 @@ def test_what_no_kind_recognises_is_told_by_each(table: Path, tmp_path: Path) ->
         kind_of(table)
 
 
+def test_a_folder_around_a_policy_says_where_the_policy_is(table: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")  # a run's, not a policy's
+    table.rename(run / "policy")
+    with pytest.raises(CheckpointError, match=re.escape(f"give {run / 'policy'}") + "$"):
+        kind_of(run)
+    assert kind_of(run / "policy") == "table"
+
+
 def test_a_folder_is_loaded_as_the_kind_that_it_is(table: Path) -> None:
     policy = reachrl.load_policy(table, device="cpu")
     assert isinstance(policy, TablePolicy) and policy.config.num_contexts == 3

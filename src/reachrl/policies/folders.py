@@ -11,6 +11,8 @@ from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import StoredTensor, read_headers, read_json
 from reachrl.registry import BUILTINS, kinds, resolve
 
+POLICY = "policy"  # what run folders, checkpoints and stages call the folder of their policy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -160,8 +162,10 @@ def kind_of(folder: Path) -> str:
     """Which kind of policy a folder on this machine holds.
 
     Raises:
-        CheckpointError: none that is built in or installed; says why for each.
+        CheckpointError: none that is built in or installed; says why for each, or where in the folder a policy is.
     """
+    if (folder / POLICY / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder} is a run's, a checkpoint's or a stage's folder: give {folder / POLICY}")
     reasons = {}
     for kind in sorted(kinds("policies"), key=lambda kind: kind not in BUILTINS["policies"]):
         why = resolve("policies", kind).folders.why_not(folder, kind)
