@@ -11,6 +11,7 @@ from toy_policy import toy_config
 
 from reachrl.backends.base import Done
 from reachrl.backends.local import LocalEvaluator
+from reachrl.backends.policy_loading import policy_folder
 from reachrl.cli.eval import checkpoint_iteration, chosen_checkpoint
 from reachrl.errors import ConfigError
 from reachrl.pipeline import rl_stages
@@ -103,6 +104,7 @@ def test_the_last_weights_are_judged_and_the_final_evaluation_plays_best_and_las
     assert validated(run) == [(0, 0), (1, 1), (2, 3), (3, 2), (4, 1), (5, 2)]  # the fifth ends training
     best = chosen_checkpoint(run, "best")
     assert best.name == "best" and checkpoint_iteration(best) == 2
+    assert policy_folder(best) == best / "policy"  # where reachrl.load_policy reads it
     # The weights are those after two updates: what a run of two iterations ends with.
     short = tmp_path / "short"
     play(tiny_config(DENSE, "num_iterations=2"), short)

@@ -129,12 +129,13 @@ def load_policy(source: Path | str, *, device: torch.device | str = "auto", data
 
 
 def policy_folder(source: Path) -> Path:
-    """The folder of the policy that a run folder or a training checkpoint holds; others as they are.
+    """The folder of the policy in a run folder, a training checkpoint or `checkpoints/best`; others as they are.
 
     Raises:
         CheckpointError: a run whose training has not finished.
     """
-    if (source / "state.json").is_file() and (source / "policy").is_dir():
+    # What training writes beside a policy: its state, or the validation that chose these weights.
+    if (source / "policy").is_dir() and any((source / name).is_file() for name in ("state.json", "validation.json")):
         return source / "policy"
     if not (source / "stages.json").is_file():
         return source
