@@ -39,7 +39,8 @@ class Scripted:
 
     def play(self, weights, starts, mode):
         k = self.script[weights.version]
-        return Done([PlayedEpisode(start=s, instruction="", success=i < k, num_steps=1) for i, s in enumerate(starts)])
+        length = {"num_steps": 1, "num_decisions": 1}
+        return Done([PlayedEpisode(start=s, instruction="", success=i < k, **length) for i, s in enumerate(starts)])
 
     def take_spans(self):
         return []
