@@ -39,8 +39,12 @@ class Scripted:
 
     def play(self, weights, starts, mode):
         k = self.script[weights.version]
-        length = {"num_steps": 1, "num_decisions": 1}
-        return Done([PlayedEpisode(start=s, instruction="", success=i < k, **length) for i, s in enumerate(starts)])
+        return Done(
+            [
+                PlayedEpisode(start=start, instruction="", success=i < k, num_steps=1, num_decisions=1)
+                for i, start in enumerate(starts)
+            ]
+        )
 
     def take_spans(self):
         return []
