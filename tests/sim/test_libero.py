@@ -223,5 +223,6 @@ def test_an_episode_ends_when_upstreams_does(suite, number, tmp_path):
     theirs = run(UPSTREAM, upstream_request(suite, task, seed, tmp_path), tmp_path)
     assert theirs["rewards"][10:].tolist() == [0.0] * (len(actions) - 1) + [1.0]
     config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS), "simulation": "faithful"}
+    config["cameras"] = ["agentview", "robot0_eye_in_hand"]
     ours = run(OURS, upstream_request(suite, task, seed, tmp_path) | {"config": config, "task": task}, tmp_path)
     assert np.array_equal(ours["rewards"], theirs["rewards"][10:])

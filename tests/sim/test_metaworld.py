@@ -339,7 +339,7 @@ def test_workers_show_what_one_process_shows(env: MetaworldEnv):
     actions = np.random.default_rng(0).uniform(-1, 1, (3, 2, 4)).astype(np.float32)
     with VectorEnv(config, 2) as envs:
         envs.reset(starts, upcoming)
-        steps = [envs.step(action, upcoming) for action in actions]
+        steps = [envs.step(action[:, None], upcoming) for action in actions]
     assert steps[-1].truncated.all()
     for n in (0, 1):
         single.reset(options={"start": starts[n]})

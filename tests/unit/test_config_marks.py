@@ -40,7 +40,7 @@ def test_the_keys_of_protocols_and_of_architectures() -> None:
     libero = load_config("libero_object").env
     assert isinstance(libero, LiberoConfig)
     assert affecting(libero, Affects.PROTOCOL).keys() == EPISODE | LIBERO
-    assert affecting(load_config("toy").eval, Affects.PROTOCOL) == {"num_starts": 10, "seed": 0}
+    assert affecting(load_config("toy").eval, Affects.PROTOCOL) == {"num_starts": 40, "seed": 0}
     architecture = affecting(OpenVLAConfig(), Affects.ARCHITECTURE)
     assert architecture.keys() == {
         *("kind", "image_size", "towers", "image_mean", "image_std", "projector_expansion", "language_model"),

@@ -518,6 +518,7 @@ def test_no_epochs_keep_the_policy_as_it_is(tmp_path):
 def test_demonstrations_that_nobody_would_read_are_not_collected(tmp_path, monkeypatch, overrides, collects):
     asked = []
     monkeypatch.setattr(warm_start, "collect_demos", lambda *args, **kwargs: asked.append(args) or [])
+    monkeypatch.setattr(warm_start, "outline", lambda store: {})
     config = load_config("toy", overrides)
     with Run.open(tmp_path / "run", config_dict(config), tensorboard=False) as run:
         assert run_demos(config, run, Display(quiet=True)) == {"trajectories": 0}

@@ -137,5 +137,5 @@ def test_four_bits_are_not_advised_where_other_changes_suffice_or_they_cannot_be
     changes = [list(change.overrides) for change in advise(large(2, critic="separate"), card)]
     assert changes.index(["policy.lora.rank", "policy.critic"]) < changes.index(["policy.lora.base"])
     odd = apply(plain, {"policy.language_model.intermediate_size": 11000})
-    sharded = apply(plain, {"backend.kind": "ray", "backend.sharding": "full"})
+    sharded = apply(plain, {"backend.kind": "ray", "backend.sharding": "full", "backend.evaluator_envs": 1})
     assert not advised(odd, card) and not advised(sharded, card)

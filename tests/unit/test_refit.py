@@ -210,6 +210,7 @@ def test_films_show_the_reward_that_training_ended_with(run, monkeypatch):
     played = SimpleNamespace(episodes=[film(1), film(0), film(0)], record=lambda: {"episodes": []})
     results = dict.fromkeys(scaled.eval.modes, played)
     told = {"before": build_reward(scaled, run), "after": after}
+    monkeypatch.setattr(evaluation, "trained_iterations", lambda run: 2)
     for when, paid in told.items():
         films = []
         monkeypatch.setattr(evaluation, "write_film", lambda *_, process, films=films, **__: films.append(process))

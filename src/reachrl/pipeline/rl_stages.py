@@ -85,7 +85,9 @@ def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None
         player = EpisodePlayer(policy, envs, mode="sampled", temperature=config.rollout.temperature, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
-    write_shard(run.reward_model / "rollouts" / "policy.parquet", [_trajectory(episode) for episode in episodes])
+    chunk = config.env.execute or policy.num_actions
+    shard = run.reward_model / "rollouts" / "policy.parquet"
+    write_shard(shard, [_trajectory(episode, chunk) for episode in episodes])
 
 
 def build_reward(config: TrainConfig, run: Run, *, scoring: FrameScoring | None = None) -> Reward:
@@ -206,9 +208,9 @@ def follow_train(config: TrainConfig) -> None:
     LocalBackend(config.backend).follow(config)
 
 
-def _trajectory(episode: PlayedEpisode) -> Trajectory:
-    """One frame for each decision; its action is the chunk, whose last one is repeated where the episode ended."""
-    seen, chunk = episode.observations(), max(len(turn.actions) for turn in episode.turns)
+def _trajectory(episode: PlayedEpisode, chunk: int) -> Trajectory:
+    """One frame for each decision of `chunk` actions, the last of which is repeated where the episode ended before."""
+    seen = episode.observations()
     chunks = [turn.actions[np.minimum(np.arange(chunk), len(turn.actions) - 1)] for turn in episode.turns]
     return Trajectory(
         start=episode.start,
