@@ -18,7 +18,12 @@ pytest.importorskip("ray")
 
 OPTIONS = ["toy", "num_iterations=6", "checkpoint_every=2", "env.num_envs=4", "num_threads=1"]
 OPTIONS += ["eval.during_every=3", "eval.during_starts=4"]
-OPTIONS += ["rollout.num_steps=30", "demos.episodes_per_task=20", "eval.num_starts=10", "algorithm.lr=2e-4"]  # seconds; small steps, whose rounding stays small
+OPTIONS += [
+    "rollout.num_steps=30",
+    "demos.episodes_per_task=20",
+    "eval.num_starts=10",
+    "algorithm.lr=2e-4",
+]  # seconds; small steps, whose rounding stays small
 RAY = ["backend.kind=ray", "backend.actors=2", "backend.learners=2", "backend.deadline_s=90"]
 
 

@@ -13,7 +13,12 @@ import psutil
 import pytest
 
 CHANGES = ["toy", "num_iterations=5", "checkpoint_every=1", "env.num_envs=3", "num_threads=1"]
-CHANGES += ["rollout.num_steps=30", "demos.episodes_per_task=20", "eval.num_starts=10", "algorithm.lr=2e-4"]  # seconds; small steps
+CHANGES += [
+    "rollout.num_steps=30",
+    "demos.episodes_per_task=20",
+    "eval.num_starts=10",
+    "algorithm.lr=2e-4",
+]  # seconds; small steps
 # Without the dashes torchrun takes --run for one of its own options.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "reachrl"]
 REACHRL = ["-m", "reachrl"]

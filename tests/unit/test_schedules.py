@@ -88,7 +88,7 @@ def test_the_rate_follows_the_kl_of_each_update_and_resumes(tmp_path):
 @pytest.mark.parametrize(("kind", "middle"), [("linear", 0.55), ("cosine", 0.55)])
 def test_a_rate_falls_over_the_runs_iterations(kind, middle):
     options = ["num_iterations=8", f"algorithm.lr_schedule={kind}", "algorithm.lr_final=0.1"]
-    options.append("algorithm.lr_warmup_iterations=0"))
+    options.append("algorithm.lr_warmup_iterations=0")
     config = load_config("toy", options)
     learner = new_learner(config, toy_policy(config), Group())
     rates = [learner.algorithm._set_options(i) / config.algorithm.lr for i in (0, 4, 8, 20)]  # pyright: ignore
