@@ -115,16 +115,16 @@ def value(policy, env, start, observation):
 def test_a_malformed_candidate_is_the_last_resort(monkeypatch):
     config = toy_config("env.max_steps=2")
     policy, calls = toy_policy(config), []
-    real = best_of.decide
+    real = best_of.answer
 
-    def decide(*args, **options):
+    def answer(*args, **options):
         sample, actions = real(*args, **options)
         calls.append(actions)
         bad = len(calls) % 2 == 1  # the first of two candidates
         values = {name: getattr(sample, name) for name in ("token_ids", "token_mask", "logprobs", "values")}
         return ActionSample(**values, malformed=torch.full((len(actions),), bad)), actions
 
-    monkeypatch.setattr(best_of, "decide", decide)
+    monkeypatch.setattr(best_of, "answer", answer)
     _, found = outcomes(config, policy, 2, "vote")
     np.testing.assert_array_equal(found[0].turns[0].actions[0], calls[1][0, 0])
 

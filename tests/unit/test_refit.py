@@ -21,7 +21,7 @@ from reachrl.pipeline.refit import (
     first_data,
     read_version,
 )
-from reachrl.pipeline.rl_stages import build_reward, trained_reward
+from reachrl.pipeline.rl_stages import _trajectory, build_reward, trained_reward
 from reachrl.rewards.process.fit import fit_reward_model
 from reachrl.rewards.running_scale import RunningScale
 from reachrl.rollout.episodes import PlayedEpisode, Turn
@@ -251,3 +251,12 @@ def test_the_configuration_may_add_trajectories(run, tmp_path):
     write_shard(tmp_path / "more.parquet", [stored(20), stored(21)])
     config = load_config("toy", [*OPTIONS, f"reward_model.trajectories={tmp_path / 'more.parquet'}"])
     assert [each.start.index for each in first_data(config, run)][-2:] == [120, 121]
+
+
+def test_an_episode_of_the_policy_that_ends_inside_its_first_chunk_has_whole_chunks_of_its_time():
+    episode = film(0)
+    turn = replace(episode.turns[0], actions=np.array([[1, 2], [3, 4]], np.float32))
+    seen = replace(episode, turns=(turn,), control_hz=20.0)
+    short = _trajectory(seen, 4)
+    np.testing.assert_array_equal(short.actions, [[1, 2, 3, 4, 3, 4, 3, 4]])
+    assert short.control_hz == 5.0

@@ -17,6 +17,7 @@ from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
 from reachrl.rollout.best_of import LOOKS_AHEAD, BestOfPlayer, Rank
 from reachrl.run.atomic import write_json_atomic
+from reachrl.types import Start
 
 MOST = 64  # candidates a decision
 
@@ -52,7 +53,7 @@ def measure_best_of(
         display.stage("eval", len(starts) * len(counts), f"best of {counts[-1]} by {rank}") as progress,
     ):
         for count in counts:
-            record = _play(policy, envs, config, count, rank, temperature, lambda: progress.advance(1))
+            record = _play(policy, envs, config, starts, count, rank, temperature, lambda: progress.advance(1))
             first = rows[0]["outcomes"] if rows else record["outcomes"]
             rows.append({"best_of": count} | record | {"against_one": asdict(compare(first, record["outcomes"]))})
     result = {
@@ -69,7 +70,14 @@ def measure_best_of(
 
 
 def _play(
-    policy: Policy, envs: EnvBatch, config: TrainConfig, count: int, rank: Rank, temperature: float, ended: Any
+    policy: Policy,
+    envs: EnvBatch,
+    config: TrainConfig,
+    starts: Sequence[Start],
+    count: int,
+    rank: Rank,
+    temperature: float,
+    ended: Any,
 ) -> dict[str, Any]:
     with ExitStack() as stack:
         ahead = None
@@ -78,6 +86,6 @@ def _play(
         player = BestOfPlayer(
             policy, envs, temperature=temperature, seed=config.eval.seed, count=count, rank=rank, look_ahead=ahead
         )
-        episodes = player.play(heldout_starts(config.env, config.eval), on_episode=lambda _: ended())
+        episodes = player.play(starts, on_episode=lambda _: ended())
     outcomes = EvalResult(mode=mode_name(temperature), episodes=tuple(episodes)).record()
     return {"outcomes": outcomes, "ms_per_decision": 1000 * player.seconds / max(1, player.decisions)}

@@ -24,6 +24,7 @@ from reachrl.rewards.base import Reward
 from reachrl.rewards.process.base import load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, split_starts
 from reachrl.rewards.process.scorer import FrameScoring
+from reachrl.rollout.acting import actions_executed
 from reachrl.rollout.episodes import EpisodePlayer, PlayedEpisode
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
@@ -85,7 +86,7 @@ def policy_trajectories(config: TrainConfig, run: Run, display: Display) -> None
         player = EpisodePlayer(policy, envs, mode="sampled", temperature=config.rollout.temperature, seed=config.seed)
         with display.stage("reward", len(starts), "episodes of the warm-started policy") as progress:
             episodes = player.play(starts, record=lambda _: True, on_episode=lambda _: progress.advance(1))
-    chunk = config.env.execute or policy.num_actions
+        chunk = actions_executed(policy, envs)
     shard = run.reward_model / "rollouts" / "policy.parquet"
     write_shard(shard, [_trajectory(episode, chunk) for episode in episodes])
 

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ConfigError, ExtensionError
-from reachrl.policies.base import ActionSample, Noise, Policy, check_shown
+from reachrl.policies.base import ActionSample, Noise, Policy, PolicyInputs, check_shown
 from reachrl.types import Observation
 
 
@@ -25,7 +25,17 @@ def decide(
     Raises:
         ExtensionError: the answer breaks the contract of `ActionSample`.
     """
-    inputs = policy.encode(observation)
+    return answer(policy, policy.encode(observation), temperature=temperature, noise=noise, with_values=with_values)
+
+
+def answer(
+    policy: Policy, inputs: PolicyInputs, *, temperature: float, noise: Noise | None, with_values: bool
+) -> tuple[ActionSample, Float32[np.ndarray, "N H D"]]:
+    """`decide` for observations that are encoded already.
+
+    Raises:
+        ExtensionError: the answer breaks the contract of `ActionSample`.
+    """
     sample = policy.act(inputs, temperature=temperature, noise=noise, with_values=with_values)
     actions = policy.actions(sample)
     sample = ActionSample(
@@ -35,7 +45,7 @@ def decide(
         values=None if sample.values is None else sample.values.float().cpu(),
         malformed=sample.malformed.cpu(),
     )
-    check_sample(policy, sample, len(observation.instructions))
+    check_sample(policy, sample, len(inputs))
     return sample, actions
 
 

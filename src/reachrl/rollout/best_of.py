@@ -10,9 +10,8 @@ from jaxtyping import Float32, Float64
 
 from reachrl.envs.batch import EnvBatch
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.acting import EpisodeNoise, decide
-from reachrl.rollout.episodes import NOISE, EpisodePlayer
-from reachrl.streams import generator
+from reachrl.rollout.acting import answer
+from reachrl.rollout.episodes import EpisodePlayer
 from reachrl.types import Observation, Start
 
 Rank = Literal["logprob", "vote", "critic"]
@@ -58,16 +57,16 @@ class BestOfPlayer(EpisodePlayer):
         self.decisions = 0
         """That were made in it."""
 
+    @torch.no_grad()
     def _act(
         self, observation: Observation, current: Sequence[Start | None], decisions: Sequence[int]
     ) -> tuple[ActionSample, np.ndarray]:
         began = time.perf_counter()
         samples, actions = [], []
+        inputs = self.policy.cache(self.policy.encode(observation))  # all candidates have seen the same
         for candidate in range(self.count):
-            noise = EpisodeNoise(self.policy, self._generators(current, decisions, candidate))
-            sample, chosen = decide(
-                self.policy, observation, temperature=self.temperature, noise=noise, with_values=True
-            )
+            noise = self._noise(current, decisions, *([candidate] if candidate else []))
+            sample, chosen = answer(self.policy, inputs, temperature=self.temperature, noise=noise, with_values=True)
             samples.append(sample)
             actions.append(chosen[:, : self._execute])
         for taken, made in zip(self._taken, decisions, strict=True):
@@ -84,15 +83,6 @@ class BestOfPlayer(EpisodePlayer):
         self.seconds += time.perf_counter() - began
         self.decisions += sum(start is not None for start in current)
         return _picked(samples, torch.from_numpy(best)), offered[rows, best]
-
-    def _generators(
-        self, current: Sequence[Start | None], decisions: Sequence[int], candidate: int
-    ) -> list[np.random.Generator | None]:
-        more = (candidate,) if candidate else ()
-        return [
-            None if start is None else generator(self.seed, NOISE[start.split], start.task, start.index, made, *more)
-            for start, made in zip(current, decisions, strict=True)
-        ]
 
     def _scores(
         self, samples: Sequence[ActionSample], offered: Float32[np.ndarray, "N C K D"], current: Sequence[Start | None]

@@ -164,13 +164,17 @@ class EpisodePlayer:
     ) -> tuple[ActionSample, np.ndarray]:
         noise = None
         if self.mode == "sampled":
-            generators = (
-                start and generator(self.seed, NOISE[start.split], start.task, start.index, decision)
-                for start, decision in zip(current, decisions, strict=True)
-            )
-            noise = EpisodeNoise(self.policy, generators)
+            noise = self._noise(current, decisions)
         sample, actions = decide(self.policy, observation, temperature=self.temperature, noise=noise, with_values=True)
         return sample, actions[:, : self._execute]
+
+    def _noise(self, current: Sequence[Start | None], decisions: Sequence[int], *more: int) -> EpisodeNoise:
+        """Each row's own noise at its decision; `more` numbers draws beyond the first."""
+        generators = (
+            start and generator(self.seed, NOISE[start.split], start.task, start.index, decision, *more)
+            for start, decision in zip(current, decisions, strict=True)
+        )
+        return EpisodeNoise(self.policy, generators)
 
 
 def player_at(temperature: float, policy: Policy, envs: EnvBatch, *, seed: int) -> EpisodePlayer:
