@@ -47,10 +47,15 @@ class Arm:
     own_warm_start: bool = False  # another policy cannot begin from that of `full`
 
 
+SUM = ("reward.mode=sum", "reward.weight=1.0")
 TEN_TIMES = "algorithm.lr=10 times the preset's"
 ARMS = {
     "full": Arm((), "#0f8b6d", "the story as it is"),
     "no-process-reward": Arm(("reward.kind=task",), "#5b6776", "paper: worse without the process reward"),
+    "sum-steps": Arm((*SUM, "reward.pay=steps"), "#999999", "the paper's sum over every decision: destroys", 3),
+    "sum-segments": Arm((*SUM, "reward.pay=segments"), "#795548", "the sum at the ends of gripper segments", 3),
+    "sum-keyframes": Arm((*SUM, "reward.pay=keyframes"), "#009688", "the sum, once for each keyframe reached", 3),
+    "sum-tenth": Arm((*SUM[:1], "reward.weight=0.1"), "#3f51b5", "the sum over every decision at a tenth", 3),
     "uniform-curriculum": Arm(("curriculum.kind=uniform",), "#c9760a", "paper: worse with uniform sampling"),
     "printed-curriculum": Arm(("curriculum.weighting=paper",), "#8e5ea2", "paper: the weight as it is printed"),
     "temperature-1.0": Arm(("rollout.temperature=1.0",), "#1f77b4", "paper: worse than 1.5"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from reachrl.config.loading import load_config
 from reachrl.config.reward import ProcessRewardConfig
@@ -15,7 +16,7 @@ from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rewards.process.scorer import FrameScorer, clip_numbers
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.rewards.running_scale import RunningScale
-from reachrl.rewards.shaping import pay_at_ends
+from reachrl.rewards.shaping import pay_at_ends, pay_new_highs
 from reachrl.testing.rewards import check_borders, check_reward, cut_rollout, make_rollout, one_camera
 from reachrl.types import Episode, Start
 
@@ -158,7 +159,14 @@ def test_segments_end_where_the_gripper_changes_and_where_the_episode_does():
 
 
 @pytest.mark.parametrize(
-    "options", [{"pay": "segments"}, {"pay": "segments", "mode": "sum"}, {"normalise": True}, {"clip": 0.01}]
+    "options",
+    [
+        {"pay": "segments"},
+        {"pay": "segments", "mode": "sum"},
+        {"pay": "keyframes", "mode": "sum"},
+        {"normalise": True},
+        {"clip": 0.01},
+    ],
 )
 def test_every_use_keeps_the_contract(options):
     check_reward(ProcessReward(ProcessRewardConfig(**options), gamma=GAMMA, model=small_model()))
@@ -237,12 +245,34 @@ def test_a_potential_telescopes_over_rollout_borders(num_frames, frame_stride, p
     check_borders(lambda: ProcessReward(config, gamma=GAMMA, model=model), gamma=GAMMA, rollout=rollout)
 
 
-@pytest.mark.parametrize("mode", ["potential", "sum"])
-def test_every_step_earns_the_same_wherever_rollouts_end(mode):
+def test_a_keyframe_is_paid_once_when_it_is_reached():
+    scores = np.array([0.25, 0.5, 0.375, 0.5, 0.75, 0.125], np.float32)
+    ones = np.ones(6, np.int32)
+    paid, highest = pay_new_highs(scores, 0.375, ones, gamma=GAMMA)
+    assert paid.tolist() == [0, 0.125, 0, 0, 0.25, 0] and highest == 0.75
+    chunks, _ = pay_new_highs(scores, 0.375, 3 * ones, gamma=0.5)  # a frame is seen after the third step of a chunk
+    assert chunks.tolist() == [0, 0.03125, 0, 0, 0.0625, 0]
+    with pytest.raises(ValidationError, match=r"set reward\.mode=sum"):
+        ProcessRewardConfig(pay="keyframes")
+
+
+def test_keyframes_pay_what_an_episodes_best_frame_exceeds_its_first_by():
+    rollout, model = running_rollout(), small_model()
+    config = ProcessRewardConfig(mode="sum", pay="keyframes", weight=1.0)
+    paid = ProcessReward(config, gamma=GAMMA, model=model)(rollout).parts["process"]
+    now, after = frame_numbers(rollout)
+    scores = FrameScorer(model, batch_size=8).scores(rollout, np.arange(after.max() + 1))
+    best = np.maximum(scores[after].max(axis=0), scores[now[0]])
+    np.testing.assert_allclose(paid.sum(axis=0), best - scores[now[0]], atol=1e-6)
+    assert (paid >= 0).all() and (paid > 0).any() and (paid == 0).any()
+
+
+@pytest.mark.parametrize(("mode", "pay"), [("potential", "steps"), ("sum", "steps"), ("sum", "keyframes")])
+def test_every_step_earns_the_same_wherever_rollouts_end(mode, pay):
     """Also what a clip sees of frames before the border: step by step, not only in sums."""
     model = small_model(num_frames=3, frame_stride=2)
     rollout = make_rollout(14, 3, seed=6)
-    config = ProcessRewardConfig(mode=mode, weight=1.0)
+    config = ProcessRewardConfig(mode=mode, pay=pay, weight=1.0)
     whole = ProcessReward(config, gamma=GAMMA, model=model)(rollout).parts["process"]
     for borders in ([3], [5, 6], list(range(1, 14))):
         cut = stepped(lambda: ProcessReward(config, gamma=GAMMA, model=model), rollout, borders)

@@ -1,9 +1,9 @@
 """Options of the rewards; those of the process reward model itself are in `reward_model`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
 from reachrl.config.marks import Affects
@@ -29,9 +29,10 @@ class ProcessRewardConfig(Section):
     """`sum` adds the score of the frame each action led to (the paper; it pays an agent that dawdles in
     good-looking states). `potential` adds `gamma * score(next) - score(now)`, which cannot change the best policy."""
 
-    pay: Annotated[Literal["steps", "segments"], Affects.TRAINING] = "steps"
-    """When process reward is paid: after each decision, or at the last one of each gripper segment and episode.
-    The last decision of a rollout ends a segment too; potentials add up to the same whatever is cut where."""
+    pay: Annotated[Literal["steps", "segments", "keyframes"], Affects.TRAINING] = "steps"
+    """When process reward is paid: after each decision; at the last one of each gripper segment and episode (the last
+    decision of a rollout ends a segment too; potentials add up to the same whatever is cut where); or, with
+    `mode=sum`, once for each keyframe reached: what a score exceeds the episode's highest so far."""
 
     gripper_change: Annotated[float, Affects.TRAINING] = Field(default=0.15, gt=0, le=1)
     """Smallest change of gripper opening that ends a segment (`pay=segments`)."""
@@ -55,6 +56,15 @@ class ProcessRewardConfig(Section):
 
     score_batch: Annotated[int, Affects.FUTURE] = Field(default=128, ge=1)
     """Frames scored at once. Short batches are padded to it, so that a score never depends on its neighbours."""
+
+    @model_validator(mode="after")
+    def _keyframes_are_summed(self) -> Self:
+        if self.pay == "keyframes" and self.mode != "sum":
+            raise ValueError(
+                "reward.pay=keyframes pays rises of the score, which no potential does: set reward.mode=sum, or "
+                "reward.pay=steps"
+            )
+        return self
 
 
 class OracleRewardConfig(Section):

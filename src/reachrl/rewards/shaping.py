@@ -72,3 +72,24 @@ def pay_at_ends(
     followed = discounts(gamma, executed[ends]).astype(np.float32) * scores[ends + 1]
     paid[ends] = followed - scores[starts] * np.float64(gamma) ** (clock[starts] - clock[ends])
     return paid
+
+
+def pay_new_highs(
+    scores: Float32[np.ndarray, "L"], highest: float, executed: Int32[np.ndarray, "L"], *, gamma: float
+) -> tuple[Float32[np.ndarray, "L"], float]:
+    """Dense reward of one episode (or of the part of it in a rollout): each rise above the highest score so far.
+
+    A keyframe is paid when it is reached and never again, so an episode earns at most the difference between the
+    highest score and the first, however long it lasts.
+
+    Args:
+        scores: of the frame that each of L decisions led to.
+        highest: the highest score before them, that of the episode's first frame included.
+        executed: control steps of each decision; a frame is seen after the last of them.
+        gamma: the learner's discount.
+
+    Returns:
+        the rewards, and the highest score after them.
+    """
+    reached = np.maximum.accumulate(np.concatenate([np.array([highest], np.float32), scores]))
+    return np.diff(reached) * discounts(gamma, executed - 1).astype(np.float32), float(reached[-1])

@@ -27,6 +27,7 @@ class Carried:
     frames: UInt8[np.ndarray, "K N H W 3"]  # those before the last observation, oldest first
     known: Int64[np.ndarray, "N"]  # how many of the newest of them belong to the running episode
     scores: Float32[np.ndarray, "N"]  # of the last observation
+    highest: Float32[np.ndarray, "N"]  # of the running episode's scores so far
     scales: Float64[np.ndarray, "N"]  # what the episode's rewards are divided by
 
     @classmethod
@@ -39,6 +40,7 @@ class Carried:
             frames=np.zeros((reach, num_envs, *rollout.frames.shape[2:]), np.uint8),
             known=np.zeros(num_envs, np.int64),
             scores=np.zeros(num_envs, np.float32),
+            highest=np.zeros(num_envs, np.float32),
             scales=np.ones(num_envs),
         )
 
@@ -62,6 +64,7 @@ class Carried:
             "shape": list(self.frames.shape),
             "known": self.known.tolist(),
             "scores": self.scores.tolist(),
+            "highest": self.highest.tolist(),
             "scales": self.scales.tolist(),
         }
 
@@ -75,6 +78,7 @@ class Carried:
             frames=pixels.reshape(state["shape"]),
             known=np.array(state["known"], np.int64),
             scores=np.array(state["scores"], np.float32),
+            highest=np.array(state["highest"], np.float32),
             scales=np.array(state["scales"], np.float64),
         )
 
@@ -84,6 +88,7 @@ def carry(
     before: Carried,
     *,
     scores: Float32[np.ndarray, "N"],
+    highest: Float32[np.ndarray, "N"],
     scales: Float64[np.ndarray, "N"],
 ) -> Carried:
     """What `rollout` leaves to the next one.
@@ -92,6 +97,7 @@ def carry(
         rollout: the one that was just scored.
         before: what it had itself been left.
         scores: of the frame that its last row led to.
+        highest: of each last episode's scores so far.
         scales: what the rewards of its last row were divided by.
     """
     num_steps, reach = len(rollout.valid), len(before.frames)
@@ -106,6 +112,7 @@ def carry(
         frames=frames,
         known=np.where(over, 0, known),
         scores=scores,
+        highest=highest,
         scales=scales,
     )
 

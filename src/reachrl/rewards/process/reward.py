@@ -17,7 +17,7 @@ from reachrl.rewards.process.carried import Carried, carry
 from reachrl.rewards.process.scorer import FrameScorer, FrameScoring
 from reachrl.rewards.process.segment import gripper_cuts
 from reachrl.rewards.running_scale import RunningScale
-from reachrl.rewards.shaping import pay_at_ends, potential_difference, terminal_steps
+from reachrl.rewards.shaping import pay_at_ends, pay_new_highs, potential_difference, terminal_steps
 from reachrl.rewards.task import success_reward
 from reachrl.types import Rewards, Rollout
 
@@ -89,7 +89,7 @@ class ProcessReward(Reward):
         scores = self._scores(rollout, now, after, carried)
         before = scores[now]
         before[0] = np.where(carried.running, carried.scores, before[0])
-        process = self._paid(rollout, before, scores[after])
+        process, highest = self._paid(rollout, before, scores[after], carried)
         scales = np.ones(process.shape)
         if self.config.normalise:
             self._scale.update(process[rollout.valid])
@@ -97,7 +97,7 @@ class ProcessReward(Reward):
             kept = (first_rows(rollout)[:-1] == 0) & carried.running
             scales = np.where(kept, carried.scales, self._scale.deviation)
             process = process / scales.astype(np.float32)
-        self._carried = carry(rollout, carried, scores=scores[after[-1]], scales=scales[-1])
+        self._carried = carry(rollout, carried, scores=scores[after[-1]], highest=highest, scales=scales[-1])
         if self.config.clip is not None:
             process = np.clip(process, -np.float32(self.config.clip), np.float32(self.config.clip))
         process = np.where(rollout.valid, np.float32(self.config.weight) * process, np.float32(0))
@@ -149,12 +149,33 @@ class ProcessReward(Reward):
         wanted = [after[rollout.valid]]
         if self.config.mode == "potential":
             wanted.append(now[rollout.valid])
+        elif self.config.pay == "keyframes":
+            wanted.append(np.array([now[first, n] for first, _, n in episode_parts(rollout)]))
         return self._scorer.scores(rollout, np.unique(np.concatenate(wanted)), carried)
 
     def _paid(
+        self,
+        rollout: Rollout,
+        before: Float32[np.ndarray, "T N"],
+        after: Float32[np.ndarray, "T N"],
+        carried: Carried,
+    ) -> tuple[Float32[np.ndarray, "T N"], Float32[np.ndarray, "N"]]:
+        """The dense reward of each decision before scaling, and the last episodes' highest scores so far."""
+        highest = np.where(carried.running, carried.highest, before[0])
+        if self.config.pay == "keyframes":
+            paid = np.zeros_like(after)
+            for first, last, n in episode_parts(rollout):
+                rows = slice(first, last + 1)
+                so_far = highest[n] if first == 0 else before[first, n]
+                paid[rows, n], highest[n] = pay_new_highs(
+                    after[rows, n], so_far, rollout.executed[rows, n], gamma=self.gamma
+                )
+            return paid, highest
+        return self._paid_for_scores(rollout, before, after), highest
+
+    def _paid_for_scores(
         self, rollout: Rollout, before: Float32[np.ndarray, "T N"], after: Float32[np.ndarray, "T N"]
     ) -> Float32[np.ndarray, "T N"]:
-        """The dense reward of each decision before scaling."""
         potential = self.config.mode == "potential"
         terminal = terminal_steps(rollout, bootstrap_truncated=self.bootstrap_truncated)
         if self.config.pay == "steps":
