@@ -22,7 +22,7 @@ from typing import Any
 from quickstart import over_seeds, show
 from reachrl.functional.stats import paired_test
 from reachrl.report.formats import percent
-from reachrl.report.plots import moving_uniform_success
+from reachrl.report.series import moving_uniform_success
 from reachrl.report.svg import Chart
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.metrics import read_metrics

@@ -149,9 +149,9 @@ def test_the_ratio_of_one_action_covers_its_own_tokens():
 @pytest.mark.parametrize(
     ("observation", "says"),
     [
-        (seen(1), r"policy\.num_cameras=2, but the environment shows 1 \(eye0\)"),
-        (seen(2, None), r"policy\.state_size=5, but the environment offers no state"),
-        (seen(2, 7), r"policy\.state_size=5, but the environment offers a state of 7 numbers"),
+        (seen(1), r"looks at 2 cameras, and there is 1 \(eye0\)"),
+        (seen(2, None), "takes a state of 5 numbers, and there is no state"),
+        (seen(2, 7), "takes a state of 5 numbers, and there is a state of 7 numbers"),
     ],
 )
 def test_what_the_environment_does_not_offer_is_named(observation, says):

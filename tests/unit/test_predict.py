@@ -12,7 +12,6 @@ from reachrl.errors import ConfigError
 from reachrl.policies.openvla import storage
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.trained_on import warn_of_unfamiliar
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 
 FRAME = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
@@ -168,7 +167,7 @@ def test_cameras_in_another_order_than_in_training_are_warned_of_once(tmp_path, 
     policy = reachrl.load_policy(tmp_path / "policy", device="cpu")
     policy.num_cameras = looked_at
     for _ in range(2):
-        warn_of_unfamiliar(policy, ["push"], dict.fromkeys(cameras.split(), FRAME[None]))
+        policy.warn_of_unfamiliar(["push"], dict.fromkeys(cameras.split(), FRAME[None]))
     assert len(caplog.messages) == exchanged
     if exchanged:
         names = [", ".join(names.split()[:looked_at]) for names in (cameras, "scene wrist")]

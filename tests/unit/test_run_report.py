@@ -20,6 +20,7 @@ from reachrl.functional.stats import wilson
 from reachrl.report import plots, sections
 from reachrl.report.overlay import draw_overlay
 from reachrl.report.report import write_report
+from reachrl.report.series import block_means, moving_success, moving_uniform_success, time_axes
 from reachrl.report.svg import Chart, span, ticks
 from reachrl.report.verdict import verdict
 from reachrl.report.video import write_video
@@ -252,7 +253,7 @@ def test_the_headline_follows_the_mode_the_summary_names(tmp_path: Path) -> None
 
 
 def test_repeated_steps_and_evaluations_count_once_and_long_curves_are_averaged(tmp_path: Path) -> None:
-    assert plots.block_means({2: 5.0, 0: 1.0, 1: 3.0, 3: None, 4: 7.0}, most=2) == [(0.5, 2.0), (3.0, 6.0)]
+    assert block_means({2: 5.0, 0: 1.0, 1: 3.0, 3: None, 4: 7.0}, most=2) == [(0.5, 2.0), (3.0, 6.0)]
     lines = [{"kind": "eval", "iteration": 5, "mode": "greedy", "k": k, "n": 10} for k in (2, 7)]
     lines += [{"kind": "train", "iteration": i, "success_k": 1, "success_n": 2} for i in range(5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -273,7 +274,7 @@ def test_moving_success_pools_by_hand() -> None:
     train = [
         {"iteration": i, "success_k": k, "success_n": n} for i, (k, n) in enumerate([(0, 0), (1, 4), (3, 4), (4, 4)])
     ]
-    pooled = plots.moving_success(train, 2)
+    pooled = moving_success(train, 2)
     assert [(i, rate) for i, rate, _, _ in pooled] == [(1, 0.25), (2, 0.5), (3, 0.875)]
     assert pooled[1][2:] == pytest.approx(binomtest(4, 8).proportion_ci(method="wilson"))
 
@@ -289,7 +290,7 @@ def test_weighed_success_is_pooled_as_one_weighted_mean() -> None:
                 "success_uniform_weight": each.sum(), "success_uniform_n": each.sum() ** 2 / (each**2).sum(),
             }
         )  # fmt: skip
-    pooled = plots.moving_uniform_success(train, 2)
+    pooled = moving_uniform_success(train, 2)
     assert [i for i, *_ in pooled] == [1, 2, 3]
     rate = np.average(outcomes[1:], weights=weights[1:])
     n = weights[1:].sum() ** 2 / (weights[1:] ** 2).sum()
@@ -332,7 +333,7 @@ def test_a_learning_curve_can_be_read_against_steps_and_hours() -> None:
         | {"seconds/rollout": 2700.0, "seconds/update": 900.0}
         for i in range(4)
     ]
-    iterations, steps, hours = plots.time_axes(train)
+    iterations, steps, hours = time_axes(train)
     assert [axis.label for axis in (iterations, steps, hours)] == [
         "training iteration", "environment steps", "hours of training",
     ]  # fmt: skip
@@ -345,7 +346,7 @@ def test_a_learning_curve_can_be_read_against_steps_and_hours() -> None:
     plot = Chart((-0.012 * 2000, 2000 * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48))
     [held_out] = [e for e in svg.iter("circle") if e.get("class") == "dot c-after"]
     assert float(held_out.get("cx", 0)) == pytest.approx(plot.x(2000 - 0.004 * 2000), abs=0.01)
-    assert plots.time_axes([{"iteration": 0}]) == [iterations]  # nothing else is known
+    assert time_axes([{"iteration": 0}]) == [iterations]  # nothing else is known
 
 
 RATES = ({"k": 40, "n": 100, "rate": 0.4}, {"k": 60, "n": 100, "rate": 0.6})

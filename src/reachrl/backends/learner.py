@@ -19,7 +19,6 @@ from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.train import TrainConfig
 from reachrl.envs.base import Shown
 from reachrl.policies.base import Evaluation, Policy, PolicyInputs
-from reachrl.policies.trained_on import warn_of_unfamiliar
 from reachrl.rollout.action_figures import action_figures
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import read_state
@@ -168,7 +167,7 @@ class LocalLearner:
         if policy.trained_on is None or self.group.rank > 0:
             return
         instructions = {text for row in rollout.instructions for text in row}
-        warn_of_unfamiliar(policy, instructions, rollout.images)
+        policy.warn_of_unfamiliar(instructions, rollout.images)
         policy.note_training(instructions, rollout.images)
 
     def take_spans(self) -> list[Span]:

@@ -24,7 +24,7 @@ from reachrl.errors import ConfigError, DivergedError
 from reachrl.fitting import adamw
 from reachrl.functional.action_stats import ActionStats
 from reachrl.functional.ppo import evened
-from reachrl.policies.base import Policy, check_shown
+from reachrl.policies.base import Policy
 from reachrl.run.weight_change import ALARM, WeightSample
 from reachrl.streams import Stream, generator, sequence
 from reachrl.types import Observation
@@ -87,7 +87,7 @@ def train_sft(
         StorageError: the store is incomplete or damaged, or the disk is full.
     """
     store = TrajectoryStore(store_folder)
-    check_shown(policy, store.meta["cameras"], store.meta["state_size"])
+    policy.check_shown(store.meta["cameras"], store.meta["state_size"])
     stats = store.action_stats()
     policy.set_action_stats(stats.q01, stats.q99, stats.mask)
     training = _Training(policy, store, config, seed, Path(folder))

@@ -12,7 +12,9 @@ import torch
 from reachrl.config.algorithm import PolicyGradientSection
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError, ReachRLError
-from reachrl.plan.trace import Pass, Tracer, on_meta, rows_for
+from reachrl.plan.meta import on_meta
+from reachrl.plan.passes import Pass
+from reachrl.plan.trace import Tracer, rows_for
 from reachrl.plan.weights import units, weights
 from reachrl.policies.base import Evaluation
 from reachrl.registry import resolve

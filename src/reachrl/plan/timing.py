@@ -9,7 +9,7 @@ from reachrl.plan.device import Device
 from reachrl.plan.layout import ProcessLayout, layout_of
 from reachrl.plan.memory import micro_rows, trained
 from reachrl.plan.outline import Outline, algorithm_of, outline_of
-from reachrl.plan.trace import Pass
+from reachrl.plan.passes import Pass
 
 # Decisions per second of Meta-World's simulators alone on two cores: 272, 363 and 455 were measured
 # (docs/benchmarks/rendering.md, "One decision" and below). It cannot be known for another machine.

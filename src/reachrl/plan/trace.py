@@ -6,74 +6,19 @@ divides has one part for each row. So one recording holds for any number of rows
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from reachrl.plan.device import Device
+from reachrl.plan.passes import Pass
 
 _PRIMES = (211, 223, 227, 229, 233, 239, 241, 251)
 _LOOK_UPS = {"embedding", "index_select", "gather", "index"}  # read as much as they return, not the whole table
-_CAST = {  # what autocast computes in the lower precision
-    torch.nn.functional.linear,
-    torch.nn.functional.conv2d,
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.matmul,
-    torch.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.bmm,
-    torch.Tensor.__matmul__,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What one pass over any number of rows needs; each line of an array is a fixed number and one for each row."""
-
-    live: np.ndarray
-    """f64[E 2], bytes alive after each allocation, less what was alive before the pass."""
-    work: np.ndarray
-    """f64[O 2 2], FLOPs and bytes moved by each operation."""
-    halves: np.ndarray
-    """bool[O], whether an operation computes in numbers of at most two bytes."""
-    launched: int
-    """Operations that are started one by one."""
-
-    def peak(self, rows: float) -> float:
-        """Bytes at the worst moment of a pass over `rows` rows."""
-        return float((self.live @ (1, rows)).max())
-
-    def flops(self, rows: float) -> float:
-        """Floating-point operations of matrix products and convolutions, and nothing else."""
-        return float((self.work[:, 0] @ (1, rows)).sum())
-
-    def moved(self, rows: float) -> float:
-        """Bytes that the operations read and write."""
-        return float((self.work[:, 1] @ (1, rows)).sum())
-
-    def seconds(self, rows: float, device: Device, *, training: bool = False) -> float:
-        """Seconds of one pass: each operation takes as long as its arithmetic or its bytes, whichever is longer.
-
-        Args:
-            rows: of the pass.
-            device: peak figures and the share of them that is reached.
-            training: whether gradients are computed.
-
-        Source: Williams et al. 2009, Roofline, section 3.
-        """
-        share = device.training_share if training else device.forward_share
-        peak = 1e12 * np.where(self.halves, device.bf16, device.fp32)
-        arithmetic = self.work[:, 0] @ (1, rows) / (share * peak)
-        transfers = self.work[:, 1] @ (1, rows) / (device.bandwidth_share * 1e9 * device.bandwidth)
-        return max(float(np.maximum(arithmetic, transfers).sum()), self.launched * device.launch_s)
 
 
 class Tracer(TorchDispatchMode):
@@ -226,106 +171,3 @@ def _described(values: Any) -> tuple[Any, ...]:
         else:
             found.append(_described(value) if isinstance(value, list | tuple) else (type(value), value))
     return tuple(found)
-
-
-@contextmanager
-def on_meta(tracer: Tracer) -> Iterator[None]:
-    """Modules without storage, with fused attention and mixed precision, which that device does not know."""
-    functions = _Functions(tracer)
-    with ExitStack() as stack:
-        stack.enter_context(patch("torch.autocast", functions.autocast))
-        for context in (torch.device("meta"), functions, tracer):
-            stack.enter_context(context)
-        yield
-
-
-class _Functions(TorchFunctionMode):
-    """Attention and autocast as on an accelerator."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-        self._dtype: torch.dtype | None = None
-        self._last: torch.dtype | None = None
-        self._casts: dict[int, Tensor] = {}
-
-    @contextmanager
-    def autocast(self, _: str, dtype: torch.dtype | None = None, enabled: bool = True, **__: Any) -> Iterator[None]:
-        """Stands for `torch.autocast`."""
-        before, self._dtype = self._dtype, dtype if enabled else None
-        self._last = self._dtype or self._last
-        try:
-            yield
-        finally:
-            self._dtype = before
-            if before is None:
-                self._casts.clear()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Cast what autocast casts; replace attention."""
-        kwargs = kwargs or {}
-        dtype = self._dtype
-        if dtype is None and self._last is not None and torch._C._current_graph_task_id() != -1:
-            dtype = self._last  # a layer that is computed again in the backward pass
-        if dtype is not None and func in _CAST:
-            args = tuple(self._cast(each, dtype) for each in args)
-            kwargs = {name: self._cast(each, dtype) for name, each in kwargs.items()}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if not (value.is_leaf and value.requires_grad):
-            return value.to(dtype)
-        if self._dtype is None:
-            return value.to(dtype)
-        if id(value) not in self._casts:  # trained weights are cast once in a pass
-            self._casts[id(value)] = value.to(dtype)
-        return self._casts[id(value)]
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if enable_gqa:
-            times = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-        return _Fused.apply(self._tracer, query, key, value, attn_mask)  # pyright: ignore[reportReturnType]
-
-
-class _Fused(torch.autograd.Function):
-    """Attention that keeps what a fused kernel keeps: its inputs, its output and a number for each query.
-
-    Counted are the two products of the forward pass and the four of the backward pass, in full whatever the mask; that
-    a fused kernel computes the scores again is not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Note the work; return room for the answer."""
-        *batch, heads, length, _ = query.shape
-        out = query.new_empty((*batch, length, heads, value.shape[-1])).transpose(-2, -3)
-        kept = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, mask, out, kept)
-        ctx.tracer, ctx.flops = tracer, 2 * query.numel() * key.shape[-2] + 2 * out.numel() * key.shape[-2]
-        tracer.add(ctx.flops, (query, key, value, out))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Note the work; return room for the gradients."""
-        query, key, value, _, out, _ = ctx.saved_tensors  # as fused kernels, positions before heads
-        ctx.tracer.add(2 * ctx.flops, (query, key, value, out), times=2)
-        grads = (each.transpose(-2, -3).new_empty(each.transpose(-2, -3).shape) for each in (query, key, value))
-        return None, *(each.transpose(-2, -3) for each in grads), None

@@ -1,33 +1,34 @@
 """The interface of a policy, as the learner and the collector use it."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+import logging
+from abc import abstractmethod
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from reachrl.config.base import Section
-from reachrl.errors import CheckpointError, ConfigError, ExtensionError
+from reachrl.errors import ConfigError, ExtensionError
+from reachrl.functional.action_stats import at_limits
 from reachrl.policies.answers import ActionSample, Evaluation, Noise, PolicyInputs
-from reachrl.policies.folders import PolicyFolders
+from reachrl.policies.module import PolicyModule
 from reachrl.policies.observed import check_temperature, one_observation
-from reachrl.policies.trained_on import MIN_DECISIONS, TrainedOn, warn_of_limits, warn_of_unfamiliar
+from reachrl.policies.trained_on import TrainedOn
 from reachrl.types import Observation
 
+logger = logging.getLogger(__name__)
 
-class Policy(nn.Module, ABC):
+MIN_DECISIONS = 30  # fewer say nothing about a mean
+
+
+class Policy(PolicyModule):
     """An autoregressive vision-language-action policy with a value head.
 
     `inputs` are the `PolicyInputs` that `encode` or `cache` returned.
     """
 
-    Config: ClassVar[type[Section]]
-    folders: ClassVar[PolicyFolders] = PolicyFolders()
-    """What recognises, describes, verifies and exports saved policies of this kind."""
     num_action_tokens: int
     """Token slots of an answer, `A`: its length, or the greatest there can be."""
     num_actions: int = 1
@@ -50,24 +51,9 @@ class Policy(nn.Module, ABC):
     _lately: np.ndarray | None = None  # the last actions of `predict`
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return next(self.parameters()).device
-
-    @property
     def action_dim(self) -> int:
         """Numbers of one action, `D`; override it where an action has not one token for each."""
         return self.num_action_tokens // self.num_actions
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The type of the arithmetic behind the log-probs: how closely two passes over the same rows can agree."""
-        return next(self.parameters()).dtype
-
-    @property
-    def acting_dtype(self) -> torch.dtype:
-        """The type of the arithmetic behind the log-probs of `act`, if that is coarser."""
-        return self.compute_dtype
 
     @abstractmethod
     def prompt(self, instruction: str) -> str:
@@ -84,6 +70,13 @@ class Policy(nn.Module, ABC):
         are trained. The default keeps `inputs` as they are, pixels included.
         """
         return inputs
+
+    def example_inputs(self, observation: Observation) -> Any:
+        """Rows as large as those of `encode`, whatever is in them, for planning on the meta device.
+
+        Override it where `encode` needs what `outline` does not have, such as a tokenizer.
+        """
+        return self.encode(observation).to(self.device)
 
     @abstractmethod
     def act(
@@ -137,7 +130,7 @@ class Policy(nn.Module, ABC):
             images, instruction, state, num_cameras=self.num_cameras, state_size=self.state_size
         )
         check_temperature(temperature)
-        warn_of_unfamiliar(self, observation.instructions, observation.images)
+        self.warn_of_unfamiliar(observation.instructions, observation.images)
         rng = np.random.default_rng() if generator is None else generator
 
         def noise(position: int) -> Tensor:
@@ -148,7 +141,7 @@ class Policy(nn.Module, ABC):
         actions = self.actions(self.act(inputs, **asked, with_values=False))[0]
         lately = actions if self._lately is None else np.concatenate([self._lately, actions])
         self._lately = lately[-MIN_DECISIONS:]
-        warn_of_limits(self, lately)
+        self.warn_of_limits(lately)
         return actions
 
     @torch.no_grad()
@@ -244,120 +237,62 @@ class Policy(nn.Module, ABC):
         Nothing to do for a policy that reads no state, or reads it as it is.
         """
 
-    @abstractmethod
-    def reset_critic(self) -> None:
-        """Begin a critic with a trunk of its own anew, after a warm start that trained the actor.
-
-        Its trunk gets the actor's current weights, its head has learned nothing. Nothing to do for a shared critic.
-        """
-
-    @abstractmethod
-    def save_pretrained(self, folder: Path) -> None:
-        """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`."""
-
-    @classmethod
-    @abstractmethod
-    def from_pretrained(cls, folder: Path) -> "Policy":
-        """Read what `save_pretrained` wrote.
-
-        Where the section marks keys as `Affects.TRAINING | Affects.FUTURE`, these come as keyword arguments, to be
-        taken instead of the stored ones: a run may go on with others.
-
-        Raises:
-            CheckpointError: a file is missing, truncated or of another architecture.
-        """
-
-    def restore(self, folder: Path) -> None:
-        """Read what `save_pretrained` wrote back into this policy; override to do it without building a second one.
-
-        Raises:
-            CheckpointError: a file is missing, truncated or of another architecture.
-        """
-        saved = type(self).from_pretrained(folder)
-        if saved.architecture() != self.architecture():
-            raise CheckpointError(f"{folder}: the checkpoint's architecture is not the configuration's")
-        self.load_state_dict(saved.state_dict())
-
-    @classmethod
-    def outline(cls, config: Any, *, recorder: Callable[[Any], Any] | None = None) -> "Policy":
-        """Build the policy that `config` describes on the meta device: shapes without numbers, for planning.
-
-        Called under `torch.device("meta")`. Override it where the constructor reads a checkpoint, which need not exist.
-        What the plan then runs there (`act`, `cache`, `evaluate`, `values`) must not read numbers, as `item()` and
-        `if mask.any()` do; ask for the device first, as for an accelerator, which would have to wait.
+    def check_shown(self, cameras: Collection[str], state_size: int | None) -> None:
+        """Refuse a source of observations that has fewer cameras than `encode` looks at, or another state.
 
         Args:
-            config: the policy's section.
-            recorder: stands for what records work on an accelerator, for policies whose acting replays recordings; it
-                takes work and returns what repeats it. None: as on a CPU.
+            cameras: names of its cameras.
+            state_size: numbers of its state; None: it has none.
+
+        Raises:
+            ConfigError: what is missing.
         """
-        return cls(config)
-
-    def example_inputs(self, observation: Observation) -> Any:
-        """Rows as large as those of `encode`, whatever is in them, for planning on the meta device.
-
-        Override it where `encode` needs what `outline` does not have, such as a tokenizer.
-        """
-        return self.encode(observation).to(self.device)
-
-    def acting_rows(self, rows: int) -> int:
-        """Rows for which acting holds memory when it is asked for `rows`: more where recordings have fixed sizes."""
-        return rows
-
-    @abstractmethod
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`.
-
-        What is frozen for good (the weights under adapters) is in none of them.
-        """
-
-    def trunk_parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parts of the trunk that may have a learning rate of their own: `projector` and `head` (the output layer)."""
-        return {}
-
-    @abstractmethod
-    def architecture(self) -> dict[str, Any]:
-        """What must be equal for weights to fit; stored in checkpoints and compared on load."""
-
-    def sharding_units(self) -> list[nn.Module]:
-        """Modules that are computed by calling them, none inside another: what sharded learners gather one at a time.
-
-        What is in none of them is gathered for each pass as one piece.
-        """
-        return []
+        name = type(self).__name__
+        if len(cameras) < self.num_cameras:
+            raise ConfigError(
+                f"{name} looks at {self.num_cameras} cameras, and there {'is' if len(cameras) == 1 else 'are'} "
+                f"{len(cameras)} ({', '.join(cameras)}): name as many in env.cameras, in the policy's order"
+            )
+        if self.state_size is not None and self.state_size != state_size:
+            there = "no state" if state_size is None else f"a state of {state_size} numbers"
+            raise ConfigError(
+                f"{name} takes a state of {self.state_size} numbers, and there is {there}: choose an environment (or "
+                "demonstrations) that shows what the policy was made for"
+            )
 
     def note_training(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
         """Add instructions, cameras and the sizes of frames u8[... H W 3] to what it is known to be trained on."""
         new = TrainedOn.of(instructions, images)
         self.trained_on = new if self.trained_on is None else self.trained_on.joined(new)
 
-    def freeze(self, roles: Sequence[str]) -> None:
-        """Stop gradients into the parameter groups named in `roles`."""
-        for role in roles:
-            for parameter in self.parameter_groups()[role]:
-                parameter.requires_grad_(False)
+    def warn_of_unfamiliar(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
+        """Log a warning, once each, of an instruction, a frame size or an order of cameras that was not trained on.
 
+        Args:
+            instructions: the tasks in words.
+            images: frames u8[... H W 3] by camera, in the order in which `encode` looks at them.
+        """
+        if self.trained_on is not None:
+            for about, text in self.trained_on.unfamiliar(
+                instructions, images, num_cameras=self.num_cameras, prompt=self.prompt
+            ):
+                self._warn_once(about, text)
 
-def check_shown(policy: Policy, cameras: Collection[str], state_size: int | None) -> None:
-    """Refuse to show a policy less than it looks at.
+    def warn_of_limits(self, actions: Float[np.ndarray, "N D"]) -> None:
+        """Log a warning, once, where the mean of successive actions lies at a limit, in a dimension that varies."""
+        limits = self.action_limits()
+        if limits is None or len(actions) < MIN_DECISIONS:
+            return
+        if found := at_limits(actions, *limits):
+            self._warn_once(
+                "the limits of actions",
+                f"over {len(actions)} decisions the mean action lies at its limit in {found}: the policy pushes as far "
+                "as it can nearly all the time. Look at the frames, the instruction and the action statistics "
+                "(policy.dataset): are they those it was trained with? A policy that has hardly been trained does so "
+                "too.",
+            )
 
-    Args:
-        policy: which says `num_cameras` and `state_size`.
-        cameras: that there are, by name.
-        state_size: numbers of the state that there are; None: there is no state.
-
-    Raises:
-        ConfigError: what is missing.
-    """
-    name = type(policy).__name__
-    if len(cameras) < policy.num_cameras:
-        raise ConfigError(
-            f"{name} looks at {policy.num_cameras} cameras, and there {'is' if len(cameras) == 1 else 'are'} "
-            f"{len(cameras)} ({', '.join(cameras)}): name as many in env.cameras, in the policy's order"
-        )
-    if policy.state_size is not None and policy.state_size != state_size:
-        there = "no state" if state_size is None else f"a state of {state_size} numbers"
-        raise ConfigError(
-            f"{name} takes a state of {policy.state_size} numbers, and there is {there}: choose an environment (or "
-            "demonstrations) that shows what the policy was made for"
-        )
+    def _warn_once(self, about: Hashable, text: str) -> None:
+        if about not in self.warned_of:
+            self.warned_of |= {about}
+            logger.warning("%s", text)

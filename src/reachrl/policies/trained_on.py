@@ -1,25 +1,16 @@
-"""What a policy was trained on, kept beside its weights, and warnings where it meets something else."""
+"""What a policy was trained on, kept beside its weights, and how what it meets differs from that."""
 
 import json
-import logging
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from reachrl.errors import CheckpointError
-from reachrl.functional.action_stats import at_limits
-
-if TYPE_CHECKING:
-    from reachrl.policies.base import Policy
-
-logger = logging.getLogger(__name__)
 
 TRAINED_ON_FILE = "trained_on.json"
-MIN_DECISIONS = 30  # fewer say nothing about a mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,70 +62,55 @@ class TrainedOn:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}; take the policy from another checkpoint") from error
 
+    def unfamiliar(
+        self,
+        instructions: Iterable[str],
+        images: Mapping[str, np.ndarray],
+        *,
+        num_cameras: int,
+        prompt: Callable[[str], str],
+    ) -> Iterator[tuple[Hashable, str]]:
+        """Find instructions, frame sizes and orders of cameras that are not those of the training data.
 
-def warn_of_unfamiliar(policy: "Policy", instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
-    """Warn once each of an instruction, a frame size or an order of cameras that the policy was never trained on.
+        Cameras that have other names than in training are not reported: they may well be the same ones.
 
-    Only what is known is warned of: cameras that have other names than in training may well be the same ones.
+        Args:
+            instructions: the tasks in words.
+            images: frames u8[... H W 3] by camera, in the order in which the policy looks at them.
+            num_cameras: how many of them it looks at.
+            prompt: what the policy is asked for an instruction; equal prompts are the same task.
 
-    Args:
-        policy: what is to act.
-        instructions: what it is asked.
-        images: frames u8[... H W 3] by camera, in the order in which the policy looks at them.
-    """
-    known = policy.trained_on
-    if known is None:
-        return
-    strange = set(instructions) - known.instructions
-    if strange:
-        asked = {policy.prompt(instruction) for instruction in known.instructions}
-        for instruction in sorted(each for each in strange if policy.prompt(each) not in asked):
-            close = get_close_matches(instruction, sorted(known.instructions), n=1)
-            hint = f"the nearest it knows is {close[0]!r}" if close else f"it knows {_some(known.instructions)}"
-            _warn_once(
-                policy,
-                instruction,
-                f"the policy was never trained on the instruction {instruction!r}; {hint}. Expect little of it there",
+        Yields:
+            What is unfamiliar, and a sentence for people.
+        """
+        strange = set(instructions) - self.instructions
+        if strange:
+            asked = {prompt(instruction) for instruction in self.instructions}
+            for instruction in sorted(each for each in strange if prompt(each) not in asked):
+                close = get_close_matches(instruction, sorted(self.instructions), n=1)
+                hint = f"the nearest it knows is {close[0]!r}" if close else f"it knows {_some(self.instructions)}"
+                yield (
+                    instruction,
+                    f"the policy was never trained on the instruction {instruction!r}; {hint}. Expect little of it "
+                    "there",
+                )
+        looked_at = list(images)[:num_cameras]
+        if _exchanged(looked_at, images, self.cameras):
+            yield (
+                ("cameras", *looked_at),
+                f"the policy looks at the cameras {', '.join(looked_at)} in this order, it was trained on "
+                f"{', '.join(self.cameras[:num_cameras])}: it takes one camera for another. Give them in the order of "
+                "training (env.cameras, or the order of the images of predict)",
             )
-    looked_at = list(images)[: policy.num_cameras]
-    if _exchanged(looked_at, images, known.cameras):
-        _warn_once(
-            policy,
-            ("cameras", *looked_at),
-            f"the policy looks at the cameras {', '.join(looked_at)} in this order, it was trained on "
-            f"{', '.join(known.cameras[: policy.num_cameras])}: it takes one camera for another. Give them in the "
-            "order of training (env.cameras, or the order of the images of predict)",
-        )
-    for camera, frames in images.items():
-        height, width = frames.shape[-3:-1]
-        if (height, width) not in known.sizes:
-            sizes = ", ".join(f"{h} x {w}" for h, w in sorted(known.sizes))
-            _warn_once(
-                policy,
-                (camera, height, width),
-                f"camera {camera!r} gives frames of {height} x {width} pixels, the policy was trained on {sizes}: they "
-                "are resized, but details and proportions may not be those it learned from",
-            )
-
-
-def warn_of_limits(policy: "Policy", actions: np.ndarray) -> None:
-    """Warn once of a policy whose mean action lies at the end of what it can say, in a dimension that it varies.
-
-    Args:
-        policy: what chose them.
-        actions: f32[N D], one after the other.
-    """
-    limits = policy.action_limits()
-    if limits is None or len(actions) < MIN_DECISIONS:
-        return
-    if found := at_limits(actions, *limits):
-        _warn_once(
-            policy,
-            "the limits of actions",
-            f"over {len(actions)} decisions the mean action lies at its limit in {found}: the policy pushes as far as "
-            "it can nearly all the time. Look at the frames, the instruction and the action statistics "
-            "(policy.dataset): are they those it was trained with? A policy that has hardly been trained does so too.",
-        )
+        for camera, frames in images.items():
+            height, width = frames.shape[-3:-1]
+            if (height, width) not in self.sizes:
+                sizes = ", ".join(f"{h} x {w}" for h, w in sorted(self.sizes))
+                yield (
+                    (camera, height, width),
+                    f"camera {camera!r} gives frames of {height} x {width} pixels, the policy was trained on {sizes}: "
+                    "they are resized, but details and proportions may not be those it learned from",
+                )
 
 
 def _exchanged(looked_at: Sequence[str], shown: Collection[str], trained: Sequence[str]) -> bool:
@@ -147,9 +123,3 @@ def _some(instructions: Iterable[str], count: int = 3) -> str:
     found = sorted(instructions)
     more = f" and {len(found) - count} others" if len(found) > count else ""
     return ", ".join(map(repr, found[:count])) + more
-
-
-def _warn_once(policy: "Policy", about: Hashable, text: str) -> None:
-    if about not in policy.warned_of:
-        policy.warned_of |= {about}
-        logger.warning("%s", text)

@@ -20,6 +20,7 @@ from reachrl.report.sections import (
     reward_model_section,
     timing_section,
 )
+from reachrl.report.series import rate_of, time_axes
 from reachrl.report.timeline import timeline_section
 from reachrl.report.verdict import verdict
 from reachrl.run.atomic import utf8, write_bytes_atomic
@@ -148,7 +149,7 @@ def _result(summary: dict, evals: dict, when: str, mode: str) -> dict[str, Any] 
         record = summary.get(f"success_{when}")
     if not record:
         return None
-    rate, (low, high) = plots.rate_of(record)
+    rate, (low, high) = rate_of(record)
     return {"k": record["k"], "n": record["n"], "rate": rate, "wilson95": [low, high]}
 
 
@@ -202,7 +203,7 @@ def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, A
                 points.append({**record, "iteration": iteration, "mode": mode})
     if not train and not points and not validation:
         return None
-    axes = plots.time_axes(train)
+    axes = time_axes(train)
     charts = []
     for axis in axes:
         picture, window = plots.learning_curve(train, points, validation, axis=axis)
@@ -262,7 +263,7 @@ def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:
         if all(record.get(key) is None for record in train):
             continue
         charts = []
-        for axis in plots.time_axes(train):
+        for axis in time_axes(train):
             points = [(axis.at(record["iteration"]), record.get(key)) for record in train]
             picture = plots.panel([(title, "c-after", points)], x_label=axis.label, zero=form == "zero")
             charts.append({"css": axis.css, "chart": drawn(picture)})

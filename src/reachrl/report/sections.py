@@ -8,6 +8,7 @@ from reachrl.report import plots
 from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit
 from reachrl.report.formats import duration, gibibytes
 from reachrl.report.pages import drawn
+from reachrl.report.series import block_means
 from reachrl.run.metrics import read_metrics
 
 MAX_TURNS = 60
@@ -63,7 +64,7 @@ def loss_chart(run_path: Path, kind: str, width: int) -> Any | None:
     """Draw training and held-out loss of the warm start or the reward model."""
     records = read_metrics(run_path / "metrics.jsonl", kind)
     series = [
-        (name, colour, plots.block_means({r["step"]: r[key] for r in records if "step" in r and key in r}))
+        (name, colour, block_means({r["step"]: r[key] for r in records if "step" in r and key in r}))
         for name, colour, key in (("training", "c-train", "train_loss"), ("held out", "c-after", "heldout_loss"))
     ]
     series = [entry for entry in series if entry[2]]

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ConfigError, ExtensionError
-from reachrl.policies.base import ActionSample, Noise, Policy, PolicyInputs, check_shown
+from reachrl.policies.base import ActionSample, Noise, Policy, PolicyInputs
 from reachrl.types import Observation
 
 
@@ -55,7 +55,7 @@ def actions_executed(policy: Policy, envs: EnvBatch) -> int:
     Raises:
         ConfigError: the policy answers with fewer, or takes cameras or a state that the environments do not show.
     """
-    check_shown(policy, envs.shown.cameras, envs.shown.state_size)
+    policy.check_shown(envs.shown.cameras, envs.shown.state_size)
     if envs.execute is not None and envs.execute > policy.num_actions:
         raise ConfigError(
             f"env.execute={envs.execute} actions are to be carried out of the {policy.num_actions} that "

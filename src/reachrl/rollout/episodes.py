@@ -9,7 +9,6 @@ import numpy as np
 from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
-from reachrl.policies.trained_on import warn_of_limits, warn_of_unfamiliar
 from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
@@ -123,7 +122,7 @@ class EpisodePlayer:
         observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
         while len(finished) < len(starts):
             current = at(places)
-            warn_of_unfamiliar(self.policy, observation.instructions, observation.images)
+            self.policy.warn_of_unfamiliar(observation.instructions, observation.images)
             sample, actions = self._act(observation, current, decisions)
             fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)
@@ -156,7 +155,7 @@ class EpisodePlayer:
                     places[n], upcoming[n] = upcoming[n], following()
                     lengths[n], decisions[n], malformed[n], turns[n] = 0, 0, 0, []
             observation = step.observation
-        warn_of_limits(self.policy, np.concatenate(chosen))
+        self.policy.warn_of_limits(np.concatenate(chosen))
         return [finished[place] for place in range(len(starts))]
 
     def _act(

@@ -76,12 +76,8 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         """
         config = self.config
         prompt_ids, prompt_mask = self.encode_prompts(observation.instructions)
-        if len(observation.images) < config.num_cameras:
-            raise ConfigError(
-                f"policy.num_cameras={config.num_cameras}, but the environment shows {len(observation.images)} "
-                f"({', '.join(observation.images)}): name as many in env.cameras, or give a policy that was trained on "
-                "fewer"
-            )
+        state = observation.state
+        self.check_shown(observation.images, None if state is None else state.shape[1])
         cameras = list(observation.images.values())[: config.num_cameras]
         pixels = [
             normalise_pixels(fit_frames(frames, config), config.image_mean, config.image_std, self.device)
@@ -91,7 +87,7 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             pixel_values=torch.cat(pixels, 1),
-            state=self._encode_state(observation.state),
+            state=None if self.state_size is None or state is None else self._encode_state(state),
         )
 
     def noise_inputs(self, rng: np.random.Generator, rows: int) -> OFTInputs:
@@ -117,15 +113,7 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
             state=None if size is None else torch.zeros(len(given), size, device=self.device),
         )
 
-    def _encode_state(self, state: np.ndarray | None) -> Float[Tensor, "B S"] | None:
-        size = self.config.state_size
-        if size is None:
-            return None
-        if state is None or state.shape[1] != size:
-            given = "no state" if state is None else f"a state of {state.shape[1]} numbers"
-            raise ConfigError(
-                f"policy.state_size={size}, but the environment offers {given}: the policy was trained on {size}"
-            )
+    def _encode_state(self, state: np.ndarray) -> Float[Tensor, "B S"]:
         if self.state_stats is None:
             raise CheckpointError(
                 f"{self.config.checkpoint} has several sets of statistics, and none was named: name the one for your "
