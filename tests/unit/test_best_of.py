@@ -14,17 +14,25 @@ from reachrl.envs.vector import open_envs
 from reachrl.evaluation import evaluate, heldout_starts
 from reachrl.policies.base import ActionSample
 from reachrl.registry import build
+from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.rollout import best_of
 from reachrl.rollout.best_of import BestOfPlayer, votes_against
 
 OPTIONS = EvalSection(num_starts=2, seed=6)
 
 
-def outcomes(config, policy, count, rank, look_ahead=None, spy=None):
+def outcomes(config, policy, count, rank, look_ahead=None, spy=None, reward_model=None):
     starts = heldout_starts(config.env, OPTIONS)
     with open_envs(config.env, 3) as envs:
         player = BestOfPlayer(
-            policy, envs, temperature=1.0, seed=OPTIONS.seed, count=count, rank=rank, look_ahead=look_ahead
+            policy,
+            envs,
+            temperature=1.0,
+            seed=OPTIONS.seed,
+            count=count,
+            rank=rank,
+            look_ahead=look_ahead,
+            reward_model=reward_model,
         )
         if spy is not None:
             scores = player._scores
@@ -112,6 +120,37 @@ def value(policy, env, start, observation):
         return float(policy.values(policy.encode(seen))[0])
 
 
+def small_model(instructions):
+    torch.manual_seed(0)
+    return SmallRewardModel(image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=instructions).eval()
+
+
+def test_the_reward_model_scores_the_frame_that_each_candidate_leads_to():
+    config = toy_config("env.max_steps=4", "env.radius=0.2")
+    policy, tried = toy_policy(config, seed=3), []
+    env = build("envs", config.env)
+    instructions = {start.task: env.instruction(start.task) for start in heldout_starts(config.env, OPTIONS)}
+
+    model = small_model(list(instructions.values()))
+
+    def spy(samples, offered, current, scores):
+        tried.append((offered.copy(), list(current), scores.copy()))
+        return scores
+
+    with open_envs(config.env, 3) as look_ahead:
+        _, found = outcomes(config, policy, 3, "reward", look_ahead, spy, model)
+    offered, current, scores = tried[0]
+    for n, start in enumerate(current):
+        for candidate, score in zip(offered[n], scores[n], strict=True):
+            env.reset(options={"start": start})
+            observation, _, terminated, _, _ = env.step(candidate[0])
+            frame = next(iter(observation["images"].values()))
+            alone = model.score(frame[None], [instructions[start.task]], batch_size=3)[0]
+            assert score == (1.0 if terminated else pytest.approx(alone, rel=1e-6))
+        episode = next(each for each in found if each.start == start)
+        np.testing.assert_array_equal(episode.turns[0].actions, offered[n, scores[n].argmax()])
+
+
 def test_a_malformed_candidate_is_the_last_resort(monkeypatch):
     config = toy_config("env.max_steps=2")
     policy, calls = toy_policy(config), []
@@ -144,9 +183,16 @@ def test_the_command_measures_every_number_on_the_same_starts(tmp_path):
     test = result["rows"][1]["against_one"]
     assert test["improved"] == sum(three[key] and not one[key] for key in one)
     assert all(row["ms_per_decision"] > 0 for row in result["rows"])
+    with pytest.raises(Exception, match="there is none in"):
+        typed("eval", "--run", run, "--best-of", "2", "--rank", "reward")
+    env = build("envs", config.env)
+    small_model([env.instruction(task) for task in config.env.tasks]).save_pretrained(run / "reward_model" / "model")
+    typed("eval", "--run", run, "--best-of", "2", "--rank", "reward", "--out", tmp_path / "reward")
+    judged = json.loads((tmp_path / "reward" / "best-of-reward.json").read_text())
+    assert judged["oracle_look_ahead"] and [row["best_of"] for row in judged["rows"]] == [1, 2]
     for wrong, words in (
         (("--best-of", "0"), "expected numbers from 1 to 64"),
-        (("--best-of", "2", "--rank", "luck"), "expected logprob, vote or critic"),
+        (("--best-of", "2", "--rank", "luck"), "expected logprob, vote, critic or reward"),
         (("--best-of", "2", "eval.temperatures=0"), "needs one above 0"),
     ):
         with pytest.raises(Exception, match=words):

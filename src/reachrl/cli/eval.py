@@ -69,8 +69,8 @@ def eval_(
     rank: Annotated[
         str,
         typer.Option(
-            metavar="logprob|vote|critic",
-            help="What makes an action the best; critic looks ahead in a copy of the simulator.",
+            metavar="logprob|vote|critic|reward",
+            help="What makes an action the best; critic and reward look ahead in a copy of the simulator.",
             rich_help_panel=OWN,
         ),
     ] = "logprob",
@@ -107,8 +107,8 @@ def eval_(
 def _best_of(measurement: "Measurement", counts: str, rank: str, quiet: bool) -> None:
     from reachrl.pipeline.best_of import MOST, measure_best_of
 
-    if rank not in ("logprob", "vote", "critic"):
-        raise ConfigError(f"--rank {rank}: expected logprob, vote or critic")
+    if rank not in ("logprob", "vote", "critic", "reward"):
+        raise ConfigError(f"--rank {rank}: expected logprob, vote, critic or reward")
     numbers = [part.strip() for part in counts.split(",")]
     if not all(part.isdecimal() and 1 <= int(part[:9]) <= MOST for part in numbers):
         raise ConfigError(f"--best-of {counts}: expected numbers from 1 to {MOST}, such as 1,2,4,8")

@@ -8,6 +8,7 @@ from typing import Any
 
 from reachrl.backends.policy_loading import limit_threads, new_policy, saved_policy
 from reachrl.config.evaluation import mode_name
+from reachrl.config.reward import ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.batch import EnvBatch
 from reachrl.envs.vector import open_envs
@@ -15,6 +16,7 @@ from reachrl.errors import ConfigError
 from reachrl.evaluation import EvalResult, compare, heldout_starts, protocol_hash
 from reachrl.pipeline.base import Display, caveats
 from reachrl.policies.base import Policy
+from reachrl.rewards.process.base import RewardModel, load_reward_model
 from reachrl.rollout.best_of import LOOKS_AHEAD, BestOfPlayer, Rank
 from reachrl.run.atomic import write_json_atomic
 from reachrl.types import Start
@@ -36,13 +38,15 @@ def measure_best_of(
         display: shows a progress bar.
 
     Raises:
-        ConfigError: greedy actions alone, or a rank that the policy cannot give.
+        ConfigError: greedy actions alone, or a rank that the policy or the reward model cannot give.
+        CheckpointError: the reward model cannot be read.
     """
     temperature = next((each for each in config.eval.temperatures if each > 0), None)
     if temperature is None:
         raise ConfigError("--best-of chooses among sampled actions: eval.temperatures needs one above 0")
     if rank == "critic" and not config.algorithm.needs.values:
         raise ConfigError("--rank critic needs a trained critic, and this configuration's algorithm has none")
+    judge = _judge(config, folder) if rank == "reward" else None
     limit_threads(config)
     policy = (new_policy(config) if folder is None else saved_policy(config, folder)).eval()
     counts = sorted({1, *counts})
@@ -53,7 +57,7 @@ def measure_best_of(
         display.stage("eval", len(starts) * len(counts), f"best of {counts[-1]} by {rank}") as progress,
     ):
         for count in counts:
-            record = _play(policy, envs, config, starts, count, rank, temperature, lambda: progress.advance(1))
+            record = _play(policy, envs, config, starts, count, rank, temperature, judge, lambda: progress.advance(1))
             first = rows[0]["outcomes"] if rows else record["outcomes"]
             rows.append({"best_of": count} | record | {"against_one": asdict(compare(first, record["outcomes"]))})
     result = {
@@ -69,6 +73,24 @@ def measure_best_of(
     return result
 
 
+def _judge(config: TrainConfig, folder: Path | None) -> RewardModel:
+    """The reward model that ranks: `reward.checkpoint`, else the one that the policy's run fitted."""
+    given = config.reward.checkpoint if isinstance(config.reward, ProcessRewardConfig) else None
+    path = given or (folder.parent / "reward_model" / "model" if folder is not None else None)
+    if path is None or not path.is_dir():
+        raise ConfigError(
+            f"--rank reward needs a fitted reward model and there is none{f' in {path}' if path else ''}: name one "
+            "with reward.kind=process reward.checkpoint=DIR"
+        )
+    model = load_reward_model(path).eval()
+    if model.num_frames > 1:
+        raise ConfigError(
+            f"--rank reward scores the frame that a candidate leads to, and the reward model in {path} looks at "
+            f"{model.num_frames} frames: fit one with reward_model.num_frames=1"
+        )
+    return model
+
+
 def _play(
     policy: Policy,
     envs: EnvBatch,
@@ -77,6 +99,7 @@ def _play(
     count: int,
     rank: Rank,
     temperature: float,
+    judge: RewardModel | None,
     ended: Any,
 ) -> dict[str, Any]:
     with ExitStack() as stack:
@@ -84,7 +107,14 @@ def _play(
         if rank in LOOKS_AHEAD and count > 1:
             ahead = stack.enter_context(open_envs(config.env, count))
         player = BestOfPlayer(
-            policy, envs, temperature=temperature, seed=config.eval.seed, count=count, rank=rank, look_ahead=ahead
+            policy,
+            envs,
+            temperature=temperature,
+            seed=config.eval.seed,
+            count=count,
+            rank=rank,
+            look_ahead=ahead,
+            reward_model=judge,
         )
         episodes = player.play(starts, on_episode=lambda _: ended())
     outcomes = EvalResult(mode=mode_name(temperature), episodes=tuple(episodes)).record()

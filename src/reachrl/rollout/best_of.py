@@ -10,12 +10,13 @@ from jaxtyping import Float32, Float64
 
 from reachrl.envs.batch import EnvBatch
 from reachrl.policies.base import ActionSample, Policy
+from reachrl.rewards.process.base import RewardModel
 from reachrl.rollout.acting import answer
 from reachrl.rollout.episodes import EpisodePlayer
 from reachrl.types import Observation, Start
 
-Rank = Literal["logprob", "vote", "critic"]
-LOOKS_AHEAD = ("critic",)
+Rank = Literal["logprob", "vote", "critic", "reward"]
+LOOKS_AHEAD = ("critic", "reward")
 
 
 class BestOfPlayer(EpisodePlayer):
@@ -34,8 +35,9 @@ class BestOfPlayer(EpisodePlayer):
         rank: `logprob`: the likeliest. `vote`: the action nearest to all others (their medoid), which two candidates
             cannot outvote. `critic`: the highest value of the state that the action leads to, success counting as 1;
             values know the state alone, so a copy of the simulator is asked for it: an oracle look-ahead, which a robot
-            does not have.
-        look_ahead: for `critic`: `count` environments of their own.
+            does not have. `reward`: likewise, by the reward model's score of the frame that the action leads to.
+        look_ahead: for `critic` and `reward`: `count` environments of their own.
+        reward_model: for `reward`: one that looks at single frames.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class BestOfPlayer(EpisodePlayer):
         count: int,
         rank: Rank,
         look_ahead: EnvBatch | None = None,
+        reward_model: RewardModel | None = None,
     ) -> None:
         super().__init__(policy, envs, mode="sampled", temperature=temperature, seed=seed)
-        self.count, self.rank, self._look_ahead = count, rank, look_ahead
+        self.count, self.rank, self._look_ahead, self._reward_model = count, rank, look_ahead, reward_model
         self._taken: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]  # chunks of the running episodes
         self.seconds = 0.0
         """Spent on deciding so far."""
@@ -93,24 +96,30 @@ class BestOfPlayer(EpisodePlayer):
             return -votes_against(offered)
         return np.stack(
             [
-                np.zeros(self.count) if start is None else self._values_after(start, self._taken[n], offered[n])
+                np.zeros(self.count) if start is None else self._worth_after(start, self._taken[n], offered[n])
                 for n, start in enumerate(current)
             ]
         )
 
     @torch.no_grad()
-    def _values_after(
+    def _worth_after(
         self, start: Start, taken: Sequence[np.ndarray], candidates: Float32[np.ndarray, "C K D"]
     ) -> Float64[np.ndarray, "C"]:
-        """The value of the state that each candidate leads to; 1 for success, 0 at the time limit."""
+        """What the state that each candidate leads to is worth: 1 for success; a value is 0 at the time limit."""
         envs = self._look_ahead
         assert envs is not None and envs.num_envs == self.count
         history = np.array(taken, np.float32).reshape(-1, candidates.shape[-1])
         envs.replay([start] * self.count, [history] * self.count)
         step = envs.step(candidates, [start] * self.count)
-        values = self.policy.values(self.policy.encode(step.observation)).double().cpu().numpy()
-        values = np.where(step.terminated | step.truncated, 0.0, values)
-        return np.where(step.valid, np.where(step.success, 1.0, values), -np.inf)
+        seen = step.observation
+        if self.rank == "critic":
+            worth = self.policy.values(self.policy.encode(seen)).double().cpu().numpy()
+            worth = np.where(step.terminated | step.truncated, 0.0, worth)
+        else:
+            assert self._reward_model is not None, "ranked by a reward model"
+            scores = self._reward_model.score(seen.frames, seen.instructions, batch_size=self.count)
+            worth = scores.astype(np.float64)
+        return np.where(step.valid, np.where(step.success, 1.0, worth), -np.inf)
 
 
 def votes_against(offered: Float32[np.ndarray, "N C K D"]) -> Float64[np.ndarray, "N C"]:
