@@ -82,15 +82,13 @@ class WorkerProcess:
         self._child.end()
 
 
-def run_worker(make: Callable[[dict[str, Any], Notify], Any], niceness: int = 0) -> None:
+def run_worker(make: Callable[[dict[str, Any], Notify], Any]) -> None:
     """The whole of a worker process: answer commands until the parent closes the pipe or goes away.
 
     Args:
         make: builds, from the setup, the object whose methods are the commands; each returns a reply as a dict, in
             which `data` may be bytes. It is called when the first command comes, so that what it raises is answered.
-        niceness: added to that of the parent.
     """
-    os.nice(niceness)
     _answer_commands(pipe_to_parent(), make)
     os._exit(0)  # GL libraries complain when Python tears them down
 

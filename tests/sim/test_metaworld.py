@@ -12,6 +12,7 @@ import pytest
 
 from reachrl.config.env import EVAL_POOL, MetaworldConfig
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
+from reachrl.envs import vector
 from reachrl.envs.gl import import_mujoco
 from reachrl.envs.metaworld import MetaworldEnv
 from reachrl.envs.metaworld_task import MetaworldTask
@@ -159,7 +160,8 @@ def trace(env: MetaworldEnv, task: str) -> str:
 
 
 def test_frames_and_states_equal_a_fresh_process_whatever_was_drawn_before(env: MetaworldEnv):
-    """Several scenes share this process's GL context; each must still get its own picture."""
+    """Several scenes share this process's GL context, and environments their meshes; each gets its own picture."""
+    second = MetaworldEnv(MetaworldConfig(tasks=("coffee-button", *TASKS)))
     tasks = ("drawer-open", "hammer")
     fresh = {}
     for task in tasks:
@@ -171,6 +173,9 @@ def test_frames_and_states_equal_a_fresh_process_whatever_was_drawn_before(env: 
     for task in (*tasks, "pick-place", *reversed(tasks), "basketball", *tasks):
         digest = trace(env, task)
         assert task not in fresh or digest == fresh[task], task
+        assert trace(second, task) == digest, task
+    second.close()
+    assert trace(env, tasks[0]) == fresh[tasks[0]]
 
 
 def test_frames_look_like_mujocos_own(env: MetaworldEnv):
@@ -330,14 +335,17 @@ def test_bad_actions_are_refused(env: MetaworldEnv):
             env.step(bad)
 
 
-def test_workers_show_what_one_process_shows(env: MetaworldEnv):
-    """The vector environment over real simulators, one task after the other in each worker."""
+@pytest.mark.parametrize("cores", [1, 2])
+def test_workers_show_what_one_process_shows(cores: int, env: MetaworldEnv, monkeypatch: pytest.MonkeyPatch):
+    """The vector environment over real simulators, one task after the other; on one core both are in one process."""
+    monkeypatch.setattr(vector, "available_cores", lambda: cores)
     config = MetaworldConfig(tasks=TASKS[:3], max_steps=3)
     single = MetaworldEnv(config)
     starts = [Start(TASKS[n], "train", n) for n in (0, 1)]
     upcoming = [Start(TASKS[n], "train", 5) for n in (1, 2)]
     actions = np.random.default_rng(0).uniform(-1, 1, (3, 2, 4)).astype(np.float32)
     with VectorEnv(config, 2) as envs:
+        assert len(envs._workers) == cores
         envs.reset(starts, upcoming)
         steps = [envs.step(action[:, None], upcoming) for action in actions]
     assert steps[-1].truncated.all()

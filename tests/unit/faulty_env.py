@@ -56,3 +56,14 @@ class FaultyEnv(ReachEnv):
 
     def _due(self, step: int) -> bool:
         return self.faults.fault_start in (-1, self.start) and step == self.faults.fault_step
+
+
+class TogetherConfig(FaultyConfig):
+    kind: str = "faulty_env:Together"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Together(FaultyEnv):
+    """Several of them live in one process."""
+
+    Config = TogetherConfig
+    shares_process = True

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from faulty_env import FaultyConfig
+from faulty_env import FaultyConfig, TogetherConfig
 
 from reachrl import child
 from reachrl.child import Child, signal_name
-from reachrl.envs import vector
+from reachrl.envs import timeouts, vector
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError, ExtensionError, MissingExtra, WorkerError
 from reachrl.testing.envs import ReachConfig, ReachEnv
@@ -195,6 +195,44 @@ def test_a_lost_worker_costs_one_row_of_one_step(fault: str):
         assert np.array_equal(step.observation.frames, by_hand.images)
 
 
+@pytest.mark.parametrize("fault", ["exit", "raise"])
+def test_a_lost_worker_takes_its_other_environments_along(fault: str, monkeypatch: pytest.MonkeyPatch):
+    """Rows 0 and 2 share a process, which row 2 ends in its second decision at start 6; row 1 must not notice."""
+    monkeypatch.setattr(vector, "available_cores", lambda: 2)
+    config = TogetherConfig(max_steps=6, fault=fault, fault_start=6)  # pyright: ignore[reportArgumentType]
+    starts, upcoming = [start(4), start(5), start(6)], [start(7), start(8), start(9)]
+    by_hand = ByHand(starts)
+    rng = np.random.default_rng(0)
+    with VectorEnv(config, N) as envs:
+        assert len(envs._workers) == 2
+        envs.reset(starts, upcoming)
+        for t in range(9):
+            actions = rng.uniform(-0.2, 0.2, (N, 4)).astype(np.float32)
+            step = envs.step(actions[:, None], upcoming)
+            rows = by_hand.step(actions, upcoming)
+            lost = [0, 2] if t == 1 else []
+            for n in lost:
+                by_hand.images[n] = by_hand.envs[n].reset(options={"start": upcoming[n]})[0]["images"]["camera"]
+            assert step.valid.tolist() == [n not in lost for n in range(N)]
+            assert np.array_equal(step.observation.frames, by_hand.images)
+            for n in np.flatnonzero(step.valid):
+                success, terminated, truncated, _, ee_state = rows[n]
+                assert (step.success[n], step.terminated[n], step.truncated[n]) == (success, terminated, truncated)
+                assert np.array_equal(step.ee_state[n], ee_state)
+        assert envs.lost_episodes == 2
+
+
+def test_the_environment_that_ends_a_shared_process_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vector, "available_cores", lambda: 1)
+    config = TogetherConfig(fault="exit", fault_start=6)
+    with VectorEnv(config, N) as envs:
+        starts = [start(4), start(5), start(6, "blue-square")]
+        envs.reset(starts, starts)
+        with pytest.raises(WorkerError, match="environment 2 .*'blue-square', train start 6, step 1.*4 times in a row"):
+            for _ in range(20):
+                envs.step(np.zeros((N, 1, 4), np.float32), starts)
+
+
 @pytest.mark.parametrize("number", [signal.SIGRTMIN, signal.SIGRTMIN + 3, signal.SIGRTMAX])
 def test_a_worker_ended_by_any_signal_is_replaced(healthy: VectorEnv, number: int):
     """Most real-time signals have no name of their own in `signal.Signals`."""
@@ -253,18 +291,18 @@ def test_too_few_processes_name_the_option_to_lower(monkeypatch):
     [(60, 1, 8, 120), (60, 8, 8, 120), (60, 64, 8, 960), (60, 16, 2, 960), (300, 4, 8, 300), (300, 16, 2, 2400)],
 )
 def test_environments_that_share_cores_have_longer_to_start(monkeypatch, timeout_s, num_envs, cores, seconds):
-    monkeypatch.setattr(vector, "available_cores", lambda: cores)
-    assert vector.start_timeout(timeout_s, num_envs) == seconds
+    monkeypatch.setattr(timeouts, "available_cores", lambda: cores)
+    assert timeouts.start_timeout(timeout_s, num_envs) == seconds
 
 
 def test_a_start_that_takes_too_long_names_an_option_that_changes_it(monkeypatch):
-    monkeypatch.setattr(vector, "_START_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(vector, "available_cores", lambda: 2)
+    monkeypatch.setattr(timeouts, "_START_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(timeouts, "available_cores", lambda: 2)
     words = r"not ready within 0\.05 s.*2 cores; set env\.worker_timeout_s above 0\.05"
     with pytest.raises(WorkerError, match=words) as e:
         VectorEnv(CONFIG.model_copy(update={"num_envs": 1, "worker_timeout_s": 0.01}), 1)
     above = float(re.search(r"above ([\d.]+)", str(e.value))[1])  # type: ignore[index]
-    assert vector.start_timeout(2 * above, 1) == 2 * vector.start_timeout(0.01, 1)
+    assert timeouts.start_timeout(2 * above, 1) == 2 * timeouts.start_timeout(0.01, 1)
 
 
 def test_a_worker_that_is_always_lost_is_an_error_that_says_where():

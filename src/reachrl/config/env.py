@@ -44,7 +44,7 @@ class EnvSection(Section):
     None: all of them (one, of a policy that answers with one). A chunk stops where the episode ends."""
 
     num_envs: Annotated[int, Affects.TRAINING] = Field(default=16, ge=1)
-    """Environments stepped side by side, one process each."""
+    """Environments stepped side by side, one process each, or as many as cores where a kind lets them share."""
 
     render_device: Annotated[str, Affects.DATA | Affects.TRAINING | Affects.EVALUATION | Affects.FUTURE] = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"

@@ -1,7 +1,7 @@
 """`N` environments stepped together: what the collector asks of them, and the base of simulators that step many worlds.
 
-`reachrl.envs.vector.VectorEnv` runs one process for each environment. A simulator that steps many worlds at once (on a
-GPU, say) derives from `BatchedEnv` instead and is one object in the process that acts.
+`reachrl.envs.vector.VectorEnv` runs environments in processes of their own. A simulator that steps many worlds at once
+(on a GPU, say) derives from `BatchedEnv` instead and is one object in the process that acts.
 """
 
 from abc import ABC, abstractmethod

@@ -19,13 +19,14 @@ _PHYSICS_STEP_S = 0.0125
 
 
 class MetaworldEnv(Env):
-    """The tasks of `config.tasks` in one process, one simulator each, made when first needed.
+    """The tasks of `config.tasks`, one simulator each, made when first needed.
 
     Actions are f32[4] in [-1, 1]: hand displacement x y z (times 1 cm a simulator step) and gripper
     effort (-1 opens, 1 closes), held for `config.action_repeat` simulator steps. The state is `ee_state`.
     """
 
     Config = MetaworldConfig
+    shares_process = True  # meshes and textures, which a core's caches then hold once, and start states
     metadata = {"render_modes": []}
 
     def __init__(self, config: MetaworldConfig):
@@ -34,7 +35,7 @@ class MetaworldEnv(Env):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
         self.observation_space = observed(config.cameras, config.image_size, state_size=4)
         self.control_hz = 1.0 / (_PHYSICS_STEP_S * config.action_repeat)
-        self._renderer = Renderer(config.image_size)
+        self._renderer = Renderer.shared(config.image_size)
         self._made: dict[str, tuple[MetaworldTask, dict[str, int]]] = {}
         self._task: MetaworldTask | None = None
         self._scenes: dict[str, int] = {}  # of each camera
@@ -97,7 +98,9 @@ class MetaworldEnv(Env):
             made = MetaworldTask(task, self.config.mesh_faces)
             for camera, position in _CLOSER_M.items():
                 made.sim.model.camera(camera).pos[:] = position
-            self._made[task] = (made, {each: self._renderer.add(made.sim.model, each) for each in self.config.cameras})
+            looks = (made.scene, self.config.mesh_faces)
+            cameras = self.config.cameras
+            self._made[task] = (made, {each: self._renderer.add(made.sim.model, each, looks=looks) for each in cameras})
         return self._made[task]
 
     def _observe(self, task: MetaworldTask) -> dict[str, Any]:

@@ -19,6 +19,10 @@ _HAND_DOWN = (1.0, 0.0, 1.0, 0.0)  # the hand's orientation, a quaternion
 _LIVE = ("model", "data", "mujoco_renderer")  # attributes that hold the simulation itself
 
 
+# Those of each task found so far: they cost a simulator's reset each, and all of a process's simulators agree on them.
+_STARTS: dict[str, dict[tuple[Split, int], np.ndarray]] = {}
+
+
 class _Rejected(Exception):
     """The task asked for a second start vector: it does not accept the first."""
 
@@ -118,7 +122,10 @@ class MetaworldTask:
         self._pristine = {k: _own_copy(v) for k, v in self.sim.__dict__.items() if k not in _LIVE}
         model = self.sim.model
         self._pristine_model = (model.body_pos.copy(), model.site_pos.copy())
-        self._starts: dict[tuple[Split, int], np.ndarray] = {}
+        self._starts = _STARTS.setdefault(name, {})
+        self._held_out: np.ndarray | None = None  # normalised vectors of the evaluation starts
+        self.scene: str = self.sim.fullpath
+        """The file of its scene, which some tasks have in common."""
 
     # ---- episodes ----
 
@@ -227,8 +234,9 @@ class MetaworldTask:
         return 0.25 * EVAL_POOL ** (-1.0 / dimensions)
 
     def _distance(self, vector: np.ndarray) -> float:
-        held_out = np.stack([self.start("eval", index) for index in range(EVAL_POOL)])
-        return float(np.linalg.norm(self.normalised(held_out) - self.normalised(vector), axis=-1).min())
+        if self._held_out is None:
+            self._held_out = self.normalised(np.stack([self.start("eval", index) for index in range(EVAL_POOL)]))
+        return float(np.linalg.norm(self._held_out - self.normalised(vector), axis=-1).min())
 
     def _accepts(self, vector: np.ndarray) -> bool:
         """Whether the task accepts the start vector; tried in a copy of the simulation."""

@@ -33,6 +33,7 @@ class SharedArrays:
         self.final_images = {camera: arrays[f"final image {camera}"] for camera in shown.cameras}
         self.state, self.final_state = arrays.get("state"), arrays.get("final state")
         self.ee_state, self.progress = arrays["ee_state"], arrays["progress"]
+        self.stepping = arrays["stepping"]  # u8[N]: 1 while an environment's own code runs
 
     @staticmethod
     def size(num_envs: int, shown: Shown) -> int:
@@ -78,7 +79,8 @@ def _parts(num_envs: int, shown: Shown) -> list[tuple[str, tuple[int, ...], np.d
     parts += [(f"final image {camera}", (num_envs, *shape), pixel) for camera, shape in shown.cameras.items()]
     if shown.state_size is not None:
         parts += [(name, (num_envs, shown.state_size), number) for name in ("state", "final state")]
-    return [*parts, ("ee_state", (num_envs, 4), number), ("progress", (num_envs, 2), number)]
+    parts += [("ee_state", (num_envs, 4), number), ("progress", (num_envs, 2), number)]
+    return [*parts, ("stepping", (num_envs,), np.dtype(np.uint8))]
 
 
 def _aligned(offset: int) -> int:

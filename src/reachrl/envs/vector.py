@@ -1,8 +1,8 @@
-"""`N` environments stepped together, one process each; lost workers are replaced, not fatal."""
+"""`N` environments stepped together in processes of their own; lost workers are replaced, not fatal."""
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,22 @@ from reachrl.config.env import EnvSection
 from reachrl.envs.base import Shown
 from reachrl.envs.batch import EnvBatch, check_finite, is_batched
 from reachrl.envs.shared_arrays import SharedArrays, anonymous_file
+from reachrl.envs.timeouts import hung, start_timeout, too_late
 from reachrl.registry import resolve, send
 from reachrl.run.cores import available_cores
 from reachrl.types import EnvStep, Observation, Split, Start
 from reachrl.worker import WorkerLost, WorkerProcess
 
 _MAX_LOSSES = 3  # of the same environment without a finished episode in between; one more is an error
-_START_TIMEOUT_S = 120.0  # importing a simulator and building its scenes, with a core for each worker
+_NICENESS = 10
 
 
 class VectorEnv(EnvBatch):
-    """Steps `num_envs` copies of the environment that `config.kind` names, each in a process of its own.
+    """Steps `num_envs` copies of the environment that `config.kind` names in worker processes.
 
-    An episode that ends is followed at once, in the same `step`, by the row's next start. A worker that
-    dies, raises or exceeds `config.worker_timeout_s` is replaced; its row of that step is marked invalid.
+    Each has a process of its own, or shares one with others where the kind says `shares_process`: then there are as
+    many processes as cores. An episode that ends is followed at once, in the same `step`, by the row's next start. A
+    worker that dies, raises or exceeds `config.worker_timeout_s` is replaced; its rows of that step are marked invalid.
 
     Args:
         config: the environment's section.
@@ -37,8 +39,11 @@ class VectorEnv(EnvBatch):
     """
 
     def __init__(self, config: EnvSection, num_envs: int):
-        resolve("envs", config.kind).prepare(config)
+        kind = resolve("envs", config.kind)
+        kind.prepare(config)
         self.num_envs = num_envs
+        count = min(num_envs, available_cores()) if kind.shares_process else num_envs
+        self._rows = [list(range(number, num_envs, count)) for number in range(count)]  # of each worker
         self.lost_episodes = 0
         self._config = config
         self._memory = memory = anonymous_file()  # it gets its size when the workers have said what they show
@@ -52,16 +57,16 @@ class VectorEnv(EnvBatch):
         self._chunk = 1  # actions of it
         self._start_timeout_s = start_timeout(config.worker_timeout_s, max(num_envs, config.num_envs))
         try:
-            self._workers.extend(self._spawn(n) for n in range(num_envs))
+            self._workers.extend(self._spawn(number) for number in range(count))
         except BaseException:
             self.close()
             raise
-        for n, reply in self._gather(range(num_envs), self._start_timeout_s, starting=True).items():
+        for number, reply in self._gather(range(count), self._start_timeout_s, starting=True).items():
             if isinstance(reply, WorkerLost) and not reply.kind:  # once more: it may not have been its own fault
-                reply = self._restart(n)
+                reply = self._restart(number)
             if isinstance(reply, WorkerLost):
                 self.close()
-                raise self._error(n, reply, "could not be made")
+                raise self._error(self._rows[number][0], reply, "could not be made")
             self._facts = reply
         self.shown = Shown.from_json(self._facts["shown"])
         memory.truncate(SharedArrays.size(num_envs, self.shown))
@@ -91,8 +96,9 @@ class VectorEnv(EnvBatch):
         self._check(next_starts)
         self._check_actions(actions, self._config.kind)
         check_finite("the policy's action", actions, np.ones(self.num_envs, bool), self._places())
-        for n, worker in enumerate(self._workers):
-            worker.send(do="step", actions=actions[n].tolist(), next_start=_packed(next_starts[n]))
+        for rows, worker in zip(self._rows, self._workers, strict=True):
+            follow = [_packed(next_starts[n]) for n in rows]
+            worker.send(do="step", actions=actions[rows].tolist(), next_starts=follow)
         self._next_starts, self._chunk = list(next_starts), actions.shape[1]
 
     def receive(self) -> EnvStep:
@@ -106,17 +112,22 @@ class VectorEnv(EnvBatch):
             ExtensionError: an end-effector state is not finite; names the environment, the start and the step.
         """
         next_starts = self._next_starts
-        replies = self._gather(range(self.num_envs), self._chunk * self._config.worker_timeout_s)
+        limit = self._chunk * len(self._rows[0]) * self._config.worker_timeout_s
+        replies = self._gather(range(len(self._rows)), limit)
         flags, executed = np.zeros((self.num_envs, 3), bool), np.zeros(self.num_envs, np.int32)
-        valid = np.array([not isinstance(replies[n], WorkerLost) for n in range(self.num_envs)])
+        valid = np.zeros(self.num_envs, bool)
+        for number, reply in replies.items():
+            valid[self._rows[number]] = not isinstance(reply, WorkerLost)
         check_finite("ee_state (x, y, z, gripper)", self._arrays.ee_state, valid, self._places())
         played = list(self._starts)
-        for n, reply in replies.items():
+        for number, reply in replies.items():
             if isinstance(reply, WorkerLost):
-                self._replace(n, reply)
-                continue
-            flags[n], executed[n] = reply["flags"], reply["executed"]
-            self._steps[n] += reply["executed"]
+                self._replace(number, reply)
+            else:
+                rows = self._rows[number]
+                flags[rows], executed[rows] = reply["flags"], reply["executed"]
+        for n in np.flatnonzero(valid).tolist():
+            self._steps[n] += int(executed[n])
             if flags[n, 1:].any():
                 self._starts[n], self._steps[n], self._losses[n] = next_starts[n], 0, 0
         ee_state, progress = self._arrays.ee_state.copy(), self._arrays.progress.copy()
@@ -146,44 +157,52 @@ class VectorEnv(EnvBatch):
 
     # ---- workers ----
 
-    def _spawn(self, n: int) -> WorkerProcess:
+    def _spawn(self, number: int) -> WorkerProcess:
+        alone = len(self._rows) == self.num_envs
         worker = WorkerProcess(
             "reachrl.envs.worker",
             {
                 "kind": self._config.kind,
                 "code": self._code,
                 "config": self._config.model_dump(mode="json"),
-                "row": n,
+                "rows": self._rows[number],
                 "num_envs": self.num_envs,
                 "memory": self._memory.fileno(),
+                # Many wait for the process that decodes actions: it has priority. As few as cores need their share.
+                "niceness": _NICENESS if alone else 0,
             },
-            resolve("envs", self._config.kind).worker_variables(self._config, n),
+            resolve("envs", self._config.kind).worker_variables(self._config, number),
             files=(self._memory.fileno(),),
         )
         worker.send(do="describe")
         return worker
 
     def _begin(self, episodes: dict[int, tuple[Start, np.ndarray]]) -> None:
-        """Reset and replay the given rows; retry with a new worker where one is lost."""
+        """Reset and replay the given rows, all of a worker's; retry with a new worker where one is lost."""
         while episodes:
             for n, (start, actions) in episodes.items():
                 self._starts[n], self._steps[n] = start, len(actions)
-                self._workers[n].send(do="reset", start=_packed(start), actions=np.asarray(actions).tolist())
+            begun = [number for number, rows in enumerate(self._rows) if rows[0] in episodes]
+            for number in begun:
+                parts = [(_packed(episodes[n][0]), np.asarray(episodes[n][1]).tolist()) for n in self._rows[number]]
+                self._workers[number].send(do="reset", episodes=parts)
             longest = max(len(actions) for _, actions in episodes.values())
-            limit = self._start_timeout_s + longest * self._config.worker_timeout_s
-            replies = self._gather(episodes, limit, starting=True)
-            lost = {n: reply for n, reply in replies.items() if isinstance(reply, WorkerLost)}
-            for n, reply in lost.items():
-                self._replace(n, reply)
-            episodes = {n: episodes[n] for n in lost}
+            limit = self._start_timeout_s + longest * len(self._rows[0]) * self._config.worker_timeout_s
+            replies = self._gather(begun, limit, starting=True)
+            lost = {number: reply for number, reply in replies.items() if isinstance(reply, WorkerLost)}
+            for number, reply in lost.items():
+                self._replace(number, reply)
+            episodes = {n: episodes[n] for number in lost for n in self._rows[number]}
 
-    def _gather(self, rows: Any, timeout_s: float, *, starting: bool = False) -> dict[int, dict[str, Any] | WorkerLost]:
-        """Wait for one reply per row; a row whose worker is lost gets a `WorkerLost` instead."""
-        late = WorkerLost(_too_late(self._config, timeout_s) if starting else _hung(timeout_s))
+    def _gather(
+        self, numbers: Iterable[int], timeout_s: float, *, starting: bool = False
+    ) -> dict[int, dict[str, Any] | WorkerLost]:
+        """Wait for one reply per worker; one that is lost gets a `WorkerLost` instead."""
+        late = WorkerLost(too_late(self._config, timeout_s) if starting else hung(timeout_s))
         replies: dict[int, dict[str, Any] | WorkerLost] = {}
         deadline = time.monotonic() + timeout_s
         try:
-            for n in sorted(rows, reverse=True):  # the last asked answers last: one wait instead of one for each row
+            for n in sorted(numbers, reverse=True):  # the last asked answers last: one wait instead of one for each
                 if not self._workers[n].connection.poll(max(0.0, deadline - time.monotonic())):
                     replies[n] = late
                     continue
@@ -196,23 +215,28 @@ class VectorEnv(EnvBatch):
             raise
         return dict(sorted(replies.items()))
 
-    def _replace(self, n: int, lost: WorkerLost) -> None:
-        """A new worker for row `n`, unless this has happened too often."""
-        self.lost_episodes += 1
-        self._losses[n] += 1
+    def _replace(self, number: int, lost: WorkerLost) -> None:
+        """A new worker for the rows of worker `number`, unless this has happened too often."""
+        rows = self._rows[number]
+        self.lost_episodes += len(rows)
+        stepping = [n for n in rows if self._arrays.stepping[n]] or rows  # when it was lost
+        self._arrays.stepping[rows] = 0
+        for n in stepping:
+            self._losses[n] += 1
+        n = max(stepping, key=lambda each: self._losses[each])
         if self._losses[n] > _MAX_LOSSES or lost.kind:  # retrying does not help where the user must fix something
             error = self._error(n, lost, f"was lost {self._losses[n]} times in a row")
             self.close()
             raise error
-        reply = self._restart(n)
+        reply = self._restart(number)
         if isinstance(reply, WorkerLost):
-            self._replace(n, reply)
+            self._replace(number, reply)
 
-    def _restart(self, n: int) -> dict[str, Any] | WorkerLost:
-        """A new worker for row `n`; its description, or why it is lost as well."""
-        self._workers[n].kill()
-        self._workers[n] = self._spawn(n)
-        return self._gather([n], self._start_timeout_s, starting=True)[n]
+    def _restart(self, number: int) -> dict[str, Any] | WorkerLost:
+        """A new worker instead of worker `number`; its description, or why it is lost as well."""
+        self._workers[number].kill()
+        self._workers[number] = self._spawn(number)
+        return self._gather([number], self._start_timeout_s, starting=True)[number]
 
     def _error(self, n: int, lost: WorkerLost, what: str) -> errors.ReachRLError:
         own = getattr(errors, lost.kind, None) if lost.kind else None
@@ -250,7 +274,7 @@ class VectorEnv(EnvBatch):
 
 
 def open_envs(config: EnvSection, num_envs: int) -> EnvBatch:
-    """`num_envs` environments of the kind that `config` names: one process for each, or one simulator of them all.
+    """`num_envs` environments of the kind that `config` names: in worker processes, or one simulator of them all.
 
     Raises:
         ReachRLError: they cannot be made.
@@ -260,28 +284,6 @@ def open_envs(config: EnvSection, num_envs: int) -> EnvBatch:
         return VectorEnv(config, num_envs)
     kind.prepare(config)
     return kind(config, num_envs)
-
-
-def start_timeout(worker_timeout_s: float, num_envs: int) -> float:
-    """Timeout in seconds for starting environments; it grows where they share cores.
-
-    Args:
-        worker_timeout_s: what the configuration grants a worker for an answer; more than two minutes counts here too.
-        num_envs: how many are made at once.
-    """
-    return max(_START_TIMEOUT_S, worker_timeout_s) * max(1.0, num_envs / available_cores())
-
-
-def _too_late(config: EnvSection, timeout_s: float) -> str:
-    return (
-        f"it was not ready within {timeout_s:g} s, the limit for {config.num_envs} environments on "
-        f"{available_cores()} cores; set env.worker_timeout_s above {max(_START_TIMEOUT_S, config.worker_timeout_s):g} "
-        "to raise it, or lower env.num_envs"
-    )
-
-
-def _hung(timeout_s: float) -> str:
-    return f"it did not answer within {timeout_s:g} s (env.worker_timeout_s)"
 
 
 def _packed(start: Start) -> tuple[str, str, int]:
