@@ -48,6 +48,18 @@ class Arm:
 
 
 SUM = ("reward.mode=sum", "reward.weight=1.0")
+# Another kind of algorithm begins with its own defaults: the preset's step sizes are restated. Potentials of one start
+# add up to the same in every episode of its group, so the process reward would change nothing.
+GROUPS = (
+    "reward.kind=task",
+    "algorithm.lr=8e-5",
+    "algorithm.lr_warmup_iterations=3",
+    "algorithm.epochs=1",
+    "algorithm.ratio_level=action",
+    "algorithm.clip_eps_high=0.28",
+    "algorithm.target_kl=0.0125",
+    "algorithm.max_rollouts=1",
+)
 TEN_TIMES = "algorithm.lr=10 times the preset's"
 ARMS = {
     "full": Arm((), "#0f8b6d", "the story as it is"),
@@ -65,6 +77,8 @@ ARMS = {
     "lr-x10": Arm((TEN_TIMES,), "#e377c2", "paper: ten times the rate destroys the policy"),
     "clip-symmetric": Arm(("algorithm.clip_eps_high=0.2",), "#bcbd22", "ours: no better than 0.2/0.28", 3),
     "separate-critic": Arm(("policy.critic=separate",), "#2c3e50", "ours: no better than the shared one", 3, True),
+    "grpo": Arm(("algorithm.kind=grpo", *GROUPS), "#673ab7", "ours: GRPO on equal environment steps", 3),
+    "rloo": Arm(("algorithm.kind=rloo", *GROUPS), "#ff9800", "ours: leave-one-out on equal environment steps", 3),
     "token-ratio": Arm(("algorithm.ratio_level=token",), "#d35400", "ours: no better than the action's ratio", 3),
 }
 STORIES = {
@@ -73,7 +87,14 @@ STORIES = {
         "metaworld_quickstart",
         ("env.tasks=drawer-close,faucet-open,handle-press,window-open", "num_iterations=22", "eval.num_videos=0"),
     ),
+    "oft": ("metaworld_oft", ("num_iterations=33",)),  # about the quickstart's environment steps
     "toy": ("toy", ("eval.num_videos=0",)),  # for trying this program, not for its figures
+}
+# Rollouts of whole episodes end earlier: iterations with which groups come to the environment steps of `full`.
+GROUP_OVERRIDES = {
+    "quickstart": ("num_iterations=62", "algorithm.minibatch_size=256", "algorithm.micro_batch_size=256"),
+    "cheap": ("num_iterations=31", "algorithm.minibatch_size=256", "algorithm.micro_batch_size=256"),
+    "oft": ("num_iterations=46", "algorithm.minibatch_size=128", "algorithm.micro_batch_size=128"),
 }
 
 
@@ -107,6 +128,7 @@ def run_missing(arms: Sequence[str], story: str, seeds: Sequence[int], out: Path
         base, run = out / story / "full" / f"seed{seed}", out / story / arm / f"seed{seed}"
         tenfold = f"algorithm.lr={10 * load_config(preset).algorithm.lr:g}"  # pyright: ignore[reportAttributeAccessIssue]
         overrides = [*common, *(tenfold if each == TEN_TIMES else each for each in ARMS[arm].overrides)]
+        overrides += GROUP_OVERRIDES.get(story, ()) if arm in ("grpo", "rloo") else ()
         if arm == "full" or ARMS[arm].own_warm_start:
             run_full(preset, overrides, run, seed)
         else:
@@ -146,12 +168,13 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
         "temperature; intervals over seeds are 95 % t intervals, and a difference is that of runs which share a seed. "
         "An arm is called better or worse only where the interval of its difference lies on one side of 0.",
         "",
-        "| Arm | Changes | Expected | Seeds | After, pooled | Mean over seeds, points | Less `full`, points | Says |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Arm | Changes | Expected | Seeds | Before, pooled | After, pooled | Mean over seeds, points "
+        "| Less `full`, points | Says |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    text += [_arm_row(arm, runs, found.get("full", {})) for arm, runs in found.items()]
+    text += [_arm_row(arm, story, runs, found.get("full", {})) for arm, runs in found.items()]
     text += [
-        f"| {arm} | {_changes(arm)} | {ARMS[arm].claim} | 0 | not run | | | untested |"
+        f"| {arm} | {_changes(arm, story)} | {ARMS[arm].claim} | 0 | | not run | | | untested |"
         for arm in arms
         if arm not in found
     ]
@@ -159,8 +182,8 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
         "",
         "## Each run",
         "",
-        "| Arm | Seed | Before | After | Best by validation | Minutes |",
-        "|---|---|---|---|---|---|",
+        "| Arm | Seed | Before | After | Other temperatures after | Environment steps | Minutes |",
+        "|---|---|---|---|---|---|---|",
     ]
     text += [_run_row(arm, seed, run) for arm, runs in found.items() for seed, run in runs.items()]
     if any(runs for runs in found.values()):
@@ -174,22 +197,28 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
     return "\n".join(text) + "\n"
 
 
-def _arm_row(arm: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
+def _arm_row(arm: str, story: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
     after = {seed: run["success_after"] for seed, run in runs.items()}
-    k, n = sum(each["k"] for each in after.values()), sum(each["n"] for each in after.values())
-    low, high = wilson(k, n)
     mean = _points([100 * each["rate"] for each in after.values()], signed=False)
     shared = [seed for seed in after if seed in full and arm != "full"]
     less = [100 * (after[seed]["rate"] - full[seed]["success_after"]["rate"]) for seed in shared]
-    pooled = f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    before, pooled = (_pooled([run[key] for run in runs.values()]) for key in ("success_before", "success_after"))
     says = _verdict(less, ARMS[arm].seeds) if less else ""
     return (
-        f"| {arm} | {_changes(arm)} | {ARMS[arm].claim} | {len(runs)} | {pooled} | {mean} | {_points(less)} | {says} |"
+        f"| {arm} | {_changes(arm, story)} | {ARMS[arm].claim} | {len(runs)} | {before} | {pooled} | {mean} "
+        f"| {_points(less)} | {says} |"
     )
 
 
-def _changes(arm: str) -> str:
-    return ", ".join(f"`{each}`" for each in ARMS[arm].overrides) or "nothing"
+def _pooled(rates: Sequence[dict[str, Any]]) -> str:
+    k, n = sum(each["k"] for each in rates), sum(each["n"] for each in rates)
+    low, high = wilson(k, n)
+    return f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _changes(arm: str, story: str) -> str:
+    overrides = (*ARMS[arm].overrides, *(GROUP_OVERRIDES.get(story, ()) if arm in ("grpo", "rloo") else ()))
+    return ", ".join(f"`{each}`" for each in overrides) or "nothing"
 
 
 def _points(values: Sequence[float], *, signed: bool = True) -> str:
@@ -208,14 +237,17 @@ def _verdict(less: Sequence[float], needed: int) -> str:
 
 
 def _run_row(arm: str, seed: int, run: dict[str, Any]) -> str:
-    def rate(found: dict[str, Any] | None) -> str:
-        return "" if not found else f"{found['k']}/{found['n']} = {100 * found['rate']:.1f} %"
+    def rate(found: dict[str, Any]) -> str:
+        return f"{found['k']}/{found['n']} = {100 * found['rate']:.1f} %"
 
-    best = run.get("best")
-    chosen = f"{rate(best['success'][run['mode']])} (iteration {best['iteration']} of {best['of']})" if best else ""
-    minutes = run["wall_s"]["total"] / 60
+    others = [each["mode"] for each in run["temperatures"] if each["mode"] != run["mode"]]
+    beside = ", ".join(f"{mode} {rate(run[f'success_after_{mode}'])}" for mode in others)
+    if best := run.get("best"):
+        rated = rate(best["success"][run["mode"]])
+        beside += f"; best by validation {rated} (iteration {best['iteration']} of {best['of']})"
     return (
-        f"| {arm} | {seed} | {rate(run['success_before'])} | {rate(run['success_after'])} | {chosen} | {minutes:.1f} |"
+        f"| {arm} | {seed} | {rate(run['success_before'])} | {rate(run['success_after'])} | {beside} "
+        f"| {run['num_env_steps']} | {run['wall_s']['total'] / 60:.1f} |"
     )
 
 
