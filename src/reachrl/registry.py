@@ -25,6 +25,10 @@ BUILTINS: dict[str, dict[str, tuple[str, str]]] = {
             "reachrl.config.oft:OpenVLAOFTConfig",
         ),
     },
+    "policy_folders": {
+        "openvla": ("reachrl.policies.openvla.folders:OpenVLAFolders", "reachrl.config.policy:OpenVLAConfig"),
+        "openvla_oft": ("reachrl.policies.openvla_oft.folders:OFTFolders", "reachrl.config.oft:OpenVLAOFTConfig"),
+    },
     "envs": {
         "metaworld": ("reachrl.envs.metaworld:MetaworldEnv", "reachrl.config.env:MetaworldConfig"),
         "libero": ("reachrl.envs.libero.env:LiberoEnv", "reachrl.config.libero:LiberoConfig"),

@@ -43,23 +43,14 @@ def command(*arguments: str) -> str:
 
 
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
-    """The project's modules that are imported when the module in a file is: not in functions, nor for types alone."""
+    """The project's modules that a file imports anywhere: at its top, inside a function, or for annotations alone."""
     found: set[str] = set()
-
-    def walk(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module:
-                whole = {f"{child.module}.{alias.name}" for alias in child.names}
-                found.update(whole & modules or {child.module})
-            elif isinstance(child, ast.FunctionDef) or (
-                isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-            ):
-                continue
-            walk(child)
-
-    walk(ast.parse(path.read_text()))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= whole if whole <= modules else {node.module, *whole}
     return found & modules
 
 
@@ -84,8 +75,15 @@ def test_no_import_runs_in_a_circle():
 def test_an_import_circle_would_be_found(tmp_path):
     (tmp_path / "a.py").write_text("from b import f\n")
     (tmp_path / "b.py").write_text("try:\n    import a\nexcept ImportError:\n    pass\nimport c\n")
-    (tmp_path / "c.py").write_text("import json\n\ndef f():\n    import a\n")
+    (tmp_path / "c.py").write_text("import json\n")
     (tmp_path / "d.py").write_text("import a\n")
+    assert import_circle(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("back", ["def f():\n    import a\n", "if TYPE_CHECKING:\n    from a import f\n"])
+def test_an_import_circle_through_a_function_or_an_annotation_would_be_found(tmp_path, back):
+    (tmp_path / "a.py").write_text("import b\n")
+    (tmp_path / "b.py").write_text(back)
     assert import_circle(tmp_path) == ["a", "b"]
 
 

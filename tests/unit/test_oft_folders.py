@@ -13,7 +13,7 @@ from small_policy import foreign
 
 from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
-from reachrl.policies.folders import kind_of, resolve
+from reachrl.policies.folders import folders_of, kind_of
 from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.official_export import export_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -138,7 +138,7 @@ def test_a_folder_with_a_sign_is_of_this_kind(tmp_path):
     plain = write_oft(tmp_path / "plain")
     signed = write_oft(tmp_path / "signed", state=True)
     assert (kind_of(plain), kind_of(signed)) == ("openvla", "openvla_oft")
-    facts = resolve("policies", "openvla_oft").folders.inspect(signed).facts
+    facts = folders_of(signed)[1].inspect(signed).facts
     assert facts["layout"].endswith(f"OpenVLA-OFT by the file {PROPRIO_FILE}: another function than plain OpenVLA's")
     assert facts["kind"].startswith("policy.kind=openvla_oft, with policy.chunk_size")
 

@@ -1,13 +1,13 @@
 """Options of the policy: sizes of the Prismatic architecture, prompt, critic and where weights come from."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from reachrl.config.base import Section
 from reachrl.config.language_model import LanguageModelConfig, LoRAConfig
-from reachrl.config.marks import Affects
+from reachrl.config.marks import Affects, affecting
 from reachrl.config.towers import TINY_TOWER, TowerConfig, ViTTowerConfig
 from reachrl.errors import ConfigError
 
@@ -148,6 +148,14 @@ class PrismaticConfig(Section):
         if self.compile_prefill and not self.rollout_copy:
             raise ValueError("compile_prefill=true compiles the copy for decoding: set policy.rollout_copy=true")
         return self
+
+    def architecture(self) -> dict[str, Any]:
+        """The keys that decide which weights fit."""
+        architecture = affecting(self, Affects.ARCHITECTURE)
+        llm = architecture["language_model"]
+        if llm["num_kv_heads"] == llm["num_heads"]:  # the same as None
+            llm["num_kv_heads"] = None
+        return architecture
 
     @property
     def arithmetic(self) -> Literal["float32", "bfloat16"]:

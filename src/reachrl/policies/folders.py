@@ -168,7 +168,7 @@ def kind_of(folder: Path) -> str:
         raise CheckpointError(f"{folder} is a run's, a checkpoint's or a stage's folder: give {folder / POLICY}")
     reasons = {}
     for kind in sorted(kinds("policies"), key=lambda kind: kind not in BUILTINS["policies"]):
-        why = resolve("policies", kind).folders.why_not(folder, kind)
+        why = _folders(kind).why_not(folder, kind)
         if why is None:
             return kind
         reasons[kind] = why
@@ -188,4 +188,9 @@ def folders_of(checkpoint: Path) -> tuple[Path, PolicyFolders]:
         CheckpointError: it is no policy of a known kind.
     """
     folder = locate(checkpoint)
-    return folder, resolve("policies", kind_of(folder)).folders
+    return folder, _folders(kind_of(folder))
+
+
+def _folders(kind: str) -> PolicyFolders:
+    """What can be done with saved policies of a kind; the defaults where it brings nothing of its own."""
+    return resolve("policy_folders", kind)() if kind in kinds("policy_folders") else PolicyFolders()

@@ -10,7 +10,6 @@ from torch import nn
 
 from reachrl.config.base import Section
 from reachrl.errors import CheckpointError
-from reachrl.policies.folders import PolicyFolders
 
 P = TypeVar("P", bound=nn.Module)
 
@@ -19,8 +18,6 @@ class PolicyModule(nn.Module, ABC):
     """The part of the interface of a policy that does not depend on what it sees and decides."""
 
     Config: ClassVar[type[Section]]
-    folders: ClassVar[PolicyFolders] = PolicyFolders()
-    """What recognises, describes, verifies and exports saved policies of this kind."""
 
     @property
     def device(self) -> torch.device:

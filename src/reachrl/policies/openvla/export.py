@@ -17,7 +17,7 @@ from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.policies.lora.export import copy_adapter, merge_files, refuse_whole
 from reachrl.policies.lora.files import VALUE_FILE, base_of, check_base, is_adapter
 from reachrl.policies.lora.merge_check import MergeCheck, check_merged
-from reachrl.policies.openvla.family import family_of, policy_class
+from reachrl.policies.openvla.family import family_of
 from reachrl.policies.openvla.names import canonical_key
 from reachrl.policies.openvla.official import is_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -25,6 +25,7 @@ from reachrl.policies.openvla.statistics import norm_stats
 from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.storage.saved import CONFIG_FILE, OUR_STATS, STATS_FILE, TOKENIZER_FILE, write_new
 from reachrl.policies.storage.weights import read_json, weight_files
+from reachrl.registry import resolve
 from reachrl.run.manifest import MANIFEST, verify_if_sealed
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ def _merge(folder: Path, out: Path) -> Merge:
         critic = "shared" if is_official(base) else read_config(base).critic
         # One after the other, and the merged weights as they are stored: in float32 7B would take 30 GB. In bfloat16
         # the arithmetic's own noise is a part of the distance, a small one beside that of rounding to 4 bits.
-        build = policy_class(saved)
+        build = resolve("policies", saved.kind)
         scores = _scores(build(saved))
         update = {"lora": None, "dataset": None, "critic": critic, "rollout_copy": False, "checkpoint": out}
         trained = (scores - _scores(build(saved.model_copy(update=update)))).abs().mean().item()

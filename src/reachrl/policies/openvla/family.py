@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.errors import CheckpointError
@@ -15,15 +15,14 @@ from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json
 from reachrl.registry import BUILTINS, resolve, section_class
 
-if TYPE_CHECKING:
-    from reachrl.policies.openvla.policy import OpenVLAPolicy
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """Plain OpenVLA: its section, and what is refused and read of a folder in the official layout."""
 
     section: ClassVar[type[PrismaticConfig]] = OpenVLAConfig
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the names of weights that an official folder keeps in files of their own."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """What the user has stated of an official checkpoint, by key: no file states it."""
 
@@ -95,11 +94,6 @@ def stored_section(raw: Mapping[str, Any]) -> type[PrismaticConfig]:
     return found if issubclass(found, PrismaticConfig) else OpenVLAConfig
 
 
-def policy_class(config: PrismaticConfig) -> type["OpenVLAPolicy"]:
-    """The class that a configuration is of."""
-    return resolve("policies", config.kind)
-
-
 def family_of(config: PrismaticConfig) -> Family:
     """What an official checkpoint is read as, given what a configuration states of it."""
-    return policy_class(config).family(config)
+    return resolve("policies", config.kind).family(config)

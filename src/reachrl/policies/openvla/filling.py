@@ -1,7 +1,6 @@
 """Weights on disk into a policy that was built from what the folder says."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -13,17 +12,14 @@ from reachrl.policies.lora import four_bit
 from reachrl.policies.lora.files import VALUE_FILE
 from reachrl.policies.lora.merging import merge_into
 from reachrl.policies.openvla.names import HEAD, LAYERS, VALUE, adapter_sets, canonical_key
+from reachrl.policies.openvla.network import PrismaticNetwork
 from reachrl.policies.openvla.official import is_dead, is_official, ties_embeddings
-from reachrl.policies.openvla.storage import architecture_of
 from reachrl.policies.storage.saved import CONFIG_FILE, SavedPolicy, compare_architectures, load_head
 from reachrl.policies.storage.weights import check_shapes, copy_weights, read_shapes
 from reachrl.run.manifest import verify_if_sealed
 
-if TYPE_CHECKING:
-    from reachrl.policies.openvla.policy import OpenVLAPolicy
 
-
-def fill(policy: "OpenVLAPolicy", saved: SavedPolicy[PrismaticConfig], device: torch.device) -> None:
+def fill(policy: PrismaticNetwork, saved: SavedPolicy[PrismaticConfig], device: torch.device) -> None:
     """Read the weights into a policy that was built without storage (on the meta device), straight onto `device`.
 
     Whole weights are read as they are; adapters are read with their base. A policy configured without adapters gets
@@ -60,14 +56,14 @@ def fill(policy: "OpenVLAPolicy", saved: SavedPolicy[PrismaticConfig], device: t
         load_head(policy.value_head, folder / VALUE_FILE, VALUE)
 
 
-def refill(policy: "OpenVLAPolicy", saved: SavedPolicy[PrismaticConfig]) -> None:
+def refill(policy: PrismaticNetwork, saved: SavedPolicy[PrismaticConfig]) -> None:
     """Read the weights of a policy that was saved by one of the same architecture, adapters on the base that is here.
 
     Raises:
         CheckpointError: a file is missing or truncated, or the folder holds another architecture.
     """
     folder, config = saved.folder, policy.config
-    compare_architectures(architecture_of(saved.config), policy.architecture(), folder, set())
+    compare_architectures(saved.config.architecture(), policy.architecture(), folder, set())
     if config.lora is None:
         own = {key: tuple(value.shape) for key, value in policy.state_dict().items()}
         check_shapes(own, read_shapes(folder, canonical_key), folder)
@@ -78,14 +74,14 @@ def refill(policy: "OpenVLAPolicy", saved: SavedPolicy[PrismaticConfig]) -> None
         load_head(policy.value_head, folder / VALUE_FILE, VALUE)
 
 
-def _fill_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> None:
+def _fill_whole(policy: PrismaticNetwork, folder: Path, device: torch.device) -> None:
     """Give the policy storage and the weights of a folder without adapters."""
     official, config = is_official(folder), policy.config
     family = policy.family(config)
     if official:
         family.check(folder)
     tied = official and ties_embeddings(folder)
-    absent = (VALUE, "critic.", *policy.companions, *((HEAD,) if tied else ()))
+    absent = (VALUE, "critic.", *family.companions, *((HEAD,) if tied else ()))
     check_shapes(
         {key: tuple(value.shape) for key, value in policy.state_dict().items()},
         read_shapes(folder, canonical_key),
@@ -111,7 +107,7 @@ def _fill_whole(policy: "OpenVLAPolicy", folder: Path, device: torch.device) -> 
 
 
 @torch.no_grad()
-def _tie(policy: "OpenVLAPolicy", folder: Path) -> None:
+def _tie(policy: PrismaticNetwork, folder: Path) -> None:
     """Give the head the rows of the embedding, which it shares by the configuration; from here on they are two."""
     words, head = policy.language_model.model.embed_tokens.weight, policy.language_model.lm_head.weight
     if HEAD not in read_shapes(folder, canonical_key):

@@ -6,13 +6,18 @@ from pathlib import Path
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.folders import Inspection, PolicyFolders, Verification
 from reachrl.policies.lora.files import base_name, is_adapter
+from reachrl.policies.openvla.description import describe
+from reachrl.policies.openvla.export import export_adapter, export_merged
+from reachrl.policies.openvla.inspection import inspect_folder
 from reachrl.policies.openvla.official import is_official
+from reachrl.policies.openvla.official_export import export_official
 from reachrl.policies.openvla.oft import oft_signal
+from reachrl.policies.openvla.verify import verify
 from reachrl.policies.storage.saved import CONFIG_FILE
 
 
 class OpenVLAFolders(PolicyFolders):
-    """What is imported when it is asked for: all of it builds policies."""
+    """Official checkpoints, adapters of other tools, and what ReachRL wrote."""
 
     def why_not(self, folder: Path, kind: str) -> str | None:
         """An adapter of another tool is what its base is, and taken for OpenVLA where the base is not here."""
@@ -29,9 +34,6 @@ class OpenVLAFolders(PolicyFolders):
 
     def inspect(self, folder: Path) -> Inspection:
         """Sizes, layout, statistics and prompt."""
-        from reachrl.policies.openvla.description import describe
-        from reachrl.policies.openvla.inspection import inspect_folder
-
         return describe(inspect_folder(folder))
 
     def verify(
@@ -46,15 +48,11 @@ class OpenVLAFolders(PolicyFolders):
         """Against OpenVLA's official code."""
         if options:
             raise ConfigError(f"--option {next(iter(options))}: the files of a plain OpenVLA state everything")
-        from reachrl.policies.openvla.verify import verify
 
         return verify(folder, recorded, dataset=dataset, tower_heads=tower_heads)
 
     def export(self, folder: Path, out: Path, *, merge: bool, base: Path | None) -> list[str]:
         """Adapters alone, adapters folded into their base, or whole weights in the official layout."""
-        from reachrl.policies.openvla.export import export_adapter, export_merged
-        from reachrl.policies.openvla.official_export import export_official
-
         if base is not None and is_adapter(folder):
             raise ConfigError(f"--base is for whole weights; the adapters in {folder} name their base themselves")
         if merge:

@@ -17,7 +17,7 @@ from reachrl.policies.decoding.recordings import Recorder
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import build_llama, decoder_layers, last_hidden
 from reachrl.policies.lora import adapters
-from reachrl.policies.openvla import storage
+from reachrl.policies.openvla.family import OPENVLA, Family
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.names import TARGETS, VALUE, adapter_sets
@@ -37,6 +37,14 @@ class PrismaticNetwork(Policy):
     """The vocabulary id of the first token that may be chosen."""
     _rollout: RolloutCopy | None
     _recorder: Recorder | None = None  # for planning
+
+    @classmethod
+    def family(cls, config: PrismaticConfig) -> Family:
+        """What an official checkpoint is read as, given what `config` states of it."""
+        return OPENVLA
+
+    def fill_companions(self, folder: Path) -> None:
+        """Read what an official folder keeps beside its weights."""
 
     def _build(self) -> None:
         config, llm = self.config, self.config.language_model
@@ -204,4 +212,4 @@ class PrismaticNetwork(Policy):
 
     def architecture(self) -> dict[str, Any]:
         """What must be equal for weights to fit; stored in checkpoints and compared on load."""
-        return storage.architecture_of(self.config)
+        return self.config.architecture()

@@ -11,13 +11,12 @@ from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.openvla.export import copy_surroundings
-from reachrl.policies.openvla.family import family_of, policy_class
+from reachrl.policies.openvla.family import family_of
 from reachrl.policies.openvla.names import HEAD, canonical_key
 from reachrl.policies.openvla.official import is_dead, is_official, ties_embeddings
 from reachrl.policies.openvla.storage import (
     NOT_OFFICIAL,
     PIXEL_STATISTICS,
-    architecture_of,
     origin_of,
     read_config,
 )
@@ -86,7 +85,7 @@ def _check_base(config: PrismaticConfig, folder: Path, base: Path) -> None:
     ignored = NOT_OFFICIAL
     if set(PIXEL_STATISTICS) <= stored.model_fields_set:
         ignored = ignored - set(PIXEL_STATISTICS)
-    compare_architectures(architecture_of(stored), architecture_of(config), base, set(ignored) | {"lora"})
+    compare_architectures(stored.architecture(), config.architecture(), base, set(ignored) | {"lora"})
     check_shapes(
         {key: shape for key, shape in read_shapes(folder, canonical_key).items() if not key.startswith(_apart(config))},
         read_shapes(base, canonical_key),
@@ -98,7 +97,7 @@ def _check_base(config: PrismaticConfig, folder: Path, base: Path) -> None:
 
 def _apart(config: PrismaticConfig) -> tuple[str, ...]:
     """How names of weights begin that the official layout does not keep among the others."""
-    return (*_CRITIC, *policy_class(config).companions)
+    return (*_CRITIC, *family_of(config).companions)
 
 
 def _write_config(config: PrismaticConfig, base: Path, out: Path) -> None:

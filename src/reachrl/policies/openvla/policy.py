@@ -20,19 +20,27 @@ from reachrl.policies.base import ActionSample, Evaluation, Noise
 from reachrl.policies.decoding.decode import action_logits, decode
 from reachrl.policies.decoding.recordings import Recorder
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
-from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.llama import PLAIN
+from reachrl.policies.lora import files as lora_files
 from reachrl.policies.lora import four_bit
+from reachrl.policies.lora.files import VALUE_FILE
 from reachrl.policies.openvla import filling, storage
 from reachrl.policies.openvla.actions import BinnedActions
 from reachrl.policies.openvla.encoding import PromptAndPixels
 from reachrl.policies.openvla.family import OPENVLA, Family
-from reachrl.policies.openvla.folders import OpenVLAFolders
 from reachrl.policies.openvla.inputs import OpenVLAInputs
-from reachrl.policies.openvla.names import LAYERS
+from reachrl.policies.openvla.names import LAYERS, VALUE, adapter_sets
 from reachrl.policies.openvla.network import PrismaticNetwork
 from reachrl.policies.openvla.sequence import embed
-from reachrl.policies.storage.saved import SavedPolicy
+from reachrl.policies.storage.saved import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    SavedPolicy,
+    write_policy,
+    write_state,
+    write_stats,
+)
+from reachrl.policies.storage.weights import SINGLE_FILE
 
 
 class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
@@ -43,9 +51,6 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
     """
 
     Config: ClassVar[type[Section]] = OpenVLAConfig
-    folders: ClassVar[PolicyFolders] = OpenVLAFolders()
-    companions: ClassVar[tuple[str, ...]] = ()
-    """How names of weights begin that an official folder keeps in files of their own."""
 
     def __init__(self, config: PrismaticConfig, saved: SavedPolicy[PrismaticConfig] | None = None) -> None:
         """Build the policy; random weights unless `config.checkpoint` names a folder.
@@ -104,14 +109,6 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         if config.lora is not None:
             policy.add_adapters(Path("outline"))
         return policy
-
-    @classmethod
-    def family(cls, config: PrismaticConfig) -> Family:
-        """What an official checkpoint is read as, given what `config` states of it."""
-        return OPENVLA
-
-    def fill_companions(self, folder: Path) -> None:
-        """Read what an official folder keeps beside its weights."""
 
     def cache(self, inputs: OpenVLAInputs) -> OpenVLAInputs:
         """Rows with the vision towers' output instead of pixels."""
@@ -192,9 +189,32 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors), configuration, tokenizer and action statistics into `folder`.
 
-        With `config.lora`, the weights are the adapters (a standard peft folder) and the value head.
+        With `config.lora`, the weights are the adapters (a standard peft folder) and the value head. The folder is
+        written aside and renamed into place; an earlier one stays until then.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written; what was there before is intact.
         """
-        storage.save(self, folder)
+        write_policy(folder, self._write)
+
+    def _write(self, folder: Path) -> None:
+        config = self.config
+        # What the weights began as, for an export in its layout; reading puts the folder itself in its place.
+        checkpoint = self.origin
+        if config.lora is None:
+            write_state(self.state_dict(), folder / SINGLE_FILE)
+        else:
+            assert self.base is not None
+            checkpoint = self.base
+            lora_files.save(self, adapter_sets(config), folder, base=self.base)
+            write_state(self.value_head.state_dict(prefix=VALUE), folder / VALUE_FILE)
+        text = config.model_copy(update={"checkpoint": checkpoint}).model_dump_json(indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_stats(folder, self.action_stats, self.state_stats)
+        if self.trained_on is not None:
+            self.trained_on.write(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder / TOKENIZER_FILE)
 
     def restore(self, folder: Path) -> None:
         """Read back what `save_pretrained` wrote, without building a second policy.

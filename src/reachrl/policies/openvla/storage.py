@@ -1,22 +1,19 @@
-"""A policy on disk: read as a value before it is built, written complete or not at all."""
+"""A policy on disk, read as a value before it is built."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from reachrl.config.marks import Affects, affecting
 from reachrl.config.policy import PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.lora import files as lora_files
 from reachrl.policies.lora.deltas import check_agreement
 from reachrl.policies.lora.files import VALUE_FILE, base_name, base_of, is_adapter
 from reachrl.policies.openvla.family import OPENVLA, Family, check_kind, stored_section
-from reachrl.policies.openvla.names import VALUE, adapter_sets
+from reachrl.policies.openvla.names import adapter_sets
 from reachrl.policies.openvla.official import is_official, official_config, problems_of
 from reachrl.policies.openvla.statistics import dataset_of, norm_stats
 from reachrl.policies.storage.hub import locate
@@ -27,59 +24,17 @@ from reachrl.policies.storage.saved import (
     SavedPolicy,
     compare_architectures,
     read_stats,
-    write_policy,
-    write_state,
-    write_stats,
 )
-from reachrl.policies.storage.weights import SINGLE_FILE, read_json
+from reachrl.policies.storage.weights import read_json
 from reachrl.policies.trained_on import TrainedOn
 from reachrl.run.manifest import verify_if_sealed
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from reachrl.policies.openvla.policy import OpenVLAPolicy
-
 PIXEL_STATISTICS = ("image_mean", "image_std")
 # The critic is ours: an official checkpoint has none and its configuration does not mention it. Its pixel statistics
 # are taken over, not compared.
 NOT_OFFICIAL = {"critic", "value_hidden_size", "num_action_tokens", *PIXEL_STATISTICS}
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def save(policy: "OpenVLAPolicy", folder: Path) -> None:
-    """Write the policy aside and rename it into place; an earlier one in `folder` stays until then.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written; what was there before is intact.
-    """
-    write_policy(folder, lambda aside: _write(policy, aside))
-
-
-def _write(policy: "OpenVLAPolicy", folder: Path) -> None:
-    """Whole weights; or, on a frozen base, the adapters and the value head alone."""
-    config = policy.config
-    # What the weights began as, for an export in its layout; reading puts the folder itself in its place.
-    update: dict[str, Path | None] = {"checkpoint": policy.origin}
-    if config.lora is None:
-        write_state(policy.state_dict(), folder / SINGLE_FILE)
-    else:
-        assert policy.base is not None
-        update["checkpoint"] = policy.base
-        lora_files.save(policy, adapter_sets(config), folder, base=policy.base)
-        write_state(policy.value_head.state_dict(prefix=VALUE), folder / VALUE_FILE)
-    text = config.model_copy(update=update).model_dump_json(indent=2)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    write_stats(folder, policy.action_stats, policy.state_stats)
-    if policy.trained_on is not None:
-        policy.trained_on.write(folder)
-    if policy.tokenizer is not None:
-        policy.tokenizer.save(folder / TOKENIZER_FILE)
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
 
 
 def read(
@@ -212,15 +167,6 @@ def origin_of(name: Path, whole: Path) -> Path | None:
 # --- what is stored beside what is configured --------------------------------------------------------------------
 
 
-def architecture_of(config: PrismaticConfig) -> dict[str, Any]:
-    """The part of a configuration that decides which weights fit."""
-    architecture = affecting(config, Affects.ARCHITECTURE)
-    llm = architecture["language_model"]
-    if llm["num_kv_heads"] == llm["num_heads"]:  # as if it were not said
-        llm["num_kv_heads"] = None
-    return architecture
-
-
 def read_for(config: PrismaticConfig, family: Family = OPENVLA) -> SavedPolicy[PrismaticConfig]:
     """What `config.checkpoint` names, which no file says everything of.
 
@@ -260,7 +206,7 @@ def agreed(config: PrismaticConfig, saved: SavedPolicy[PrismaticConfig]) -> Pris
         )  # fmt: skip
     if "adapter" in (stored.critic, config.critic):
         ignored |= {"critic"}
-    compare_architectures(architecture_of(stored), architecture_of(config), folder, ignored)
+    compare_architectures(stored.architecture(), config.architecture(), folder, ignored)
     if official and set(PIXEL_STATISTICS) <= stored.model_fields_set:
         return _with_pixel_statistics(config, stored, folder)
     return config

@@ -26,6 +26,7 @@ class OFTFamily(Family):
     """OpenVLA-OFT with the token head."""
 
     section: ClassVar[type[PrismaticConfig]] = OpenVLAOFTConfig
+    companions: ClassVar[tuple[str, ...]] = (f"{PROPRIO}.",)
 
     def of(self, config: PrismaticConfig) -> Family:
         """The same, with what a configuration states."""

@@ -9,6 +9,7 @@ from reachrl.policies.lora.files import base_name, is_adapter
 from reachrl.policies.openvla.folders import OpenVLAFolders
 from reachrl.policies.openvla.official import is_official
 from reachrl.policies.openvla.oft import oft_signal
+from reachrl.policies.openvla_oft.verify import verify
 from reachrl.policies.storage.saved import CONFIG_FILE
 
 
@@ -38,6 +39,4 @@ class OFTFolders(OpenVLAFolders):
         options: Mapping[str, str] | None = None,
     ) -> Verification:
         """Against OpenVLA-OFT's official code, SimpleVLA-RL or RLinf."""
-        from reachrl.policies.openvla_oft.verify import verify
-
         return verify(folder, recorded, dataset=dataset, tower_heads=tower_heads, options=options)

@@ -17,7 +17,6 @@ from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.base import ActionSample, Noise
 from reachrl.policies.decoding.decode import action_logits
-from reachrl.policies.folders import PolicyFolders
 from reachrl.policies.llama import acting_hidden
 from reachrl.policies.lora import adapters
 from reachrl.policies.openvla.family import Family
@@ -25,7 +24,6 @@ from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
 from reachrl.policies.openvla_oft.companions import PROPRIO, find, read_tensors
 from reachrl.policies.openvla_oft.family import EPSILON, OFTFamily
-from reachrl.policies.openvla_oft.folders import OFTFolders
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.proprio import ProprioProjector, normalise_state
 from reachrl.policies.openvla_oft.sequence import chunk_hidden, embed_chunk
@@ -42,8 +40,6 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
     """
 
     Config: ClassVar[type[Section]] = OpenVLAOFTConfig
-    folders: ClassVar[PolicyFolders] = OFTFolders()
-    companions: ClassVar[tuple[str, ...]] = (f"{PROPRIO}.",)
     config: OpenVLAOFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
