@@ -25,6 +25,7 @@ from reachrl.rewards.audit import RewardAudit
 from reachrl.rewards.base import Reward, check_finite
 from reachrl.rollout.join import append_rewards, append_rollouts
 from reachrl.run.directory import Run
+from reachrl.run.metrics import records_by_kind
 from reachrl.run.spans import Timelines
 from reachrl.training_checkpoint import Checkpointed, TrainState, checkpoint_due, restore, save
 from reachrl.types import Rewards, Rollout
@@ -137,8 +138,9 @@ def check_lag(config: TrainConfig, lag: int, *, expected: int) -> None:
 
 def new_explainer(config: TrainConfig, run: Run) -> Explainer:
     """Says why the run does not learn, if it does not; it knows what was trained before."""
-    demos = next(iter(run.metrics.read("demos")), None)
-    return Explainer(run.metrics.read("train"), after=config.explain_after, demos=demos, max_steps=config.env.max_steps)
+    known = records_by_kind(run.metrics.path)
+    demos = next(iter(known["demos"]), None)
+    return Explainer(known["train"], after=config.explain_after, demos=demos, max_steps=config.env.max_steps)
 
 
 def finish_validation(config: TrainConfig, state: TrainState, parts: Checkpointed) -> TrainState:

@@ -127,5 +127,4 @@ def saved_reward_state(run: Run) -> dict[str, Any]:
 
 
 def _forget_after(run: Run, iteration: int) -> None:
-    for kind in ("train", "validation"):
-        run.metrics.truncate_after(kind, "iteration", iteration)
+    run.metrics.truncate_after(("train", "validation"), "iteration", iteration)

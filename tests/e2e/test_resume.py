@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import Forked, run_reachrl, start_reachrl
+
 pytestmark = pytest.mark.e2e
 
 # Two iterations between checkpoints, so that a kill loses finished iterations that must be run again.
@@ -32,15 +34,14 @@ OVERRIDES = [
     "eval.num_starts=2",
     "num_threads=1",
 ]
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(stage: str, run: Path) -> list[str]:
-    return [sys.executable, "-m", "reachrl", *stage.split(), "toy", *OVERRIDES, "--run", str(run)]
+    return [*stage.split(), "toy", *OVERRIDES, "--run", str(run)]
 
 
-def run_to_end(stage: str, run: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(stage, run), env=ENV, capture_output=True, text=True, timeout=300, check=False)
+def run_to_end(stage: str, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+    return run_reachrl(*command(stage, run), *changes)
 
 
 def train_lines(run: Path) -> list[dict]:
@@ -73,30 +74,38 @@ def uninterrupted(prepared, tmp_path_factory) -> Path:
     return run
 
 
-def interrupt(run: Path, after_lines: int, how: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start training, wait for some iterations and a moment into the next, and stop it."""
-    process = subprocess.Popen(
-        command("train", run), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def fresh(stage: str, run: Path) -> subprocess.Popen[str]:
+    """Start a stage in an interpreter of its own: what the terminal's Ctrl-C meets, with other orders of sets."""
+    arguments = [sys.executable, "-m", "reachrl", *command(stage, run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(
+    process: subprocess.Popen[str] | Forked, run: Path, after_lines: int, how: signal.Signals
+) -> subprocess.CompletedProcess[str]:
+    """Wait for some iterations and a moment into the next, and stop the process that trains."""
     deadline = time.monotonic() + 120
     while len(train_lines(run)) < after_lines and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return subprocess.CompletedProcess("train", process.wait(), out, err)
 
 
 @pytest.mark.parametrize(("after_lines", "how"), [(3, signal.SIGKILL), (1, signal.SIGKILL), (4, signal.SIGINT)])
 def test_a_resumed_run_equals_one_left_alone(prepared, uninterrupted, tmp_path, after_lines, how):
     run = tmp_path / "run"
     shutil.copytree(prepared, run)
-    stopped = interrupt(run, after_lines, how)
+    start = fresh if how == signal.SIGINT else lambda stage, run: start_reachrl(*command(stage, run))
+    stopped = interrupt(start("train", run), run, after_lines, how)
     assert stopped.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stopped.stderr
     if how == signal.SIGINT:
         assert "resume" in stopped.stderr and "Traceback" not in stopped.stderr
-    resumed = run_to_end("train", run)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = start("train", run)
+    _, said = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, said
     assert train_lines(run) == train_lines(uninterrupted)
     ours, theirs = (folder / "policy" / "model.safetensors" for folder in (run, uninterrupted))
     assert ours.read_bytes() == theirs.read_bytes()
@@ -119,14 +128,7 @@ def test_the_story_ends_with_a_summary_and_a_report(uninterrupted):
 
 
 def test_another_configuration_is_refused_in_the_same_folder(uninterrupted):
-    done = subprocess.run(
-        [*command("train", uninterrupted), "algorithm.lr=0.5"],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_to_end("train", uninterrupted, "algorithm.lr=0.5")
     assert done.returncode == 2
     assert "algorithm.lr" in done.stderr and "0.5" in done.stderr and "Traceback" not in done.stderr
 
@@ -164,8 +166,7 @@ def test_adapters_are_trained_killed_and_resumed_like_whole_weights(prepared, tm
     ]
 
     def stage(name: str, run: Path) -> subprocess.CompletedProcess[str]:
-        arguments = [*command(name, run), *lora]
-        return subprocess.run(arguments, env=ENV, capture_output=True, text=True, timeout=300, check=False)
+        return run_to_end(name, run, *lora)
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     for name in ("demos", "sft", "reward fit"):
@@ -174,7 +175,7 @@ def test_adapters_are_trained_killed_and_resumed_like_whole_weights(prepared, tm
     shutil.copytree(whole, run)
     done = stage("train", whole)
     assert done.returncode == 0, done.stderr
-    process = subprocess.Popen([*command("train", run), *lora], env=ENV, stderr=subprocess.DEVNULL, text=True)
+    process = start_reachrl(*command("train", run), *lora)
     while len(train_lines(run)) < 2 and process.poll() is None:
         time.sleep(0.01)
     process.kill()
@@ -211,11 +212,7 @@ def test_a_simulator_without_an_expert_is_trained_from_a_checkpoint(prepared, tm
     spared = ["sft.epochs=0", f"policy.checkpoint={prepared / 'sft' / 'policy'}", "reward.kind=task"]
 
     def stage(name: str, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
-        arguments = [sys.executable, "-m", "reachrl", name, "toy", *ours, *changes, "--run", str(run)]
-        environment = ENV | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-        return subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path
-        )
+        return run_reachrl(name, "toy", *ours, *changes, "--run", str(run), cwd=tmp_path)
 
     done = stage("demos", tmp_path / "asked")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """A run that does not learn says why: one made-on-purpose cause at a time, on records and in tiny runs."""
 
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -118,6 +119,29 @@ def test_a_fall_is_told_from_the_curriculums_choice():
     assert "success fell to 12 of 64 episodes in the last 4 iterations, from 48 of 64 before" in found.text()
     # Drawn by a curriculum that now asks for the hard ones: the uniform rate stands still.
     assert diagnose([each | {"success_uniform": 0.5} for each in rows], after=AFTER) is None
+
+
+def test_a_fall_is_measured_from_the_best_iterations_in_a_row_however_long_ago():
+    successes = [2, 3, 12, 14, 12, 13, 9, *[7] * 40, 3, 2, 4, 3]
+    rows = [row(i, k) for i, k in enumerate(successes)]
+    rows.insert(3, {"kind": "train", "iteration": 3, "success_k": 0, "success_n": 0})  # no episode ended
+    found = diagnose(rows, after=AFTER)
+    assert found is not None
+    assert "success fell to 12 of 64 episodes in the last 4 iterations, from 51 of 64 before" in found.text()
+
+
+class Record(dict):
+    """A record that can be referred to weakly."""
+
+
+def test_what_is_kept_of_a_run_does_not_grow_with_it():
+    explainer, given = Explainer([], after=AFTER, demos=DEMOS, max_steps=30), []
+    for iteration in range(50):
+        record = Record(row(iteration, 6))
+        explainer.observe(record)
+        given.append(weakref.ref(record))
+    del record
+    assert sum(each() is not None for each in given) == 2 * AFTER
 
 
 def test_an_impossible_task_is_named_beside_ones_that_succeed():

@@ -87,6 +87,14 @@ def test_an_import_circle_through_a_function_or_an_annotation_would_be_found(tmp
     assert import_circle(tmp_path) == ["a", "b"]
 
 
+def test_only_a_policy_with_adapters_brings_peft():
+    # With bitsandbytes, which peft imports where it is installed, more than a second of every start.
+    for path in (ROOT / "src" / "reachrl" / "policies").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:  # what runs when the module is imported
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "peft" not in ast.unparse(node).replace(".", " ").split(), path
+
+
 def too_long(source: Path, file_lines: int = 300, function_lines: int = 60) -> list[str]:
     """Files, and functions without their docstrings, that have more lines than a reader should meet at once."""
     found = []

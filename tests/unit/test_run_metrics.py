@@ -101,6 +101,25 @@ def test_tensorboard_holds_what_the_file_holds_also_after_a_resume(tmp_path: Pat
     assert tensorboard_scalars(tmp_path / "tb" / "eval")["greedy/per_task/reach-v3"][0] == (5, 0.75)
 
 
+@pytest.mark.parametrize("harm", ["cut short", "removed"])
+def test_tensorboard_is_right_after_a_resume_whatever_became_of_its_file(tmp_path: Path, harm: str) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", tmp_path / "tb")
+    for i in range(5):
+        log.log({"kind": "train", "iteration": i, "loss/policy": i / 4})
+    log.close()
+    [file] = (tmp_path / "tb" / "train").iterdir()
+    if harm == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+    log = MetricsLog(tmp_path / "m.jsonl", tmp_path / "tb")
+    log.truncate_after(("train", "validation"), "iteration", 2)
+    log.log({"kind": "train", "iteration": 3, "loss/policy": 7.0})
+    log.close()
+    expected = [(0, 0.0), (1, 0.25), (2, 0.5), (3, 7.0)]
+    assert tensorboard_scalars(tmp_path / "tb" / "train") == {"loss/policy": expected}
+
+
 def test_flatten_skips_words_and_flags() -> None:
     record = {"kind": "eval", "iteration": 3, "mode": "greedy", "k": 1, "rate": 0.5, "note": "x", "wilson95": [0, 1]}
     assert dict(flatten_scalars(record)) == {"greedy/k": 1.0, "greedy/rate": 0.5}

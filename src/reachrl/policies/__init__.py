@@ -2,6 +2,6 @@
 
 import logging
 
-# peft, which any policy may import, brings bitsandbytes along where it is installed; that warns of a kernel that is not
-# used here.
+# peft, which policies with adapters import, brings bitsandbytes along where it is installed; that warns of a kernel
+# that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -43,29 +43,9 @@ class Finding:
     """What to try first."""
 
 
-def latest_with_episodes(rows: Sequence[Row], count: int) -> list[Row]:
-    """The last `count` records in which episodes ended."""
-    return [row for row in rows if row.get("success_n")][-count:]
-
-
 def pooled(rows: Sequence[Row]) -> tuple[int, int]:
     """Successes and episodes of all records."""
     return sum(row["success_k"] for row in rows), sum(row["success_n"] for row in rows)
-
-
-def best_before(rows: Sequence[Row], recent: Sequence[Row], after: int) -> tuple[int, int] | None:
-    """The highest pooled success of `after` iterations in a row before the recent ones.
-
-    A curriculum draws what is hard more often than what is easy, so success as drawn may fall while the policy
-    improves: where `success_uniform` is known and did not fall, nothing did.
-    """
-    known = [row for row in rows if row.get("success_n")][: -len(recent)]
-    windows = [known[start : start + after] for start in range(len(known) - after + 1)]
-    if not windows:
-        return None
-    best = max(windows, key=lambda window: pooled(window)[0] / pooled(window)[1])
-    then, now = _mean(best, "success_uniform"), _mean(recent, "success_uniform")
-    return None if not now < 0.75 * then and not math.isnan(then - now) else pooled(best)
 
 
 def hopeless_tasks(recent: Sequence[Row]) -> list[str]:
@@ -91,7 +71,8 @@ def _values(rows: Sequence[Row], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row.get(key) is not None and row[key] == row[key]]
 
 
-def _mean(rows: Sequence[Row], key: str) -> float:
+def mean(rows: Sequence[Row], key: str) -> float:
+    """Mean of a figure over the records that know it; NaN where none does."""
     values = _values(rows, key)
     return sum(values) / len(values) if values else math.nan
 
@@ -106,14 +87,14 @@ def situation(recent: Sequence[Row]) -> str:
         ("entropy", "entropy {:.2f} nats a token"),
         ("truncated", "{:.0%} of the episodes cut off by the time limit"),
     ):
-        value = _mean(recent, key)
+        value = mean(recent, key)
         said += [] if math.isnan(value) else [form.format(value)]
     return "; ".join(said) or "no further figures"
 
 
 def wrong_statistics(recent: Sequence[Row]) -> Finding | None:
     """Many action numbers beyond the bounds, or hardly any motion: statistics of another data set or unit."""
-    clipped, size = _mean(recent, "actions/beyond_bounds"), _mean(recent, "actions/size")
+    clipped, size = mean(recent, "actions/beyond_bounds"), mean(recent, "actions/size")
     remedy = (
         "check the action statistics: `reachrl model info` shows those of the policy, which must be those of this "
         "environment's actions (policy.dataset chooses among several)"
@@ -133,7 +114,7 @@ def wrong_statistics(recent: Sequence[Row]) -> Finding | None:
 
 def inverted_gripper(recent: Sequence[Row], demos: Row | None) -> Finding | None:
     """The gripper begins episodes unlike that of the demonstrations."""
-    ours, theirs = _mean(recent, "gripper/early"), (demos or {}).get("gripper/early")
+    ours, theirs = mean(recent, "gripper/early"), (demos or {}).get("gripper/early")
     if theirs is None or not abs(ours - theirs) >= _GRIPPER_APART:
         return None
     return Finding(
@@ -162,9 +143,9 @@ def frozen(recent: Sequence[Row]) -> Finding | None:
 
 def short_horizon(recent: Sequence[Row], demos: Row | None, max_steps: int | None) -> Finding | None:
     """Nearly all episodes end at the time limit, still on their way."""
-    if not _mean(recent, "truncated") >= _OFTEN:
+    if not mean(recent, "truncated") >= _OFTEN:
         return None
-    gain, end = _mean(recent, "progress/late_gain"), _mean(recent, "progress/end")
+    gain, end = mean(recent, "progress/late_gain"), mean(recent, "progress/end")
     needed = (demos or {}).get("length_mean")
     closing = gain >= _LATE_GAIN and end < 1
     tight = needed is not None and max_steps is not None and needed > _OFTEN * max_steps
@@ -177,15 +158,20 @@ def short_horizon(recent: Sequence[Row], demos: Row | None, max_steps: int | Non
     return Finding("horizon too short", words, "raise env.max_steps (and rollout.num_steps with it)")
 
 
-def entropy_collapse(rows: Sequence[Row], recent: Sequence[Row]) -> Finding | None:
-    """The entropy fell to a fraction of what the run began with."""
-    values = _values(rows, "entropy")
-    now = _mean(recent, "entropy")
-    if not values or not now <= _COLLAPSED * max(values[: max(1, len(values) // 2)]):
+def entropy_collapse(recent: Sequence[Row], *, begun: float, highest: float) -> Finding | None:
+    """The entropy fell to a fraction of what the run began with.
+
+    Args:
+        recent: the last records.
+        begun: highest entropy of the run's first half; NaN where none is known.
+        highest: of the whole run.
+    """
+    now = mean(recent, "entropy")
+    if not now <= _COLLAPSED * begun:
         return None
     return Finding(
         "entropy collapse",
-        f"entropy collapse: from {max(values):.2f} to {now:.2f} nats a token",
+        f"entropy collapse: from {highest:.2f} to {now:.2f} nats a token",
         "go on from an earlier checkpoint with algorithm.entropy_floor or a lower algorithm.lr, or sample at a "
         "higher rollout.temperature",
     )
@@ -193,8 +179,8 @@ def entropy_collapse(rows: Sequence[Row], recent: Sequence[Row]) -> Finding | No
 
 def parted_reward(recent: Sequence[Row]) -> Finding | None:
     """The dense reward no longer goes with success."""
-    alarms = _mean(recent, "audit/alarm")
-    correlation = _mean(recent, "audit/return_correlation")
+    alarms = mean(recent, "audit/alarm")
+    correlation = mean(recent, "audit/return_correlation")
     if not (alarms >= 0.5 or correlation < 0):
         return None
     return Finding(

@@ -6,7 +6,15 @@ from typing import Any
 
 from reachrl.functional.stats import wilson
 from reachrl.report.formats import percent, plain, task_labels
-from reachrl.report.series import TimeAxis, moving_success, moving_uniform_success, rate_of, time_axes
+from reachrl.report.series import (
+    TimeAxis,
+    blocks,
+    mean_row,
+    moving_success,
+    moving_uniform_success,
+    rate_of,
+    time_axes,
+)
 from reachrl.report.svg import Chart, span
 
 
@@ -60,18 +68,14 @@ def learning_curve(
         (-0.012 * last, last * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48), x_label=axis.label,
         y_label="success rate", y_format=percent, title="Learning curve",
     )  # fmt: skip
-    pooled = moving_success(train, window)
+    pooled = [mean_row(block) for block in blocks(moving_success(train, window))]
     if pooled:
         xs, rates, lows, highs = (list(column) for column in zip(*pooled, strict=True))
         xs = [axis.at(x) for x in xs]
         chart.band(xs, lows, highs, "c-train")
-        for record in train:
-            if record.get("success_n"):
-                k, n = record["success_k"], record["success_n"]
-                note = f"iteration {record['iteration']}: {k} of {n} training episodes"
-                chart.dot(axis.at(record["iteration"]), k / n, "c-train", radius=1.8, note=note, css="dot faint")
+        _draw_iterations(chart, train, axis)
         chart.line(list(zip(xs, rates, strict=True)), "c-train")
-    weighed = moving_uniform_success(train, window)
+    weighed = [mean_row(block) for block in blocks(moving_uniform_success(train, window))]
     if weighed:
         xs = [axis.at(x) for x, *_ in weighed]
         chart.band(xs, [low for *_, low, _ in weighed], [high for *_, high in weighed], "c-uniform")
@@ -110,6 +114,16 @@ def curve_colours(evals: Sequence[dict[str, Any]], validation: Sequence[dict[str
 def _modes(records: Sequence[dict[str, Any]]) -> list[str]:
     """The temperatures of evaluation records by name; `greedy` first, as ever."""
     return sorted(dict.fromkeys(r.get("mode", "greedy") for r in records))
+
+
+def _draw_iterations(chart: Chart, train: Sequence[dict[str, Any]], axis: TimeAxis) -> None:
+    """A faint dot for the episodes of each iteration, in a long run of some neighbours."""
+    for block in blocks([record for record in train if record.get("success_n")]):
+        k, n = (sum(record[key] for record in block) for key in ("success_k", "success_n"))
+        first, last = block[0]["iteration"], block[-1]["iteration"]
+        when = f"iteration {first}" if len(block) == 1 else f"iterations {first} to {last}"
+        note = f"{when}: {k} of {n} training episodes"
+        chart.dot(axis.at(last), k / n, "c-train", radius=1.8, note=note, css="dot faint")
 
 
 def _draw_evaluations(

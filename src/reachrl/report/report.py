@@ -20,12 +20,12 @@ from reachrl.report.sections import (
     reward_model_section,
     timing_section,
 )
-from reachrl.report.series import rate_of, time_axes
+from reachrl.report.series import TimeAxis, rate_of, thinned, time_axes
 from reachrl.report.timeline import timeline_section
 from reachrl.report.verdict import verdict
 from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.configuration import flatten_config, read_history
-from reachrl.run.metrics import read_metrics
+from reachrl.run.metrics import records_by_kind
 from reachrl.run.records import (
     AnyObject,
     Conversation,
@@ -92,7 +92,9 @@ def render_report(run_path: Path) -> str:
     # Everything is read, and so checked, before anything is drawn.
     stages = _read(run_path / "stages.json", Stages) or {}
     turns = _read(run_path / "conversation.json", Conversation)
-    train = read_metrics(run_path / "metrics.jsonl", "train")
+    records = records_by_kind(run_path / "metrics.jsonl")
+    train = records["train"]
+    axes = time_axes(train)
     evals = {name: _read(run_path / "eval" / f"{name}.json", Evaluation) or {} for name in ("before", "after")}
     return render_page(
         "report.html.j2",
@@ -102,16 +104,16 @@ def render_report(run_path: Path) -> str:
         summary=summary,
         caveats=summary.get("caveats", []),
         headline=_headline(summary, evals),
-        learning=_learning(run_path, train, evals),
+        learning=_learning(records, axes, evals),
         tasks=_tasks(evals),
         videos=_videos(run_path, evals),
         conversation=conversation_section(turns),
         curriculum=curriculum_section(train),
-        reward_model=reward_model_section(run_path, summary.get("reward_model")),
+        reward_model=reward_model_section(records["reward_model"], summary.get("reward_model")),
         alarm=alarm_section(run_path, train),
-        warm_start=loss_chart(run_path, "sft", 960),
-        panels=_panels(train),
-        diagnosis=_diagnosis(run_path, config, train),
+        warm_start=loss_chart(records["sft"], 960),
+        panels=_panels(train, axes),
+        diagnosis=_diagnosis(records, config),
         timing=timing_section(summary, stages, train),
         timeline=timeline_section(run_path),
         config=sorted(flatten_config(config).items()) if config else None,
@@ -187,11 +189,11 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
     }
 
 
-def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, Any] | None:
+def _learning(records: dict[str, list[dict]], axes: Sequence[TimeAxis], evals: dict) -> dict[str, Any] | None:
+    train = records["train"]
     # `heldout`: evaluations during training by an earlier version, which played starts of the final evaluation.
-    found = [r for kind in ("heldout", "eval") for r in read_metrics(run_path / "metrics.jsonl", kind)]
-    validation = [r for r in read_metrics(run_path / "metrics.jsonl", "validation") if "k" in r and "iteration" in r]
-    logged = [r for r in found if "k" in r and "iteration" in r]
+    logged = [r for kind in ("heldout", "eval") for r in records[kind] if "k" in r and "iteration" in r]
+    validation = [r for r in records["validation"] if "k" in r and "iteration" in r]
     # A repeated evaluation counts once, as it came out last.
     points = list({(r["iteration"], r.get("mode", "greedy")): r for r in logged}.values())
     last = max((r["iteration"] for r in train), default=None)
@@ -203,7 +205,6 @@ def _learning(run_path: Path, train: Sequence[dict], evals: dict) -> dict[str, A
                 points.append({**record, "iteration": iteration, "mode": mode})
     if not train and not points and not validation:
         return None
-    axes = time_axes(train)
     charts = []
     for axis in axes:
         picture, window = plots.learning_curve(train, points, validation, axis=axis)
@@ -246,25 +247,26 @@ def _videos(run_path: Path, evals: dict) -> dict[str, Any] | None:
     return {"rows": rows, "left_out": left_out}
 
 
-def _diagnosis(run_path: Path, config: dict | None, train: Sequence[dict]) -> Diagnosis | None:
+def _diagnosis(records: dict[str, list[dict]], config: dict | None) -> Diagnosis | None:
     """Why the run does not learn, as its last iterations show it; None where it does."""
     env = (config or {}).get("env") or {}
     return diagnose(
-        train,
+        records["train"],
         after=(config or {}).get("explain_after", 10),
-        demos=next(iter(read_metrics(run_path / "metrics.jsonl", "demos")), None),
+        demos=next(iter(records["demos"]), None),
         max_steps=env.get("max_steps"),
     )
 
 
-def _panels(train: Sequence[dict]) -> list[dict[str, Any]] | None:
+def _panels(train: Sequence[dict], axes: Sequence[TimeAxis]) -> list[dict[str, Any]] | None:
     panels = []
     for title, key, form in PANELS:
         if all(record.get(key) is None for record in train):
             continue
         charts = []
-        for axis in time_axes(train):
-            points = [(axis.at(record["iteration"]), record.get(key)) for record in train]
+        known = thinned([(record["iteration"], record.get(key)) for record in train])
+        for axis in axes:
+            points = [(axis.at(iteration), number) for iteration, number in known]
             picture = plots.panel([(title, "c-after", points)], x_label=axis.label, zero=form == "zero")
             charts.append({"css": axis.css, "chart": drawn(picture)})
         panels.append({"title": title, "key": key, "charts": charts})

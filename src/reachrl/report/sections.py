@@ -9,7 +9,6 @@ from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit
 from reachrl.report.formats import duration, gibibytes
 from reachrl.report.pages import drawn
 from reachrl.report.series import block_means
-from reachrl.run.metrics import read_metrics
 
 MAX_TURNS = 60
 ACTION_NAMES = {
@@ -60,9 +59,8 @@ def curriculum_section(train: Sequence[dict]) -> list[dict[str, Any]] | None:
     return maps or None
 
 
-def loss_chart(run_path: Path, kind: str, width: int) -> Any | None:
-    """Draw training and held-out loss of the warm start or the reward model."""
-    records = read_metrics(run_path / "metrics.jsonl", kind)
+def loss_chart(records: Sequence[dict], width: int) -> Any | None:
+    """Draw training and held-out loss from the records of the warm start or the reward model."""
     series = [
         (name, colour, block_means({r["step"]: r[key] for r in records if "step" in r and key in r}))
         for name, colour, key in (("training", "c-train", "train_loss"), ("held out", "c-after", "heldout_loss"))
@@ -71,9 +69,9 @@ def loss_chart(run_path: Path, kind: str, width: int) -> Any | None:
     return drawn(plots.panel(series, x_label="step", width=width, height=240)) if series else None
 
 
-def reward_model_section(run_path: Path, record: dict | None) -> dict[str, Any] | None:
+def reward_model_section(records: Sequence[dict], record: dict | None) -> dict[str, Any] | None:
     """Losses of the fit and held-out quality; None where no model was fitted."""
-    losses = loss_chart(run_path, "reward_model", 520)
+    losses = loss_chart(records, 520)
     if not record and losses is None:
         return None
     record = record or {}

@@ -4,9 +4,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 from reachrl.functional.stats import wilson
+
+_MOST_POINTS = 600  # of a line or a cloud of dots: a screen shows no more
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class TimeAxis:
         """The place of an iteration: that of the last record up to it, 0 before the first."""
         if not self.numbers:
             return iteration
-        index = bisect_right(self.numbers, iteration, key=lambda pair: pair[0])
+        index = bisect_right(self.numbers, (iteration, math.inf))
         return self.numbers[index - 1][1] if index and iteration > 0 else 0.0
 
 
@@ -58,11 +62,12 @@ def moving_success(train: Sequence[dict[str, Any]], window: int) -> list[tuple[f
     Returns:
         (iteration, rate, low, high) wherever an episode ended in the window; the interval is Wilson's.
     """
+    successes, episodes = ([0, *accumulate(r.get(key) or 0 for r in train)] for key in ("success_k", "success_n"))
     pooled = []
-    for i, record in enumerate(train):
-        recent = train[max(0, i - window + 1) : i + 1]
-        k, n = (sum(r.get(key) or 0 for r in recent) for key in ("success_k", "success_n"))
-        if n:
+    for end, record in enumerate(train, start=1):
+        begin = max(0, end - window)
+        if n := episodes[end] - episodes[begin]:
+            k = successes[end] - successes[begin]
             pooled.append((record["iteration"], k / n, *wilson(k, n)))
     return pooled
 
@@ -97,6 +102,26 @@ def block_means(numbers: dict[float, float | None], most: int = 150) -> list[tup
         most: Most points wanted.
     """
     known = sorted((step, number) for step, number in numbers.items() if number is not None)
-    size = max(1, math.ceil(len(known) / most))
-    blocks = [known[i : i + size] for i in range(0, len(known), size)]
-    return [tuple(sum(column) / len(block) for column in zip(*block, strict=True)) for block in blocks]  # type: ignore[misc]
+    return [mean_row(block) for block in blocks(known, most)]  # type: ignore[misc]
+
+
+def thinned(points: Sequence[tuple[float, float | None]]) -> Sequence[tuple[float, float | None]]:
+    """Average neighbours of a line with more points than a screen shows; None where a block has no number."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    means = []
+    for block in blocks(points):
+        known = [(x, y) for x, y in block if y is not None]
+        means.append(mean_row(known) if known else block[0])
+    return means
+
+
+def blocks(rows: Sequence[_Row], most: int = _MOST_POINTS) -> list[Sequence[_Row]]:
+    """Split rows into at most `most` blocks of neighbours, equally long but for the last."""
+    size = max(1, math.ceil(len(rows) / most))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def mean_row(block: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """The mean of each column."""
+    return tuple(sum(column) / len(block) for column in zip(*block, strict=True))

@@ -3,8 +3,8 @@
 import importlib.util
 import json
 import os
-import shutil
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,23 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     Raises:
         StorageError: A line that is not the last is not JSON.
     """
+    return [record for record, _ in _read_lines(path) if kind is None or record.get("kind") == kind]
+
+
+def records_by_kind(path: Path) -> defaultdict[str, list[dict[str, Any]]]:
+    """Read a metrics file once for several kinds of records; see `read_metrics`.
+
+    Returns:
+        The records of each kind, [] for a kind that the file does not have.
+    """
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in read_metrics(path):
+        found[record["kind"]].append(record)
+    return found
+
+
+def _read_lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Each record with its line; see `read_metrics`."""
     if not Path(path).is_file():
         return []
     *lines, _torn = Path(path).read_bytes().split(b"\n")  # a whole line ends in a newline
@@ -43,16 +60,15 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
                 f"{path} line {number} is damaged ({error}); the file was altered by something else than a kill. "
                 "Remove that line to read the rest."
             ) from error
-        if kind is None or record.get("kind") == kind:
-            records.append(record)
+        records.append((record, line))
     return records
 
 
-_COUNTS = ("iteration", "step", "k", "n", "success_k", "success_n")
-_NUMBERS = (
+_COUNTS = {"iteration", "step", "k", "n", "success_k", "success_n"}
+_NUMBERS = {
     *("train_loss", "heldout_loss", "env_steps", "entropy", "kl", "approx_kl", "clip_frac", "grad_norm"),
     *("explained_variance", "engine_kl", "episode_length", "malformed_rate"),
-)
+}
 _WEIGHED = ("success_uniform", "success_uniform_weight", "success_uniform_n")
 
 
@@ -144,28 +160,30 @@ class MetricsLog:
         """Return the records of one kind, or all; see `read_metrics`."""
         return read_metrics(self.path, kind)
 
-    def truncate_after(self, kind: str, key: str, value: float) -> int:
-        """Drop the records of `kind` whose `key` is greater than `value`, as a resume from a checkpoint needs.
+    def truncate_after(self, kinds: str | tuple[str, ...], key: str, value: float) -> int:
+        """Drop the records of some kinds whose `key` is greater than `value`, as a resume from a checkpoint needs.
 
         Args:
-            kind: Which records; others stay.
+            kinds: Which records; others stay.
             key: The counter that orders them, such as "iteration".
             value: The last counter that stays.
 
         Returns:
             How many records were dropped.
         """
-        records = self.read()
-        kept = [record for record in records if record.get("kind") != kind or record.get(key, value) <= value]
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
+        records = _read_lines(self.path)
+        kept = [each for each in records if each[0]["kind"] not in kinds or each[0].get(key, value) <= value]
         dropped = len(records) - len(kept)
         if dropped:
             self._file.close()
             try:
-                write_bytes_atomic(self.path, b"".join(_encode(record) for record in kept))
+                write_bytes_atomic(self.path, b"".join(line + b"\n" for _, line in kept))
             finally:
                 self._file = self._open()
             if self._board is not None:
-                self._board.redraw(kind, (record for record in kept if record.get("kind") == kind))
+                for kind in kinds:
+                    self._board.truncate_after(kind, value, [record for record, _ in kept if record["kind"] == kind])
         return dropped
 
     def close(self) -> None:
@@ -228,12 +246,18 @@ class TensorBoardSink:
         writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         writer.flush()
 
-    def redraw(self, kind: str, records: Iterable[dict[str, Any]]) -> None:
-        """Start the kind's event file over from the records that stay."""
+    def truncate_after(self, kind: str, step: float, records: Iterable[dict[str, Any]]) -> None:
+        """Drop the kind's events of later steps; where it has no event files, draw `records`, which stay."""
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
         if kind in self._writers:
             self._writers.pop(kind).close()
-        shutil.rmtree(self.folder / kind, ignore_errors=True)
-        for record in records:
+        files = sorted((self.folder / kind).glob("*tfevents*"))
+        for file in files:
+            # Copied with the checksums they have, which Python computes slowly.
+            kept = [frame for frame, event in _frames(file.read_bytes()) if Event.FromString(event).step <= step]
+            write_bytes_atomic(file, b"".join(kept))
+        for record in records if not files else ():
             self.write(record)
 
     def close(self) -> None:
@@ -241,3 +265,15 @@ class TensorBoardSink:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+
+def _frames(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Each whole frame of an event file and the event in it: length, checksum of it, event, checksum of the event."""
+    begin = 0
+    while begin + 16 <= len(content):
+        length = int.from_bytes(content[begin : begin + 8], "little")
+        end = begin + 16 + length
+        if end > len(content):
+            return  # cut short by a kill
+        yield content[begin:end], content[begin + 12 : end - 4]
+        begin = end

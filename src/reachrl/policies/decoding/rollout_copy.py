@@ -3,13 +3,13 @@
 import copy
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaModel
 
 from reachrl.policies.decoding.recordings import CudaGraphs, Recorder, Recordings
 from reachrl.policies.frozen_linear import Float8Linear, FrozenLinear
 from reachrl.policies.llama import FUSED, PLAIN, LayerPass, compiled, decoder_layers, fuse
+from reachrl.policies.lora.adapters import is_adapted
 from reachrl.policies.lora.four_bit import dense_weight, weight_dtype
 from reachrl.policies.lora.merging import merged
 
@@ -87,13 +87,14 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     for name, child in module.named_children():
         if name in FUSED:
             continue
-        found += [child] if isinstance(child, (nn.Linear, LoraLayer, FrozenLinear)) else _linears(child)
+        whole = any((isinstance(child, (nn.Linear, FrozenLinear)), is_adapted(child)))
+        found += [child] if whole else _linears(child)
     return found
 
 
 def acting_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """What a linear map with its active adapters multiplies by and adds."""
-    if not isinstance(layer, LoraLayer):
+    if not is_adapted(layer):
         return dense_weight(layer), layer.bias  # pyright: ignore[reportReturnType]
     base = layer.get_base_layer()
     weight = dense_weight(base)
@@ -114,8 +115,8 @@ def _frozen_copy(module: nn.Module, kind: type[FrozenLinear]) -> nn.Module:
 
 def _strip(module: nn.Module, kind: type[FrozenLinear]) -> None:
     for name, child in module.named_children():
-        if isinstance(child, (nn.Linear, LoraLayer)):
-            base = child.get_base_layer() if isinstance(child, LoraLayer) else child
+        if isinstance(child, nn.Linear) or is_adapted(child):
+            base = child.get_base_layer() if is_adapted(child) else child
             assert isinstance(base, nn.Linear)
             like = torch.empty(0, dtype=weight_dtype(base), device=base.weight.device)
             setattr(

@@ -1,24 +1,34 @@
-"""Low-rank adapters on a frozen base: added by peft, in sets of which one acts at a time."""
+"""Low-rank adapters on a frozen base: added by peft, in sets of which one acts at a time.
 
+peft is imported by a policy that has adapters, and by no other: it brings bitsandbytes along where that is installed,
+and both together take more than a second.
+"""
+
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reachrl.config.language_model import LoRAConfig
 from reachrl.errors import ConfigError
 from reachrl.policies.llama import Contexts
 
+if TYPE_CHECKING:
+    import peft
+    import peft.tuners.lora
+
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 PREFIX = "base_model.model."
-Sets = Mapping[str, LoraConfig]  # peft's configuration of each set, by name
+Sets = Mapping[str, "peft.LoraConfig"]  # peft's configuration of each set, by name
 
 
-def adapter_sets(config: LoRAConfig, targets: Mapping[str, Sequence[str]], *, critic: bool) -> dict[str, LoraConfig]:
+def adapter_sets(
+    config: LoRAConfig, targets: Mapping[str, Sequence[str]], *, critic: bool
+) -> "dict[str, peft.LoraConfig]":
     """The peft configuration of the actor's adapters and, if there is one, of the critic's set.
 
     Args:
@@ -26,6 +36,8 @@ def adapter_sets(config: LoRAConfig, targets: Mapping[str, Sequence[str]], *, cr
         targets: by part, how the names of its linear maps end in the policy's family.
         critic: whether there is a second set. It leaves out the part `vision`: the towers belong to the actor.
     """
+    from peft import LoraConfig
+
     parts = {ACTOR: config.parts}
     if critic:
         parts[CRITIC] = tuple(part for part in config.parts if part != "vision")
@@ -61,6 +73,8 @@ def add_adapters(policy: nn.Module, sets: Sets, *, trained: tuple[str, ...], fou
         trained: beginnings of the names of parameters that are trained whole, such as `value_head.`.
         four_bit: whether linear maps are held in 4 bits.
     """
+    from peft import inject_adapter_in_model
+
     policy.requires_grad_(False)
     policy.is_loaded_in_4bit = four_bit  # pyright: ignore  (peft asks: its class for 4-bit maps)
     with warnings.catch_warnings():  # peft wonders at a second set
@@ -77,8 +91,14 @@ def add_adapters(policy: nn.Module, sets: Sets, *, trained: tuple[str, ...], fou
     policy.train(policy.training)  # the new modules too: dropout must not act in a policy that is not being trained
 
 
-def _layers(policy: nn.Module) -> list[LoraLayer]:
-    return [module for module in policy.modules() if isinstance(module, LoraLayer)]
+def is_adapted(module: Any) -> "TypeGuard[peft.tuners.lora.LoraLayer]":
+    """Whether a module is a linear map with adapters beside it; there is none before peft is imported."""
+    lora = sys.modules.get("peft.tuners.lora")
+    return lora is not None and isinstance(module, lora.LoraLayer)
+
+
+def _layers(policy: nn.Module) -> "list[peft.tuners.lora.LoraLayer]":
+    return [module for module in policy.modules() if is_adapted(module)]
 
 
 def active(policy: nn.Module, adapter: str) -> AbstractContextManager:
@@ -87,7 +107,7 @@ def active(policy: nn.Module, adapter: str) -> AbstractContextManager:
 
 
 @contextmanager
-def _active(layers: list[LoraLayer], adapter: str) -> Iterator[None]:
+def _active(layers: "list[peft.tuners.lora.LoraLayer]", adapter: str) -> Iterator[None]:
     # Not peft's `set_adapter`: that would also say which of them may be trained.
     before = [layer._active_adapter for layer in layers]
     for layer in layers:

@@ -2,8 +2,6 @@
 
 import re
 
-from peft import LoraConfig
-
 from reachrl.config.policy import PrismaticConfig
 from reachrl.policies.lora import adapters as lora
 
@@ -42,6 +40,6 @@ def canonical_key(key: str) -> str:
     return _LAYER_SCALE.sub(r"\1.scale_factor", key)
 
 
-def adapter_sets(config: PrismaticConfig) -> dict[str, LoraConfig]:
+def adapter_sets(config: PrismaticConfig) -> lora.Sets:
     """The peft configuration of each set of adapters, by name; empty for a policy without adapters."""
     return {} if config.lora is None else lora.adapter_sets(config.lora, TARGETS, critic=config.critic == "adapter")
