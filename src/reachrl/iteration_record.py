@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.algorithms.base import Stats
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.functional.stats import weighted_rate
@@ -23,7 +22,7 @@ def metrics(
     state: TrainState,
     rollout: Rollout,
     rewards: Rewards,
-    stats: Stats,
+    stats: dict[str, float],
     curriculum: TaskSampler,
 ) -> dict[str, Any]:
     """One iteration's line of `metrics.jsonl`."""
@@ -110,7 +109,7 @@ def warn_of_lost_rollout(state: TrainState, rollout: Rollout) -> None:
         )
 
 
-def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> None:
+def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: dict[str, float]) -> None:
     """Warn when the sampler's log-probs differ from the learner's: the probability ratio is then wrong."""
     gap, alarm = stats["engine_kl"], config.rollout.engine_kl_alarm
     if gap > alarm:
@@ -121,7 +120,7 @@ def warn_of_engine_gap(config: TrainConfig, state: TrainState, stats: Stats) -> 
         )  # fmt: skip
 
 
-def warn_of_low_entropy(state: TrainState, stats: Stats) -> None:
+def warn_of_low_entropy(state: TrainState, stats: dict[str, float]) -> None:
     """Say so when the policy's entropy has fallen below `algorithm.entropy_floor`."""
     if stats.get("entropy_low"):
         log.warning(
@@ -130,7 +129,7 @@ def warn_of_low_entropy(state: TrainState, stats: Stats) -> None:
         )  # fmt: skip
 
 
-def warn_of_lost_steps(state: TrainState, stats: Stats) -> None:
+def warn_of_lost_steps(state: TrainState, stats: dict[str, float]) -> None:
     """Warn when optimiser steps are rounded away instead of changing the weights."""
     for name, share in (("policy", stats.get("changed_weights")), ("critic", stats.get("value_changed_weights"))):
         if share is not None and share < ALARM:  # of NaN there is nothing to say

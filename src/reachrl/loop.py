@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.algorithms.base import Algorithm, Stats
-from reachrl.backends.base import Pending, Workers
+from reachrl.algorithms.base import Algorithm
+from reachrl.backends.base import Actors, Learner, Pending, Workers
 from reachrl.config.train import TrainConfig
 from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import ExtensionError, StopTraining
@@ -27,7 +27,7 @@ from reachrl.rollout.join import append_rewards, append_rollouts
 from reachrl.run.directory import Run
 from reachrl.run.metrics import records_by_kind
 from reachrl.run.spans import Timelines
-from reachrl.training_checkpoint import Checkpointed, TrainState, checkpoint_due, restore, save
+from reachrl.training_checkpoint import TrainState, checkpoint_due, restore, save
 from reachrl.types import Rewards, Rollout
 from reachrl.validation import ValidationCurve
 
@@ -67,10 +67,9 @@ def train(
     actors, learner = workers.actors, workers.learner
     audit = RewardAudit(config.audit, run.videos)
     validation = ValidationCurve(config, workers.evaluator, run.metrics.log, run.checkpoints)
-    parts = Checkpointed(
-        actors=actors, learner=learner, reward=reward, audit=audit, curriculum=curriculum, validation=validation
-    )
-    state = restore(run, parts)
+    # The actors come last: they replay the running episodes.
+    parts = {"curriculum": curriculum, "audit": audit, "reward": reward, "validation": validation, "actors": actors}
+    state = restore(run, learner, parts)
     run.forget_spans()
     explainer = new_explainer(config, run)
 
@@ -96,7 +95,7 @@ def train(
         # Nothing is collected ahead across a checkpoint: a resumed run then needs the newest weights only.
         ahead = collect() if config.collect_ahead and not (stopping or checkpoint_due(config, state)) else None
         warn_of_lost_rollout(state, rollout)
-        rollout, rewards, stats = learn(config, run, state, parts, rollout)
+        rollout, rewards, stats = learn(config, run, state, workers, reward, curriculum, rollout)
         with run.span("watch"):
             watched = audit.observe(rollout, rewards, iteration=state.iteration)
             watched |= reward.adapt(rollout, iteration=state.iteration)
@@ -117,9 +116,9 @@ def train(
             validation.finish()
             audit.finish()
             run.write_timeline(*timelines.typical(ahead=config.collect_ahead), actors.balance())
-            save(run, state, parts, config)
+            save(run, config, state, learner, parts)
             ended |= validation.exhausted
-    return finish_validation(config, state, parts)
+    return finish_validation(config, state, learner, validation)
 
 
 def check_lag(config: TrainConfig, lag: int, *, expected: int) -> None:
@@ -143,11 +142,13 @@ def new_explainer(config: TrainConfig, run: Run) -> Explainer:
     return Explainer(known["train"], after=config.explain_after, demos=demos, max_steps=config.env.max_steps)
 
 
-def finish_validation(config: TrainConfig, state: TrainState, parts: Checkpointed) -> TrainState:
+def finish_validation(
+    config: TrainConfig, state: TrainState, learner: Learner, validation: ValidationCurve
+) -> TrainState:
     """Judge the weights that training ended with, unless a callback ended it: then it goes on another time."""
-    exhausted = parts.validation.exhausted
+    exhausted = validation.exhausted
     if config.eval.during_every and (exhausted or state.iteration == config.num_iterations):
-        parts.validation.judge_last(parts.learner.export_weights(), lambda folder: parts.learner.save_policy(folder))
+        validation.judge_last(learner.export_weights(), lambda folder: learner.save_policy(folder))
     if not exhausted or state.iteration == config.num_iterations:
         return state
     log.info(
@@ -158,8 +159,14 @@ def finish_validation(config: TrainConfig, state: TrainState, parts: Checkpointe
 
 
 def learn(
-    config: TrainConfig, run: Run, state: TrainState, parts: Checkpointed, rollout: Rollout
-) -> tuple[Rollout, Rewards, Stats]:
+    config: TrainConfig,
+    run: Run,
+    state: TrainState,
+    workers: Workers,
+    reward: Reward,
+    curriculum: TaskSampler,
+    rollout: Rollout,
+) -> tuple[Rollout, Rewards, dict[str, float]]:
     """Reward, score and update; frames are scored by the reward while the learner scores decisions.
 
     Where the algorithm may want more rollouts, rewards come first.
@@ -169,15 +176,15 @@ def learn(
     """
     rewards, collected = None, {}
     if config.algorithm.needs.max_rollouts > 1:
-        rollout, rewards, collected = fill_up(config, run, state, parts, rollout)
+        rollout, rewards, collected = fill_up(config, run, state, workers.actors, reward, curriculum, rollout)
     with run.span("score"):
-        scoring = parts.learner.score(rollout)
+        scoring = workers.learner.score(rollout)
     if rewards is None:
-        rewards = rewarded(run, parts.reward, rollout)
+        rewards = rewarded(run, reward, rollout)
     with run.span("score"):
         scored = scoring.result()
     with run.span("update"):
-        stats = parts.learner.update(rollout, rewards, scored, iteration=state.iteration)
+        stats = workers.learner.update(rollout, rewards, scored, iteration=state.iteration)
     return rollout, rewards, stats | collected
 
 
@@ -194,19 +201,25 @@ def rewarded(run: Run, reward: Reward, rollout: Rollout) -> Rewards:
 
 
 def fill_up(
-    config: TrainConfig, run: Run, state: TrainState, parts: Checkpointed, rollout: Rollout
-) -> tuple[Rollout, Rewards, Stats]:
+    config: TrainConfig,
+    run: Run,
+    state: TrainState,
+    actors: Actors,
+    reward: Reward,
+    curriculum: TaskSampler,
+    rollout: Rollout,
+) -> tuple[Rollout, Rewards, dict[str, float]]:
     """Add rollouts of the same weights while the algorithm wants more, up to its `max_rollouts`."""
     options, rollouts = config.algorithm, 1
     kind: str = options.kind  # pyright: ignore[reportAttributeAccessIssue]
     algorithm: type[Algorithm] = resolve("algorithms", kind)
-    rewards = rewarded(run, parts.reward, rollout)
+    rewards = rewarded(run, reward, rollout)
     while wanting := algorithm.wants_more(options, rollout, rewards, rollouts=rollouts):
         if rollouts == options.needs.max_rollouts:
             break
         with run.span("rollout"):
-            more = parts.actors.collect(parts.curriculum.draw, config.rollout.num_steps).result()
-        rewards = append_rewards(rewards, rewarded(run, parts.reward, more))
+            more = actors.collect(curriculum.draw, config.rollout.num_steps).result()
+        rewards = append_rewards(rewards, rewarded(run, reward, more))
         rollout, rollouts = append_rollouts(rollout, more), rollouts + 1
     if wanting:
         log.warning(

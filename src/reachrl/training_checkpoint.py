@@ -1,16 +1,14 @@
 """What a resumed training continues from: its counters, and the state of every part, in a run's checkpoints."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reachrl.backends.base import Actors, Learner
+from reachrl.backends.base import Learner
 from reachrl.config.train import TrainConfig
-from reachrl.curriculum.base import TaskSampler
 from reachrl.errors import CheckpointError
-from reachrl.rewards.audit import RewardAudit
-from reachrl.rewards.base import Reward
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import (
     checkpoint_step,
@@ -21,7 +19,6 @@ from reachrl.run.checkpoint import (
 )
 from reachrl.run.directory import Run
 from reachrl.types import Rollout
-from reachrl.validation import ValidationCurve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,51 +41,42 @@ class TrainState:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpointed:
-    """The parts of a training whose state is in its checkpoints."""
-
-    actors: Actors
-    learner: Learner
-    reward: Reward
-    audit: RewardAudit
-    curriculum: TaskSampler
-    validation: ValidationCurve
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each part, JSON-ready; the learner's is in files of its own."""
-        names = ("actors", "reward", "audit", "curriculum", "validation")
-        return {name: getattr(self, name).state_dict() for name in names}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore each part; the actors last, as they replay the running episodes."""
-        for name in ("curriculum", "audit", "reward", "validation", "actors"):
-            if name in state or name != "validation":  # which checkpoints of earlier versions do not have
-                getattr(self, name).load_state_dict(state[name])
-
-
 def checkpoint_due(config: TrainConfig, state: TrainState) -> bool:
     """Whether a checkpoint follows the iteration that `state` is in."""
     done = state.iteration + 1
     return done % config.checkpoint_every == 0 or done == config.num_iterations
 
 
-def save(run: Run, state: TrainState, checkpointed: Checkpointed, config: TrainConfig) -> None:
-    """Write one complete checkpoint: weights, optimiser, running episodes, reward, curriculum, counters."""
+def save(run: Run, config: TrainConfig, state: TrainState, learner: Learner, parts: Mapping[str, Any]) -> None:
+    """Write one complete checkpoint: weights, optimiser, running episodes, reward, curriculum, counters.
+
+    Args:
+        run: its folder.
+        config: the run's.
+        state: its counters.
+        learner: writes files of its own.
+        parts: whatever else has a `state_dict` (JSON-ready), by name, the `ValidationCurve` as `validation`.
+    """
 
     def fill(folder: Path) -> None:
-        checkpointed.learner.save(folder)
-        write_json_atomic(folder / "state.json", {"train": asdict(state)} | checkpointed.state_dict())
+        learner.save(folder)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        write_json_atomic(folder / "state.json", {"train": asdict(state)} | states)
 
     there = [checkpoint_step(folder) for folder in list_checkpoints(run.checkpoints)]
-    protected = checkpointed.validation.best_of(there, config.keep_best_checkpoints)
+    protected = parts["validation"].best_of(there, config.keep_best_checkpoints)
     save_checkpoint(run.checkpoints, state.iteration, fill, keep=config.keep_checkpoints, protected=protected)
 
 
-def restore(run: Run, checkpointed: Checkpointed) -> TrainState:
-    """The state of the last checkpoint, with everything put back; a fresh state if there is none.
+def restore(run: Run, learner: Learner, parts: Mapping[str, Any]) -> TrainState:
+    """The counters of the last checkpoint, with everything put back; fresh ones if there is none.
 
     Metrics written after the checkpoint are dropped: those iterations are about to be run again.
+
+    Args:
+        run: its folder.
+        learner: reads its own files.
+        parts: as for `save`, in the order in which they are restored.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another architecture.
@@ -100,8 +88,10 @@ def restore(run: Run, checkpointed: Checkpointed) -> TrainState:
     verify_checkpoint(folder, nested=False)  # a sealed policy is verified as it is read
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     state = TrainState(**saved["train"])
-    checkpointed.learner.load(folder, version=state.iteration)
-    checkpointed.load_state_dict(saved)
+    learner.load(folder, version=state.iteration)
+    for name, part in parts.items():
+        if name in saved or name != "validation":  # which checkpoints of earlier versions do not have
+            part.load_state_dict(saved[name])
     _forget_after(run, state.iteration - 1)
     return state
 

@@ -37,10 +37,10 @@ PLUGINS = {
     "short answers, an algorithm of groups": (*BARE, SHORT, "algorithm.kind=group_algorithm:Mine"),
     "two cameras, a state and chunks": (*CHUNKS, "env.kind=two_eyed_env:TwoEyed"),
     "many worlds, cameras and chunks": (*CHUNKS, "env.kind=batched_worlds:Sliders", "env.tasks=[left,right]"),
-    "grpo": (*WITHOUT_PPO, "algorithm.kind=grpo", "algorithm.group_size=4", "env.radius=0.2"),
+    "rloo": (*WITHOUT_PPO, "algorithm.kind=rloo", "algorithm.group_size=4", "env.radius=0.2"),
 }
 # Every file once; groups are of episodes of both actors.
-ON_RAY = ("short answers, an algorithm of groups", "many worlds, cameras and chunks", "grpo")
+ON_RAY = ("short answers, an algorithm of groups", "many worlds, cameras and chunks", "rloo")
 
 
 def config_of(name: str, *more: str) -> TrainConfig:
@@ -93,7 +93,7 @@ def one_ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("name", [name for name in PLUGINS if name != "grpo"])  # which has a test of its own
+@pytest.mark.parametrize("name", [name for name in PLUGINS if name != "rloo"])  # as GRPO, which has a test of its own
 def test_killed_here_and_resumed_it_ends_with_the_same_figures(name, whole, tmp_path):
     killed_in_the_second_iteration(config_of(name), tmp_path)
     play(config_of(name), tmp_path, "train")
@@ -130,7 +130,7 @@ def test_groups_are_of_episodes_of_one_start(whole):
     records = whole("short answers, an algorithm of groups")
     assert [record["updates"] for record in records] == [1, 2] and all(record["size"] > 0 for record in records)
     assert all(record["success_n"] == 8 for record in records) and "kl" not in records[0]
-    assert all(record["groups"] == 2 * record["rollouts"] for record in whole("grpo"))
+    assert all(record["groups"] == 2 * record["rollouts"] for record in whole("rloo"))
 
 
 def test_short_answers_keep_the_contract():

@@ -15,7 +15,7 @@ from torch import distributed
 from toy_policy import toy_config, toy_policy
 
 from reachrl import torchrun
-from reachrl.backends.data_parallel import LeadingLearner, follow
+from reachrl.backends.data_parallel import follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.local import LocalActors
@@ -23,13 +23,14 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.registry import build
 from reachrl.rewards.task import TaskReward
 
-GROUPED = "algorithm.kind=grpo"
+GROUPED = {"algorithm.kind=grpo", "algorithm.kind=rloo"}
 
 
 def main(out: Path, overrides: list[str]) -> None:
     """Leader and followers; the leader writes its figures, everyone its weights."""
     torch.set_num_threads(1)
-    first = () if GROUPED in overrides else ("algorithm.warmup_iterations=1",)
+    grouped = bool(GROUPED & set(overrides))
+    first = () if grouped else ("algorithm.warmup_iterations=1",)
     config = toy_config("env.num_envs=3", "algorithm.target_kl=none", *first, *overrides)
     group = Group.from_environment(sharded=config.backend.sharding == "full")
     policy = toy_policy(config, seed=group.rank)  # followers begin elsewhere: the leader's weights must reach them
@@ -50,26 +51,25 @@ def main(out: Path, overrides: list[str]) -> None:
             needs=config.algorithm.needs,
             max_steps=config.env.max_steps,
         )
-        learner = local if group.alone else LeadingLearner(local, group, shown=actors.groups[0].shown)
-        actors.load_weights(learner.export_weights())
+        local.lead(actors.groups[0].shown)
+        actors.load_weights(local.export_weights())
         rollout = actors.collect(curriculum.assign, 20).result()
         actors.close()
         valid = rollout.valid.copy()
-        valid[3:5, 1] &= GROUPED in overrides  # as lost workers leave it: the rows of a block are not all data
+        valid[3:5, 1] &= grouped  # as lost workers leave it: the rows of a block are not all data
         rollout, figures = replace(rollout, valid=valid), []
         rewards = TaskReward(config.reward)(rollout)
         rewards = replace(rewards, total=rewards.total + np.float32(0.1) * rollout.ee_state[..., 0])
         for iteration in range(3):
-            scored = learner.score(rollout).result()
-            stats = learner.update(rollout, rewards, scored, iteration=iteration)
+            scored = local.score(rollout).result()
+            stats = local.update(rollout, rewards, scored, iteration=iteration)
             figures.append(stats | ({} if scored.values is None else {"value_mean": float(scored.values.mean())}))
             if iteration == 1:  # a checkpoint in between, read back at once, changes nothing
-                learner.save(out / "saved")
-                learner.load(out / "saved", version=2)
-        actors.load_weights(learner.export_weights())  # checks itself: the copy acts as the trained one scores
-        learner.save(out / "final")
-        if isinstance(learner, LeadingLearner):
-            learner.close()
+                local.save(out / "saved")
+                local.load(out / "saved", version=2)
+        actors.load_weights(local.export_weights())  # checks itself: the copy acts as the trained one scores
+        local.save(out / "final")
+        local.close()
         (out / "figures.json").write_text(json.dumps(figures))
     if not group.sharded:
         save_file(dict(policy.state_dict()), out / f"weights-{group.rank}.safetensors")

@@ -25,7 +25,7 @@ CASES = [
     (2, ("algorithm.minibatch_size=16",)),
     # No critic; a group of three episodes, whose rows are in blocks of both processes.
     (2, ("algorithm.kind=grpo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
-    (2, (SHARDED, "algorithm.kind=grpo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
+    (2, (SHARDED, "algorithm.kind=rloo", "algorithm.group_size=3", "algorithm.minibatch_size=16")),
     # Minibatches of 3 rows over 3 processes: often some process has none of them.
     (3, ("algorithm.minibatch_size=3", "algorithm.micro_batch_size=2", "algorithm.epochs=1")),
     (2, (*WITH_VISION, "algorithm.weight_decay=0.1")),

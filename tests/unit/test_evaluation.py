@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy_policy import toy_config, toy_policy
 
-from reachrl.backends.base import Done
+from reachrl.backends.base import Pending
 from reachrl.cli.display import Display
 from reachrl.config.train import EvalSection
 from reachrl.demos.shard import iter_shard
@@ -115,7 +115,7 @@ class Player:
 
     def play(self, weights, starts, mode):
         self.asked.append(list(starts))
-        return Done(
+        return Pending.done(
             [PlayedEpisode(start=start, instruction="", success=True, num_steps=1, num_decisions=1) for start in starts]
         )
 

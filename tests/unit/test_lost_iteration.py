@@ -8,7 +8,7 @@ import pytest
 from toy_policy import toy_config, toy_policy
 
 from reachrl.algorithms.ppo import PPO
-from reachrl.backends.base import Done
+from reachrl.backends.base import Pending
 from reachrl.backends.local import LocalActors, LocalBackend
 from reachrl.config.ppo import PPOConfig
 from reachrl.loop import train
@@ -42,7 +42,7 @@ def test_a_run_goes_on_after_an_iteration_without_data(tmp_path, monkeypatch, ca
         pending = collect(self, assign, num_steps)
         saved.append({name: tensor.clone() for name, tensor in self.policy.state_dict().items()})
         if len(saved) - 1 == lost:
-            return Done(without_data(pending.result()))
+            return Pending.done(without_data(pending.result()))
         return pending
 
     monkeypatch.setattr(LocalActors, "collect", losing)

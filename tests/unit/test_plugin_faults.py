@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reachrl.backends.base import Done
+from reachrl.backends.base import Pending
 from reachrl.backends.learner import LocalLearner
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
@@ -89,7 +89,7 @@ def test_an_algorithm_that_keeps_no_contract():
 @pytest.mark.parametrize("version", [1, -1])
 def test_a_backend_that_collects_with_other_weights(tmp_path, version):
     rollout = replace(rollout_of(TablePolicy(TablePolicyConfig())), policy_version=version)
-    actors = SimpleNamespace(load_weights=lambda weights: 0, collect=lambda draw, steps: Done(rollout))
+    actors = SimpleNamespace(load_weights=lambda weights: 0, collect=lambda draw, steps: Pending.done(rollout))
     learner = SimpleNamespace(version=0, config=PPOConfig(), export_weights=lambda: None)
     workers = SimpleNamespace(actors=actors, learner=learner, evaluator=None)
     with (

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import play, tiny_config, train_lines
 from toy_policy import toy_config
 
-from reachrl.backends.base import Done
+from reachrl.backends.base import Pending
 from reachrl.backends.local import LocalEvaluator
 from reachrl.backends.policy_loading import policy_folder
 from reachrl.cli.eval import checkpoint_iteration, chosen_checkpoint
@@ -39,7 +39,7 @@ class Scripted:
 
     def play(self, weights, starts, mode):
         k = self.script[weights.version]
-        return Done(
+        return Pending.done(
             [
                 PlayedEpisode(start=start, instruction="", success=i < k, num_steps=1, num_decisions=1)
                 for i, start in enumerate(starts)

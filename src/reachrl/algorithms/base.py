@@ -17,9 +17,6 @@ from reachrl.policies.base import Policy, PolicyInputs
 from reachrl.registry import resolve
 from reachrl.types import Rewards, Rollout, Scored
 
-Stats = dict[str, float]
-"""Figures of one update, by the names they have in `metrics.jsonl`; NaN: there was nothing to measure."""
-
 
 def _no_inputs(rows: Int64[Tensor, "b"]) -> PolicyInputs:
     raise AssertionError("the learner gives a batch its inputs")
@@ -50,7 +47,7 @@ class Batch:
     old_values: Float[Tensor, "B"] | None = None
     weights: Float[Tensor, "B"] | None = None
     """Weight of each row in the loss; None: all weigh 1."""
-    stats: Stats | None = None
+    stats: dict[str, float] | None = None
     """Figures about the making of the batch."""
     inputs: Callable[[Int64[Tensor, "b"]], PolicyInputs] = _no_inputs
     own: Bool[Tensor, "B"] | None = None
@@ -120,12 +117,15 @@ class Algorithm(ABC):
         """
 
     @abstractmethod
-    def update(self, batch: Batch, *, iteration: int) -> Stats:
+    def update(self, batch: Batch, *, iteration: int) -> dict[str, float]:
         """One iteration's optimiser steps.
 
         Args:
             batch: what `batch` made, with its inputs; it may have no rows.
             iteration: number of the iteration.
+
+        Returns:
+            Figures by the names they have in `metrics.jsonl`; NaN: there was nothing to measure.
 
         Raises:
             DivergedError: a loss or gradient is not finite; no step was taken with it.

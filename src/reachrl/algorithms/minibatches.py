@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from reachrl.algorithms.base import Batch, Stats
+from reachrl.algorithms.base import Batch
 from reachrl.config.algorithm import PolicyGradientSection
 from reachrl.errors import ConfigError, DivergedError, ExtensionError
 from reachrl.functional.ppo import importance_weights
@@ -52,7 +52,7 @@ def check_first_ratio(log_ratio_max: float, policy: Policy) -> None:
         )
 
 
-def summary(sums: dict[str, float], policy_steps: int, value_steps: int, *, critic: bool) -> Stats:
+def summary(sums: dict[str, float], policy_steps: int, value_steps: int, *, critic: bool) -> dict[str, float]:
     """Means over the steps taken; `kl` is KL(before || after the update), in nats per action token.
 
     Without a step of the policy (critic warm-up, no rows) or of the critic its figures are NaN.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from reachrl.algorithms.base import Algorithm, Batch, Stats
+from reachrl.algorithms.base import Algorithm, Batch
 from reachrl.algorithms.lr_groups import grouped_optimizer, schedule_factor
 from reachrl.algorithms.minibatches import (
     check_first_ratio,
@@ -62,7 +62,7 @@ class PolicyGradient(Algorithm):
         self._token_actions = token_actions_of(config, policy)
         self._slots = chunk_slots(policy)
 
-    def update(self, batch: Batch, *, iteration: int) -> Stats:
+    def update(self, batch: Batch, *, iteration: int) -> dict[str, float]:
         """Train on one iteration's batch; without rows, nothing is trained.
 
         Raises:
@@ -157,7 +157,7 @@ class PolicyGradient(Algorithm):
         """Of a critic's parameters, where there is one."""
         return ()
 
-    def _hold_entropy(self, entropy: float) -> Stats:
+    def _hold_entropy(self, entropy: float) -> dict[str, float]:
         """Adapt the weight of the entropy bonus to `entropy_floor`; figures about it, none where it is off."""
         config, used = self.config, self._entropy_extra
         if config.entropy_floor is None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from reachrl.algorithms.base import Batch, Stats, decisions, valid_rows
+from reachrl.algorithms.base import Batch, decisions, valid_rows
 from reachrl.algorithms.policy_gradient import PolicyGradient
 from reachrl.config.ppo import PPOConfig
 from reachrl.functional.gae import gae
@@ -55,7 +55,7 @@ class PPO(PolicyGradient):
         credit = {"advantages": advantages, "returns": returns, "old_values": scored.values[:-1]}
         return Batch(**decisions(rollout, scored, valid_rows(rollout), **credit))
 
-    def update(self, batch: Batch, *, iteration: int) -> Stats:
+    def update(self, batch: Batch, *, iteration: int) -> dict[str, float]:
         """Train on one iteration's batch; during warm-up the critic alone.
 
         `explained_variance` is that of the old values.

@@ -47,7 +47,7 @@ class BackgroundEvaluator:
         weights.policy.save_pretrained(folder)
         playing = _Playing(self, Task(policy=folder, starts=tuple(starts), mode=mode))
         playing.begin()
-        return playing
+        return Pending(playing.result)
 
     def take_spans(self) -> list[Span]:
         """When was played."""

@@ -1,13 +1,12 @@
 """Interfaces of a backend: actors that collect rollouts, a learner that scores and updates, an evaluator."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from reachrl.algorithms.base import Stats
 from reachrl.config.backend import BackendSection
 from reachrl.config.train import TrainConfig
 from reachrl.policies.base import Policy
@@ -17,26 +16,23 @@ from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.spans import Span
 from reachrl.types import Rewards, Rollout, Scored, Start
 
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 
 
-class Pending(Protocol[T_co]):
-    """A future: work that runs in another process, or is already done."""
+class Pending(Generic[T]):
+    """A future: `result()` waits for work in another process, or returns what this process has done already.
 
-    def result(self) -> T_co:
-        """Wait for the work and return its result."""
-        ...
+    Args:
+        wait: returns the result.
+    """
 
+    def __init__(self, wait: Callable[[], T]) -> None:
+        self.result = wait
 
-class Done(Generic[T_co]):
-    """A finished future, for work that this process did synchronously."""
-
-    def __init__(self, result: T_co) -> None:
-        self._result = result
-
-    def result(self) -> T_co:
-        """The result."""
-        return self._result
+    @classmethod
+    def done(cls, result: T) -> "Pending[T]":
+        """A future of finished work."""
+        return cls(lambda: result)
 
 
 class Actors(Protocol):
@@ -91,7 +87,7 @@ class Learner(Protocol):
         """Begin to compute log-probs and values of a rollout under the weights about to be trained."""
         ...
 
-    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
+    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> dict[str, float]:
         """One iteration of the algorithm on the rollout that was scored last; its figures, with `engine_kl`."""
         ...
 

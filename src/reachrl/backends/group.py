@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed
@@ -23,6 +23,9 @@ class Group:
         sharded: whether each keeps only its part of the weights.
     """
 
+    END: ClassVar[str] = "end"
+    """The message that ends the followers."""
+
     def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False):
         self.rank, self.size, self.sharded = rank, size, sharded and size > 1
 
@@ -41,6 +44,11 @@ class Group:
     def alone(self) -> bool:
         """Whether the group has one process."""
         return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether other processes follow this one."""
+        return self.rank == 0 and not self.alone
 
     def block(self, rows: int) -> slice:
         """This process's part of `rows` rows."""
@@ -83,6 +91,11 @@ class Group:
         box = [message]
         distributed.broadcast_object_list(box)
         return box[0]
+
+    def dismiss(self) -> None:
+        """End the followers; only the leader may."""
+        self.send((self.END, {}))
+        self.leave()
 
     def leave(self) -> None:
         """Part from the others, all at once: who left early would close connections that others still read from."""

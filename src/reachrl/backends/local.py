@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reachrl.backends.background import BackgroundEvaluator
-from reachrl.backends.base import Backend, Done, Pending, SharedWeights, Weights, Workers
-from reachrl.backends.data_parallel import LeadingLearner, follow
+from reachrl.backends.base import Backend, Pending, SharedWeights, Weights, Workers
+from reachrl.backends.data_parallel import follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import new_learner
 from reachrl.backends.policy_loading import new_policy, warm_policy
@@ -106,7 +106,7 @@ class LocalActors:
     def collect(self, assign: Assign, num_steps: int) -> Pending[Rollout]:
         """`num_steps` decisions in every environment, now."""
         turns = [each.collecting(assign, num_steps, policy_version=self._version) for each in self.collectors]
-        return Done(join_rollouts(collect_in_turn(turns)))
+        return Pending.done(join_rollouts(collect_in_turn(turns)))
 
     @property
     def lost_episodes(self) -> int:
@@ -161,7 +161,7 @@ class LocalEvaluator:
 
     def play(self, weights: Weights, starts: Sequence[Start], mode: str) -> Pending[list[PlayedEpisode]]:
         """Play every start once, now."""
-        return Done(self.play_now(starts, mode, self._config.env.num_envs))
+        return Pending.done(self.play_now(starts, mode, self._config.env.num_envs))
 
     def play_now(self, starts: Sequence[Start], mode: str, num_envs: int) -> list[PlayedEpisode]:
         """Play every start once in so many environments.
@@ -216,7 +216,7 @@ class LocalBackend(Backend):
         policy = warm_policy(config, warm)
         # Of a split policy the learner keeps a part; acting and saving need all of it.
         whole = warm_policy(config, warm) if group.sharded else None
-        own = new_learner(config, policy, group, whole)
+        learner = new_learner(config, policy, group, whole)
         actors = LocalActors(
             whole or policy,
             open_groups(config.env, config.env.num_envs, self.config.env_groups),
@@ -230,7 +230,7 @@ class LocalBackend(Backend):
         if config.eval.during_every and self.config.evaluator_envs:
             background = BackgroundEvaluator(config)
         try:
-            learner = own if group.alone else LeadingLearner(own, group, shown=actors.groups[0].shown)
+            learner.lead(actors.groups[0].shown)
             yield Workers(
                 actors=actors, learner=learner, evaluator=background or LocalEvaluator(whole or policy, config)
             )

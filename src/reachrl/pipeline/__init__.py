@@ -90,9 +90,9 @@ def run_stage(
         if finished is not None and name != "report" and name not in missing:
             display.log(f"{name}: already done in {run_dir}")
             if size > 1:
-                from reachrl.backends.data_parallel import dismiss
+                from reachrl.backends.group import Group
 
-                dismiss()
+                Group.from_environment().dismiss()
             return finished
         earlier = next((each for each in STAGES[: STAGES.index(name)] if each in missing), None)
         if earlier is not None and name == "report":

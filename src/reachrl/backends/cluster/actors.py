@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from reachrl.backends.base import Pending, Weights
 from reachrl.backends.cluster.actor_process import Collected
-from reachrl.backends.cluster.calls import Call, Remote, RemoteFuture, insist
+from reachrl.backends.cluster.calls import Call, Remote, insist
 from reachrl.backends.shares import even_shares, firsts, proportional_shares, step_time
 from reachrl.backends.weights import PackedWeights
 from reachrl.envs.base import Shown
@@ -114,7 +114,7 @@ class ClusterActors:
         # Stored as it is now: a part that is collected again must not see what the curriculum learns meanwhile.
         stored = ray.put(assign)
         parts = self._ask_all("collect", lambda _: (stored, num_steps))
-        return RemoteFuture(lambda: self._finish(parts.result()))
+        return Pending(lambda: self._finish(parts.result()))
 
     def metrics(self) -> dict[str, float]:
         """Counts of lost actors, repeated collections and moved environments, and the log-prob gap to the learner."""
@@ -210,14 +210,14 @@ class ClusterActors:
 
     # ---- losses ----
 
-    def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> RemoteFuture:
+    def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> Pending[list[Any]]:
         """Call `method` on every actor. `result()` waits; a lost actor is respawned and its call retried."""
 
         def begin(number: int) -> Call:
             return self._actors[number].begin(method, *arguments(number))
 
         calls = [begin(number) for number in range(len(self._actors))]
-        return RemoteFuture(
+        return Pending(
             lambda: [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)]
         )
 

@@ -52,17 +52,6 @@ class Remote:
         ray.kill(self.handle, no_restart=True)
 
 
-class RemoteFuture:
-    """A future whose `result` runs `wait`.
-
-    Args:
-        wait: waits for the work and returns its result.
-    """
-
-    def __init__(self, wait: Callable[[], Any]) -> None:
-        self.result = wait
-
-
 class Call:
     """A call in flight.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reachrl.backends.base import Pending, Weights
-from reachrl.backends.cluster.calls import Call, Remote, RemoteFuture, insist
+from reachrl.backends.cluster.calls import Call, Remote, insist
 from reachrl.rollout.episodes import PlayedEpisode
 from reachrl.run.spans import Span, SpanLog
 from reachrl.types import Start
@@ -27,7 +27,7 @@ class ClusterEvaluator:
         """Begin to play every start once with these weights."""
         arguments = (weights, tuple(starts), mode)
         call = self._process.begin("play", *arguments)
-        return RemoteFuture(lambda: self._answer(call, arguments))
+        return Pending(lambda: self._answer(call, arguments))
 
     def take_spans(self) -> list[Span]:
         """The evaluator's spans."""

@@ -8,9 +8,8 @@ from typing import Any
 
 import ray
 
-from reachrl.algorithms.base import Stats
 from reachrl.backends.base import Pending
-from reachrl.backends.cluster.calls import Call, Lost, Remote, RemoteFuture
+from reachrl.backends.cluster.calls import Call, Lost, Remote
 from reachrl.backends.weights import PackedWeights
 from reachrl.envs.base import Shown
 from reachrl.errors import LearnerLostError
@@ -56,9 +55,9 @@ class ClusterLearner:
         offers = [each.begin("offer", self._offered, stored) for each in (self._leader, *self._others)]
         for offer in offers:
             self._wait(offer)
-        return RemoteFuture(partial(self._wait, self._leader.begin("score", self._offered)))
+        return Pending(partial(self._wait, self._leader.begin("score", self._offered)))
 
-    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> Stats:
+    def update(self, rollout: Rollout, rewards: Rewards, scored: Scored, *, iteration: int) -> dict[str, float]:
         """One iteration of the algorithm on the rollout that was scored last."""
         stats, spans = self._ask("update", rewards, scored, iteration)
         self.version += 1

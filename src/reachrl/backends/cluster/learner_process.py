@@ -9,8 +9,7 @@ from pathlib import Path
 import ray
 import torch
 
-from reachrl.algorithms.base import Stats
-from reachrl.backends.data_parallel import LeadingLearner, follow
+from reachrl.backends.data_parallel import follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner, new_learner
 from reachrl.backends.policy_loading import limit_threads, warm_policy
@@ -62,7 +61,7 @@ class LearnerProcess:
         assert isinstance(config.backend, RayBackendConfig)
         self._config, self._warm, self._rank, self._size = config, warm, rank, config.backend.learners
         self._hands_over = config.backend.placement == "colocated"
-        self._learner: LocalLearner | LeadingLearner | None = None
+        self._learner: LocalLearner | None = None
         self._offers = OfferedRollouts()
         self._rollout: Rollout | None = None  # that was scored last
 
@@ -79,10 +78,8 @@ class LearnerProcess:
     def lead(self, address: tuple[str, int]) -> None:
         """Join the process group as rank 0 and broadcast this process's weights."""
         limit_threads(self._config)
-        learner, group = self._join(address)
-        self._learner = learner
-        if not group.alone:
-            self._learner = LeadingLearner(learner, group)
+        self._learner, _ = self._join(address)
+        self._learner.lead()
 
     def follow(self, address: tuple[str, int]) -> None:
         """Join the process group and repeat the leader's calls until it ends."""
@@ -120,11 +117,9 @@ class LearnerProcess:
         """Log-probs and values of an offered rollout."""
         assert self._learner is not None
         self._rollout = self._offers.take(number)
-        if isinstance(self._learner, LeadingLearner):
-            return self._learner.score(self._rollout, number=number).result()
-        return self._learner.score(self._rollout).result()
+        return self._learner.score(self._rollout, number=number).result()
 
-    def update(self, rewards: Rewards, scored: Scored, iteration: int) -> tuple[Stats, list[Span]]:
+    def update(self, rewards: Rewards, scored: Scored, iteration: int) -> tuple[dict[str, float], list[Span]]:
         """One iteration of the algorithm on the rollout that was scored last."""
         assert self._learner is not None and self._rollout is not None
         stats = self._learner.update(self._rollout, rewards, scored, iteration=iteration)
