@@ -11,6 +11,7 @@ from reachrl.algorithms.base import engine_kl, new_algorithm
 from reachrl.backends import sharding
 from reachrl.backends.base import Pending, SharedWeights
 from reachrl.backends.group import Group
+from reachrl.backends.scoring import Scorer
 from reachrl.backends.weights import PackedWeights, acting_parameters, learner_answer, pack
 from reachrl.config.algorithm import AlgorithmSection
 from reachrl.config.train import TrainConfig

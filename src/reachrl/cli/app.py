@@ -8,9 +8,10 @@ import typer.core
 from rich.text import Text
 
 from reachrl import __version__, registry, torchrun
-from reachrl.cli import config, demos, eval, export, model, plan, quickstart, report, reward, sft, train
+from reachrl.cli import config, eval, export, model, plan, quickstart, report, reward, train
 from reachrl.cli import list as listing
 from reachrl.cli.failures import check_command_line, expected_failure, speak_any_language
+from reachrl.cli.stages import stage_command
 from reachrl.cli.terminal import Terminal, print_warnings, say
 from reachrl.errors import ReachRLError
 from reachrl.home import home_variables
@@ -41,8 +42,12 @@ app = typer.Typer(
 
 WHOLE, STAGES, LOOK = "The whole story", "Its stages, in order", "Look around"
 app.command("quickstart", rich_help_panel=WHOLE)(quickstart.quickstart)
-app.command("demos", rich_help_panel=STAGES)(demos.demos)
-app.command("sft", rich_help_panel=STAGES)(sft.sft)
+app.command("demos", rich_help_panel=STAGES)(
+    stage_command("demos", "Collect demonstrations from scripted experts on training start states.")
+)
+app.command("sft", rich_help_panel=STAGES)(
+    stage_command("sft", "Warm-start the policy on the demonstrations, keeping the best by held-out loss.")
+)
 app.add_typer(reward.app, name="reward", rich_help_panel=STAGES)
 app.command("train", rich_help_panel=STAGES)(train.train)
 app.command("eval", rich_help_panel=STAGES)(eval.eval_)

@@ -4,7 +4,7 @@ import typer
 
 from reachrl.cli.reward_inspect import inspect
 from reachrl.cli.reward_segments import segments
-from reachrl.cli.stages import OverridesArgument, QuietOption, RunOption, RunPresetArgument, run_command
+from reachrl.cli.stages import stage_command
 
 app = typer.Typer(help="The process reward model.", no_args_is_help=True)
 
@@ -14,16 +14,10 @@ def reward() -> None:
     """The process reward model."""
 
 
-@app.command()
-def fit(
-    preset: RunPresetArgument = None,
-    overrides: OverridesArgument = None,
-    run: RunOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Fit P(progress | frame, instruction) on demonstrations and on the warm-started policy's failures."""
-    run_command("reward", preset, overrides, run, quiet)
-
-
+app.command("fit")(
+    stage_command(
+        "reward", "Fit P(progress | frame, instruction) on demonstrations and on the warm-started policy's failures."
+    )
+)
 app.command()(segments)
 app.command()(inspect)

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +33,21 @@ RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run folder.", show_default="runs/PRESET")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the result.")]
+
+
+def stage_command(stage: str, about: str) -> Callable[..., None]:
+    """A command that runs one stage; `about` is its help."""
+
+    def command(
+        preset: RunPresetArgument = None,
+        overrides: OverridesArgument = None,
+        run: RunOption = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        run_command(stage, preset, overrides, run, quiet)
+
+    command.__doc__ = about
+    return command
 
 
 def run_command(

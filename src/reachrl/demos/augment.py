@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 
 from reachrl.config.demos import SFTSection
+from reachrl.fitting import shifted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +39,7 @@ def apply_jitter(frames: UInt8[np.ndarray, "B H W 3"], jitter: Jitter) -> UInt8[
 
     A frame `x` becomes `(gain * x - mean) * contrast + mean + offset`, `mean` being that of `gain * x`.
     """
-    images = torch.from_numpy(np.ascontiguousarray(frames))
-    height, width = images.shape[1:3]
-    shift = torch.from_numpy(jitter.shift)
-    # The pixel shown at y comes from y - dy; clamping repeats the edge.
-    rows = (torch.arange(height) - shift[:, :1]).clamp_(0, height - 1)  # [B H]
-    columns = (torch.arange(width) - shift[:, 1:]).clamp_(0, width - 1)  # [B W]
-    images = images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    images = torch.from_numpy(shifted(frames[:, None], jitter.shift)[:, 0])
     # One affine map per frame and channel: scale * x + bias.
     scale = torch.from_numpy(jitter.gain * jitter.contrast[:, None])  # [B 3]
     light = images.float()

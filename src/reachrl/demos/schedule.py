@@ -1,11 +1,10 @@
 """The number of steps, the learning rate at each and the rows of each minibatch: functions of the step alone."""
 
-import math
-
 import numpy as np
 from jaxtyping import Int64
 
 from reachrl.config.demos import SFTSection
+from reachrl.fitting import scheduled
 from reachrl.streams import Stream, generator
 
 
@@ -17,11 +16,7 @@ def total_steps(config: SFTSection, rows: int) -> int:
 def learning_rate(config: SFTSection, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to `final_lr_fraction` at the last of `steps` (step counts from 0)."""
     warmup = min(config.warmup_steps, steps // 10)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    floor = config.final_lr_fraction
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return scheduled(config.lr, step, warmup=warmup, end=steps - 1, final=config.final_lr_fraction)
 
 
 def batch_rows(rows: Int64[np.ndarray, "R"], step: int, batch_size: int, seed: int) -> Int64[np.ndarray, "B"]:

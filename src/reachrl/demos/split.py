@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from reachrl.fitting import hold_out
 from reachrl.streams import Stream, generator
 from reachrl.types import Start
 
@@ -23,10 +24,9 @@ def heldout_trajectories(starts: Sequence[Start], *, fraction: float, seed: int)
     Returns:
         True where a trajectory is held out.
     """
-    chosen: set[Start] = set()
-    for task in sorted({start.task for start in starts}):
-        unique = sorted({start for start in starts if start.task == task})
-        count = min(len(unique) - 1, max(1, round(fraction * len(unique)))) if fraction > 0 else 0
-        rng = generator(seed, Stream.DEMO_SPLIT, task, len(unique))
-        chosen.update(unique[i] for i in rng.permutation(len(unique))[:count])
+    tasks = sorted({start.task for start in starts})
+    strata = [(task, sorted({start for start in starts if start.task == task})) for task in tasks]
+    chosen = hold_out(
+        ((unique, generator(seed, Stream.DEMO_SPLIT, task, len(unique))) for task, unique in strata), fraction
+    )
     return np.array([start in chosen for start in starts], np.bool_)

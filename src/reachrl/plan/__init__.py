@@ -1,1 +1,1 @@
-"""What a configuration would need: memory by part, time by part, what to change; traced on the meta device."""
+"""Memory and time of a configuration, predicted by tracing its policy, and advice where it does not fit."""

@@ -1,4 +1,4 @@
-"""What to change when a configuration does not fit: the change that saves most first, until it does."""
+"""Changes to a configuration that does not fit, by greedy search: the one that saves most memory first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ _OFF_WITHOUT_COPY = {"compile_prefill": False, "rollout_precision": "as_trained"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change that would help."""
+    """One change of the configuration."""
 
     overrides: dict[str, Any]
-    """Values by dotted key, on top of the changes before it."""
+    """New values by dotted key, applied after the changes before it."""
     reason: str
-    """What it does, and what it costs."""
+    """Its effect and its cost, in words."""
     saves: float
-    """Bytes of the peak."""
+    """Reduction of the peak, in bytes."""
     leaves: float
-    """Bytes of the peak with it and all changes before it."""
+    """Peak after it and all changes before it, in bytes."""
 
     @property
     def text(self) -> str:
-        """As it is typed behind a preset."""
+        """Command-line overrides, `key=value`."""
         return " ".join(f"{key}={_typed(value)}" for key, value in self.overrides.items())
 
 
 def advise(config: TrainConfig, device: Device) -> list[Change]:
-    """Changes that make `config` fit on `device`, each on top of those before it; all that help if none suffice."""
+    """Find changes that make `config` fit on `device`; every change that helps if they do not suffice."""
     changes: list[Change] = []
     plan = plan_memory(config, device)
     while not plan.fits(device):
@@ -51,7 +51,7 @@ def advise(config: TrainConfig, device: Device) -> list[Change]:
 
 
 def apply(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
-    """The configuration with the values of `overrides` in place of its own.
+    """Return the configuration with `overrides` applied.
 
     Raises:
         ConfigError: the result is not valid.
@@ -70,7 +70,7 @@ def apply(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
 def _candidates(
     config: TrainConfig, device: Device, plan: MemoryPlan
 ) -> Iterator[tuple[dict[str, Any], str, MemoryPlan]]:
-    """Every change that is open to `config`, valid by itself: overrides, reason, and the plan with it."""
+    """Yield the valid single changes of `config`: overrides, reason, and the memory plan after the change."""
     for overrides, reason in _switches(config, device, plan):
         yield overrides, reason, plan_memory(apply(config, overrides), device)
     for key, rows, least, reason in _row_counts(config):
@@ -80,7 +80,7 @@ def _candidates(
 
 
 def _switches(config: TrainConfig, device: Device, plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes of what is computed, and how; of a policy from outside those whose keys it has."""
+    """Yield changes of options other than row counts; only keys that the policy's section has."""
     policy, has = config.policy, vars(config.policy)
     lora, critic = has.get("lora"), has.get("critic")
     if "lora" in has and lora is None and has.get("checkpoint") is not None:
@@ -90,7 +90,7 @@ def _switches(config: TrainConfig, device: Device, plan: MemoryPlan) -> Iterator
         yield adapters, "train adapters on frozen weights: gradients and Adam states of a hundredth of them"
     elif critic == "separate":
         yield {"policy.critic": "shared"}, "the value head reads the actor's trunk: no second trunk to keep and train"
-    if _four_bits_would_tell(config, device):
+    if _advise_four_bits(config, device):
         reason = "frozen weights in 4 bits, decoded at each use: a quarter of their memory, rounded, some more time"
         yield {"policy.lora.base": "nf4"}, reason
     if critic == "adapter":
@@ -112,7 +112,7 @@ def _switches(config: TrainConfig, device: Device, plan: MemoryPlan) -> Iterator
 
 
 def _row_counts(config: TrainConfig) -> Iterator[tuple[str, int, int, str]]:
-    """What may be halved: its key, rows at once as it is, the least of them, and what fewer do."""
+    """Yield the row counts that may be halved: key, current value, minimum, and effect of a smaller value."""
     least = max(_LEAST_ROWS, least_environments(config))
     scored, envs = score_rows(config), config.env.num_envs
     yield (
@@ -125,10 +125,10 @@ def _row_counts(config: TrainConfig) -> Iterator[tuple[str, int, int, str]]:
     yield "env.num_envs", envs, least, "fewer rows to decode and to keep, and fewer decisions an iteration"
 
 
-def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
-    """Whether a 4-bit base is possible, and the frozen weights fill most of the device: nothing else makes room then.
+def _advise_four_bits(config: TrainConfig, device: Device) -> bool:
+    """Return whether a 4-bit base is possible and frozen weights fill more than half of the device.
 
-    Elsewhere it is not advised, since it changes the function that is trained and the other changes hardly do.
+    Quantising changes the function that is trained, so it is advised only where no other change makes enough room.
     """
     policy = config.policy
     if not isinstance(policy, PrismaticConfig) or policy.lora is None or config.backend.sharding != "none":
@@ -142,7 +142,7 @@ def _four_bits_would_tell(config: TrainConfig, device: Device) -> bool:
 def _halved(
     config: TrainConfig, device: Device, plan: MemoryPlan, key: str, rows: int, least: int
 ) -> tuple[int, MemoryPlan]:
-    """`rows` halved until the configuration fits, nothing more is saved, or the least is reached; the plan with it."""
+    """Halve `rows` until the configuration fits, nothing is saved, or `least` is reached; return rows and plan."""
     while rows > least and not plan.fits(device):
         fewer = max(rows // 2, least)
         after = plan_memory(apply(config, {key: fewer}), device)
@@ -153,7 +153,7 @@ def _halved(
 
 
 def _typed(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Format a value for the command line."""
     if value is None:
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The machines a plan is made for: memory, peak arithmetic and bandwidth, and the share of it that is reached."""
+"""Devices: memory, peak arithmetic and bandwidth, and the fraction of the peak that is reached."""
 
 import math
 import time
@@ -13,13 +13,13 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One accelerator, or the machine itself.
+    """One accelerator, or the CPUs of this machine.
 
-    Arithmetic and bandwidth are the vendor's peak; the three shares say how much of it a pass is expected to reach.
+    Arithmetic and bandwidth are the vendor's peak; the shares are the fractions of it that a pass is expected to reach.
     """
 
     name: str
-    memory: float  # GiB that programs can have
+    memory: float  # GiB available to programs
     bf16: float  # dense TFLOP/s
     fp32: float  # TFLOP/s
     bandwidth: float  # GB/s
@@ -27,11 +27,11 @@ class Device:
     forward_share: float = 0.75
     training_share: float = 0.75
     bandwidth_share: float = 0.72
-    launch_s: float = 5e-6  # least time to have one operation started, s
+    launch_s: float = 5e-6  # minimum time to launch one operation, s
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the learner shares its memory with the simulators."""
+        """Whether learner and simulators share its memory."""
         return self.name == "cpu"
 
 
@@ -55,11 +55,11 @@ DEVICES = {
 
 
 def find_device(name: str, memory: float | None = None) -> Device:
-    """The device called `name`; `cpu` is measured, which takes under half a second.
+    """Return the device called `name`; `cpu` is measured in under half a second.
 
     Args:
         name: `cpu` or a name of `DEVICES`.
-        memory: GiB to plan for in place of the device's own.
+        memory: replaces the device's memory, in GiB.
 
     Raises:
         ConfigError: no such device, or no such amount of memory.
@@ -78,22 +78,22 @@ def find_device(name: str, memory: float | None = None) -> Device:
 
 
 def replace_memory(device: Device, memory: float) -> Device:
-    """The same device with other memory, in GiB."""
+    """Return the device with another amount of memory, in GiB."""
     from dataclasses import replace
 
     return replace(device, memory=memory)
 
 
 def measure_cpu() -> Device:
-    """This machine: float32 products and copies of numpy, and the memory that is free now."""
+    """Measure this machine: float32 products and copies in NumPy, and the free memory."""
     import numpy as np
     import psutil
 
-    size = 640  # short runs: one of them finds the machine to itself
+    size = 640  # short runs: one of them is undisturbed
     matrix = np.ones((size, size), np.float32)
     product = np.empty_like(matrix)
     source = np.ones(2**23, np.float32)
-    target = np.zeros_like(source)  # written once: the pages are there
+    target = np.zeros_like(source)  # written once, so that its pages are mapped
     tflops = 2e-12 * size**3 / _shortest(lambda: np.matmul(matrix, matrix, out=product))
     bandwidth = 2e-9 * source.nbytes / _shortest(lambda: np.copyto(target, source))  # read and written
     return Device(
@@ -110,7 +110,7 @@ def measure_cpu() -> Device:
 
 
 def _shortest(run: Callable[[], object], budget_s: float = 0.15) -> float:
-    """Seconds of the fastest of several runs; the others were disturbed."""
+    """Return the seconds of the fastest run within a time budget: other processes disturb the rest."""
     end, best = time.perf_counter() + budget_s, float("inf")
     while True:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which processes share a run's work, and how much of it each of them has."""
+"""Processes of a run, and the rows that each of them computes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,35 +10,35 @@ from reachrl.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessLayout:
-    """The processes of a run as its `backend` section has them, and the rows that come to one of each."""
+    """The processes that the `backend` section configures, and the rows of one process of each kind."""
 
     environments: int
-    decisions: int  # of an iteration
+    decisions: int  # per iteration
     learners: int = 1
     actors: int = 1
-    groups: int = 1  # of an actor's environments, decoded one after the other
+    groups: int = 1  # groups of environments in an actor, decoded one after the other
     sharded: bool = False
-    alone: bool = True  # one process acts and learns with one policy
-    colocated: bool = False  # an actor beside each learner
+    alone: bool = True  # one process acts and learns with the same policy object
+    colocated: bool = False  # each learner shares its device with an actor
 
     @property
     def pieces(self) -> int:
-        """Learners over which weights, gradients and optimiser states are split."""
+        """Number of shards of weights, gradients and optimiser states."""
         return self.learners if self.sharded else 1
 
     @property
     def decoded_rows(self) -> int:
-        """Environments whose actions an actor decodes together."""
+        """Rows of one decoding batch of an actor."""
         return math.ceil(math.ceil(self.environments / self.actors) / self.groups)
 
     @property
     def block(self) -> int:
-        """Decisions of an iteration that a learner scores, and whose vision features it keeps."""
+        """Decisions per iteration that a learner scores and keeps the vision features of."""
         return math.ceil(self.decisions / self.learners)
 
 
 def least_environments(config: TrainConfig) -> int:
-    """So many give every group of every actor an environment, and every learner a decision."""
+    """Return the minimum number of environments: one for each group of each actor, one decision for each learner."""
     backend, learners, actors = config.backend, 1, 1
     if isinstance(backend, RayBackendConfig):
         learners, actors = backend.learners, backend.actors
@@ -46,10 +46,10 @@ def least_environments(config: TrainConfig) -> int:
 
 
 def layout_of(config: TrainConfig) -> ProcessLayout:
-    """The processes of a run; a backend other than Ray's is taken for one process.
+    """Return the processes of a run; every backend except Ray counts as one process.
 
     Raises:
-        ConfigError: there are too few environments for all of them, which ends a run as it starts, too.
+        ConfigError: there are too few environments for all of them; such a run cannot start either.
     """
     least, backend = least_environments(config), config.backend
     if config.env.num_envs < least:

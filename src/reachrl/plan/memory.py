@@ -1,4 +1,4 @@
-"""Peak memory of a device, by part: what stays all along, and the phase of an iteration that needs most beside it."""
+"""Peak memory of a device by part: what is always allocated, plus the largest phase of an iteration."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +10,7 @@ from reachrl.plan.layout import ProcessLayout, layout_of
 from reachrl.plan.outline import Outline, algorithm_of, cameras, outline_of
 from reachrl.plan.weights import gathered_gradients, gathered_weights
 
-HEADROOM = 0.05  # share of the device that is left free, for pieces the allocator cannot use
+HEADROOM = 0.05  # fraction of the device that stays free, for fragmentation
 
 # Resident memory in GiB. A learner that has built nothing has 0.4; 5.5 were measured in all processes together with 16
 # Meta-World workers (docs/benchmarks/quickstart.md), which leaves 0.28 for each. CUDA's context and cuBLAS's workspace
@@ -24,7 +24,7 @@ PHASES: tuple[Phase, ...] = ("start", "rollout", "scoring", "update", "gradient 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One thing that takes memory."""
+    """One entry of a memory plan."""
 
     name: str
     bytes: float
@@ -33,64 +33,64 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Everything that takes memory; phases follow one another, so only the largest counts."""
+    """All entries; phases follow one another, so only the largest adds to the peak."""
 
     parts: tuple[Part, ...]
     actor: "MemoryPlan | None" = None
-    """Of an actor's device, where learners and actors have devices of their own; the parts are then a learner's."""
+    """Plan of an actor's device, where learners and actors have separate devices; `parts` is then a learner's."""
 
     def of(self, phase: Phase) -> float:
-        """Bytes of one phase alone."""
+        """Return the bytes of one phase."""
         return sum(part.bytes for part in self.parts if part.phase == phase)
 
     @property
     def worst(self) -> Phase:
-        """The phase that needs most."""
+        """The phase with the most bytes."""
         return max(PHASES, key=self.of)
 
     @property
     def own_peak(self) -> float:
-        """Bytes of these parts at the worst moment."""
+        """Peak of `parts`, in bytes."""
         return self.of("always") + self.of(self.worst)
 
     @property
     def peak(self) -> float:
-        """Bytes at the worst moment, on the device that needs most."""
+        """Peak of the fuller device, in bytes."""
         return self.own_peak if self.actor is None else max(self.own_peak, self.actor.peak)
 
     def fits(self, device: Device) -> bool:
-        """Whether the peak leaves the device its headroom."""
+        """Return whether the peak leaves the headroom free."""
         return self.peak <= usable(device)
 
 
 def usable(device: Device) -> float:
-    """Bytes that a plan may fill."""
+    """Return the device's memory without the headroom, in bytes."""
     return (1 - HEADROOM) * device.memory * GIB
 
 
 def micro_rows(config: TrainConfig) -> int:
-    """Rows that go through a training pass together.
+    """Return the rows of one training pass.
 
-    Minibatches are drawn at random: now and then most of one falls into a single learner's block.
+    Minibatches are drawn at random, so most rows of one may be in a single learner's block.
     """
     algorithm = algorithm_of(config)
     return min(algorithm.micro_batch_size, algorithm.minibatch_size, layout_of(config).block)
 
 
 def score_rows(config: TrainConfig) -> int:
-    """Rows that are scored together: of a learner's block, or of the last frames, which every learner scores."""
+    """Return the rows of one scoring pass: of a learner's block, or of the last frames, which every learner scores."""
     layout = layout_of(config)
     return min(config.algorithm.score_batch_size, max(layout.block, layout.environments))
 
 
 def plan_memory(config: TrainConfig, device: Device) -> MemoryPlan:
-    """Predict the peak of one steady iteration (after the critic's warm-up).
+    """Predict the peak of one iteration after the critic's warm-up.
 
-    All processes share a CPU; each GPU has a learner, an actor, or where they are colocated one of each.
+    All processes share a CPU. A GPU has a learner, an actor, or one of each where they are colocated.
 
     Args:
         config: the run.
-        device: its kind decides what shares memory with the learner; its size does not matter here.
+        device: only its kind matters (which processes share the memory), not its size.
 
     Raises:
         ConfigError: the algorithm is a plug-in, the policy does not run on the meta device, the device cannot multiply
@@ -121,7 +121,7 @@ def _some(parts: list[Part]) -> tuple[Part, ...]:
 
 
 def _times(count: int, parts: list[Part]) -> list[Part]:
-    """The parts of so many processes in the same memory."""
+    """Return the parts multiplied by a number of processes in the same memory."""
     name = f"{count} x " if count > 1 else ""
     return [replace(part, name=name + part.name, bytes=count * part.bytes) for part in parts]
 
@@ -144,14 +144,14 @@ def _whole(outline: Outline) -> int:
 
 
 def trained(outline: Outline, group: str | None = None) -> int:
-    """Bytes of the weights that are trained, or of one of the optimiser's groups."""
+    """Return the bytes of the trained weights, of all or of one optimiser group."""
     return sum(part.bytes for part in outline.weights if part.trained_by and group in (None, part.trained_by))
 
 
 def _held(outline: Outline, layout: ProcessLayout) -> list[Part]:
-    """A learner's weights, gradients and Adam's states.
+    """Weights, gradients and Adam states of a learner.
 
-    Gradients of the last minibatch stay until the next one begins, so they are there during the rollout too.
+    Gradients of the last minibatch stay allocated until the next one, so also during the rollout.
     """
     size = trained(outline) / layout.pieces
     return [
@@ -163,13 +163,13 @@ def _held(outline: Outline, layout: ProcessLayout) -> list[Part]:
 
 
 def _handed_over(outline: Outline, layout: ProcessLayout) -> float:
-    """Bytes of a learner that are not on its device during the rollout; an optimiser in pieces stays there."""
+    """Return the bytes that a learner releases during the rollout; a sharded optimiser stays on the device."""
     gradients = trained(outline) / layout.pieces
     return gradients + layout.block * outline.features + (0 if layout.sharded else 2 * gradients)
 
 
 def _main_memory(config: TrainConfig, outline: Outline, layout: ProcessLayout, processes: int) -> list[Part]:
-    """What lies in main memory wherever the policy does: frames, which each learner has, simulators and libraries."""
+    """Frames (a copy in each learner), simulators and libraries, which are in main memory on any device."""
     frames = 2 * layout.decisions * len(cameras(config)) * 3 * config.env.image_size**2  # a list, then one array
     resident = (_LEARNER * processes + _WORKER * layout.environments) * GIB
     return [
@@ -180,7 +180,7 @@ def _main_memory(config: TrainConfig, outline: Outline, layout: ProcessLayout, p
 
 
 def _weights_to_act(outline: Outline, layout: ProcessLayout) -> list[Part]:
-    """An actor's own policy; beside a learner in the same process its weights are there already."""
+    """The policy of an actor; an actor in the learner's process shares the learner's weights."""
     return [] if layout.alone else [Part("weights to act with", _whole(outline))]
 
 
@@ -193,7 +193,7 @@ def _rollout(outline: Outline, layout: ProcessLayout) -> list[Part]:
 
 
 def _scoring(config: TrainConfig, outline: Outline, layout: ProcessLayout) -> list[Part]:
-    """One pass over the rollout, whose features are then joined into one tensor."""
+    """One pass over the rollout, and concatenating its features."""
     rows = score_rows(config)
     passing = max(outline.seeing.peak(rows) - rows * outline.features, outline.scoring.peak(rows))
     gathered = gathered_weights(outline.units, outline.rest, scoring=True) if layout.sharded else 0

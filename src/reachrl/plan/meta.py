@@ -1,4 +1,4 @@
-"""Computing on the meta device as an accelerator would: fused attention and mixed precision."""
+"""Fused attention and autocast on the meta device, which has neither."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +25,7 @@ _CAST = {  # what autocast computes in the lower precision
 
 @contextmanager
 def on_meta(tracer: Tracer) -> Iterator[None]:
-    """Modules without storage, with fused attention and mixed precision, which that device does not know."""
+    """Trace on the meta device, with fused attention and autocast in place of those of an accelerator."""
     functions = _Functions(tracer)
     with ExitStack() as stack:
         stack.enter_context(patch("torch.autocast", functions.autocast))
@@ -35,7 +35,7 @@ def on_meta(tracer: Tracer) -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Attention and autocast as on an accelerator."""
+    """Replaces attention and autocast."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Functions(TorchFunctionMode):
 
     @contextmanager
     def autocast(self, _: str, dtype: torch.dtype | None = None, enabled: bool = True, **__: Any) -> Iterator[None]:
-        """Stands for `torch.autocast`."""
+        """Replaces `torch.autocast`."""
         before, self._dtype = self._dtype, dtype if enabled else None
         self._last = self._dtype or self._last
         try:
@@ -57,7 +57,7 @@ class _Functions(TorchFunctionMode):
                 self._casts.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Cast what autocast casts; replace attention."""
+        """Cast the inputs of operations that autocast casts; replace attention."""
         kwargs = kwargs or {}
         dtype = self._dtype
         if dtype is None and self._last is not None and torch._C._current_graph_task_id() != -1:
@@ -100,15 +100,15 @@ class _Functions(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Attention that keeps what a fused kernel keeps: its inputs, its output and a number for each query.
+    """Fused attention: saves its inputs, its output and one number per query for the backward pass.
 
-    Counted are the two products of the forward pass and the four of the backward pass, in full whatever the mask; that
-    a fused kernel computes the scores again is not.
+    Counts two matrix products in the forward pass and four in the backward pass, regardless of the mask. The
+    recomputation of the scores in a fused kernel is not counted.
     """
 
     @staticmethod
     def forward(ctx: Any, tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Note the work; return room for the answer."""
+        """Count the work; return an empty output."""
         *batch, heads, length, _ = query.shape
         out = query.new_empty((*batch, length, heads, value.shape[-1])).transpose(-2, -3)
         kept = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -119,7 +119,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Note the work; return room for the gradients."""
+        """Count the work; return empty gradients."""
         query, key, value, _, out, _ = ctx.saved_tensors  # as fused kernels, positions before heads
         ctx.tracer.add(2 * ctx.flops, (query, key, value, out), times=2)
         grads = (each.transpose(-2, -3).new_empty(each.transpose(-2, -3).shape) for each in (query, key, value))

@@ -1,4 +1,4 @@
-"""A configuration's policy without its numbers, and what its passes need."""
+"""A configured policy on the meta device, and traces of its passes."""
 
 import gc
 from collections.abc import Iterator
@@ -27,27 +27,27 @@ def algorithm_of(config: TrainConfig) -> PolicyGradientSection:
     """The algorithm's section.
 
     Raises:
-        ConfigError: a plug-in that is no policy gradient of ours: what its update computes is not known.
+        ConfigError: the algorithm is a plug-in, so the work of its update is unknown.
     """
     if not isinstance(config.algorithm, PolicyGradientSection):
         kind = getattr(config.algorithm, "kind", "?")
         raise ConfigError(
-            f"algorithm.kind={kind!r}: a plan knows clipped policy gradients such as `ppo`, and nothing else."
+            f"algorithm.kind={kind!r}: only the built-in clipped policy gradients, such as `ppo`, can be planned."
         )
     return config.algorithm
 
 
 def cameras(config: TrainConfig) -> tuple[str, ...]:
-    """Names of the cameras; a simulator from outside that lists none has one."""
+    """Return the names of the cameras; an environment plug-in that lists none has one."""
     return getattr(config.env, "cameras", ("camera",))
 
 
 def outline_of(config: TrainConfig, *, accelerator: bool) -> "Outline":
-    """The outline of a configuration; configurations whose policies compute alike share one.
+    """Return the outline of a configuration, cached by everything that affects its passes.
 
     Args:
         config: the run.
-        accelerator: whether acting replays recordings where the policy has some.
+        accelerator: whether acting replays recordings (CUDA graphs) if the policy has some.
 
     Raises:
         ConfigError: the algorithm is unknown, or the policy cannot be built or run on the meta device.
@@ -61,11 +61,11 @@ def outline_of(config: TrainConfig, *, accelerator: bool) -> "Outline":
 
 
 class Outline:
-    """A policy on the meta device; each pass is run there when it is first asked for.
+    """A policy on the meta device; each pass is traced when it is first accessed.
 
     Args:
-        config: the run; of its sizes only those of a row matter.
-        accelerator: whether acting replays recordings where the policy has some.
+        config: the run; the number of rows does not matter.
+        accelerator: whether acting replays recordings (CUDA graphs) if the policy has some.
     """
 
     def __init__(self, config: TrainConfig, *, accelerator: bool) -> None:
@@ -73,7 +73,7 @@ class Outline:
         self._kind: str = config.policy.kind  # pyright: ignore[reportAttributeAccessIssue]
         self._frame, self._cameras, self._train_vision = config.env.image_size, cameras(config), algorithm.train_vision
         self._with_values = algorithm.needs.values
-        self._tracer = Tracer(2**62)  # while it is built, nothing belongs to a row
+        self._tracer = Tracer(2**62)  # while the policy is built, no tensor has rows
         with self._tracing("outline"):
             cls = resolve("policies", self._kind)
             self.policy = cls.outline(config.policy, recorder=self._tracer.replayed if accelerator else None).eval()
@@ -105,14 +105,14 @@ class Outline:
 
     @cached_property
     def _acted(self) -> tuple[Pass, tuple[int, int], Any]:
-        """One pass, what the first one leaves, and a sample."""
+        """One pass, what stays allocated after the first one, and a sample."""
         with self._tracing("act"):
             before = self._tracer.now
             with self._tracer.measure() as found:
                 sample = self.policy.act(self._inputs(), with_values=False)
             kept = self._since(before)
-            if kept[0]:  # a copy to decode with: later passes find it
-                gc.collect()  # what holds itself alive
+            if kept[0]:  # a copy for decoding, which later passes reuse
+                gc.collect()  # reference cycles
                 kept = self._since(before)
                 with self._tracer.measure() as found:
                     self.policy.act(self._inputs(), with_values=False)
@@ -120,11 +120,11 @@ class Outline:
 
     @property
     def acting(self) -> Pass:
-        """Decoding the actions of a row, its frames included."""
+        """`act`, encoding of the frames included."""
         return self._acted[0]
 
     def kept_for_acting(self, rows: int) -> float:
-        """Bytes that stay between passes that decode so many rows: copies of weights, caches of recordings."""
+        """Return the bytes that stay allocated between decoding passes: copies of weights, buffers of recordings."""
         fixed, row = self._acted[1]
         return (fixed + row * self.policy.acting_rows(rows)) if fixed else 0
 
@@ -138,24 +138,24 @@ class Outline:
 
     @property
     def seeing(self) -> Pass:
-        """Turning the frames of a row into what is kept of them."""
+        """`cache`: from frames to vision features."""
         return self._seen[0]
 
     @property
     def features(self) -> int:
-        """Bytes of a row that are kept of an iteration's frames: none while the towers are trained."""
+        """Bytes of cached vision features per row; 0 if the towers are trained."""
         return 0 if self._train_vision else self._seen[1][1]
 
     def _since(self, before: tuple[int, int]) -> tuple[int, int]:
-        """Bytes alive that were not before, fixed ones and those of each row."""
+        """Return the bytes allocated since `before`: fixed, and per row."""
         return self._tracer.now[0] - before[0], self._tracer.now[1] - before[1]
 
     def _trace_inputs(self) -> None:
-        """Trace what scoring and training take before they are traced, not amid their passes."""
+        """Trace the inputs of scoring and training beforehand, so that they are not part of those traces."""
         _ = self._acted, self._seen
 
     def _given(self) -> Any:
-        """What is scored and trained on: frames, or features of frozen towers."""
+        """Return the inputs of scoring and training: frames, or features of frozen towers."""
         return self._inputs() if self._train_vision else self._seen[2]
 
     def _evaluate(self, inputs: Any) -> Evaluation:
@@ -166,7 +166,7 @@ class Outline:
 
     @cached_property
     def scoring(self) -> Pass:
-        """Scoring the actions of a row without gradients; from cached features while the towers are frozen."""
+        """`evaluate` without gradients; from cached features if the towers are frozen."""
         self._trace_inputs()
         with self._tracing("evaluate"), torch.no_grad(), self._tracer.measure() as found:
             self._evaluate(self._given())
@@ -174,7 +174,7 @@ class Outline:
 
     @cached_property
     def valuing(self) -> Pass:
-        """The value of a state, from what `seeing` made of it."""
+        """`values`, from cached features."""
         cached = self._seen[2]
         with self._tracing("values"), torch.no_grad(), self._tracer.measure() as found:
             self.policy.values(cached)
@@ -182,14 +182,14 @@ class Outline:
 
     @cached_property
     def first_training(self) -> tuple[Pass, tuple[int, int]]:
-        """As `training`, but no gradient is there before."""
+        """`training`, with no gradients allocated beforehand."""
         return self._trained(with_gradients=False)
 
     @cached_property
     def training(self) -> tuple[Pass, tuple[int, int]]:
-        """Forward and backward pass over a row whose gradient is added to those that are there, inputs included.
+        """Forward and backward pass that accumulates into existing gradients, inputs included.
 
-        Also returns what is alive between the two, as fixed bytes and bytes of a row.
+        Also returns the bytes alive between the two passes: fixed, and per row.
         """
         return self._trained(with_gradients=True)
 
@@ -217,7 +217,7 @@ class Outline:
 
     @cached_property
     def used(self) -> list[bool]:
-        """Which units a training pass computes."""
+        """Which sharding units a training pass calls."""
         called: set[int] = set()
         modules = self.policy.sharding_units()
         hooks = [each.register_forward_pre_hook(lambda module, _: called.add(id(module))) for each in modules]

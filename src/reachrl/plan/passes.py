@@ -1,4 +1,4 @@
-"""Memory and work of one pass over a policy, for any number of rows."""
+"""Memory and work of one pass of a policy, as linear functions of the number of rows."""
 
 from dataclasses import dataclass
 
@@ -9,35 +9,35 @@ from reachrl.plan.device import Device
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one pass over any number of rows needs; each line of an array is a fixed number and one for each row."""
+    """Memory and work of one pass; the last axis of an array is (fixed, per row)."""
 
     live: np.ndarray
-    """f64[E 2], bytes alive after each allocation, less what was alive before the pass."""
+    """f64[E 2], bytes allocated since the pass began, after each allocation."""
     work: np.ndarray
-    """f64[O 2 2], FLOPs and bytes moved by each operation."""
+    """f64[O 2 2], FLOPs and bytes moved of each operation."""
     halves: np.ndarray
-    """bool[O], whether an operation computes in numbers of at most two bytes."""
+    """bool[O], whether an operation computes in 16 bits or fewer."""
     launched: int
-    """Operations that are started one by one."""
+    """Operations that are launched one by one."""
 
     def peak(self, rows: float) -> float:
-        """Bytes at the worst moment of a pass over `rows` rows."""
+        """Return the peak of a pass over `rows` rows, in bytes."""
         return float((self.live @ (1, rows)).max())
 
     def flops(self, rows: float) -> float:
-        """Floating-point operations of matrix products and convolutions, and nothing else."""
+        """Return the FLOPs of matrix products and convolutions; other operations are not counted."""
         return float((self.work[:, 0] @ (1, rows)).sum())
 
     def moved(self, rows: float) -> float:
-        """Bytes that the operations read and write."""
+        """Return the bytes read and written."""
         return float((self.work[:, 1] @ (1, rows)).sum())
 
     def seconds(self, rows: float, device: Device, *, training: bool = False) -> float:
-        """Seconds of one pass: each operation takes as long as its arithmetic or its bytes, whichever is longer.
+        """Return the seconds of one pass: of each operation the longer of arithmetic and memory traffic.
 
         Args:
             rows: of the pass.
-            device: peak figures and the share of them that is reached.
+            device: peak figures and the fraction of them that is reached.
             training: whether gradients are computed.
 
         Source: Williams et al. 2009, Roofline, section 3.

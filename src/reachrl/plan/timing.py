@@ -1,4 +1,4 @@
-"""Seconds of one iteration, by part: each operation takes as long as its arithmetic or the bytes it moves."""
+"""Seconds of one iteration by part, by a roofline model of each operation."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from reachrl.plan.outline import Outline, algorithm_of, outline_of
 from reachrl.plan.passes import Pass
 
 # Decisions per second of Meta-World's simulators alone on two cores: 272, 363 and 455 were measured
-# (docs/benchmarks/rendering.md, "One decision" and below). It cannot be known for another machine.
+# (docs/benchmarks/rendering.md, "One decision" and below). It must be measured on other machines.
 DECISIONS_PER_SECOND = 360.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """One part of an iteration."""
+    """One entry of a time plan."""
 
     name: str
     seconds: float
@@ -28,26 +28,26 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class TimePlan:
-    """The parts of an iteration, which follow one another."""
+    """The parts of an iteration, in sequence."""
 
     stretches: tuple[Stretch, ...]
 
     @property
     def seconds(self) -> float:
-        """Of one iteration."""
+        """Seconds of one iteration."""
         return sum(stretch.seconds for stretch in self.stretches)
 
 
 def plan_time(config: TrainConfig, device: Device, decisions_per_second: float = DECISIONS_PER_SECOND) -> TimePlan:
-    """Predict one steady iteration: every epoch is finished, and the policy is trained along with its critic.
+    """Predict one iteration that finishes all epochs and trains policy and critic.
 
-    Encoding frames, the process reward, advantages and checkpoints are left out: they are small. Of several processes,
-    communication, waiting for the slowest and what is done meanwhile are left out too: they are not modelled.
+    Encoding frames, the process reward, advantages and checkpoints are neglected. Communication between processes,
+    waiting for the slowest and overlapping work are not modelled.
 
     Args:
-        config: the run; where processes share the work, one learner's and one actor's share is counted.
-        device: that each of them has.
-        decisions_per_second: of all simulators together, without a policy.
+        config: the run; with several processes, one learner's and one actor's share is counted.
+        device: of each process.
+        decisions_per_second: of all simulators together, without the policy.
 
     Raises:
         ConfigError: the algorithm is a plug-in, or the policy does not run on the meta device.
@@ -61,7 +61,7 @@ def plan_time(config: TrainConfig, device: Device, decisions_per_second: float =
 
 
 def _stretch(name: str, device: Device, *passes: tuple[Pass, float, float], training: bool = False) -> Stretch:
-    """Passes that follow one another: what is computed, how often, and all rows together."""
+    """Return one entry for consecutive passes, each given as (pass, number of passes, total rows)."""
     seconds = flops = moved = 0.0
     for each, times, rows in passes:
         if times:
@@ -72,7 +72,7 @@ def _stretch(name: str, device: Device, *passes: tuple[Pass, float, float], trai
 
 
 def _scoring(config: TrainConfig, device: Device, outline: Outline, layout: ProcessLayout) -> Stretch:
-    """Old log-probabilities and values of a learner's decisions, values of all frames that follow the last ones."""
+    """Log-probs and values of a learner's decisions, and values of all final and last frames."""
     algorithm, rows = algorithm_of(config), layout.block
     batches = math.ceil(rows / algorithm.score_batch_size)
     passes = [(outline.scoring, batches, rows)]
@@ -86,7 +86,7 @@ def _scoring(config: TrainConfig, device: Device, outline: Outline, layout: Proc
 
 
 def _kl(config: TrainConfig, device: Device, outline: Outline, layout: ProcessLayout) -> Stretch:
-    """The KL of the update, without gradients: after the last step and, where it can stop training, amid them."""
+    """KL of the update: after the last step and, with `target_kl`, during the epochs."""
     algorithm, decisions = algorithm_of(config), layout.decisions
     rows, looks = min(KL_ROWS, decisions), 0
     if algorithm.target_kl is not None:

@@ -1,7 +1,7 @@
-"""Memory and work of a pass, recorded while a policy computes on the meta device: shapes without numbers.
+"""Traces memory and work of a pass on the meta device.
 
-Rows are told apart from everything else by their count, a prime that divides nothing else: a tensor whose size it
-divides has one part for each row. So one recording holds for any number of rows.
+The batch size is a prime that divides no other dimension: a tensor whose size it divides grows with the batch. So one
+trace is valid for any number of rows.
 """
 
 import weakref
@@ -18,23 +18,23 @@ from torch.utils.flop_counter import flop_registry
 from reachrl.plan.passes import Pass
 
 _PRIMES = (211, 223, 227, 229, 233, 239, 241, 251)
-_LOOK_UPS = {"embedding", "index_select", "gather", "index"}  # read as much as they return, not the whole table
+_LOOK_UPS = {"embedding", "index_select", "gather", "index"}  # read only the rows that they return
 
 
 class Tracer(TorchDispatchMode):
-    """Records what is alive and what is computed while it is on.
+    """A dispatch mode that records allocations and operations.
 
     Args:
-        rows: of the batch; `rows_for` chooses them.
+        rows: batch size; `rows_for` chooses it.
     """
 
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows = rows
         self.launching = True
-        """Whether operations are started one by one, not replayed from a recording."""
+        """Whether operations are launched one by one, not replayed from a recording."""
         self.now = (0, 0)
-        """Bytes that are alive: fixed ones, and those of each row."""
+        """Allocated bytes: fixed, and per row."""
         self._sizes: dict[int, tuple[weakref.ref[Any], tuple[int, int]]] = {}
         self._live: list[tuple[int, int]] = []
         self._work: list[tuple[int, ...]] = []
@@ -45,7 +45,7 @@ class Tracer(TorchDispatchMode):
 
     @contextmanager
     def measure(self) -> Iterator[list[Pass]]:
-        """Put what happens inside into the list, as one pass."""
+        """Record the body as one pass, which is appended to the list at the end."""
         before = self.now
         self._live, self._work, self._halves, self._launched = [before], [], [], 0
         found: list[Pass] = []
@@ -55,7 +55,7 @@ class Tracer(TorchDispatchMode):
         found.append(Pass(live, work, np.array(self._halves, bool), self._launched))
 
     def replayed(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """`work` as if it were recorded and started in one piece."""
+        """Return `work`, counted as a replayed recording: one launch for all of its operations."""
 
         def run() -> Any:
             self.launching = False
@@ -67,15 +67,15 @@ class Tracer(TorchDispatchMode):
         return run
 
     def parted(self, size: int) -> tuple[int, int]:
-        """A number as its fixed part and its part for each row."""
+        """Split a size into (fixed, per row)."""
         return (size, 0) if size % self.rows else (0, size // self.rows)
 
     def add(self, flops: int, tensors: Iterable[Tensor], times: int = 1) -> None:
-        """Note one operation, which reads or writes each of `tensors` so many times."""
+        """Record one operation that reads or writes each of `tensors` `times` times."""
         fixed = row = 0
         halves = False
         for tensor in tensors:
-            # Bytes that a tensor repeats without holding them count once.
+            # The storage of an expanded tensor is smaller than its size.
             size = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
             if size % self.rows:
                 fixed += size
@@ -102,7 +102,7 @@ class Tracer(TorchDispatchMode):
         self._live.append(self.now)
 
     def _kind(self, func: Any) -> tuple[bool, Callable[..., int] | None, bool]:
-        """Whether an operation moves data, what counts its FLOPs, and whether it looks up few rows of a table."""
+        """Return whether an operation moves data, its FLOP counter, and whether it reads only some rows of a table."""
         if func not in self._kinds:
             returned = [value.alias_info for value in func._schema.returns]
             views = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
@@ -112,13 +112,13 @@ class Tracer(TorchDispatchMode):
         return self._kinds[func]
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation; one that has been run on the same shapes is not asked again what it returns."""
+        """Run an operation; results of pure operations are cached by the shapes of their inputs."""
         key: Any = None
         if self._kind(func)[0] and not func._schema.is_mutable:
             try:
                 key = (func, _described(args), *((name, _described((value,))) for name, value in kwargs.items()))
                 known = self._known.get(key)
-            except TypeError:  # something that cannot be a key
+            except TypeError:  # unhashable
                 key = known = None
             if known is not None:
                 made = [torch.empty_strided(*like[:2], dtype=like[2], device="meta") for like in known[1]]
@@ -133,7 +133,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it returned."""
+        """Run an operation and record its results."""
         kwargs = kwargs or {}
         out = self._run(func, args, kwargs)
         tensors = _tensors((out,))
@@ -147,12 +147,12 @@ class Tracer(TorchDispatchMode):
 
 
 def rows_for(dimensions: set[int]) -> int:
-    """A number of rows that divides none of `dimensions`."""
+    """Return a prime that divides none of `dimensions`."""
     return next(prime for prime in _PRIMES if all(size % prime for size in dimensions))
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among nested values."""
+    """Return the tensors in nested lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -163,7 +163,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _described(values: Any) -> tuple[Any, ...]:
-    """What decides the shapes that an operation returns."""
+    """Return a hashable description of everything that decides the shapes of an operation's results."""
     found: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):

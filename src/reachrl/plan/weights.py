@@ -1,4 +1,4 @@
-"""Parameters of a policy by part, and who trains them; what sharded learners gather of them."""
+"""Parameters of a policy by part and optimiser group, and sizes of FSDP all-gathers."""
 
 import math
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from reachrl.policies.base import Policy
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Parameters of one part."""
+    """Parameters of one part of the policy."""
 
     name: str
     count: int
     bytes: int
-    """Memory of the parameters themselves; 4-bit ones with their scales."""
+    """Memory of the parameters; of 4-bit ones including their scales."""
     trained_by: str | None
-    """`policy` or `value`, the optimiser's two groups; none is frozen."""
+    """Optimiser group, `policy` or `value`; None: frozen."""
 
     @property
     def width(self) -> float:
@@ -29,20 +29,20 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Bytes of weights that are gathered together, and of their gradients."""
+    """Bytes of one FSDP unit: its weights and their gradients."""
 
     weights: int
     gradients: int
 
     @classmethod
     def of(cls, parameters: Iterable[nn.Parameter]) -> "Unit":
-        """The unit of `parameters`."""
+        """Return the unit of `parameters`."""
         sizes = [(parameter.nbytes, parameter.requires_grad) for parameter in parameters]
         return cls(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
 
 
 def weights(policy: Policy) -> tuple[Weights, ...]:
-    """Everything `policy` holds, by module, type and who trains it; whatever takes no gradient is frozen."""
+    """Return all parameters of `policy`, grouped by module, data type and optimiser group."""
     value = {id(parameter) for parameter in policy.parameter_groups()["value"]}
     found: dict[tuple[str, float, str | None], tuple[int, int]] = {}
     for name, parameter in policy.named_parameters():
@@ -50,7 +50,7 @@ def weights(policy: Policy) -> tuple[Weights, ...]:
         role = ("value" if id(parameter) in value else "policy") if parameter.requires_grad else None
         count, size = _size(parameter)
         key = (f"adapters of the {part}" if ".lora_" in name else part, size / count, role)
-        if size < count:  # each map has its own scales
+        if size < count:  # 4 bits: each layer has its own scales
             key = (f"{part}, 4 bits", 0, role)
         before = found.get(key, (0, 0))
         found[key] = (before[0] + count, before[1] + size)
@@ -58,7 +58,7 @@ def weights(policy: Policy) -> tuple[Weights, ...]:
 
 
 def _size(parameter: nn.Parameter) -> tuple[int, int]:
-    """Numbers and bytes of a parameter, of a 4-bit one those that it stands for and those of its scales too."""
+    """Return the number of weights and the bytes of a parameter; of a 4-bit one including its scales."""
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return parameter.numel(), parameter.nbytes
@@ -66,7 +66,7 @@ def _size(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def units(policy: Policy) -> tuple[list[Unit], Unit]:
-    """What sharded learners gather one at a time, in the order of `sharding_units`, and what is in none of them."""
+    """Return the units of `sharding_units`, in order, and the parameters in none of them as one more unit."""
     modules = policy.sharding_units()
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     rest = Unit.of(parameter for parameter in policy.parameters() if id(parameter) not in inside)
@@ -74,11 +74,10 @@ def units(policy: Policy) -> tuple[list[Unit], Unit]:
 
 
 def gathered_weights(used: list[Unit], rest: Unit, *, scoring: bool) -> int:
-    """Bytes gathered at the widest moment of a pass: what is in no unit, and beside it the largest unit twice.
+    """Return the peak of gathered weights in a pass: parameters in no unit, plus twice the largest unit.
 
-    Pieces arrive in a buffer, from which the weights are copied; in the backward pass the next unit's buffer is filled
-    while a unit computes. In the forward pass, the widest of scoring, a unit's buffer is kept until the next one's
-    weights are copied.
+    All-gather fills a buffer, from which weights are copied out. In the backward pass the next unit's buffer is filled
+    while a unit computes. In the forward pass (scoring) a unit's buffer is freed after the next unit is copied out.
     """
     largest = max((unit.weights for unit in used), default=0)
     following = (first.weights + 2 * second.weights for first, second in pairwise(used))
@@ -86,14 +85,14 @@ def gathered_weights(used: list[Unit], rest: Unit, *, scoring: bool) -> int:
 
 
 def gathered_gradients(used: list[Unit], rest: Unit, kept: float) -> float:
-    """Bytes of gradients that are not in pieces yet, at the widest moment of a backward pass.
+    """Return the peak of unsharded gradients in a backward pass, in bytes.
 
-    A unit's are copied into a buffer to be summed over the learners. Those in no unit stay to the end of the pass, when
-    no activations are left.
+    Gradients of a unit are copied into a buffer for the reduce-scatter. Those in no unit stay until the end of the
+    pass, when all activations are freed.
 
     Args:
-        used: units of the pass.
-        rest: what is in none.
+        used: units that the pass calls.
+        rest: parameters in no unit.
         kept: bytes of activations.
     """
     largest = max((unit.gradients for unit in used), default=0)

@@ -1,4 +1,4 @@
-"""Vision-language-action policies with a value head: what acts, and what is trained."""
+"""Vision-language-action policies with a value head."""
 
 import logging
 

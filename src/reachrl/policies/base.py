@@ -30,51 +30,51 @@ class Policy(PolicyModule):
     """
 
     num_action_tokens: int
-    """Token slots of an answer, `A`: its length, or the greatest there can be."""
+    """Token slots of an answer, `A`: its maximum length."""
     num_actions: int = 1
-    """Actions that one answer stands for, `H`."""
+    """Actions per answer, `H`."""
     num_choices: int = 256
-    """Tokens that each action token is chosen from: what the noise of `act` must have one number for."""
+    """Number of tokens that each action token is chosen from, `V`; the width of the noise of `act`."""
     first_choice: int = 0
-    """Vocabulary id of the first of them, where their ids follow one another; otherwise override `choices`."""
+    """Vocabulary id of the first of them, if their ids are contiguous; otherwise override `choices`."""
     safe_action: float | np.ndarray = 0.0
-    """What is carried out instead of a malformed answer: every number of it, or f32[D]. 0 stands still where actions
-    are changes of the pose; a policy whose actions are poses must say what is safe."""
+    """Action executed in place of a malformed answer: a number for every dimension, or f32[D]. 0 means no motion if
+    actions are pose changes; override it for absolute poses."""
     num_cameras: int = 1
-    """Cameras that `encode` looks at: the first ones of an observation."""
+    """Number of cameras that `encode` reads: the first ones of an observation."""
     state_size: int | None = None
-    """Numbers of the observation's `state` that `encode` reads; None: it reads none."""
+    """Size of the observation's `state` that `encode` reads; None: it reads none."""
     trained_on: TrainedOn | None = None
-    """Instructions, frame sizes and cameras of its training data; None: unknown, nothing is warned of."""
+    """Instructions, frame sizes and cameras of the training data; None: unknown, no warnings."""
     warned_of: frozenset[Hashable] = frozenset()
-    """What was warned of already: an instruction, a camera's frame size, the limits of actions."""
+    """Keys of the warnings that were logged already."""
     _lately: np.ndarray | None = None  # the last actions of `predict`
 
     @property
     def action_dim(self) -> int:
-        """Numbers of one action, `D`; override it where an action has not one token for each."""
+        """Dimensions of one action, `D`; override it unless there is one token per dimension."""
         return self.num_action_tokens // self.num_actions
 
     @abstractmethod
     def prompt(self, instruction: str) -> str:
-        """What the policy is asked in words, for people to read."""
+        """Return the text prompt for an instruction."""
 
     @abstractmethod
     def encode(self, observation: Observation) -> PolicyInputs:
-        """Turn observations into model-ready rows, on the policy's device."""
+        """Convert observations to model-ready rows on the policy's device."""
 
     def cache(self, inputs: Any) -> Any:
-        """Rows in which pixels have given way to what the frozen vision towers make of them.
+        """Replace pixels by the output of frozen vision towers.
 
-        The learner calls it once for every decision of a rollout and keeps the rows for the update, unless the towers
-        are trained. The default keeps `inputs` as they are, pixels included.
+        The learner calls it once per decision of a rollout and keeps the rows for the update, unless the towers are
+        trained. The default returns `inputs` unchanged.
         """
         return inputs
 
     def example_inputs(self, observation: Observation) -> Any:
-        """Rows as large as those of `encode`, whatever is in them, for planning on the meta device.
+        """Return rows of the shape that `encode` returns, for planning on the meta device.
 
-        Override it where `encode` needs what `outline` does not have, such as a tokenizer.
+        Override it if `encode` needs anything that `outline` lacks, such as a tokenizer.
         """
         return self.encode(observation).to(self.device)
 
@@ -89,11 +89,10 @@ class Policy(PolicyModule):
     ) -> ActionSample:
         """Decode all rows at once, without gradients.
 
-        A token is `argmax(logits / temperature + noise(position))`: an exact sample of the softmax, greedy when `noise`
-        is None. The caller draws the noise, one stream per episode, so that an episode does not depend on which rows it
-        was batched with, and only when it is asked for, so that long answers cost nothing in advance. Without
-        `with_values` the sample may come without values: a critic with a trunk of its own need not run, and rollouts
-        are scored by the learner anyway.
+        A token is `argmax(logits / temperature + noise(position))`: an exact sample of the softmax, greedy if `noise`
+        is None. The caller draws the noise lazily from one stream per episode, so that an episode does not depend on
+        the other rows of its batch. Without `with_values` the values may be None: rollouts are scored by the learner,
+        so a separate critic need not run.
         """
 
     @torch.no_grad()
@@ -106,7 +105,7 @@ class Policy(PolicyModule):
         temperature: float = 0.0,
         generator: np.random.Generator | None = None,
     ) -> Float[np.ndarray, "H D"]:
-        """Choose the action for one moment of a loop of your own.
+        """Choose the next actions for one observation, in a control loop of your own.
 
         Args:
             images: the camera's frame u8[H W 3], of any size: it is resized as in training. Or a dict of one frame for
@@ -117,10 +116,10 @@ class Policy(PolicyModule):
             generator: source of the sampling noise. Give the same one at every step: it moves on with each.
 
         Returns:
-            f32[H D]: `H` actions to carry out in turn (here one), in the units of the environment.
+            f32[H D]: `H` actions to execute in order, in the units of the environment.
 
-        A warning is logged, once each, of an instruction, a frame size or an order of cameras that the policy was never
-        trained on, and where the mean of its last 30 actions lies at a limit.
+        Logs a warning, once each, for an instruction, a frame size or a camera order that the policy was not trained
+        on, and if the mean of its last 30 actions is at a limit.
 
         Raises:
             ConfigError: an argument is not what is described here; says what it is.
@@ -153,12 +152,12 @@ class Policy(PolicyModule):
         *,
         temperature: float = 1.0,
     ) -> Float[Tensor, "B A"]:
-        """Log-probs of given tokens on the path that `act` takes; override it where noise does not choose the token.
+        """Compute log-probs of given tokens by the code path of `act`; override it if noise does not choose the token.
 
         Raises:
             ExtensionError: `act` does not take the token that the noise chooses.
         """
-        # Noise that outweighs every logit makes `act` choose what we want, on the very path of the rollout.
+        # Noise larger than every logit forces `act` to choose the given tokens.
         chosen = self.choices(token_ids).where(token_mask, 0)
 
         def noise(position: int) -> Tensor:
@@ -176,18 +175,18 @@ class Policy(PolicyModule):
         return sample.logprobs
 
     def choices(self, token_ids: Int64[Tensor, "B A"]) -> Int64[Tensor, "B A"]:
-        """Where tokens are among the `num_choices` that the noise of `act` chooses from."""
+        """Map vocabulary ids to indices into the `num_choices` tokens."""
         return token_ids - self.first_choice
 
     def token_actions(self) -> Int64[Tensor, "A"] | None:
-        """Which of the `H` actions each token slot belongs to; None: every token stands for the chunk as a whole.
+        """Return the index of the action that each token slot belongs to; None: tokens encode the chunk as a whole.
 
-        Asked for where one probability ratio covers the tokens of one action of a chunk.
+        Used with `algorithm.ratio_level=action`: one probability ratio per action.
         """
         return None
 
     def actions(self, sample: ActionSample) -> Float[np.ndarray, "B H D"]:
-        """What is carried out, in the environment's units: the decoded actions, `safe_action` for malformed answers."""
+        """Decode the actions to execute, in the environment's units; `safe_action` replaces malformed answers."""
         actions = self.decode_actions(sample.token_ids, sample.token_mask)
         malformed = sample.malformed.cpu().numpy()
         if malformed.any():
@@ -206,21 +205,21 @@ class Policy(PolicyModule):
     ) -> Evaluation:
         """Score given tokens at the slots of the mask, with gradients.
 
-        Without `with_values`, which only algorithms without a critic ask for, no critic is computed.
+        Without `with_values`, which algorithms without a critic use, the critic is not computed.
         """
 
     @abstractmethod
     def values(self, inputs: Any) -> Float[Tensor, "B"]:
-        """State values; the same number that `act` and `evaluate` return for the same state."""
+        """Compute state values, equal to those of `act` and `evaluate` for the same state."""
 
     @abstractmethod
     def decode_actions(
         self, token_ids: Int64[Tensor, "B A"], token_mask: Bool[Tensor, "B A"]
     ) -> Float[np.ndarray, "B H D"]:
-        """Map tokens to actions f32[B H D] in the environment's units; malformed rows may become anything."""
+        """Map tokens to actions f32[B H D] in the environment's units; malformed rows are undefined."""
 
     def action_limits(self) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]] | None:
-        """The smallest and the largest action that tokens can say, equal where one cannot vary; None: unknown."""
+        """Return the range of the actions that tokens can encode, equal in constant dimensions; None: unknown."""
         return None
 
     @abstractmethod
@@ -229,16 +228,16 @@ class Policy(PolicyModule):
 
     @abstractmethod
     def set_action_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
-        """Fix the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through."""
+        """Set the un-normalisation: f64[D] quantiles of the training actions; unmasked dims pass through."""
 
     def set_state_stats(self, q01: np.ndarray, q99: np.ndarray, mask: np.ndarray) -> None:
-        """Fix the normalisation of the robot's state: f64[S] quantiles of those seen in training.
+        """Set the normalisation of the robot's state: f64[S] quantiles of the training states.
 
-        Nothing to do for a policy that reads no state, or reads it as it is.
+        The default does nothing, for a policy that reads no state or does not normalise it.
         """
 
     def check_shown(self, cameras: Collection[str], state_size: int | None) -> None:
-        """Refuse a source of observations that has fewer cameras than `encode` looks at, or another state.
+        """Check that a source of observations has the cameras and the state that `encode` reads.
 
         Args:
             cameras: names of its cameras.
@@ -261,12 +260,12 @@ class Policy(PolicyModule):
             )
 
     def note_training(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
-        """Add instructions, cameras and the sizes of frames u8[... H W 3] to what it is known to be trained on."""
+        """Add instructions, cameras and sizes of frames u8[... H W 3] to `trained_on`."""
         new = TrainedOn.of(instructions, images)
         self.trained_on = new if self.trained_on is None else self.trained_on.joined(new)
 
     def warn_of_unfamiliar(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
-        """Log a warning, once each, of an instruction, a frame size or an order of cameras that was not trained on.
+        """Log a warning, once each, for an instruction, a frame size or a camera order that was not trained on.
 
         Args:
             instructions: the tasks in words.
@@ -279,7 +278,7 @@ class Policy(PolicyModule):
                 self._warn_once(about, text)
 
     def warn_of_limits(self, actions: Float[np.ndarray, "N D"]) -> None:
-        """Log a warning, once, where the mean of successive actions lies at a limit, in a dimension that varies."""
+        """Log a warning, once, if the mean of successive actions is at a limit in a dimension that varies."""
         limits = self.action_limits()
         if limits is None or len(actions) < MIN_DECISIONS:
             return

@@ -1,4 +1,4 @@
-"""State values: a small head on a hidden state, and an optional critic with a trunk of its own."""
+"""Value head, and an optional separate trunk of the critic."""
 
 from copy import deepcopy
 
@@ -10,7 +10,7 @@ from transformers import LlamaModel
 
 
 class ValueHead(nn.Module):
-    """Two linear maps in float32; the last starts at zero, so that an untrained critic says 0 everywhere."""
+    """Two linear layers in float32; the last is initialised to zero, so that an untrained critic returns 0."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -26,17 +26,17 @@ class ValueHead(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """Whether anything was learned: an untrained head says 0 everywhere."""
+        """Whether the last layer differs from zero."""
         return bool(self.fc2.weight.any() or self.fc2.bias.any())
 
     def forward(self, hidden: Float[Tensor, "B E"]) -> Float[Tensor, "B"]:
-        """One value per row."""
+        """Compute one value per row."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.fc2(F.silu(self.fc1(hidden.float()))).squeeze(-1)
 
 
 class SeparateTrunk(nn.Module):
-    """The critic's own copy of projector and language model: its loss cannot move the actor."""
+    """A copy of projector and language model for the critic, so that its loss does not affect the actor."""
 
     def __init__(self, projector: nn.Module, model: LlamaModel) -> None:
         super().__init__()
@@ -45,6 +45,6 @@ class SeparateTrunk(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, projector: nn.Module, model: LlamaModel) -> None:
-        """Start again from the actor's current weights."""
+        """Copy the actor's current weights."""
         self.projector.load_state_dict(projector.state_dict())
         self.model.load_state_dict(model.state_dict())

@@ -16,7 +16,7 @@ POLICY = "policy"  # what run folders, checkpoints and stages call the folder of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One part of a model as it is stored."""
+    """One stored part of a model."""
 
     name: str
     sizes: str = ""  # in words
@@ -26,7 +26,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What a folder's small files and the headers of its weights say."""
+    """Description of a policy folder, from its small files and the headers of its weights."""
 
     folder: Path
     facts: dict[str, str]  # in the order they are shown
@@ -37,7 +37,7 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One recorded tensor beside ours."""
+    """Comparison of one recorded tensor with ours."""
 
     name: str
     difference: float  # the largest absolute one; of an exact tensor, how many numbers differ
@@ -45,18 +45,18 @@ class Check:
 
     @property
     def exact(self) -> bool:
-        """Whether every number must be the same."""
+        """Whether the tensors must be equal."""
         return self.tolerance == 0
 
     @property
     def passed(self) -> bool:
-        """Whether they agree; a difference that is not a number does not."""
+        """Whether the difference is within the tolerance; NaN is not."""
         return self.difference <= self.tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """All comparisons that a recording allows; it proves the function only where none is missing."""
+    """All comparisons that a recording allows; a proof only if none is missing."""
 
     checks: tuple[Check, ...]
     missing: tuple[str, ...]  # outputs of the function that were not recorded, or not with what they need
@@ -64,17 +64,17 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every output of the function was compared, and agrees."""
+        """Whether every output was compared and agrees."""
         return not self.missing and all(check.passed for check in self.checks)
 
 
 class PolicyFolders:
-    """The folders of one kind of policy, as far as any kind's can be told; override what a kind knows better."""
+    """Operations on saved policies of one kind; the defaults hold for any kind."""
 
     def why_not(self, folder: Path, kind: str) -> str | None:
-        """Why `folder`, on this machine, holds no policy of this `kind`; None: it holds one.
+        """Return why `folder` holds no policy of this `kind`; None: it holds one.
 
-        The default goes by `kind` in `config.json`.
+        The default reads `kind` in `config.json`.
         """
         try:
             found = read_json(folder / CONFIG_FILE).get("kind")
@@ -83,7 +83,7 @@ class PolicyFolders:
         return None if found == kind else f"{folder / CONFIG_FILE}: kind = {found!r}, expected {kind!r}"
 
     def inspect(self, folder: Path) -> Inspection:
-        """Describe a folder without reading a single weight.
+        """Describe a folder without reading weights.
 
         Raises:
             CheckpointError: a file is missing or damaged.
@@ -111,7 +111,7 @@ class PolicyFolders:
         tower_heads: Sequence[int] | None,
         options: Mapping[str, str] | None = None,
     ) -> Verification:
-        """Compute recorded outputs of the official code again.
+        """Recompute recorded outputs of the official code.
 
         Args:
             folder: on this machine.
@@ -127,7 +127,7 @@ class PolicyFolders:
         raise ConfigError(f"{folder}: there is no official code that this kind of policy could be compared with")
 
     def export(self, folder: Path, out: Path, *, merge: bool, base: Path | None) -> list[str]:
-        """Write a policy for other tools, and say what was written.
+        """Write a policy for other tools; return lines that describe what was written.
 
         Args:
             folder: a saved policy.
@@ -144,7 +144,7 @@ class PolicyFolders:
 
 
 def count_dtypes(tensors: Iterable[StoredTensor]) -> dict[str, int]:
-    """How many numbers have each stored type, the most frequent first."""
+    """Count weights by stored data type, the most frequent first."""
     counts: Counter[str] = Counter()
     for tensor in tensors:
         counts[tensor.dtype] += tensor.numel
@@ -152,14 +152,14 @@ def count_dtypes(tensors: Iterable[StoredTensor]) -> dict[str, int]:
 
 
 def dtypes_in_words(counts: Mapping[str, int]) -> str:
-    """The stored types and, if there are several, how many numbers have each."""
+    """Format the stored data types, with counts if there are several."""
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{name} ({number:,} weights)" for name, number in counts.items())
 
 
 def kind_of(folder: Path) -> str:
-    """Which kind of policy a folder on this machine holds.
+    """Return the kind of the policy in a folder.
 
     Raises:
         CheckpointError: none that is built in or installed; says why for each, or where in the folder a policy is.
@@ -179,7 +179,7 @@ def kind_of(folder: Path) -> str:
 
 
 def folders_of(checkpoint: Path) -> tuple[Path, PolicyFolders]:
-    """A checkpoint's folder on this machine, and what can be done with it.
+    """Return a checkpoint's local folder and the operations of its kind.
 
     Args:
         checkpoint: a folder, or `owner/name` on the hub, which is downloaded first.
@@ -192,5 +192,5 @@ def folders_of(checkpoint: Path) -> tuple[Path, PolicyFolders]:
 
 
 def _folders(kind: str) -> PolicyFolders:
-    """What can be done with saved policies of a kind; the defaults where it brings nothing of its own."""
+    """Return the operations registered for a kind, or the defaults."""
     return resolve("policy_folders", kind)() if kind in kinds("policy_folders") else PolicyFolders()

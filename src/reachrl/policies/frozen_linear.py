@@ -1,4 +1,4 @@
-"""Linear maps whose weights are copied in, never trained: as they are, or in 8 bits."""
+"""Linear layers for inference whose weights are copied in: unchanged, or quantised to 8 bits."""
 
 from collections.abc import Sequence
 
@@ -28,20 +28,20 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def empty(cls, out_features: int, in_features: int, *, like: Tensor, bias: bool = False) -> "FrozenLinear":
-        """Room for a map, where and of the type that `like` is."""
+        """Allocate an empty layer on the device and in the data type of `like`."""
         return cls(like.new_empty(out_features, in_features), like.new_empty(out_features) if bias else None)
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Any device will do."""
+        """Accept any device."""
 
     def split(self, rows: Sequence[int]) -> list["FrozenLinear"]:
-        """Maps to so many outputs each, whose weights are views of this one's."""
+        """Split into layers of the given output sizes, whose weights are views of this layer's."""
         return [type(self)(weight) for weight in self.weight.detach().split(list(rows))]
 
     @torch.no_grad()
     def give(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None) -> None:
-        """Copy the weight in."""
+        """Copy the weight."""
         self.weight.copy_(weight)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
@@ -52,7 +52,7 @@ class FrozenLinear(nn.Module):
 
 
 class Float8Linear(FrozenLinear):
-    """A linear map in 8 bits (E4M3): each output's weights share a scale, and so do each row's inputs.
+    """A linear layer in 8 bits (E4M3), with one scale per output channel and one per input row.
 
     Half the memory, and on hardware that multiplies 8-bit numbers up to twice the speed, for an error of a few
     percent of an output's spread, which varies from input to input. Sums are kept in more bits.
@@ -75,7 +75,7 @@ class Float8Linear(FrozenLinear):
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Make sure that the device multiplies 8-bit numbers; a CPU does, slowly.
+        """Check that the device multiplies 8-bit numbers; a CPU does so slowly.
 
         Raises:
             ConfigError: a GPU without such tensor cores.
@@ -84,13 +84,13 @@ class Float8Linear(FrozenLinear):
             check_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
     def split(self, rows: Sequence[int]) -> list["FrozenLinear"]:
-        """Maps to so many outputs each, whose weights and scales are views of this one's."""
+        """Split into layers of the given output sizes, whose weights and scales are views of this layer's."""
         pairs = zip(self.weight.detach().split(list(rows)), self.scale.split(list(rows)), strict=True)
         return [type(self)(weight, None, scale) for weight, scale in pairs]
 
     @torch.no_grad()
     def give(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None) -> None:
-        """Round the weight, given whole, to 8 bits."""
+        """Quantise the weight to 8 bits and copy it."""
         assert bias is None
         rounded, scale = _to_float8(weight)
         self.weight.copy_(rounded)
@@ -107,6 +107,6 @@ class Float8Linear(FrozenLinear):
 
 
 def _to_float8(x: Float[Tensor, "B I"]) -> tuple[Tensor, Float[Tensor, "B 1"]]:
-    """Each row divided by what brings its largest number to the largest there is, and that divisor."""
+    """Scale each row to the largest representable value; return scaled rows and scales."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / _LARGEST
     return x.to(torch.float32, copy=True).div_(scale).to(torch.float8_e4m3fn), scale

@@ -55,14 +55,14 @@ def decoder_layers(model: LlamaModel) -> list[LlamaDecoderLayer]:
 
 
 def causal_mask(valid: Bool[Tensor, "B S"], num_queries: int) -> Bool[Tensor, "B 1 Q S"]:
-    """Which keys the last `num_queries` positions may see: real tokens that do not come later."""
+    """Return the causal attention mask of the last `num_queries` positions, without padding."""
     length = valid.shape[1]
     order = torch.ones(num_queries, length, dtype=torch.bool, device=valid.device).tril(length - num_queries)
     return order & valid[:, None, None, :]
 
 
 def position_ids(valid: Bool[Tensor, "B S"]) -> Tensor:
-    """Count real tokens only, so that padding does not shift anything."""
+    """Return positions that count real tokens only, so that padding shifts nothing."""
     return (valid.long().cumsum(1) - 1).clamp_min_(0)
 
 
@@ -73,9 +73,9 @@ def _rotate(x: Float[Tensor, "B H S D"], rotary: Rotary) -> Float[Tensor, "B H S
 
 
 def fuse(layer: LlamaDecoderLayer) -> None:
-    """Lay the maps that read the same input out in one matrix each, of which their own weights become views.
+    """Fuse layers that read the same input into one matrix, of which their weights become views.
 
-    For layers of a copy for decoding. The weights' contents are lost: give them anew afterwards.
+    For the decoding copy. The weights are uninitialised afterwards: copy them again.
     """
     attention, mlp = layer.self_attn, layer.mlp
     for owner, name, parts in (
@@ -92,7 +92,7 @@ def fuse(layer: LlamaDecoderLayer) -> None:
 def project(
     layer: LlamaDecoderLayer, hidden: Float[Tensor, "B S E"], rotary: Rotary, num_queries: int
 ) -> tuple[Float[Tensor, "B H Q D"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
-    """Queries of the last `num_queries` positions, keys and values of all, with their places."""
+    """Compute queries of the last `num_queries` positions, and keys and values of all, with rotary embeddings."""
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     fused: FrozenLinear | None = getattr(attention, _QKV, None)
     if fused is None or num_queries < hidden.shape[1]:
@@ -127,9 +127,9 @@ def attend(
     mask: Bool[Tensor, "B 1 Q S"] | None,
     causal: bool = True,
 ) -> Float[Tensor, "B Q E"]:
-    """What the layer makes of its projections: attention and feed-forward, each added to what came in.
+    """Compute attention and feed-forward, each with its residual connection, from a layer's projections.
 
-    Without a mask the rows have no padding, and if attention is causal there is one query or one for each key.
+    Without a mask the rows have no padding, and causal attention has one query or one per key.
     """
     attention = layer.self_attn
     out = F.scaled_dot_product_attention(
@@ -146,7 +146,7 @@ def attend(
 
 
 class LayerPass(NamedTuple):
-    """The two halves of a decoder layer; between them, keys and values may be put into a cache."""
+    """The two halves of a decoder layer, before and after keys and values are written to a cache."""
 
     project: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attend: Callable[..., Tensor]
@@ -157,15 +157,15 @@ PLAIN = LayerPass(project, attend)
 
 @functools.cache
 def compiled() -> LayerPass:
-    """The halves compiled for the first shape they meet, and once more for all others.
+    """Compile the halves for the first shape, and once more for all others (dynamic shapes).
 
-    A layer's parameters are inputs of the compiled programs, so that all layers share them.
+    A layer's parameters are inputs of the compiled functions, so that all layers share them.
     """
     return LayerPass(torch.compile(project), torch.compile(attend))
 
 
 def has_padding(valid: Bool[Tensor, "B S"]) -> bool:
-    """Whether a mask is needed; on an accelerator always, because looking would stall it."""
+    """Return whether a mask is needed; always on an accelerator, because reading it would synchronise."""
     return valid.device.type != "cpu" or not bool(valid.all())
 
 
@@ -178,9 +178,9 @@ def last_hidden(
     *,
     causal: bool = True,
 ) -> Float[Tensor, "B Q E"]:
-    """Normed hidden states of the last `num_last` positions, as they are trained.
+    """Compute normalised hidden states of the last `num_last` positions, with gradients.
 
-    The final layer computes only those positions: nothing reads the others.
+    The final layer computes only those positions.
 
     Args:
         model: the language model without its head.
@@ -214,7 +214,7 @@ def last_hidden(
 
 
 def _seen(valid: Bool[Tensor, "B S"], num_queries: int, causal: bool) -> Bool[Tensor, "B 1 Q S"]:
-    """What the last `num_queries` positions attend to."""
+    """Return the attention mask of the last `num_queries` positions."""
     return causal_mask(valid, num_queries) if causal else valid[:, None, None, :].expand(-1, 1, num_queries, -1)
 
 

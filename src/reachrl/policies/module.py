@@ -1,4 +1,4 @@
-"""A policy as a module with weights: how it is built, saved, trained and sharded."""
+"""The part of a policy's interface that concerns its weights: building, storage, parameter groups, sharding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,52 +15,52 @@ P = TypeVar("P", bound=nn.Module)
 
 
 class PolicyModule(nn.Module, ABC):
-    """The part of the interface of a policy that does not depend on what it sees and decides."""
+    """Base class of `Policy`, independent of observations and actions."""
 
     Config: ClassVar[type[Section]]
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of the arithmetic behind the log-probs: how closely two passes over the same rows can agree."""
+        """Data type in which log-probs are computed; decides the tolerance between two passes over the same rows."""
         return next(self.parameters()).dtype
 
     @property
     def acting_dtype(self) -> torch.dtype:
-        """The type of the arithmetic behind the log-probs of `act`, if that is coarser."""
+        """Data type in which `act` computes log-probs, if it is coarser than `compute_dtype`."""
         return self.compute_dtype
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by role: `vision`, `trunk` (projector, language model), `value`.
+        """Return trainable parameters by role: `vision`, `trunk` (projector, language model), `value`.
 
-        What is frozen for good (the weights under adapters) is in none of them.
+        Permanently frozen weights, such as those under adapters, are in none of them.
         """
 
     def trunk_parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parts of the trunk that may have a learning rate of their own: `projector` and `head` (the output layer)."""
+        """Return the parts of the trunk with separate learning rates: `projector` and `head` (the output layer)."""
         return {}
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
-        """What must be equal for weights to fit; stored in checkpoints and compared on load."""
+        """Return the options that must be equal for weights to fit; stored in checkpoints and compared on load."""
 
     def sharding_units(self) -> list[nn.Module]:
-        """Modules that are computed by calling them, none inside another: what sharded learners gather one at a time.
+        """Return the modules that FSDP shards and gathers one at a time: called as modules, none inside another.
 
-        What is in none of them is gathered for each pass as one piece.
+        All other parameters form one more unit, gathered for a whole pass.
         """
         return []
 
     @abstractmethod
     def reset_critic(self) -> None:
-        """Begin a critic with a trunk of its own anew, after a warm start that trained the actor.
+        """Reset a separate critic after a warm start that trained the actor.
 
-        Its trunk gets the actor's current weights, its head has learned nothing. Nothing to do for a shared critic.
+        Its trunk is copied from the actor, its head is initialised. A shared critic is left as it is.
         """
 
     def freeze(self, roles: Sequence[str]) -> None:
@@ -76,17 +76,17 @@ class PolicyModule(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_pretrained(cls: type[P], folder: Path) -> P:
-        """Read what `save_pretrained` wrote.
+        """Load a policy that `save_pretrained` wrote.
 
-        Where the section marks keys as `Affects.TRAINING | Affects.FUTURE`, these come as keyword arguments, to be
-        taken instead of the stored ones: a run may go on with others.
+        Keys that the section marks as `Affects.TRAINING | Affects.FUTURE` are passed as keyword arguments and override
+        the stored values.
 
         Raises:
             CheckpointError: a file is missing, truncated or of another architecture.
         """
 
     def restore(self, folder: Path) -> None:
-        """Read what `save_pretrained` wrote back into this policy; override to do it without building a second one.
+        """Load a saved policy into this one; the default builds a second policy, override it to avoid that.
 
         Raises:
             CheckpointError: a file is missing, truncated or of another architecture.
@@ -98,19 +98,19 @@ class PolicyModule(nn.Module, ABC):
 
     @classmethod
     def outline(cls: type[P], config: Any, *, recorder: Callable[[Any], Any] | None = None) -> P:
-        """Build the policy that `config` describes on the meta device: shapes without numbers, for planning.
+        """Build the policy of `config` on the meta device, for planning.
 
-        Called under `torch.device("meta")`. Override it where the constructor reads a checkpoint, which need not exist.
-        What the plan then runs there (`act`, `cache`, `evaluate`, `values`) must not read numbers, as `item()` and
-        `if mask.any()` do; ask for the device first, as for an accelerator, which would have to wait.
+        Called under `torch.device("meta")`. Override it if the constructor reads a checkpoint, which need not exist.
+        The plan then traces `act`, `cache`, `evaluate` and `values`, which must not read values there, as `item()` and
+        `if mask.any()` do: test for the device first.
 
         Args:
             config: the policy's section.
-            recorder: stands for what records work on an accelerator, for policies whose acting replays recordings; it
-                takes work and returns what repeats it. None: as on a CPU.
+            recorder: replaces the recording of CUDA graphs, for policies that act by replaying them: takes a function
+                and returns one that replays it. None: as on a CPU.
         """
         return cls(config)
 
     def acting_rows(self, rows: int) -> int:
-        """Rows for which acting holds memory when it is asked for `rows`: more where recordings have fixed sizes."""
+        """Return the rows that acting on `rows` rows allocates: more if recordings have fixed batch sizes."""
         return rows

@@ -1,4 +1,4 @@
-"""What a user's own loop sees, checked and made an observation of one row."""
+"""Checks of the arguments of `Policy.predict`, and their conversion to an observation of one row."""
 
 import math
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ def one_observation(
     num_cameras: int = 1,
     state_size: int | None = None,
 ) -> Observation:
-    """One moment as a batch of one.
+    """Convert one frame (or one per camera), instruction and state to a batch of one.
 
     Args:
         images: a frame u8[H W 3], or a dict with the frame of each camera, in the policy's order.
         instruction: the task in words.
         state: f32[S], for a policy that takes one.
-        num_cameras: how many the policy looks at.
+        num_cameras: that the policy reads.
         state_size: `S`; None: the policy takes no state.
 
     Raises:
@@ -48,7 +48,7 @@ def one_observation(
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse what is no temperature.
+    """Check a sampling temperature.
 
     Raises:
         ConfigError: it is negative or not finite.
@@ -70,7 +70,7 @@ def _state(state: np.ndarray | None, size: int | None) -> np.ndarray | None:
 
 
 def _frame(what: str, image: object) -> np.ndarray:
-    """A frame u8[1 H W 3]."""
+    """Check a frame and add the batch axis: u8[1 H W 3]."""
     frame = np.array(image)  # a copy: frames of Pillow cannot be written, and PyTorch warns of those
     if frame.dtype != np.uint8:
         kind = "0..1, multiply by 255 and round" if np.issubdtype(frame.dtype, np.floating) else "0..255, convert it"

@@ -1,4 +1,4 @@
-"""What a policy was trained on, kept beside its weights, and how what it meets differs from that."""
+"""Record of a policy's training data, stored beside its weights, and comparison of other inputs with it."""
 
 import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ class TrainedOn:
 
     @classmethod
     def of(cls, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> "TrainedOn":
-        """What these instructions and frames u8[... H W 3] are."""
+        """Record instructions and frames u8[... H W 3]."""
         sizes = frozenset((int(frames.shape[-3]), int(frames.shape[-2])) for frames in images.values())
         return cls(instructions=frozenset(instructions), sizes=sizes, cameras=tuple(images))
 
     def joined(self, other: "TrainedOn") -> "TrainedOn":
-        """Both together; the cameras' order stays that of the first data."""
+        """Return the union of two records; the order of cameras is that of the first."""
         return TrainedOn(
             instructions=self.instructions | other.instructions,
             sizes=self.sizes | other.sizes,
@@ -46,7 +46,7 @@ class TrainedOn:
 
     @classmethod
     def read(cls, folder: Path) -> "TrainedOn | None":
-        """Read what `write` wrote; None where nothing was written, as for foreign checkpoints.
+        """Read `trained_on.json`; None if there is none, as in checkpoints of other tools.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -72,16 +72,16 @@ class TrainedOn:
     ) -> Iterator[tuple[Hashable, str]]:
         """Find instructions, frame sizes and orders of cameras that are not those of the training data.
 
-        Cameras that have other names than in training are not reported: they may well be the same ones.
+        Unknown camera names are not reported: they may be other names of the same cameras.
 
         Args:
             instructions: the tasks in words.
-            images: frames u8[... H W 3] by camera, in the order in which the policy looks at them.
-            num_cameras: how many of them it looks at.
-            prompt: what the policy is asked for an instruction; equal prompts are the same task.
+            images: frames u8[... H W 3] by camera, in the order in which the policy reads them.
+            num_cameras: how many of them it reads.
+            prompt: text prompt of an instruction; equal prompts are the same task.
 
         Yields:
-            What is unfamiliar, and a sentence for people.
+            A key, by which the warning is logged once, and the message.
         """
         strange = set(instructions) - self.instructions
         if strange:
@@ -114,7 +114,7 @@ class TrainedOn:
 
 
 def _exchanged(looked_at: Sequence[str], shown: Collection[str], trained: Sequence[str]) -> bool:
-    """Whether a camera stands in the place of another one that it is known, by name, not to be."""
+    """Return whether the names of two cameras show that they are exchanged."""
     pairs = zip(looked_at, trained, strict=False)
     return any(camera != known and (known in shown or camera in trained) for camera, known in pairs)
 

@@ -1,1 +1,1 @@
-"""Cached decoding of action tokens, with the trained modules or with a frozen copy of them."""
+"""Cached decoding of action tokens, by the trained modules or by a frozen copy."""

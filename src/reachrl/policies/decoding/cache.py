@@ -1,4 +1,4 @@
-"""Cached decoding by transformers' Llama: a prompt's keys and values, and single-token steps behind them."""
+"""Cached decoding with transformers' Llama: prefill of a prompt and single-token steps."""
 
 from dataclasses import dataclass
 
@@ -22,14 +22,14 @@ from reachrl.policies.llama import (
 
 @dataclass(slots=True)
 class KVCache:
-    """Keys and values of all layers, allocated once for the whole sequence and filled from the left."""
+    """A static KV cache of all layers, allocated once for the whole sequence and filled from the left."""
 
     keys: list[Tensor]  # one [B heads S head_dim] per layer
     values: list[Tensor]
 
     @classmethod
     def allocate(cls, model: LlamaModel, batch: int, length: int, like: Tensor) -> "KVCache":
-        """Reserve room for `length` tokens in each of `batch` rows."""
+        """Allocate `length` positions in each of `batch` rows."""
         attention = decoder_layers(model)[0].self_attn
         num_heads = attention.k_proj.out_features // attention.head_dim
         shape = (len(model.layers), 2, batch, num_heads, length, attention.head_dim)
@@ -38,22 +38,22 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """How many rows there is room for."""
+        """Number of rows."""
         return self.keys[0].shape[0]
 
     @property
     def length(self) -> int:
-        """How many tokens each has room for."""
+        """Number of positions per row."""
         return self.keys[0].shape[2]
 
     def first(self, rows: int) -> "KVCache":
-        """The same memory, of the first `rows` rows."""
+        """Return a view of the first `rows` rows."""
         return KVCache(keys=[keys[:rows] for keys in self.keys], values=[values[:rows] for values in self.values])
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Rows whose keys and values are in the cache, and what the single-token steps behind them need."""
+    """A prefilled prompt: its place in the cache, and what single-token steps need."""
 
     cache: KVCache  # with room for the steps
     length: int  # S, positions of the prompt
@@ -109,7 +109,7 @@ def prefill(
 
 
 def step(model: LlamaModel, prompt: Prompt, number: int, embeds: Float[Tensor, "B 1 E"]) -> Float[Tensor, "B E"]:
-    """Feed token `number` (from 0) behind the prompt, one per row, and return its normed hidden state."""
+    """Feed the next token, number `number` (from 0), of each row and return its normalised hidden state."""
     place = prompt.length + number
     rotary = (prompt.cos[:, number : number + 1], prompt.sin[:, number : number + 1])
     mask = None if prompt.seen is None else prompt.seen[..., : place + 1]

@@ -27,7 +27,7 @@ class Decoded:
 def action_logits(
     hidden: Float[Tensor, "*B E"], head: Float[Tensor, "V E"], temperature: float
 ) -> Float[Tensor, "*B V"]:
-    """Logits of the tokens that may be chosen, divided by the temperature, in float32.
+    """Compute logits of the selectable tokens, divided by the temperature, in float32.
 
     Args:
         hidden: normed hidden states.
@@ -51,9 +51,9 @@ def choose_tokens(
     num_tokens: int,
     temperature: float,
 ) -> tuple[Int64[Tensor, "B A"], Float[Tensor, "B A"]]:
-    """Choose the tokens behind a prompt one after the other, each with its log-probability: see `decode`.
+    """Choose the tokens after a prompt one by one, with their log-probs; see `decode`.
 
-    Only the cache is written to, and nothing is asked of the device: what it does can be recorded and repeated.
+    Writes only to the cache and never synchronises, so that it can be captured as a CUDA graph.
     """
     hidden = prompt.hidden
     ids, logprobs = [], []

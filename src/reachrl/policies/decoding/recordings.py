@@ -19,11 +19,11 @@ _WARM_UPS = 2
 
 
 class Recordings:
-    """Recorded work, with the memory it reads from and writes to.
+    """Recordings by batch size, with the KV cache that they read and write.
 
-    There is one cache for all recordings, as large as the largest batch so far; a larger one ends the recordings, since
-    they name places in it. The rows of a batch are filled up to the next of few sizes: rows that nobody asked for are
-    computed and thrown away. The weights behind the work must keep their places.
+    All recordings share one cache of the largest batch so far. A larger batch reallocates it, which discards the
+    recordings. Batches are padded to the next of a few sizes; the output of padding rows is discarded. The addresses of
+    the weights must not change.
 
     Args:
         record: makes recordings, of CUDA graphs as a rule.
@@ -36,7 +36,7 @@ class Recordings:
         self._recorded: dict[object, _Recorded] = {}
 
     def cache(self, model: LlamaModel, batch: int, length: int, like: Tensor) -> KVCache:
-        """The cache, for a prompt of `batch` rows that will be replayed on, `length` positions with its steps."""
+        """Return the cache for a prompt of `batch` rows and `length` positions, steps included."""
         rows, own = self._rounded(batch), self._cache
         if own is None or own.rows < rows or own.length < length:
             self._recorded.clear()
@@ -69,7 +69,7 @@ class Recordings:
 
 
 class _Recorded:
-    """One recording, and the places it reads its inputs from."""
+    """One recording and its input buffers."""
 
     def __init__(self, record: Recorder, work: Work, prompt: Prompt, noise: Tensor, cache: KVCache) -> None:
         rows, steps = cache.rows, prompt.cos.shape[1]
@@ -107,10 +107,10 @@ class _Recorded:
 
 
 class CudaGraphs:
-    """Records as CUDA graphs.
+    """Captures CUDA graphs.
 
-    Each graph has its own pool of memory (for the steps of the 7B model some tens of MB), so that ending one never
-    touches another, and all are recorded on a stream of this object's own: libraries keep workspaces by stream.
+    Each graph has its own memory pool (some tens of MB for the 7B model), so that graphs are freed independently. All
+    are captured on one private stream, because libraries keep workspaces per stream.
 
     Args:
         device: where the work is done.
@@ -121,7 +121,7 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, work: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Run the work a few times, as libraries set themselves up at first, and record it."""
+        """Run the work a few times, so that libraries initialise, then capture it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             here = torch.cuda.current_stream()

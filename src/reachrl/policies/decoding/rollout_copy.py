@@ -1,4 +1,4 @@
-"""A second trunk to decode with: adapters folded in, projections that read the same input in one matrix."""
+"""A second trunk for decoding, with merged adapters and fused projections."""
 
 import copy
 
@@ -15,10 +15,10 @@ from reachrl.policies.lora.merging import merged
 
 
 class RolloutCopy:
-    """Projector and language model for decoding, brought up to date whenever the trained weights have changed.
+    """Projector and language model for decoding, updated whenever the trained weights have changed.
 
-    Every linear map is formed again from the base and the adapters and rounded once, so it does not drift however
-    often that happens; what has no adapters and is no linear map (embeddings, norms) is shared, not copied.
+    Every linear layer is computed anew from base and adapters and rounded once, so errors do not accumulate. Modules
+    other than linear layers (embeddings, norms) are shared.
 
     Args:
         projector: as it is trained.
@@ -66,10 +66,10 @@ class RolloutCopy:
         self._seen: tuple[int, ...] = ()
 
     def update(self) -> None:
-        """Copy the trained weights if any has been written to since the last time.
+        """Copy the trained weights if any has been written to since the last call.
 
-        PyTorch counts the writes to a tensor (an optimiser's step, `copy_`, `load_state_dict`). Writing through
-        `parameter.data` and optimisers with `fused=True` escape the count: neither is used here.
+        Detected by PyTorch's version counters (optimiser steps, `copy_`, `load_state_dict`). Writes through
+        `parameter.data` and optimisers with `fused=True` do not increment them; neither is used here.
         """
         now = tuple(p._version for module in self._trained for p in module.parameters())
         if now == self._seen:
@@ -82,7 +82,7 @@ class RolloutCopy:
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
-    """Linear maps in order, an adapted one in place of the map inside it."""
+    """Return linear layers in order, an adapted layer instead of its base layer."""
     found: list[nn.Module] = []
     for name, child in module.named_children():
         if name in FUSED:
@@ -93,7 +93,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 
 def acting_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """What a linear map with its active adapters multiplies by and adds."""
+    """Return the effective weight and bias of a linear layer with its active adapters."""
     if not is_adapted(layer):
         return dense_weight(layer), layer.bias  # pyright: ignore[reportReturnType]
     base = layer.get_base_layer()
@@ -106,7 +106,7 @@ def acting_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _frozen_copy(module: nn.Module, kind: type[FrozenLinear]) -> nn.Module:
-    """The same module without adapters: linear maps with storage of their own, everything else shared."""
+    """Return the module without adapters, with new linear layers and all other modules shared."""
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     own = copy.deepcopy(module, memo=dict(shared))
     _strip(own, kind)

@@ -1,1 +1,1 @@
-"""Low-rank adapters of any policy: beside its linear maps, in peft's files, folded into the weights."""
+"""LoRA adapters of any policy: training, peft files, merging."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen base: added by peft, in sets of which one acts at a time.
+"""LoRA adapters on a frozen base, added by peft; the actor and the critic may have separate sets.
 
 peft is imported by a policy that has adapters, and by no other: it brings bitsandbytes along where that is installed,
 and both together take more than a second.
@@ -54,7 +54,7 @@ def adapter_sets(
 
 
 def check_parts(policy: nn.Module, config: LoRAConfig, targets: Mapping[str, Sequence[str]]) -> None:
-    """Refuse parts that the policy does not have.
+    """Check that the policy has the adapted parts.
 
     Raises:
         ConfigError: a part of the policy has no linear map to adapt.
@@ -65,7 +65,7 @@ def check_parts(policy: nn.Module, config: LoRAConfig, targets: Mapping[str, Seq
 
 
 def add_adapters(policy: nn.Module, sets: Sets, *, trained: tuple[str, ...], four_bit: bool) -> None:
-    """Freeze `policy` and put trainable float32 adapters beside its linear maps; they change nothing yet.
+    """Freeze `policy` and add trainable float32 adapters to its linear layers; their product is zero at first.
 
     Args:
         policy: whose weights become the frozen base.
@@ -102,7 +102,7 @@ def _layers(policy: nn.Module) -> "list[peft.tuners.lora.LoraLayer]":
 
 
 def active(policy: nn.Module, adapter: str) -> AbstractContextManager:
-    """Compute with the adapters named `adapter` in place of the others."""
+    """Activate the adapters named `adapter` within the context."""
     return _active(_layers(policy), adapter)
 
 
@@ -120,19 +120,19 @@ def _active(layers: "list[peft.tuners.lora.LoraLayer]", adapter: str) -> Iterato
 
 
 def recomputing(policy: nn.Module) -> Contexts:
-    """Makes the contexts of a layer's forward pass and of its repetition: both use the adapters that are active now."""
+    """Return a `context_fn` for checkpointing: the recomputation uses the adapters that are active now."""
     layers = _layers(policy)
     adapter = layers[0]._active_adapter[0] if layers else ACTOR
     return lambda: (nullcontext(), _active(layers, adapter))
 
 
 def parameters(policy: nn.Module, adapter: str, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
-    """The matrices of one set in the modules whose names begin with one of `prefixes`."""
+    """Return the matrices of one set in the modules whose names begin with one of `prefixes`."""
     return [p for name, p in policy.named_parameters() if f".{adapter}." in name and name.startswith(prefixes)]
 
 
 def tensors(policy: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The matrices of one set under the names of peft's files."""
+    """Return the matrices of one set, named as in peft's files."""
     return {
         PREFIX + name.replace(f".{adapter}.", "."): parameter.detach()
         for name, parameter in policy.named_parameters()
@@ -142,7 +142,7 @@ def tensors(policy: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_set(policy: nn.Module, source: str, target: str) -> None:
-    """Give the set `target` the matrices that `source` has in the same places."""
+    """Copy the matrices of the set `source` to `target`."""
     origin = tensors(policy, source)
     for key, tensor in tensors(policy, target).items():
         tensor.copy_(origin[key])

@@ -1,4 +1,4 @@
-"""Adapter files read as pairs of matrices with their scale, and checked against our configuration."""
+"""Reads adapter files as pairs of matrices with a scale, and checks them against our configuration."""
 
 import math
 import re
@@ -26,7 +26,7 @@ _SHOWN = 6
 
 
 def deltas(folder: Path, name_of: Callable[[str], str]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """The adapters in `folder` as (A, B, scale) for each weight they change, by its name.
+    """Read the adapters in `folder` as (A, B, scale) by the name of the adapted weight.
 
     Args:
         folder: with plain LoRA in peft's files.
@@ -58,10 +58,10 @@ def deltas(folder: Path, name_of: Callable[[str], str]) -> dict[str, tuple[Tenso
 
 
 def matrices(folder: Path, name_of: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors of an adapter by the policy's names, such as `NAME.lora_A.weight`.
+    """Read the tensors of an adapter by the policy's names, such as `NAME.lora_A.weight`.
 
-    Of an adapted head peft stores the frozen weight too, as `NAME.base_layer.weight`; with `save_embedding_layers`
-    also that of the embedding, as `NAME.weight`. Where these are the base's they say nothing new and are left out.
+    Of an adapted head peft also stores the frozen weight, as `NAME.base_layer.weight`, and with `save_embedding_layers`
+    that of the embedding, as `NAME.weight`. They are omitted if they equal the base's.
 
     Raises:
         CheckpointError: the file is missing or damaged, or a stored weight is not that of the base.
@@ -139,7 +139,7 @@ def _rank_and_scale(path: Path) -> tuple[int, float]:
 
 
 def rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
-    """The two numbers that the scale of an adapter is made of.
+    """Return rank and alpha of an adapter.
 
     Args:
         config: peft's.
@@ -162,9 +162,9 @@ def rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
 
 
 def check_agreement(folder: Path, sets: Sets) -> None:
-    """Refuse a saved policy whose own configuration describes other adapters than peft's file beside it.
+    """Check that a saved policy's configuration and peft's file beside it describe the same adapters.
 
-    The policy acts by the one and is exported by the other.
+    The policy is loaded by the first and exported by the second.
 
     Args:
         folder: with adapters and a configuration of ours.

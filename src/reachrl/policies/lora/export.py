@@ -16,7 +16,7 @@ from reachrl.policies.storage.weights import weight_files
 
 
 def refuse_whole(folder: Path) -> None:
-    """Refuse a folder without adapters.
+    """Check that a folder has adapters.
 
     Raises:
         ConfigError: it holds whole weights.
@@ -47,7 +47,7 @@ def copy_adapter(folder: Path, out: Path, name_of: Callable[[str], str]) -> None
 def merge_files(
     folder: Path, base: Path, out: Path, name_of: Callable[[str], str], replaced: Mapping[str, Tensor]
 ) -> None:
-    """Write the base's files with the adapters folded in, one file in memory at a time.
+    """Write the base's files with merged adapters, one file in memory at a time.
 
     Args:
         folder: with adapters.

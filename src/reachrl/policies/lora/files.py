@@ -1,4 +1,4 @@
-"""Adapters in peft's files, and the base that they belong on."""
+"""Adapters in peft's files, and their base."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,12 @@ _BASE_FILE = "base.json"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether `folder` holds adapters rather than whole weights."""
+    """Return whether `folder` holds adapters instead of whole weights."""
     return (folder / CONFIG_FILE).is_file()
 
 
 def base_name(folder: Path) -> Path:
-    """What the adapters in `folder` belong on, as they say it: a folder, or `owner/name` on the hub.
+    """Return the base that the adapters in `folder` name: a folder, or `owner/name` on the hub.
 
     Raises:
         CheckpointError: they do not say.
@@ -45,7 +45,7 @@ def base_name(folder: Path) -> Path:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of the weights that the adapters in `folder` belong on.
+    """Return the local folder of the base of the adapters in `folder`.
 
     Raises:
         CheckpointError: they do not say, or the base is not there or holds adapters itself.
@@ -67,12 +67,12 @@ def base_of(folder: Path) -> Path:
 
 
 def place(folder: Path, adapter: str) -> Path:
-    """Where in a saved policy one set lies."""
+    """Return the folder of one set in a saved policy."""
     return folder if adapter == ACTOR else folder / CRITIC_FOLDER
 
 
 def save(policy: nn.Module, sets: Sets, folder: Path, *, base: Path) -> None:
-    """Write all sets as standard peft adapters into an existing folder, the critic's in a folder of its own.
+    """Write all sets as standard peft adapters into an existing folder, the critic's into a subfolder.
 
     Args:
         policy: with adapters.
@@ -93,7 +93,7 @@ def save(policy: nn.Module, sets: Sets, folder: Path, *, base: Path) -> None:
 
 
 def check_base(folder: Path, weights: Path) -> None:
-    """Refuse adapters on other weights than they were trained on; foreign adapters do not say.
+    """Check that adapters are on the weights that they were trained on; adapters of other tools do not record it.
 
     Raises:
         CheckpointError: the base has changed since the adapters were saved.
@@ -127,7 +127,7 @@ def load(policy: nn.Module, folder: Path, sets: Sets) -> None:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """All matrices in a peft folder, by their names there.
+    """Read all matrices of a peft folder, by their names there.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds numbers that are not finite.

@@ -1,4 +1,4 @@
-"""Frozen linear maps held in 4 bits: the one file that knows bitsandbytes.
+"""Frozen linear layers in 4 bits; the only file that imports bitsandbytes.
 
 Source: Dettmers et al. 2023, QLoRA, section 3: NF4 in blocks of 64 weights, whose scales are quantised in turn.
 """
@@ -16,7 +16,7 @@ from reachrl.errors import ConfigError, MissingExtra
 
 
 def library() -> ModuleType:
-    """The package bitsandbytes.
+    """Import bitsandbytes.
 
     Raises:
         MissingExtra: it is not installed, or does not run here.
@@ -34,7 +34,7 @@ def library() -> ModuleType:
 def make_room(
     policy: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype, compute: torch.dtype
 ) -> dict[str, Any]:
-    """Put 4-bit maps that are still empty in place of the linear maps of the decoder layers.
+    """Replace the linear layers of the decoder layers by empty 4-bit layers.
 
     Args:
         policy: whose maps may be without storage.
@@ -44,7 +44,7 @@ def make_room(
         compute: type of the products.
 
     Returns:
-        By the name of each weight, the function that is to be given it: it keeps 4 bits and lets the weight go.
+        For the name of each weight, the function that quantises and stores it.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.
@@ -72,7 +72,7 @@ def make_room(
 
 
 def outline(policy: nn.Module, prefix: str, dtype: torch.dtype, compute: torch.dtype) -> None:
-    """Put 4-bit maps on the meta device in place of the linear maps of the decoder layers, for planning.
+    """Replace the linear layers of the decoder layers by 4-bit layers on the meta device, for planning.
 
     Args:
         policy: on the meta device.
@@ -94,7 +94,7 @@ def outline(policy: nn.Module, prefix: str, dtype: torch.dtype, compute: torch.d
 
 
 class _Decoding(torch.autograd.Function):
-    """A 4-bit map where no fused kernel serves: decoded for each product, forward and backward, and let go."""
+    """A 4-bit product without a fused kernel: dequantised anew in the forward and the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, linear: nn.Module, x: Tensor) -> Tensor:
@@ -104,12 +104,12 @@ class _Decoding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        """The gradient of the input; the weight has none."""
+        """Compute the gradient of the input; the weight has none."""
         return None, grads[0] @ dense_weight(ctx.linear)
 
 
 def _in_compute_type(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Mixed precision does not reach inside bitsandbytes: without this, its maps would return their input's type."""
+    """Cast inputs to the autocast type, which bitsandbytes ignores: its layers would return their input's type."""
     return (inputs[0].to(linear.compute_dtype),)
 
 
@@ -134,18 +134,18 @@ def quantise(linear: Any, weight: Tensor, *, device: torch.device, dtype: torch.
 
 
 def is_four_bit(linear: nn.Module) -> bool:
-    """Whether a linear map is held in 4 bits."""
+    """Return whether a linear layer is in 4 bits."""
     return getattr(linear.weight, "quant_state", None) is not None
 
 
 def weight_dtype(linear: nn.Module) -> torch.dtype:
-    """The type of `dense_weight`."""
+    """Return the data type of `dense_weight`."""
     kind: Any = linear
     return kind.compute_dtype if is_four_bit(linear) else kind.weight.dtype
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """What a linear map multiplies by, [out, in]; of a 4-bit one decoded anew, in the type of its products."""
+    """Return the weight [out, in] of a linear layer; of a 4-bit one dequantised, in the type of its products."""
     weight: Any = linear.weight
     if not is_four_bit(linear):
         return weight

@@ -18,7 +18,7 @@ _UNIT = 2.0**-24  # half the spacing of float32 beside 1: the error of one opera
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeCheck:
-    """Merged files, read back, beside their base and the adapters' products in float64."""
+    """Result of comparing merged files with base plus adapter products in float64."""
 
     num_weights: int  # that have adapters
     error: float  # the largest of a number, over what rounding it once explains; at most 1
@@ -34,7 +34,7 @@ class _Delta(NamedTuple):
 def check_merged(
     folder: Path, base: Path, out: Path, name_of: Callable[[str], str], replaced: Mapping[str, Tensor]
 ) -> MergeCheck:
-    """Read merged files back and compare each number with the base's plus the product of the adapters' matrices.
+    """Read merged files and compare each weight with the base's plus the product of the adapter matrices.
 
     The arguments are those of `merge_files`.
 
@@ -66,7 +66,7 @@ def check_merged(
 
 
 def _error(weight: Tensor, merged: Tensor, product: Tensor, delta: _Delta) -> float:
-    """The largest distance of a merged number from what it should be, over what the arithmetic explains."""
+    """Return the largest error of a merged weight, relative to the rounding error that the arithmetic allows."""
     if merged.dtype != weight.dtype or merged.shape != weight.shape:
         return torch.inf
     kind, expected = torch.finfo(weight.dtype), weight.double() + product

@@ -1,4 +1,4 @@
-"""Merging of adapters into the weights they adapt, always out of place and rounded once."""
+"""Merging of adapters into their weights, out of place and rounded once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ _LEAST = 1e-3  # share of the weights that an adapter in use changes at least, a
 
 
 def folded(folder: Path, name: str, weight: Tensor, delta: tuple[Tensor, Tensor, float]) -> Tensor:
-    """`merged`, for a weight that may not be the one the adapter in `folder` was made for.
+    """Merge as `merged` does, after checking that the adapter in `folder` fits the weight.
 
     Raises:
         CheckpointError: the two do not fit.
@@ -29,7 +29,7 @@ def folded(folder: Path, name: str, weight: Tensor, delta: tuple[Tensor, Tensor,
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`weight + scale * B A`, computed in float32 and rounded once to the weight's own type.
+    """Compute `weight + scale * B A` in float32, rounded once to the weight's data type.
 
     Args:
         weight: [out, in] of a linear map, or [out, in, k, k] of a convolution.
@@ -45,21 +45,21 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class Effect:
-    """Counts what adapters change of the weights they are folded into, as those are held."""
+    """Counts the weights that merging changes after rounding to their data type."""
 
     def __init__(self, folder: Path) -> None:
-        """Of the adapters in `folder`; nothing is counted yet."""
+        """Start counting for the adapters in `folder`."""
         self._folder, self._weights, self._changed, self._trained = folder, 0, 0, False
 
     def count(self, before: Tensor, after: Tensor, delta: tuple[Tensor, Tensor, float]) -> None:
-        """Count one weight, before and after its adapter was folded in."""
+        """Count one weight, before and after merging."""
         self._weights += before.numel()
         self._changed += int(torch.count_nonzero(before != after))
         # Ours may be as they began: a run that has trained its critic alone.
         self._trained = self._trained or bool(delta[0].any() and delta[1].any())
 
     def check(self) -> None:
-        """Refuse adapters that were trained and yet leave the weights as they were.
+        """Refuse trained adapters that are lost entirely in rounding.
 
         Raises:
             CheckpointError: they change less than 1 weight in 1000.
@@ -77,7 +77,7 @@ class Effect:
 def merge_into(
     policy: nn.Module, folder: Path, name_of: Callable[[str], str], *, skipped: Callable[[str], bool]
 ) -> None:
-    """Fold the adapters in `folder` into a policy without adapters.
+    """Merge the adapters in `folder` into a policy without adapters.
 
     Args:
         policy: holds the base's weights.

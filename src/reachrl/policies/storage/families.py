@@ -39,7 +39,7 @@ INSTEAD = (
 
 
 def other_family(raw: Mapping[str, Any], kind: str) -> str | None:
-    """What a folder's configuration says that is not of `policy.kind=kind`, and what to do; None: nothing known.
+    """Return why a folder's configuration is not of `policy.kind=kind`, and what to do; None: no known reason.
 
     Args:
         raw: `config.json`, of whatever program.

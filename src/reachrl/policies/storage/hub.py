@@ -11,10 +11,9 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(checkpoint: Path) -> Path:
-    """The folder of a checkpoint; a repository named `owner/name` is downloaded into the hub's cache first.
+    """Return the local folder of a checkpoint; a repository `owner/name` is downloaded into the hub's cache first.
 
-    A download shows its progress and is kept: the next call only asks whether there is a newer version, and without
-    a network it takes what is there.
+    A cached download is only checked for a newer version; without a network the cached version is used.
 
     Args:
         checkpoint: an existing folder, or `owner/name`.

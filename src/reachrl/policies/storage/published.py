@@ -1,4 +1,4 @@
-"""What a repository of the hub holds beside what is downloaded of it: names of files, and code as text."""
+"""File names and code (as text) of a hub repository, beyond the files that are downloaded."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ _TIMEOUT = 10.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What was seen of a repository without keeping it; nothing where a folder is no snapshot of one."""
+    """Listing of a repository; empty if a folder is not a snapshot of one."""
 
     names: tuple[str, ...] = ()  # of all files, with their folders
     code: dict[str, str] = field(default_factory=dict)  # text of the files of Python: read, never run
@@ -29,10 +29,9 @@ class Published:
 
 @cache
 def published(folder: Path) -> Published:
-    """What the repository holds that `folder` is a snapshot of, at the same commit.
+    """Return the listing of the repository that `folder` is a snapshot of, at the same commit.
 
-    The answer is kept in this package's cache, for times without a network. Where it can be had from neither, a
-    warning says so.
+    The listing is cached for use without a network. If it is neither reachable nor cached, a warning is logged.
     """
     if folder.parent.name != _SNAPSHOTS or not folder.parent.parent.name.startswith(_MODELS):
         return Published()

@@ -21,7 +21,7 @@ _PICKLES = ("*.pt", "pytorch_model*.bin", "checkpoints/*.pt")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says about one tensor."""
+    """Entry of one tensor in a safetensors header."""
 
     key: str  # the name in the file
     shape: tuple[int, ...]
@@ -29,12 +29,12 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: one, or the shards its index names.
+    """Return the weight files of a folder: one, or the shards of its index.
 
     Raises:
         CheckpointError: there are none, or the index names one that is missing or lies elsewhere.
@@ -54,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict:
-    """Read one JSON object.
+    """Read a JSON object.
 
     Raises:
         CheckpointError: the file is missing or not a JSON object.
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """All tensors of one file in its order, without reading the tensors.
+    """Read the header of one file, in the order of its tensors.
 
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
@@ -90,7 +90,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 def read_headers(folder: Path, name_of: Callable[[str], str]) -> dict[str, StoredTensor]:
-    """All tensors of a folder by their names in the policy, without reading the tensors.
+    """Read the headers of all files of a folder, by the tensors' names in the policy.
 
     Args:
         folder: with safetensors files.
@@ -121,7 +121,7 @@ def read_headers(folder: Path, name_of: Callable[[str], str]) -> dict[str, Store
 
 
 def read_shapes(folder: Path, name_of: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
-    """Names in the policy and shapes of all stored tensors, without reading the tensors.
+    """Read the shapes of all stored tensors from the headers, by their names in the policy.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors, or two tensors stand for one weight.
@@ -137,7 +137,7 @@ def check_shapes(
     skipped: Callable[[str], bool] = lambda key: False,
     optional: Callable[[str], bool] = lambda key: False,
 ) -> None:
-    """Compare names and shapes.
+    """Check stored names and shapes against a module's.
 
     Args:
         expected: what the module has.
@@ -187,7 +187,7 @@ def copy_weights(
     name_of: Callable[[str], str],
     take: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> None:
-    """Copy every stored tensor the module has, one at a time; names and shapes were checked before.
+    """Copy every stored tensor that the module has, one at a time; check names and shapes first.
 
     Args:
         module: where to.

@@ -12,6 +12,7 @@ import torch
 
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.errors import ConfigError, StorageError
+from reachrl.fitting import hold_out
 from reachrl.registry import resolve
 from reachrl.rewards.process.base import RewardModel, clip_frames, load_reward_model
 from reachrl.rewards.process.label import label_trajectory
@@ -134,11 +135,7 @@ def split_starts(trajectories: Sequence[Trajectory], fraction: float, seed: int)
     for start in sorted({trajectory.start for trajectory in trajectories}):
         strata.setdefault((start.task, start in failed), []).append(start)
     draw = generator(seed, Stream.REWARD_SPLIT)
-    heldout: set[Start] = set()
-    for _, starts in sorted(strata.items()):
-        count = min(max(1, round(fraction * len(starts))), len(starts) - 1)
-        heldout.update(starts[i] for i in draw.permutation(len(starts))[:count])
-    return frozenset(heldout)
+    return frozenset(hold_out(((starts, draw) for _, starts in sorted(strata.items())), fraction))
 
 
 def _check(data: Sequence[Trajectory]) -> None:

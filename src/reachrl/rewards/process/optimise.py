@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.errors import DivergedError
-from reachrl.fitting import adamw
+from reachrl.fitting import adamw, scheduled, shifted
 from reachrl.rewards.process.base import RewardModel, clip_frames
 from reachrl.rewards.process.label import class_weights
 from reachrl.rewards.process.quality import binary_cross_entropy
@@ -66,7 +66,8 @@ def optimise(
         model.shift_logits(shift)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw(trained, lr=config.lr, weight_decay=config.weight_decay, model=type(model).__name__)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scheduled(1.0, step, warmup=warmup, end=steps))
     batches = _batches(model, data, labels, fit_rows, config, seed)
     losses: list[float] = []
     model.train()
@@ -161,19 +162,7 @@ def random_shift(
     """Move each clip by up to `pixels` in both directions, repeating the edges of its frames."""
     if pixels == 0:
         return clips
-    height, width = clips.shape[2:4]
-    padded = np.pad(clips, ((0, 0), (0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
-    offsets = generator.integers(0, 2 * pixels + 1, size=(len(clips), 2))
-    return np.stack(
-        [one[:, y : y + height, x : x + width] for one, (y, x) in zip(padded, offsets.tolist(), strict=True)]
-    )
-
-
-def _lr_factor(step: int, steps: int) -> float:
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return shifted(clips, pixels - generator.integers(0, 2 * pixels + 1, size=(len(clips), 2)))
 
 
 def _probe_loss(
