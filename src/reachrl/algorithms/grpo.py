@@ -59,12 +59,6 @@ class _Grouped(PolicyGradient):
 class GRPO(_Grouped):
     """Advantage: return minus the group's mean, divided by its standard deviation unless configured otherwise.
 
-    Args:
-        config: the section.
-        policy: what is trained, in place.
-        seed: of the minibatch shuffles.
-        temperature: of the sampling distribution.
-
     Source: DeepSeekMath (arXiv 2402.03300); without the deviation: Dr. GRPO (arXiv 2503.20783).
     """
 
@@ -78,12 +72,6 @@ class GRPO(_Grouped):
 
 class RLOO(_Grouped):
     """Advantage: return minus the mean of the group's other episodes.
-
-    Args:
-        config: the section.
-        policy: what is trained, in place.
-        seed: of the minibatch shuffles.
-        temperature: of the sampling distribution.
 
     Source: Ahmadian et al. 2024 (arXiv 2402.14740).
     """

@@ -35,11 +35,7 @@ class PolicyGradient(Algorithm):
     A subclass makes the batch. One with a critic also overrides `_critic_loss` and `_value_learning_rates`, and may
     train the critic alone for an iteration (`_trains_policy`) or for more epochs (`_critic_epochs`).
 
-    Args:
-        config: the section.
-        policy: what is trained.
-        seed: of the minibatch shuffles; iteration and epoch are mixed in, so resume needs no RNG state.
-        temperature: of the sampling distribution.
+    The seed is that of the minibatch shuffles.
     """
 
     Config: ClassVar[type[PolicyGradientSection]]

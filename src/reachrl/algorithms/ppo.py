@@ -20,12 +20,6 @@ from reachrl.types import Rewards, Rollout, Scored
 class PPO(PolicyGradient):
     """Owns the optimiser of policy and critic.
 
-    Args:
-        config: the section.
-        policy: what is trained, in place.
-        seed: of the minibatch shuffles.
-        temperature: of the sampling distribution.
-
     Source: Schulman et al. 2017 (arXiv 1707.06347).
     """
 

@@ -1,6 +1,5 @@
 """Videos of episodes: written as mp4 that browsers play, and read back."""
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from reachrl.report.overlay import draw_overlay
-from reachrl.run.atomic import aside, recover, storage_errors
+from reachrl.run.atomic import replacing
 
 
 def write_film(
@@ -54,28 +53,20 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "F H W 3"], *, fps: int = 
     import av
 
     path = Path(path)
-    copy = aside(path)
     num_frames, height, width, _ = frames.shape
     if num_frames == 0 or height % 2 or width % 2:
         raise ValueError(f"a video needs frames of even height and width, got shape {frames.shape}")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
-        try:
-            with av.open(media_url(copy), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-                stream = container.add_stream(
-                    "libx264", rate=Fraction(fps), options={"crf": "23", "preset": "veryfast"}
-                )
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.codec_context.thread_count = 1
-                order = [*range(num_frames), *[num_frames - 1] * round(hold_last_s * fps)]
-                for index in order:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frames[index], format="rgb24")))
-                container.mux(stream.encode())
-            os.replace(copy, path)
-        except BaseException:
-            copy.unlink(missing_ok=True)
-            raise
+    with (
+        replacing(path) as copy,
+        av.open(media_url(copy), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "23", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1
+        order = [*range(num_frames), *[num_frames - 1] * round(hold_last_s * fps)]
+        for index in order:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frames[index], format="rgb24")))
+        container.mux(stream.encode())
     return path
 
 

@@ -171,6 +171,28 @@ def recover_tree(folder: Path) -> None:
         folders[:] = [entry for entry in folders if not _LEFTOVER.match(entry)]
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a file aside, which is renamed to `path` once it is written, or deleted if that fails.
+
+    Args:
+        path: The file; its folder is created.
+
+    Raises:
+        StorageError: The disk refused the write; what was at `path` before is still there.
+    """
+    copy = aside(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        try:
+            yield copy
+            os.replace(copy, path)
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a whole file aside, flush it to the disk and rename it into place.
 
@@ -182,19 +204,11 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         StorageError: The disk refused the write; what was at `path` before is still there.
     """
     path = Path(path)
-    copy = aside(path)
+    with replacing(path) as copy, open(copy, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
-        try:
-            with open(copy, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(copy, path)
-        except BaseException:
-            copy.unlink(missing_ok=True)
-            raise
         fsync_folder(path.parent)
 
 

@@ -1,7 +1,6 @@
 """An optimizer's state as safetensors: exact round trip, no pickle, refused when it belongs to other parameters."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from reachrl.errors import CheckpointError
-from reachrl.run.atomic import aside, storage_errors
+from reachrl.run.atomic import replacing
 
 
 def _description(optimizer: Optimizer) -> dict[str, Any]:
@@ -55,14 +54,8 @@ def save_optimizer(optimizer: Optimizer, path: Path, state: dict[str, Any] | Non
             else:
                 values[key] = value
     content = {**_description(optimizer), "values": values, "indices": list(state["state"])}
-    copy = aside(path)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, copy, metadata={"optimizer": json.dumps(content)})
-            os.replace(copy, path)
-        finally:
-            copy.unlink(missing_ok=True)
+    with replacing(path) as copy:
+        save_file(tensors, copy, metadata={"optimizer": json.dumps(content)})
 
 
 def load_optimizer(optimizer: Optimizer, path: Path) -> None:

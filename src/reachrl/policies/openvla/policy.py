@@ -17,7 +17,7 @@ from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.errors import ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.base import ActionSample, Evaluation, Noise
-from reachrl.policies.decoding.decode import action_logits, decode
+from reachrl.policies.decoding.decode import Decoded, action_logits, decode
 from reachrl.policies.decoding.recordings import Recorder
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import PLAIN
@@ -126,26 +126,45 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         with_values: bool = True,
     ) -> ActionSample:
         """Decode all rows at once, without gradients; greedy when `noise` is None."""
-        features = self._features(inputs)
-        copy = self._copy()
-        projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
+        features, copy = self._features(inputs), self._copy()
         with self._arithmetic():
-            embeds, valid = embed(projector, model, features, inputs)
-            decoded = decode(
-                model,
-                self._head(),
-                embeds,
-                valid,
-                first_id=self.first_choice,
-                num_tokens=self.num_action_tokens,
-                temperature=temperature,
-                noise=noise,
-                recordings=None if copy is None else copy.recordings,
-                layer_pass=PLAIN if copy is None else copy.layer_pass,
-            )
+            decoded = self._decode(features, inputs, copy, temperature=temperature, noise=noise)
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None
         return ActionSample.full(decoded.token_ids, decoded.logprobs, values)
+
+    def _decode(
+        self,
+        features: Float[Tensor, "B P F"],
+        inputs: OpenVLAInputs,
+        copy: RolloutCopy | None,
+        *,
+        temperature: float,
+        noise: Noise | None,
+    ) -> Decoded:
+        """Choose the action tokens, with the decoding copy if there is one."""
+        projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
+        embeds, valid = embed(projector, model, features, inputs)
+        return decode(
+            model,
+            self._head(),
+            embeds,
+            valid,
+            first_id=self.first_choice,
+            num_tokens=self.num_action_tokens,
+            temperature=temperature,
+            noise=noise,
+            recordings=None if copy is None else copy.recordings,
+            layer_pass=PLAIN if copy is None else copy.layer_pass,
+        )
+
+    def _token_hidden(
+        self, features: Float[Tensor, "B P F"], inputs: OpenVLAInputs, token_ids: Int64[Tensor, "B A"]
+    ) -> Float[Tensor, "B A E"]:
+        """Hidden states that the given action tokens are predicted from."""
+        model = self.language_model.model
+        embeds, valid = embed(self.projector, model, features, inputs, token_ids[:, :-1])
+        return self._hidden(model, embeds, valid, token_ids.shape[1])
 
     def action_logits(
         self,
@@ -157,10 +176,8 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
     ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"] | None]:
         """Teacher-forced logits of the tokens that may be chosen at each action position, and the values if wanted."""
         features = self._features(inputs)
-        model = self.language_model.model
         with self._arithmetic():
-            embeds, valid = embed(self.projector, model, features, inputs, token_ids[:, :-1])
-            hidden = self._hidden(model, embeds, valid, token_ids.shape[1])
+            hidden = self._token_hidden(features, inputs, token_ids)
             logits = action_logits(hidden, self._head(), temperature)
             return logits, self._value(features, inputs, hidden[:, 0]) if with_values else None
 

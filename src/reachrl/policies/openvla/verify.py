@@ -51,7 +51,7 @@ def verify(
         CheckpointError: the checkpoint or the recording cannot be read, they do not fit, nothing can be compared, or
             there are actions to compare and several sets of statistics.
     """
-    tensors = _read(recorded)
+    tensors = read_recorded(recorded)
     policy = OpenVLAPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads)
     _check_inputs(policy, tensors, recorded)
     ours = _compute(policy, tensors)
@@ -68,7 +68,12 @@ def verify(
     )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_recorded(path: Path) -> dict[str, Tensor]:
+    """Read recorded tensors by name.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -148,15 +153,35 @@ def _real(mask: Tensor, num_patches: int) -> Tensor:
 
 
 def _compare(name: str, ours: Tensor, tensors: dict[str, Tensor], path: Path) -> Check:
-    theirs = tensors[name]
+    real = None
+    if name == "action_row_logits":  # what the official code computes at padding, nothing reads
+        mask = tensors["attention_mask"].bool()
+        real = _real(mask, ours.shape[1] - mask.shape[1])
+    return compare_recorded(name, ours, tensors[name], path, TOLERANCES[name], read=real)
+
+
+def compare_recorded(
+    name: str, ours: Tensor, theirs: Tensor, path: Path, tolerance: float, *, read: Tensor | None = None
+) -> Check:
+    """Compare a tensor with the recorded one; with a tolerance of 0 the difference is a count of unequal numbers.
+
+    Args:
+        name: of both.
+        ours: computed here.
+        theirs: recorded.
+        path: of the recording, for the message.
+        tolerance: largest difference.
+        read: the positions that are compared; None: all.
+
+    Raises:
+        CheckpointError: their shapes differ.
+    """
     if ours.shape != theirs.shape:
         raise CheckpointError(f"{path} holds {name} {_shape(theirs)}, expected {_shape(ours)}; is it of this model?")
     apart = (ours.double() - theirs.double()).abs()
-    if name == "action_row_logits":  # what the official code computes at padding, nothing reads
-        mask = tensors["attention_mask"].bool()
-        apart = apart[_real(mask, ours.shape[1] - mask.shape[1])]
-    difference = (apart != 0).sum() if name == "tokens" else apart.max()
-    return Check(name=name, difference=float(difference), tolerance=TOLERANCES[name])
+    apart = apart if read is None else apart[read]
+    difference = apart.max() if tolerance else (apart != 0).sum()
+    return Check(name=name, difference=float(difference), tolerance=tolerance)
 
 
 def _shape(tensor: Tensor) -> list[int]:

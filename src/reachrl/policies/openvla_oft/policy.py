@@ -15,8 +15,9 @@ from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.policy import PrismaticConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.base import ActionSample, Noise
-from reachrl.policies.decoding.decode import action_logits
+from reachrl.policies.base import Noise
+from reachrl.policies.decoding.decode import Decoded, action_logits
+from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import acting_hidden
 from reachrl.policies.lora import adapters
 from reachrl.policies.openvla.family import Family
@@ -159,48 +160,34 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
 
     # --- the policy's questions --------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def act(
+    def _decode(
         self,
+        features: Float[Tensor, "B P F"],
         inputs: OFTInputs,
+        copy: RolloutCopy | None,
         *,
-        temperature: float = 1.0,
-        noise: Noise | None = None,
-        with_values: bool = True,
-    ) -> ActionSample:
-        """Choose all tokens of all rows at once, without gradients; greedy when `noise` is None."""
-        features = self._features(inputs)
-        copy = self._copy()
-        with self._arithmetic():
-            if copy is None:
-                hidden = self._chunk(self.projector, self.language_model.model, features, inputs)
-            else:
-                embeds, valid = self._embed(copy.projector, copy.model, features, inputs)
-                number = 1 + self.num_action_tokens + int(self.config.stop)
-                hidden = acting_hidden(copy.model, embeds, valid, number, layer_pass=copy.layer_pass)
-                hidden = hidden[:, : self.num_action_tokens]
-            logits = action_logits(hidden, self._head(), temperature)
-            wanted = with_values or self.config.critic == "shared"  # where they cost nothing
-            values = self._value(features, inputs, hidden[:, 0]) if wanted else None
+        temperature: float,
+        noise: Noise | None,
+    ) -> Decoded:
+        """Choose all tokens at once, with the decoding copy if there is one."""
+        if copy is None:
+            hidden = self._chunk(self.projector, self.language_model.model, features, inputs)
+        else:
+            embeds, valid = self._embed(copy.projector, copy.model, features, inputs)
+            number = 1 + self.num_action_tokens + int(self.config.stop)
+            hidden = acting_hidden(copy.model, embeds, valid, number, layer_pass=copy.layer_pass)
+            hidden = hidden[:, : self.num_action_tokens]
+        logits = action_logits(hidden, self._head(), temperature)
         scores = (each if noise is None else each + noise(position) for position, each in enumerate(logits.unbind(1)))
         choice = torch.stack([each.argmax(-1) for each in scores], 1)
         logprobs = logits.log_softmax(-1).gather(-1, choice[..., None]).squeeze(-1)
-        return ActionSample.full(choice + self.first_choice, logprobs, values)
+        return Decoded(token_ids=choice + self.first_choice, logprobs=logprobs, first_hidden=hidden[:, 0])
 
-    def action_logits(
-        self,
-        inputs: OFTInputs,
-        token_ids: Int64[Tensor, "B A"],
-        *,
-        temperature: float = 1.0,
-        with_values: bool = True,
-    ) -> tuple[Float[Tensor, "B A V"], Float[Tensor, "B"] | None]:
-        """Logits of the tokens that may be chosen at each position, which depend on no token, and the values."""
-        features = self._features(inputs)
-        with self._arithmetic():
-            hidden = self._chunk(self.projector, self.language_model.model, features, inputs)
-            logits = action_logits(hidden, self._head(), temperature)
-            return logits, self._value(features, inputs, hidden[:, 0]) if with_values else None
+    def _token_hidden(
+        self, features: Float[Tensor, "B P F"], inputs: OFTInputs, token_ids: Int64[Tensor, "B A"]
+    ) -> Float[Tensor, "B A E"]:
+        """Hidden states of the chunk, which depend on no token."""
+        return self._chunk(self.projector, self.language_model.model, features, inputs)
 
     def token_actions(self) -> Int64[Tensor, "A"]:
         """Which action of the chunk each token belongs to: the tokens of an action stand together."""

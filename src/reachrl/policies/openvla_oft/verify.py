@@ -6,16 +6,15 @@ from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reachrl.config.language_model import NUM_ACTION_BINS
 from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.decoding.decode import action_logits
-from reachrl.policies.folders import Check, Verification
+from reachrl.policies.folders import Verification
 from reachrl.policies.openvla.official import problems_of
+from reachrl.policies.openvla.verify import compare_recorded, read_recorded
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.policy import OpenVLAOFTPolicy
 from reachrl.policies.openvla_oft.proprio import normalise_state
@@ -52,7 +51,7 @@ def verify(
         CheckpointError: the checkpoint or the recording cannot be read, or they do not fit.
         ConfigError: an option is none of those, or has a value of another kind.
     """
-    tensors = _read(recorded)
+    tensors = read_recorded(recorded)
     told = _told(options or {})
     policy = OpenVLAOFTPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads, **told)
     policy = cast(OpenVLAOFTPolicy, policy)
@@ -62,7 +61,7 @@ def verify(
     if not names:
         raise CheckpointError(f"{recorded} holds none of {', '.join(expected)} to compare; it holds {sorted(tensors)}")
     return Verification(
-        checks=tuple(_compare(name, ours[name], tensors[name], recorded) for name in names),
+        checks=tuple(compare_recorded(name, ours[name], tensors[name], recorded, TOLERANCES[name]) for name in names),
         missing=tuple(name for name in expected if name not in names),
         ignored=tuple(sorted(tensors.keys() - {*names, *_INPUTS})),
     )
@@ -76,13 +75,6 @@ def _told(options: Mapping[str, str]) -> dict[str, Any]:
     except ValidationError as error:
         raise ConfigError(f"--option {problems_of(error)}") from error
     return {key: getattr(told, key) for key in options}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing or not a safetensors file: {error}") from error
 
 
 def _inputs(policy: OpenVLAOFTPolicy, tensors: dict[str, Tensor], path: Path) -> OFTInputs:
@@ -132,13 +124,3 @@ def _compute(policy: OpenVLAOFTPolicy, inputs: OFTInputs) -> dict[str, Tensor]:
     if policy.proprio_projector is not None and inputs.state is not None:
         ours["proprio_token"] = policy.proprio_projector(inputs.state)
     return ours
-
-
-def _compare(name: str, ours: Tensor, theirs: Tensor, path: Path) -> Check:
-    if ours.shape != theirs.shape:
-        raise CheckpointError(
-            f"{path} holds {name} {list(theirs.shape)}, expected {list(ours.shape)}; is it of this model?"
-        )
-    apart = (ours.double() - theirs.double()).abs()
-    difference = (apart != 0).sum() if name == "tokens" else apart.max()
-    return Check(name=name, difference=float(difference), tolerance=TOLERANCES[name])
