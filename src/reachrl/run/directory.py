@@ -21,6 +21,17 @@ class Run:
     def __init__(self, path: Path, lock: RunLock, *, tensorboard: bool) -> None:
         """Wrap a folder whose lock is held; use `Run.open`."""
         self.path = path
+        # Folders are created when something is written into them.
+        self.demos = path / "demos"
+        self.sft = path / "sft"  # warm start: state, checkpoints and its policy
+        self.reward_model = path / "reward_model"
+        self.checkpoints = path / "checkpoints"  # of training, `step_NNNNNN`
+        self.policy = path / "policy"  # the final one
+        self.eval = path / "eval"  # `before.json` and `after.json`
+        self.videos = path / "videos"  # `before_<task>.mp4` and `after_<task>.mp4`
+        self.conversation = path / "conversation.json"  # one episode turn by turn
+        self.provenance = path / "provenance.json"  # commit, versions, hardware, seed and command
+        self.summary = path / "summary.json"
         self._lock = lock
         self._seconds: dict[str, float] = {}
         self.spans = SpanLog("loop")
@@ -65,62 +76,6 @@ class Run:
         except BaseException:
             lock.release()
             raise
-
-    # Paths. Folders are created when something is written into them.
-    @property
-    def demos(self) -> Path:
-        """Demonstrations."""
-        return self.path / "demos"
-
-    @property
-    def sft(self) -> Path:
-        """Warm-start state and checkpoints."""
-        return self.path / "sft"
-
-    @property
-    def reward_model(self) -> Path:
-        """The fitted process reward model."""
-        return self.path / "reward_model"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training checkpoints, `step_NNNNNN`."""
-        return self.path / "checkpoints"
-
-    @property
-    def policy(self) -> Path:
-        """The final policy."""
-        return self.path / "policy"
-
-    @property
-    def eval(self) -> Path:
-        """Evaluation results, `before.json` and `after.json`."""
-        return self.path / "eval"
-
-    @property
-    def videos(self) -> Path:
-        """Videos, `before_<task>.mp4` and `after_<task>.mp4`."""
-        return self.path / "videos"
-
-    @property
-    def conversation(self) -> Path:
-        """One episode turn by turn."""
-        return self.path / "conversation.json"
-
-    @property
-    def provenance(self) -> Path:
-        """Commit, versions, hardware, seed and command."""
-        return self.path / "provenance.json"
-
-    @property
-    def summary(self) -> Path:
-        """The machine-readable result."""
-        return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """The report for humans."""
-        return self.path / "report.html"
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
