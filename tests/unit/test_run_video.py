@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 from pathlib import Path
 
 import av
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from reachrl.errors import StorageError
-from reachrl.report import overlay, video
+from reachrl.report import overlay
 from reachrl.report.embed import clip, clips_that_fit, poster
 from reachrl.report.overlay import draw_overlay
 from reachrl.report.video import read_video, write_video
@@ -64,7 +65,7 @@ def test_odd_sizes_are_refused_and_a_full_disk_keeps_the_old_video(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(video.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match=r"x\.mp4"):
         write_video(path, np.ones((1, 16, 16, 3), np.uint8))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
