@@ -4,12 +4,17 @@ import errno
 import json
 import math
 import os
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from reachrl.errors import StorageError
-from reachrl.run.metrics import MetricsLog, flatten_scalars, read_metrics
+from reachrl.run.metrics import MetricsLog, TensorBoardSink, flatten_scalars, read_metrics
 
 
 def test_a_torn_last_line_is_no_record_and_the_next_line_is_whole(tmp_path: Path) -> None:
@@ -118,6 +123,45 @@ def test_tensorboard_is_right_after_a_resume_whatever_became_of_its_file(tmp_pat
     log.close()
     expected = [(0, 0.0), (1, 0.25), (2, 0.5), (3, 7.0)]
     assert tensorboard_scalars(tmp_path / "tb" / "train") == {"loss/policy": expected}
+
+
+def interrupted_after(instructions: int, call: Callable[[], object]) -> bool:
+    """Call, with Ctrl-C after so many instructions of Python code; False if the call was over before."""
+    left = instructions
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if not left:
+            raise KeyboardInterrupt
+        return trace
+
+    try:
+        sys.settrace(trace)
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_at_any_moment_of_writing_leaves_a_sink_that_closes(tmp_path: Path) -> None:
+    record = {"kind": "train", "iteration": 1, "loss": 0.5}
+    TensorBoardSink(tmp_path / "first").write(record)  # whatever is imported, is
+    instructions, interrupted = 0, True
+    while interrupted:
+        instructions += 3
+        sink = TensorBoardSink(tmp_path / str(instructions))
+        sink.write(record)
+        interrupted = interrupted_after(instructions, lambda sink=sink: sink.write(record))
+        closing = threading.Thread(target=sink.close, daemon=True)
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive(), f"it hangs when interrupted after {instructions} instructions"
+    assert instructions > 150
+    assert tensorboard_scalars(tmp_path / str(instructions) / "train") == {"loss": [(1, 0.5), (1, 0.5)]}
 
 
 def test_flatten_skips_words_and_flags() -> None:

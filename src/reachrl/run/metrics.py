@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -212,7 +213,11 @@ def flatten_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoardSink:
-    """Writes records as TensorBoard scalars, one sub-folder a kind, with the record's own step."""
+    """Writes records as TensorBoard scalars, one sub-folder a kind, with the record's own step.
+
+    Written here rather than by TensorBoard's `EventFileWriter`: Ctrl-C that reaches the thread-safe queue of that one
+    leaves its lock held, and closing it then waits for ever.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Remember where to write; files appear with the first record of a kind.
@@ -226,32 +231,42 @@ class TensorBoardSink:
                 "pip install tensorboard, or turn it off (metrics.jsonl holds the same numbers)"
             )
         self.folder = Path(folder)
-        self._writers: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}
 
-    def _writer(self, kind: str) -> Any:
-        if kind not in self._writers:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    def _append(self, kind: str, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-            self._writers[kind] = EventFileWriter(str(self.folder / kind))
-        return self._writers[kind]
+        RecordWriter(self._files[kind]).write(event.SerializeToString())
+
+    def _open(self, kind: str) -> None:
+        """Begin an event file with the name and the first record that TensorBoard looks for."""
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        now = time.time()
+        folder = self.folder / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{now:.6f}.{platform.node()}.{os.getpid()}"
+        self._files[kind] = open(folder / name, "wb", buffering=0)
+        self._append(kind, Event(wall_time=now, file_version="brain.Event:2"))
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record's numbers."""
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        writer = self._writer(record["kind"])
+        kind = record["kind"]
+        if kind not in self._files:
+            self._open(kind)
         step = int(record.get("iteration", record.get("step", 0)))
         values = [Summary.Value(tag=tag, simple_value=number) for tag, number in flatten_scalars(record)]
-        writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        writer.flush()
+        self._append(kind, Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def truncate_after(self, kind: str, step: float, records: Iterable[dict[str, Any]]) -> None:
         """Drop the kind's events of later steps; where it has no event files, draw `records`, which stay."""
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-        if kind in self._writers:
-            self._writers.pop(kind).close()
+        if kind in self._files:
+            self._files.pop(kind).close()
         files = sorted((self.folder / kind).glob("*tfevents*"))
         for file in files:
             # Copied with the checksums they have, which Python computes slowly.
@@ -262,9 +277,9 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Close every event file."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
 
 def _frames(content: bytes) -> Iterator[tuple[bytes, bytes]]:
