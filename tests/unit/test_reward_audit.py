@@ -94,12 +94,35 @@ def test_a_hacked_reward_is_reported_once_with_films_of_what_it_liked(tmp_path, 
     assert quiet[-1] == 0  # the window has moved on
 
 
+def test_failures_that_linger_near_the_goal_are_no_sign_of_a_fooled_model(tmp_path, caplog):
+    """A success is mostly approach, a failure mostly waiting: the mean scores say the opposite of the last frames."""
+    rollout, rewards = GOOD
+    approach, waiting = [0.0, 0.1, 0.2, 0.9], [0.2, 0.5, 0.5, 0.5]
+    progress = np.array([score for success in HALF for score in (approach if success else waiting)], np.float32)
+    audit = RewardAudit(CONFIG, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        figures = audit.observe(rollout, replace(rewards, progress=progress[:, None]), iteration=0)
+    assert figures["audit/success_score"] == pytest.approx(0.3) and figures["audit/failure_score"] > 0.42
+    assert figures["audit/score_correlation"] == pytest.approx(1.0)  # 0.9 in each success, 0.5 in each failure
+    assert figures["audit/alarm"] == 0 and caplog.records == []
+
+
+def test_episodes_noted_without_their_last_score_are_left_out(tmp_path):
+    audit = RewardAudit(CONFIG, tmp_path)
+    audit.observe(*GOOD, iteration=0)
+    state = audit.state_dict()
+    for episode in state["recent"][:4]:
+        del episode["last"]
+    audit.load_state_dict(state)
+    assert len(audit.state_dict()["recent"]) == 6
+
+
 def test_the_correlation_alone_raises_the_alarm(tmp_path, caplog):
     audit = RewardAudit(CONFIG, tmp_path)
     with caplog.at_level(logging.WARNING):
         audit.observe(*rollout_of(HALF, [0.2, 0.3] * 5), iteration=0)
     text = caplog.text
-    assert "its mean progress score correlates with success by -1.00" in text
+    assert "its last frame's progress score correlates with success by -1.00" in text
     assert "earns" not in text and "more than the run's first" not in text
 
 

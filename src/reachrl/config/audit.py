@@ -18,8 +18,8 @@ class AuditSection(Section):
     """Successes and failures that the window must hold, each, before anything is said."""
 
     correlation: Annotated[float, Affects.FUTURE] = Field(default=0.0, ge=-1, le=1)
-    """Warn when the correlation of an episode's success with what it earned, or with its mean progress score, falls
-    below this."""
+    """Warn when the correlation of an episode's success with what it earned, or with the progress score of its last
+    frame, falls below this."""
 
     drift: Annotated[float, Affects.FUTURE] = Field(default=0.2, gt=0, le=1)
     """Warn when failures score this much more, on the mean, than the first ones of the run did."""

@@ -25,6 +25,7 @@ class AuditedEpisode:
 
     success: bool
     score: float  # mean of the progress scores of the frames its decisions led to
+    last: float  # progress score of the last of them
     earned: float  # sum of its rewards, all parts
 
 
@@ -32,8 +33,10 @@ class RewardAudit:
     """Compares the progress scores of recent episodes with their success.
 
     Three figures indicate a policy that exploits the reward instead of solving the task:
-    failures earn more than successes (what is optimised is no longer the task), the score no longer goes with
-    success (the model is fooled), and failures score more than those of the run's beginning did.
+    failures earn more than successes (what is optimised is no longer the task), the score of an episode's last frame
+    no longer goes with success (the model is fooled), and failures score more, on the mean over their frames, than
+    those of the run's beginning did. The mean says nothing of success: a success ends soon, with the frames of its
+    approach, where a failure near the goal goes on to the time limit.
 
     Args:
         config: window and thresholds.
@@ -98,7 +101,8 @@ class RewardAudit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._recent.clear()
-        self._recent.extend(AuditedEpisode(**episode) for episode in state["recent"])
+        # Earlier versions noted no last score; the window fills again.
+        self._recent.extend(AuditedEpisode(**episode) for episode in state["recent"] if "last" in episode)
         self._first_failures = list(state["first_failures"])
         self._open = {int(env): list(totals) for env, totals in state["open"].items()}
         self._alarmed = state["alarmed"]
@@ -115,7 +119,8 @@ class RewardAudit:
                 score, count, earned = self._open.pop(n, [0.0, 0.0, 0.0])
                 score, count, earned = score + float(progress[t, n]), count + 1, earned + float(total[t, n])
                 if rollout.terminated[t, n] or rollout.truncated[t, n]:
-                    finished.append(AuditedEpisode(bool(rollout.success[t, n]), score / count, earned))
+                    success, last = bool(rollout.success[t, n]), float(progress[t, n])
+                    finished.append(AuditedEpisode(success, score / count, last, earned))
                 else:
                     self._open[n] = [score, count, earned]
         return finished
@@ -131,7 +136,7 @@ class RewardAudit:
             drift = float(np.mean(failures) - np.mean(self._first_failures))
         return {
             "audit/return_correlation": self._correlation("earned") if enough else None,
-            "audit/score_correlation": self._correlation("score") if enough else None,
+            "audit/score_correlation": self._correlation("last") if enough else None,
             "audit/failure_score": float(np.mean(failures)) if failures else None,
             "audit/success_score": float(np.mean(successes)) if successes else None,
             "audit/failure_drift": drift,
@@ -140,7 +145,7 @@ class RewardAudit:
     def _reasons(self, figures: dict[str, float | None]) -> list[str]:
         reasons: list[str] = []
         drift = figures["audit/failure_drift"]
-        for what, key in (("what an episode earns", "return"), ("its mean progress score", "score")):
+        for what, key in (("what an episode earns", "return"), ("its last frame's progress score", "score")):
             found = figures[f"audit/{key}_correlation"]
             if found is not None and found < self.config.correlation:
                 reasons.append(
