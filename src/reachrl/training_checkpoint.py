@@ -66,6 +66,7 @@ def save(run: Run, config: TrainConfig, state: TrainState, learner: Learner, par
     there = [checkpoint_step(folder) for folder in list_checkpoints(run.checkpoints)]
     protected = parts["validation"].best_of(there, config.keep_best_checkpoints)
     save_checkpoint(run.checkpoints, state.iteration, fill, keep=config.keep_checkpoints, protected=protected)
+    parts["validation"].checkpointed()
 
 
 def restore(run: Run, learner: Learner, parts: Mapping[str, Any]) -> TrainState:
@@ -84,6 +85,7 @@ def restore(run: Run, learner: Learner, parts: Mapping[str, Any]) -> TrainState:
     folder = latest_checkpoint(run.checkpoints)
     if folder is None:
         _forget_after(run, -1)
+        parts["validation"].resume()
         return TrainState()
     verify_checkpoint(folder, nested=False)  # a sealed policy is verified as it is read
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -92,6 +94,7 @@ def restore(run: Run, learner: Learner, parts: Mapping[str, Any]) -> TrainState:
     for name, part in parts.items():
         if name in saved or name != "validation":  # which checkpoints of earlier versions do not have
             part.load_state_dict(saved[name])
+    parts["validation"].resume()
     _forget_after(run, state.iteration - 1)
     return state
 

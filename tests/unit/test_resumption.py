@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from tiny_run import play, tiny_config, train_lines
 
 import reachrl
 from reachrl.config.backend import RayBackendConfig
-from reachrl.config.loading import load_config
+from reachrl.config.loading import is_default, load_config
 from reachrl.config.marks import marks
 from reachrl.config.reward_model import TransformersRewardModelConfig
 from reachrl.errors import ConfigError
 from reachrl.pipeline import STAGES
 from reachrl.pipeline.resumption import Progress, check_changes
-from reachrl.run.configuration import Change, config_changes, read_history
+from reachrl.run.configuration import ABSENT, Change, config_changes, read_history
 
 FINISHED = {stage: frozenset(STAGES[: STAGES.index(stage)]) for stage in STAGES}
 
@@ -76,6 +77,45 @@ def test_a_key_that_nobody_knows_any_more_is_refused() -> None:
     before = {**now, "algorithm": {**now["algorithm"], "gone": 3}}
     with pytest.raises(ConfigError, match=r"algorithm\.gone: 3 in the run, absent asked for"):
         check_changes(config, config_changes(before, now), in_stage("train"), where="run r")
+
+
+NEWER = ("explain_after", "audit", "algorithm.dual_clip", "policy.language_model.num_kv_heads", "env.execute")
+
+
+def without(config: dict, *keys: str) -> dict:
+    """A configuration as a version wrote it that did not have these keys."""
+    config = json.loads(json.dumps(config))
+    for key in keys:
+        *sections, last = key.split(".")
+        inner = config
+        for section in sections:
+            inner = inner[int(section)] if isinstance(inner, list) else inner[section]
+        del inner[last]
+    return config
+
+
+def test_a_newer_key_at_its_default_is_no_change() -> None:
+    config = load_config("toy")
+    now = config.model_dump(mode="json")
+    for keys in (NEWER, ("policy.towers.1.stages.0.stride",), ("env.radius", "policy.towers.0.kind")):
+        before = without(now, *keys)
+        assert config_changes(before, now, partial(is_default, config)) == []
+        assert {change.key for change in config_changes(before, now)} == {*keys}  # nobody says what the defaults are
+    needed = config_changes(without(now, "policy.towers.1.stages.0.channels"), now, partial(is_default, config))
+    assert needed == [Change("policy.towers.1.stages.0.channels", ABSENT, 16)]  # it has none
+
+
+def test_a_newer_key_at_another_value_is_a_change() -> None:
+    config = load_config("toy", ["algorithm.dual_clip=3", "explain_after=7", "audit.window=50"])
+    now = config.model_dump(mode="json")
+    found = config_changes(without(now, *NEWER), now, partial(is_default, config))
+    assert {change.key: (change.old, change.new) for change in found} == {
+        "algorithm.dual_clip": (ABSENT, 3),
+        "explain_after": (ABSENT, 7),
+        "audit": (ABSENT, now["audit"]),
+    }
+    with pytest.raises(ConfigError, match=r"algorithm\.dual_clip: absent in the run, 3\.0 asked for .*has finished"):
+        check_changes(config, found, in_stage("eval"), where="run r")
 
 
 # For each key that an error or a warning tells the user to change: the stage that stops with it, and whether that
@@ -188,6 +228,17 @@ def test_a_finished_run_goes_on_as_if_it_had_been_meant_to(begun: Path, copy: Pa
     assert summary["num_env_steps"] == 5 * 4 * 2
     (entry,) = read_history(copy)
     assert entry["iteration"] == 3 and entry["changes"] == {"num_iterations": [3, 5]}
+
+
+def test_a_run_of_an_earlier_version_is_reported_and_extended(copy: Path) -> None:
+    written = without(json.loads((copy / "config.json").read_text()), *NEWER)
+    (copy / "config.json").write_text(json.dumps(written))
+    (copy / "report.html").unlink()
+    play(tiny_config(), copy, "eval", "report")
+    assert (copy / "report.html").exists() and read_history(copy) == []
+    assert json.loads((copy / "config.json").read_text()) == written
+    play(tiny_config("num_iterations=4"), copy, "train")
+    assert [entry["changes"] for entry in read_history(copy)] == [{"num_iterations": [3, 4]}]
 
 
 def test_collecting_ahead_goes_on_from_where_a_longer_run_had_its_checkpoint(begun: Path, tmp_path: Path) -> None:

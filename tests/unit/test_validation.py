@@ -93,6 +93,89 @@ def test_the_best_is_the_highest_and_the_latest_of_equal_ones(tmp_path):
     assert again.best == 3 and again.exhausted
 
 
+def judge(judged, *versions):
+    """Begin and finish the points of these versions; what they save is their number."""
+    for version in versions:
+
+        def save(folder: Path, version: int = version) -> None:
+            folder.mkdir()
+            (folder / "v").write_text(str(version))
+
+        judged.begin(Version(version), save)
+        judged.finish()
+
+
+def kept(folder):
+    file = folder / BEST / "policy" / "v"
+    return int(file.read_text()) if file.exists() else None
+
+
+def test_a_replay_that_differs_keeps_the_weights_that_its_points_name(tmp_path, caplog):
+    first = curve(folder=tmp_path, script=(0, 2, 1, 3, 3))
+    first.resume()
+    judge(first, 0, 1, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.checkpointed()
+    judge(first, 3, 4)
+    assert first.best == kept(tmp_path) == 4
+    again = curve(folder=tmp_path, script=(0, 0, 0, 1, 0, 3, 0))  # killed; from the checkpoint on all goes otherwise
+    again.load_state_dict(state)
+    again.resume()
+    assert again.best == kept(tmp_path) == 1
+    judge(again, 3, 4)
+    assert again.best == kept(tmp_path) == 1
+    judge(again, 5, 6)
+    assert again.best == kept(tmp_path) == 5
+    again.checkpointed()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, "candidate"]
+    anew = curve(folder=tmp_path)  # no checkpoint: training begins again
+    anew.resume()
+    assert anew.best is None and kept(tmp_path) is None and not caplog.records
+
+
+def test_lost_weights_are_named_and_the_best_is_chosen_among_later_ones(tmp_path, caplog):
+    first = curve(folder=tmp_path, script=(0, 3, 1))
+    judge(first, 0, 1, 2)
+    shutil.rmtree(tmp_path / BEST)
+    again = curve(folder=tmp_path, script=(0, 0, 0, 1, 2, 0))
+    again.load_state_dict(first.state_dict())
+    again.resume()
+    assert "the weights after iteration 1" in caplog.text and again.best is None
+    judge(again, 3, 4, 5)
+    assert again.best == kept(tmp_path) == 4
+    third = curve(folder=tmp_path)
+    third.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    third.resume()
+    assert third.best == kept(tmp_path) == 4
+
+
+def test_a_run_killed_behind_a_better_point_ends_with_the_best_of_its_own_curve(tmp_path, monkeypatch):
+    config, run, real = tiny_config(*EVERY, "num_iterations=6", "checkpoint_every=4"), tmp_path / "run", rl_stages.train
+    play(config, run, "demos", "sft", "reward")
+
+    def killed(config, workers, reward, curriculum, run, callbacks):
+        def stop(record):
+            if record["iteration"] == 5:
+                raise KeyboardInterrupt
+
+        return real(config, workers, reward, curriculum, run, [*callbacks, stop])
+
+    with monkeypatch.context() as patch:
+        scripted(patch, 0, 2, 1, 0, 3, 0)
+        patch.setattr(rl_stages, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            play(config, run, "train")
+    assert checkpoint_iteration(run / "checkpoints" / BEST) == 4  # the last checkpoint has four iterations
+    scripted(monkeypatch, 0, 2, 1, 0, 1, 1, 0)
+    play(config, run)
+    assert validated(run) == [(0, 0), (1, 2), (2, 1), (3, 0), (4, 1), (5, 1), (6, 0)]
+    assert checkpoint_iteration(run / "checkpoints" / BEST) == 1
+    assert json.loads((run / "summary.json").read_text())["best"]["iteration"] == 1
+    short = tmp_path / "short"
+    play(tiny_config(DENSE, "num_iterations=1"), short, *STORY)
+    assert weights(run / "checkpoints" / BEST / "policy") == weights(short / "policy")
+
+
 def test_checkpoints_are_kept_by_age_and_by_value(tmp_path):
     def write_x(folder: Path) -> None:
         (folder / "x").write_text("x")

@@ -60,8 +60,8 @@ def _libero_tasks() -> Table:
 
     table = _table("\nTasks of kind `libero` (env.suite=...; env.tasks=a,b,c for some of it)", "suite", "instruction")
     for suite, tasks in SUITES.items():
-        for task in tasks:
-            table.add_row(suite, instruction(task))
+        for place, task in enumerate(tasks):
+            table.add_row("" if place else suite, instruction(task))
     return table
 
 

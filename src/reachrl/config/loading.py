@@ -142,6 +142,22 @@ def config_dict(config: Section) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def is_default(config: Section, key: str) -> bool:
+    """Whether a configuration has, at a dotted key such as `env.num_envs` or `policy.towers.0`, what it has unasked."""
+    name, _, inner = key.partition(".")
+    field = type(config).model_fields.get(name)
+    if field is None:
+        return False
+    value: Any = getattr(config, name)
+    if not inner:
+        return not field.is_required() and value == field.get_default(call_default_factory=True)
+    if isinstance(value, tuple):  # sections by their place
+        place, _, inner = inner.partition(".")
+        sections: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
+        value = sections[int(place)] if place.isdigit() and int(place) < len(sections) else None
+    return bool(inner) and isinstance(value, Section) and is_default(value, inner)
+
+
 def config_hash(config: Section) -> str:
     """Twelve hex digits that change with every key but those marked `Affects.SPEED`, which decide no number."""
     decisive = affecting(config, Affects.EVERYTHING, fixed=False)

@@ -3,11 +3,12 @@
 import importlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reachrl import torchrun
-from reachrl.config.loading import config_dict, config_hash
+from reachrl.config.loading import config_dict, config_hash, is_default
 from reachrl.config.named_code import names
 from reachrl.config.train import TrainConfig, refuse_rounded_training
 from reachrl.errors import ConfigError
@@ -75,7 +76,8 @@ def run_stage(
 
         follow_train(config)
         return {}
-    with Run.open(run_dir, config_dict(config), permit=permit(config)) as run:
+    known = partial(is_default, config)
+    with Run.open(run_dir, config_dict(config), permit=permit(config), is_default=known) as run:
         finished = run.stage_done(name)
         missing = _missing(config, run)
         write_provenance(

@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reachrl.config.loading import config_dict
+from reachrl.config.loading import config_dict, is_default
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError, StorageError
 from reachrl.pipeline.resumption import Progress, check_changes, progress_of
@@ -16,7 +17,7 @@ from reachrl.run.checkpoint import checkpoint_step, verify_checkpoint
 from reachrl.run.configuration import config_changes, read_config
 from reachrl.run.metrics import MetricsLog, read_metrics
 from reachrl.run.stages import StageRecords
-from reachrl.validation import BEST
+from reachrl.validation import BEST, SAVED_BEST
 
 _WARM = ("demos", "sft", "reward")
 
@@ -51,7 +52,7 @@ def branch(source: Path, config: TrainConfig, run_dir: Path) -> None:
         raise ConfigError(f"--from {source}: the warm start (stage 'sft') has not finished there")
     warm = progress.finished & {*_WARM}
     begun = warm | ({"train"} if checkpoint else set())
-    changes = config_changes(read_config(run), jsonable(config_dict(config)))
+    changes = config_changes(read_config(run), jsonable(config_dict(config)), partial(is_default, config))
     check_changes(config, changes, Progress(warm, frozenset(begun), origin["iteration"]), where=f"run {run}")
     if checkpoint:
         verify_checkpoint(checkpoint)
@@ -74,9 +75,9 @@ def branch(source: Path, config: TrainConfig, run_dir: Path) -> None:
                 )
         if checkpoint:
             shutil.copytree(checkpoint, aside / "checkpoints" / checkpoint.name, copy_function=_link)
-            best = _read(run / "checkpoints" / BEST / "validation.json")
-            if best and best["iteration"] < origin["iteration"]:
-                shutil.copytree(run / "checkpoints" / BEST, aside / "checkpoints" / BEST, copy_function=_link)
+            for name in (BEST, SAVED_BEST):  # the resume decides which of them, if any, its points are of
+                if (run / "checkpoints" / name).is_dir():
+                    shutil.copytree(run / "checkpoints" / name, aside / "checkpoints" / name, copy_function=_link)
         log = MetricsLog(aside / "metrics.jsonl")
         for record in read_metrics(run / "metrics.jsonl"):
             if record["kind"] in ("demos", "sft", "reward_model") or (

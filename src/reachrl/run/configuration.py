@@ -40,6 +40,13 @@ class Change:
 
 Permit = Callable[[Path, list[Change]], None]
 """Called with the run folder and what differs; raises `ConfigError` if that may not change there any more."""
+IsDefault = Callable[[str], bool]
+"""Whether the configuration asked for has the default at a dotted key."""
+
+
+def never(_: str) -> bool:
+    """An `IsDefault` for configurations whose defaults are not known."""
+    return False
 
 
 def refuse(path: Path, changes: list[Change]) -> None:
@@ -57,8 +64,15 @@ def refuse(path: Path, changes: list[Change]) -> None:
     )
 
 
-def claim(path: Path, config: dict[str, Any], permit: Permit) -> None:
+def claim(path: Path, config: dict[str, Any], permit: Permit, is_default: IsDefault = never) -> None:
     """Write `config.json` into a new run; in an existing one, change it where `permit` lets us, and record that.
+
+    Args:
+        path: the run folder.
+        config: the configuration asked for.
+        permit: judges the changes.
+        is_default: a key that the run's configuration does not have is no change where this says so: an earlier
+            version wrote it, when the option did not exist.
 
     Raises:
         ConfigError: something differs that may not.
@@ -68,7 +82,7 @@ def claim(path: Path, config: dict[str, Any], permit: Permit) -> None:
     if not file.exists():
         write_json_atomic(file, config)
         return
-    changes = config_changes(read_config(path), config)
+    changes = config_changes(read_config(path), config, is_default)
     if not changes:
         return
     permit(path, changes)
@@ -139,15 +153,21 @@ def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_changes(old: Any, new: Any, prefix: str = "") -> list[Change]:
-    """Return the changes from one configuration to another."""
+def config_changes(old: Any, new: Any, is_default: IsDefault = never, prefix: str = "") -> list[Change]:
+    """Return the changes from one configuration to another; a key that only `new` has is none at its default."""
+    if _are_tables(old) and _are_tables(new) and len(old) == len(new):
+        old, new = ({str(place): table for place, table in enumerate(tables)} for tables in (old, new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [Change(prefix, old, new)]
+        return [] if old == new or (old is ABSENT and is_default(prefix)) else [Change(prefix, old, new)]
     found: list[Change] = []
     for key in sorted(old.keys() | new.keys()):
         inner = f"{prefix}.{key}" if prefix else key
-        found += config_changes(old.get(key, ABSENT), new.get(key, ABSENT), inner)
+        found += config_changes(old.get(key, ABSENT), new.get(key, ABSENT), is_default, inner)
     return found
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 def _show(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from reachrl.errors import ConfigError
 from reachrl.run.atomic import jsonable, recover_tree, storage_errors, write_json_atomic
-from reachrl.run.configuration import Permit, claim, refuse
+from reachrl.run.configuration import IsDefault, Permit, claim, never, refuse
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog
 from reachrl.run.spans import Span, SpanLog
@@ -40,7 +40,13 @@ class Run:
 
     @classmethod
     def open(
-        cls, path: Path | str, config: dict[str, Any], *, permit: Permit = refuse, tensorboard: bool = True
+        cls,
+        path: Path | str,
+        config: dict[str, Any],
+        *,
+        permit: Permit = refuse,
+        is_default: IsDefault = never,
+        tensorboard: bool = True,
     ) -> Self:
         """Create a run folder, or open the one that is there to resume it.
 
@@ -48,6 +54,8 @@ class Run:
             path: The run folder.
             config: The resolved configuration, as JSON types.
             permit: Judges changes of an existing run's configuration; those it lets pass are recorded.
+            is_default: Whether `config` has the default at a dotted key; what an existing run's configuration lacks is
+                then no change.
             tensorboard: Whether the metrics also go to TensorBoard.
 
         Returns:
@@ -71,7 +79,7 @@ class Run:
         try:
             with storage_errors(path):
                 recover_tree(path)
-            claim(path, jsonable(config), permit)
+            claim(path, jsonable(config), permit, is_default)
             return cls(path, lock, tensorboard=tensorboard)
         except BaseException:
             lock.release()
