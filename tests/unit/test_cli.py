@@ -20,6 +20,7 @@ from reachrl import errors
 from reachrl.cli import app as cli
 from reachrl.cli.display import Display, format_duration
 from reachrl.cli.terminal import Terminal
+from reachrl.config.libero_tasks import SUITES
 from reachrl.config.loading import config_dict, list_presets, load_config
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
 
@@ -282,6 +283,11 @@ def test_list_shows_every_preset_task_and_kind(reachrl):
     assert ("curriculum.kind", "success_rate") in kinds and ("reward_model.kind", "vlm") in kinds
     assert "reachrl.envs.metaworld:MetaworldEnv" in out
     assert "instruction" not in reachrl("list", "kinds")[1]
+
+
+def test_list_names_a_suite_once(reachrl):
+    words = reachrl("list", "tasks")[1].split()
+    assert {suite: words.count(suite) for suite in SUITES} == dict.fromkeys(SUITES, 1)
 
 
 @pytest.mark.parametrize("preset", sorted(list_presets()))

@@ -20,6 +20,7 @@ from reachrl.cli.app import app
 from reachrl.config.loading import list_presets, load_config
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import KIND_SECTIONS
+from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig
 
@@ -104,6 +105,32 @@ def test_the_code_of_a_how_to_page_works(page, my_lab):
         runpy.run_path(str(my_lab / title), run_name="__main__" if title.startswith("notebook") else title)
     for words in commands(page):
         check_command(words)
+
+
+SIMULATORS = [
+    (page, title, name)
+    for page in (*HOW_TO, WALK)
+    for title, text in blocks(page, "python")
+    for name, bases in re.findall(r"^class (\w+)\((\w+)\):", text, re.MULTILINE)
+    if bases in ("Env", "BatchedEnv")
+]
+
+
+@pytest.mark.parametrize(("page", "title", "name"), SIMULATORS, ids=lambda part: getattr(part, "stem", part))
+def test_a_misspelt_task_of_a_pages_simulator_is_refused(page, title, name, my_lab):
+    text = next(text for found, text in blocks(page, "python") if found == title and f"class {name}(" in text)
+    (my_lab / "my_lab" / "simulator.py").write_text(text)
+    kind = f"my_lab.simulator:{name}"
+    tasks = load_config("toy", [f"env.kind={kind}"]).env.tasks
+    for task in tasks:
+        assert load_config("toy", [f"env.kind={kind}", f"env.tasks={task}"]).env.tasks == (task,)
+    with pytest.raises(ConfigError, match=rf"env\.tasks(.|\n)*{tasks[0]}"):  # which names there are
+        load_config("toy", [f"env.kind={kind}", f"env.tasks={tasks[0]}x"])
+
+
+def test_every_page_with_a_simulator_is_tried():
+    assert {(page.stem, name) for page, _, name in SIMULATORS} >= {("simulator", "Slider"), ("simulator", "Sliders")}
+    assert {page.stem for page, _, _ in SIMULATORS} >= {"simulator", "notebook", "walk-through"}
 
 
 def test_the_walk_through_is_walked(my_lab):
