@@ -2,28 +2,30 @@
 
     python benchmarks/full_size.py FOLDER --size 7b --base nf4
     python benchmarks/full_size.py FOLDER --size 7b --base plain
+    python benchmarks/full_size.py FOLDER --size 7b --base nf4 --family openvla_oft --stages train
     python benchmarks/full_size.py FOLDER --size tiny --base plain  # seconds
 
-Each stage is a process of its own and leaves FOLDER/BASE/STAGE.json with its figures; finished stages are not done
-again, so a run that was interrupted goes on where it was. Stages:
+Each stage is a process of its own and leaves FOLDER/BASE/STAGE.json with its figures (of OpenVLA-OFT:
+FOLDER/oft_BASE); finished stages are not done again, so a run that was interrupted goes on where it was. Stages:
 
-* write: random weights in the official shards, with index, configuration, statistics and tokenizer (once for both
-  bases);
+* write: random weights in the official shards, with index, configuration, statistics and tokenizer (once for all);
+* frames: what one environment of LIBERO shows (`--frames libero`; otherwise noise), once for all;
 * info: `reachrl model info`;
-* train: load with adapters and a critic's adapters, act on frames of LIBERO (`--frames libero`; otherwise noise), one
-  PPO iteration over a few decisions with gradient checkpointing and the process reward, save; then it is killed;
+* train: load with adapters and a critic's adapters, act on the frames, one PPO iteration over a few decisions with
+  gradient checkpointing and the process reward, save; then it is killed;
 * resume: load what was saved, compare its log-probs with those before the kill, one more optimiser step;
 * export: `reachrl export --merge`;
 * reload: the exported checkpoint, loaded as a user would, beside the policy that was trained.
 
 A stage ends itself when the machine has less than `--least` GiB left. Memory is resident memory that no file stands
-behind (`RssAnon`), at its peak, less what libraries take.
+behind (`RssAnon`), at its peak, less what libraries take; of a command line that a stage starts, with its libraries.
 """
 
 import argparse
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from reachrl.algorithms.base import Algorithm
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner, new_learner
 from reachrl.config.loading import load_config
+from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.policy import OpenVLAConfig
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.config.reward_model import SmallRewardModelConfig
@@ -57,7 +60,8 @@ from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.types import Observation, Rollout, Start
 
-STAGES = ("write", "info", "train", "resume", "export", "reload")
+STAGES = ("write", "frames", "info", "train", "resume", "export", "reload")
+SHARED = ("write", "frames")  # by all bases and families
 SHARD = 2 * 10**9  # bytes; the release has three larger ones, but a shard lies in memory twice while it is written
 TASK = "put the black bowl on the plate"
 TINY: dict[str, object] = {
@@ -99,24 +103,31 @@ def run_of(arguments: argparse.Namespace) -> TrainConfig:
         "algorithm.epochs=1",
         "device=cpu",
     ]
+    config = load_config("libero_spatial", overrides)
+    update, policy = {}, config.policy
     if arguments.size == "tiny":
-        small = sizes("tiny")
-        overrides += ["env.image_size=56", "policy.image_size=56", "policy.projector_expansion=2"]
-        overrides += [f"policy.language_model.{key}={value}" for key, value in TINY["language_model"].items()]  # pyright: ignore
-        config = load_config("libero_spatial", [*overrides, "policy.value_hidden_size=16"])
-        policy = config.policy.model_copy(update={"towers": small.towers})
-        return config.model_copy(update={"policy": policy})
-    return load_config("libero_spatial", overrides)
+        small = {key: getattr(sizes("tiny"), key) for key in ("towers", "language_model", "image_size")}
+        policy = policy.model_copy(update={**small, "projector_expansion": 2, "value_hidden_size": 16})
+        update["env"] = config.env.model_copy(update={"image_size": 56})
+    if arguments.family == "openvla_oft":
+        policy = OpenVLAOFTConfig.model_validate(
+            {key: getattr(policy, key) for key in policy.model_fields_set & OpenVLAOFTConfig.model_fields.keys()}
+            | {"kind": "openvla_oft", "chunk_size": 8, "dialect": "simplevla_rl"}
+        )
+    return config.model_copy(update={"policy": policy, **update})
 
 
 # --- memory and time -------------------------------------------------------------------------------------------------
 
 
-def anonymous() -> float:
-    """GB of this process that no file stands behind."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found
-    return int(found[1]) * 1024 / 1e9
+def anonymous(process: int | str = "self") -> float:
+    """GB of a process that no file stands behind; 0 of one that has ended."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0.0
+    found = re.search(r"RssAnon:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 / 1e9 if found else 0.0
 
 
 class Watch(threading.Thread):
@@ -125,11 +136,12 @@ class Watch(threading.Thread):
     def __init__(self, least_gib: float) -> None:
         super().__init__(daemon=True)
         self._least, self._base, self.most = least_gib * 2**30, anonymous(), 0.0
+        self.child: int | None = None  # whose memory counts too
         self.start()
 
     def run(self) -> None:
         while True:
-            self.most = max(self.most, anonymous())
+            self.most = max(self.most, anonymous() + (anonymous(self.child) if self.child else 0.0))
             if psutil.virtual_memory().available < self._least:
                 print("less memory is left than --least says: this stage ends here", file=sys.stderr, flush=True)
                 os._exit(3)
@@ -143,10 +155,13 @@ class Watch(threading.Thread):
     def measured(self, figures: dict[str, float], name: str) -> Iterator[None]:
         """Note seconds of the clock and of processors, GB at the peak and afterwards."""
         print(f"  {name} ...", file=sys.stderr, flush=True)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        waited = children.ru_utime + children.ru_stime
         self.most, began, busy = 0.0, time.time(), time.process_time()
         yield
         figures[f"{name}, s"] = time.time() - began
-        figures[f"{name}, CPU s"] = time.process_time() - busy
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        figures[f"{name}, CPU s"] = time.process_time() - busy + children.ru_utime + children.ru_stime - waited
         figures[f"{name}, peak GB"] = max(self.most, anonymous()) - self._base
         figures[f"{name}, held GB"] = self.held()
         print(
@@ -236,7 +251,7 @@ def info(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
     """What `reachrl model info` says of it."""
     figures: dict[str, float] = {}
     with watch.measured(figures, "model info"):
-        _reachrl("model", "info", str(arguments.folder / "official"))
+        print(_reachrl(watch, "model", "info", str(arguments.folder / "official")), file=sys.stderr)
     return figures
 
 
@@ -249,7 +264,7 @@ def train(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
         samples = [policy.act(policy.encode(each), with_values=False) for each in observations[:-1]]
     actions = [policy.decode_actions(each.token_ids, each.token_mask) for each in samples]
     assert all(np.isfinite(each).all() for each in actions)
-    rollout = _rollout(observations, samples)
+    rollout = _rollout(observations, samples, actions[0].shape[1])
     instructions = sorted({text for each in observations for text in each.instructions})
     model = SmallRewardModel.for_fit(SmallRewardModelConfig(), instructions)
     reward = ProcessReward(ProcessRewardConfig(), gamma=config.algorithm.discount, model=model)
@@ -264,7 +279,7 @@ def train(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
     with watch.measured(figures, "save"):
         learner.save(arguments.own / "saved")
     with watch.measured(figures, "log-probs after the update"):
-        logprobs = _logprobs(policy, observations[0], samples[0])
+        logprobs = _logprobs(policy, observations[0], samples[0].token_ids)
     np.savez(arguments.own / "before.npz", logprobs=logprobs, ids=samples[0].token_ids.numpy())
     return figures | _planned(config, policy)
 
@@ -279,8 +294,7 @@ def resume(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
     before = np.load(arguments.own / "before.npz")
     observations = _frames(arguments)
     with watch.measured(figures, "log-probs"):
-        sample = policy.act(policy.encode(observations[0]), with_values=False)
-        logprobs = _logprobs(policy, observations[0], sample, torch.from_numpy(before["ids"]))
+        logprobs = _logprobs(policy, observations[0], torch.from_numpy(before["ids"]))
     figures["largest difference of log-probs"] = float(np.abs(logprobs - before["logprobs"]).max())
     algorithm: Algorithm = learner.algorithm
     figures["optimiser steps restored"] = float(max(s["step"] for s in algorithm.optimizer.state.values()))
@@ -292,7 +306,7 @@ def export(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
     figures: dict[str, float] = {}
     with watch.measured(figures, "export"):
         out = arguments.own / "merged"
-        said = _reachrl("export", str(arguments.own / "saved" / "policy"), "--merge", "--out", str(out))
+        said = _reachrl(watch, "export", str(arguments.own / "saved" / "policy"), "--merge", "--out", str(out))
     print(said, file=sys.stderr)
     return figures
 
@@ -313,7 +327,7 @@ def reload(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
         policy = build("policies", section)
     observation = _frames(arguments)[0]
     with watch.measured(figures, "log-probs"):
-        logprobs = _logprobs(policy, observation, None, torch.from_numpy(before["ids"]))
+        logprobs = _logprobs(policy, observation, torch.from_numpy(before["ids"]))
     figures["mean difference of log-probs"] = float(np.abs(logprobs - before["logprobs"]).mean())
     return figures
 
@@ -344,22 +358,25 @@ def _planned(config: TrainConfig, policy: OpenVLAPolicy) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _logprobs(policy: OpenVLAPolicy, observation: Observation, sample, ids: torch.Tensor | None = None) -> np.ndarray:
+def _logprobs(policy: OpenVLAPolicy, observation: Observation, ids: torch.Tensor) -> np.ndarray:
     inputs = policy.cache(policy.encode(observation))
-    ids = sample.token_ids if ids is None else ids
     return policy.evaluate(inputs, ids, with_values=False).logprobs.float().numpy()
 
 
-def _frames(arguments: argparse.Namespace) -> list[Observation]:
-    """What one environment shows over a few decisions: one more than there are actions."""
-    path = arguments.folder / f"frames_{arguments.frames}.npz"
-    if not path.exists():
-        size = 56 if arguments.size == "tiny" else 256
-        frames, text = np.random.default_rng(0).integers(0, 256, (arguments.steps + 1, size, size, 3), np.uint8), TASK
+def frames(arguments: argparse.Namespace, watch: Watch) -> dict[str, float]:
+    """What one environment shows over a few decisions: one frame more than there are actions."""
+    figures: dict[str, float] = {}
+    size = 56 if arguments.size == "tiny" else 256
+    with watch.measured(figures, "frames"):
+        seen, text = np.random.default_rng(0).integers(0, 256, (arguments.steps + 1, size, size, 3), np.uint8), TASK
         if arguments.frames == "libero":
-            frames, text = _libero(arguments)
-        np.savez(path, frames=frames, text=np.array(text))
-    stored = np.load(path)
+            seen, text = _libero(arguments)
+    np.savez(arguments.folder / f"frames_{arguments.frames}.npz", frames=seen, text=np.array(text))
+    return figures
+
+
+def _frames(arguments: argparse.Namespace) -> list[Observation]:
+    stored = np.load(arguments.folder / f"frames_{arguments.frames}.npz")
     text = str(stored["text"])
     return [Observation(images={"agentview": frame[None]}, instructions=(text,)) for frame in stored["frames"]]
 
@@ -369,16 +386,16 @@ def _libero(arguments: argparse.Namespace) -> tuple[np.ndarray, str]:
     config, rng = run_of(arguments).env, np.random.default_rng(0)
     env = build("envs", config)
     observed, _ = env.reset(options={"start": Start(task=config.tasks[0], split="train", index=0)})
-    frames = [observed["images"]["agentview"]]
+    seen = [observed["images"]["agentview"]]
     for _ in range(arguments.steps):
         observed, *_ = env.step(rng.uniform(-1, 1, 7).astype(np.float32))
-        frames.append(observed["images"]["agentview"])
+        seen.append(observed["images"]["agentview"])
     text = env.instruction(config.tasks[0])
     env.close()
-    return np.stack(frames), text
+    return np.stack(seen), text
 
 
-def _rollout(observations: list[Observation], samples: list) -> Rollout:
+def _rollout(observations: list[Observation], samples: list, executed: int) -> Rollout:
     """The decisions as the collector would have kept them; the last one ends the episode in success."""
     steps = len(samples)
     never = np.zeros((steps, 1), bool)
@@ -394,7 +411,7 @@ def _rollout(observations: list[Observation], samples: list) -> Rollout:
         token_ids=np.stack([each.token_ids.numpy() for each in samples]),
         token_mask=np.stack([each.token_mask.numpy() for each in samples]),
         behaviour_logprobs=np.stack([each.logprobs.float().numpy() for each in samples]),
-        executed=np.ones((steps, 1), np.int32),
+        executed=np.full((steps, 1), executed, np.int32),
         malformed=never,
         success=success,
         terminated=success,
@@ -407,11 +424,15 @@ def _rollout(observations: list[Observation], samples: list) -> Rollout:
     )
 
 
-def _reachrl(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "reachrl", *words], capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise SystemExit(f"reachrl {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+def _reachrl(watch: Watch, *words: str) -> str:
+    pipe, command = subprocess.PIPE, [sys.executable, "-m", "reachrl", *words]
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, encoding="utf-8") as child:
+        watch.child = child.pid
+        said = child.communicate()[0]
+    watch.child = None
+    if child.returncode:
+        raise SystemExit(f"reachrl {' '.join(words)} ended with {child.returncode}:\n{said}")
+    return said
 
 
 # --- one after the other ---------------------------------------------------------------------------------------------
@@ -422,6 +443,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=["7b", "tiny"], default="7b")
     parser.add_argument("--base", choices=["nf4", "plain"], default="nf4")
+    parser.add_argument("--family", choices=["openvla", "openvla_oft"], default="openvla")
     parser.add_argument("--frames", choices=["libero", "noise"], default="noise")
     parser.add_argument("--steps", type=int, default=2, help="decisions of the iteration")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
@@ -429,7 +451,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.own = arguments.folder / arguments.base
+    arguments.own = arguments.folder / f"{'' if arguments.family == 'openvla' else 'oft_'}{arguments.base}"
     arguments.own.mkdir(parents=True, exist_ok=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -437,7 +459,7 @@ def main() -> None:
         _one(arguments)
         return
     for stage in arguments.stages:
-        place = (arguments.folder if stage == "write" else arguments.own) / f"{stage}.json"
+        place = (arguments.folder if stage in SHARED else arguments.own) / f"{stage}.json"
         if not place.exists():
             print(stage, file=sys.stderr, flush=True)
             code = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", stage]).returncode
@@ -450,7 +472,7 @@ def main() -> None:
 
 def _one(arguments: argparse.Namespace) -> None:
     stage: Callable[[argparse.Namespace, Watch], dict[str, float]] = globals()[arguments.stage]
-    place = (arguments.folder if arguments.stage == "write" else arguments.own) / f"{arguments.stage}.json"
+    place = (arguments.folder if arguments.stage in SHARED else arguments.own) / f"{arguments.stage}.json"
     figures = stage(arguments, Watch(arguments.least))
     place.write_text(json.dumps(figures), encoding="utf-8")
     if arguments.stage == "train":  # nothing is closed, nothing is said

@@ -128,7 +128,8 @@ def test_without_merge_peft_reads_what_is_written(base: Path, trained: Path, tmp
     result = CliRunner().invoke(app, ["export", str(trained), "--out", str(tmp_path / "alone")])
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "alone").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "dataset_statistics.json", "manifest.json"}
+    assert OpenVLAPolicy.from_pretrained(tmp_path / "alone").action_stats.q99[0] == 0.75  # not the base's
     wrapped = PeftModel.from_pretrained(OpenVLAPolicy.from_pretrained(base), str(tmp_path / "alone"))  # pyright: ignore
     assert torch.allclose(scores(wrapped.base_model.model), scores(OpenVLAPolicy.from_pretrained(trained)), atol=1e-6)
 

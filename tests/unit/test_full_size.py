@@ -13,15 +13,17 @@ import full_size
 from reachrl.policies.openvla.export import export_merged
 
 
-@pytest.mark.parametrize("base", ["plain", "nf4"])
-def test_random_weights_are_read_trained_restored_and_exported(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "base"), [("openvla", "plain"), ("openvla", "nf4"), ("openvla_oft", "nf4")])
+def test_random_weights_are_read_trained_restored_and_exported(family: str, base: str, tmp_path: Path) -> None:
     own = tmp_path / base
     own.mkdir()
     arguments = argparse.Namespace(folder=tmp_path, own=own, size="tiny", base=base, frames="noise", steps=2)
+    arguments.family = family
     watch = full_size.Watch(least_gib=0)
     written = full_size.write(arguments, watch)
     index = json.loads((tmp_path / "official" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == pytest.approx(1e9 * written["GB"])
+    full_size.frames(arguments, watch)
     assert full_size.train(arguments, watch)["grad_norm"] > 0
     restored = full_size.resume(arguments, watch)
     assert restored["largest difference of log-probs"] == 0 and restored["optimiser steps restored"] == 1

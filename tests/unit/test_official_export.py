@@ -15,6 +15,7 @@ from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.official_export import export_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla.preprocess import fit_frames
 
 DEAD = ("vision_backbone.featurizer.blocks.3.", "vision_backbone.fused_featurizer.blocks.4.")
 
@@ -73,6 +74,21 @@ def test_the_official_classes_find_their_keys_and_the_function_is_the_trained_on
     assert all(torch.equal(value, live(loaded)[key]) for key, value in live(policy).items())
     for ours, theirs in zip(greedy(policy), greedy(loaded), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_how_frames_are_made_is_not_lost(origin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = OpenVLAPolicy.load_official(origin, dataset="tiny_a", tower_heads=HEADS)
+    ways = {"center_crop": True, "rlds_frames": True, "resize": "letterbox"}
+    policy.config = policy.config.model_copy(update=ways)
+    policy.save_pretrained(tmp_path / "policy")
+    export_official(tmp_path / "policy", tmp_path / "exported")
+    loaded = OpenVLAPolicy.load_official(tmp_path / "exported", tower_heads=HEADS)
+    assert {key: getattr(loaded.config, key) for key in ways} == ways
+    frames = np.random.default_rng(0).integers(0, 256, (1, 40, 56, 3), np.uint8)
+    assert np.array_equal(fit_frames(frames, loaded.config), fit_frames(frames, policy.config))
+    caplog.clear()
+    OpenVLAPolicy(loaded.config.model_copy(update={"checkpoint": tmp_path / "exported", "center_crop": False}))
+    assert "was trained on frames made by policy.center_crop=true, configured is false" in caplog.text
 
 
 def shards(folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -9,17 +9,24 @@ import pytest
 import torch
 from oft_folder import DATA, HEADS, PROPRIO_FILE, WHOLE, load, part, recorded, write_oft
 from safetensors.torch import load_file, save_file
-from small_policy import foreign
+from small_policy import foreign, unseal
 
 from reachrl.config.policy import LoRAConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.folders import folders_of, kind_of
+from reachrl.policies.openvla import official as official_module
 from reachrl.policies.openvla.export import export_merged
 from reachrl.policies.openvla.official_export import export_official
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.policy import OpenVLAOFTPolicy
 from reachrl.policies.openvla_oft.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def known_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = json.loads((DATA / "config.json").read_text())["timm_model_ids"]
+    monkeypatch.setattr(official_module, "KNOWN_HEADS", dict(zip(ids, HEADS, strict=True)))
 
 
 def rows(cameras: int = 2) -> OFTInputs:
@@ -172,12 +179,44 @@ def test_adapters_on_an_official_base_are_merged_with_the_states_projector(tmp_p
             torch.nn.init.normal_(parameter, std=0.2)
     policy.save_pretrained(tmp_path / "trained")
     export_merged(tmp_path / "trained", tmp_path / "merged")
-    assert (tmp_path / "merged" / PROPRIO_FILE).read_bytes() == (base / PROPRIO_FILE).read_bytes()
-    merged = load(tmp_path / "merged", dataset="reachrl", **WHOLE)
+    ours, theirs = (torch.load(each / PROPRIO_FILE, weights_only=True) for each in (tmp_path / "merged", base))
+    assert all(torch.equal(tensor, theirs[f"module.{name}"]) for name, tensor in ours.items())
+    merged = load(tmp_path / "merged", **WHOLE, dialect=config.dialect)
     ids = policy.act(rows()).token_ids
     ours, theirs = (each.action_logits(rows(), ids)[0] for each in (policy, merged))
     assert (ours - theirs).abs().max() < 1e-3
     assert (ours - load(base, **WHOLE).action_logits(rows(), ids)[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=4.0)])
+def test_an_export_states_what_the_layout_does_not(tmp_path, lora, caplog):
+    """Minimum and maximum as statistics, two images, a state, a dialect, the frames' way, the data set's name."""
+    base = write_oft(tmp_path / "base", state=True)
+    told = {**WHOLE, "statistics": "bounds", "dialect": "rlinf", "center_crop": True}
+    config = load(base, **told).config.model_copy(update={"lora": lora, "center_crop": True, "resize": "letterbox"})
+    policy = OpenVLAOFTPolicy(config)
+    policy.save_pretrained(tmp_path / "trained")
+    write = export_official if lora is None else export_merged
+    write(tmp_path / "trained", tmp_path / "out")
+    again = OpenVLAOFTPolicy.from_pretrained(tmp_path / "out", **({} if lora is None else {"dialect": "rlinf"}))
+    ids = policy.act(rows()).token_ids
+    assert torch.equal(again.act(rows()).token_ids, ids)
+    assert np.array_equal(again.decode_actions(ids), policy.decode_actions(ids))
+    state = np.linspace(-1, 1, 8, dtype=np.float32)[None]
+    assert torch.equal(again._encode_state(state), policy._encode_state(state))
+    keys = ("dialect", "chunk_size", "num_cameras", "state_size", "statistics", "center_crop", "resize")
+    assert all(getattr(again.config, key) == getattr(config, key) for key in keys)
+    # As the official code reads it: by the data set's name, ends of the kind that ALOHA's programs take.
+    name, entry = next(iter(json.loads((base / "dataset_statistics.json").read_text()).items()))
+    stats = json.loads((tmp_path / "out" / "dataset_statistics.json").read_text())
+    assert stats.keys() == {name} and stats[name]["action"]["min"] == entry["action"]["min"]
+    with pytest.raises(CheckpointError, match=r"num_cameras = 2 by what its export states .*set policy\.num_cameras=2"):
+        load(tmp_path / "out", **WHOLE | {"num_cameras": 1}, dialect="rlinf")
+    assert kind_of(tmp_path / "out") == "openvla_oft"
+    (unseal(tmp_path / "out") / PROPRIO_FILE).unlink()
+    assert kind_of(tmp_path / "out") == "openvla_oft"
+    with pytest.raises(CheckpointError, match="OpenVLA-OFT checkpoint by what an export of ReachRL states"):
+        OpenVLAPolicy.load_official(tmp_path / "out", tower_heads=HEADS)
 
 
 def recording(path: Path, name: str) -> Path:

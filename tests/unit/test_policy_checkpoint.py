@@ -213,7 +213,7 @@ def test_frames_made_square_in_another_way_are_warned_of(policy: OpenVLAPolicy, 
     policy.save_pretrained(tmp_path / "policy")
     changes = {"checkpoint": tmp_path / "policy", "resize": "letterbox"}
     OpenVLAPolicy(policy.config.model_copy(update=changes))
-    assert "made square by policy.resize=resize-naive, configured is letterbox" in caplog.text
+    assert "made by policy.resize=resize-naive, configured is letterbox" in caplog.text
     caplog.clear()
     OpenVLAPolicy.from_pretrained(tmp_path / "policy")
     assert not caplog.text

@@ -78,11 +78,11 @@ class LoRAConfig(Section):
     """Scale; the update is multiplied by alpha / rank (OpenVLA's recipe: min(rank, 16))."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the matrices while training by demonstrations. RL needs 0: the ratio must start at 1."""
-    parts: tuple[Literal["language_model", "projector", "vision"], ...] = Field(
+    parts: tuple[Literal["language_model", "projector", "vision", "patches", "head"], ...] = Field(
         default=("language_model",), min_length=1
     )
-    """What gets adapters: all linear maps of the decoder layers, of the projector, of the towers' blocks. Never the
-    language model's head."""
+    """What gets adapters: all linear maps of the decoder layers, of the projector, of the towers' blocks; and, as in
+    other tools' adapters of all linear maps, the towers' embeddings of patches and the language model's head."""
     base: Literal["plain", "nf4"] = "plain"
     """How the frozen weights are held. `plain`: all in `policy.dtype`. `nf4` (QLoRA): the linear maps of the decoder
     layers in 4.13 bits a weight, decoded at each use; the rest in `policy.dtype`. Needs the extra `quantised`."""
@@ -91,4 +91,6 @@ class LoRAConfig(Section):
     def _parts_are_distinct(self) -> Self:
         if len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts={list(self.parts)} names a part twice")
+        if "head" in self.parts and self.dropout:
+            raise ValueError('parts holds "head", which has no dropout: rows of its weight are read. Set dropout=0')
         return self

@@ -240,5 +240,6 @@ class OpenVLAConfig(PrismaticConfig):
 
     @property
     def records_steps(self) -> bool:
-        """Whether decoding steps are recorded on a GPU; not in mixed precision, whose cast weights come and go."""
-        return self.rollout_copy and self.decode_graphs and self.arithmetic == self.dtype
+        """Whether decoding steps are recorded on a GPU; not where what they read is made anew: cast, or adapted."""
+        adapted_head = self.lora is not None and "head" in self.lora.parts
+        return self.rollout_copy and self.decode_graphs and self.arithmetic == self.dtype and not adapted_head

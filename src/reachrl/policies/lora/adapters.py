@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import peft
     import peft.tuners.lora
 
+_ACTORS = ("vision", "patches", "head")  # parts that no critic has of its own
 ACTOR, CRITIC = "default", "critic"  # peft's names of the two sets
 PREFIX = "base_model.model."
 Sets = Mapping[str, "peft.LoraConfig"]  # peft's configuration of each set, by name
@@ -34,13 +35,13 @@ def adapter_sets(
     Args:
         config: sizes and parts.
         targets: by part, how the names of its linear maps end in the policy's family.
-        critic: whether there is a second set. It leaves out the part `vision`: the towers belong to the actor.
+        critic: whether there is a second set. It leaves out the towers and the head, which belong to the actor.
     """
     from peft import LoraConfig
 
     parts = {ACTOR: config.parts}
     if critic:
-        parts[CRITIC] = tuple(part for part in config.parts if part != "vision")
+        parts[CRITIC] = tuple(part for part in config.parts if part not in _ACTORS)
     return {
         name: LoraConfig(
             r=config.rank,
@@ -124,6 +125,16 @@ def recomputing(policy: nn.Module) -> Contexts:
     layers = _layers(policy)
     adapter = layers[0]._active_adapter[0] if layers else ACTOR
     return lambda: (nullcontext(), _active(layers, adapter))
+
+
+def rows_of(linear: nn.Module, first: int, number: int) -> Tensor:
+    """Rows of the weight of a linear map; of one with adapters in float32, with what the active ones add to them."""
+    weight: Tensor = linear.weight[first : first + number]  # pyright: ignore[reportAssignmentType, reportIndexIssue]
+    if not is_adapted(linear) or (name := linear._active_adapter[0]) not in linear.lora_A:
+        return weight
+    a, b = linear.lora_A[name].weight, linear.lora_B[name].weight[first : first + number]
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight.float() + linear.scaling[name] * (b @ a)
 
 
 def parameters(policy: nn.Module, adapter: str, prefixes: tuple[str, ...]) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from reachrl.run.stored_weights import check_finite
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CRITIC_FOLDER = "critic"
+OFT_FOLDER = "lora_adapter"  # where OpenVLA-OFT's training writes them; what belongs to them lies in the folder above
 VALUE_FILE = "value_head.safetensors"  # beside adapters of ours; other tools have none
 _BASE_FILE = "base.json"
 
@@ -25,6 +26,16 @@ _BASE_FILE = "base.json"
 def is_adapter(folder: Path) -> bool:
     """Return whether `folder` holds adapters instead of whole weights."""
     return (folder / CONFIG_FILE).is_file()
+
+
+def places(folder: Path) -> tuple[Path, ...]:
+    """Where what belongs to adapters lies: beside them or, of OpenVLA-OFT's, in the folder above."""
+    return (folder, folder.parent) if folder.name == OFT_FOLDER and is_adapter(folder) else (folder,)
+
+
+def beside(folder: Path, name: str) -> Path | None:
+    """The file `name` that belongs to a folder, of adapters or whole weights; None where there is none."""
+    return next((path for place in places(folder) if (path := place / name).is_file()), None)
 
 
 def base_name(folder: Path) -> Path:

@@ -19,6 +19,8 @@ class BinnedActions(Policy):
     config: PrismaticConfig
     _action_stats: ActionStats | tuple[str, ...]
     """Statistics; or the names to choose from, until one is chosen."""
+    stats_name: str | None = None
+    """What the checkpoint calls its statistics; None: they were chosen or fitted here."""
 
     @property
     def action_stats(self) -> ActionStats:
@@ -39,6 +41,7 @@ class BinnedActions(Policy):
         stats = saved.stats
         if isinstance(stats, ActionStats):
             self.set_action_stats(stats.q01, stats.q99, stats.mask)
+            self.stats_name = saved.stats_name
         elif stats:
             self._action_stats = stats
 
@@ -81,4 +84,4 @@ class BinnedActions(Policy):
                 f"policy.num_action_tokens = {self.config.num_action_tokens}, but actions have {len(stats.q01)} "
                 f"dimensions; expected one token each. Set policy.num_action_tokens={len(stats.q01)}"
             )
-        self._action_stats = stats
+        self._action_stats, self.stats_name = stats, None

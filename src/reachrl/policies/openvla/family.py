@@ -1,7 +1,7 @@
 """What parts the families of policies that are stored in OpenVLA's layout."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.openvla.oft import refuse_oft
+from reachrl.policies.openvla.statement import FRAMES, stated
 from reachrl.policies.openvla.statistics import official_stats
 from reachrl.policies.storage.families import other_family
 from reachrl.policies.storage.saved import CONFIG_FILE
@@ -23,6 +24,8 @@ class Family:
     section: ClassVar[type[PrismaticConfig]] = OpenVLAConfig
     companions: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the names of weights that an official folder keeps in files of their own."""
+    unstated: ClassVar[tuple[str, ...]] = (*FRAMES, "vocabulary")
+    """Options that the official layout has no place for; our exports state them."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """What the user has stated of an official checkpoint, by key: no file states it."""
 
@@ -30,13 +33,26 @@ class Family:
         """The same, with what a configuration states."""
         return self
 
+    def informed(self, folder: Path) -> "Family":
+        """The same, with what an official folder of ours states and the user does not.
+
+        Raises:
+            CheckpointError: `config.json` is damaged.
+        """
+        found = stated(folder)
+        return replace(self, told={key: found[key] for key in self.unstated if key in found} | dict(self.told))
+
     @property
     def sees_state(self) -> bool:
         """Whether the policy sees the robot's state."""
         return False
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: Path, beside: Sequence[Path] = ()) -> None:
         """Refuse an official folder, whole or adapters, that is of another family or not what is told.
+
+        Args:
+            folder: on this machine.
+            beside: of whole weights under another tool's adapters, the folders of what belongs to the adapters.
 
         Raises:
             CheckpointError: says by which sign.
@@ -59,9 +75,13 @@ class Family:
         """
         return None
 
-    def kept(self, folder: Path) -> tuple[Path, ...]:
-        """Files beside an official folder's weights that an export copies, pickles among them."""
+    def kept(self, folders: Sequence[Path]) -> tuple[Path, ...]:
+        """Files beside weights in the first of `folders` that has them, which an export copies, pickles among them."""
         return ()
+
+    def export_stats(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """A policy's statistics, by `action` and `proprio`, as an official folder has them."""
+        return dict(entry)
 
     def write_companions(self, folder: Path, base: Path, out: Path) -> None:
         """Write what an official folder keeps beside its weights.

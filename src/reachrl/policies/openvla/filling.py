@@ -1,5 +1,6 @@
 """Weights on disk into a policy that was built from what the folder says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from reachrl.errors import CheckpointError
 from reachrl.policies.lora import files as lora_files
 from reachrl.policies.lora import four_bit
 from reachrl.policies.lora.files import VALUE_FILE
+from reachrl.policies.lora.foreign import take_adapters
 from reachrl.policies.lora.merging import merge_into
-from reachrl.policies.openvla.names import HEAD, LAYERS, VALUE, adapter_sets, canonical_key
+from reachrl.policies.openvla.names import HEAD, LAYERS, TARGETS, VALUE, adapter_sets, canonical_key
 from reachrl.policies.openvla.network import PrismaticNetwork
 from reachrl.policies.openvla.official import is_dead, is_official, ties_embeddings
 from reachrl.policies.storage.saved import CONFIG_FILE, SavedPolicy, compare_architectures, load_head
@@ -35,12 +37,12 @@ def fill(policy: PrismaticNetwork, saved: SavedPolicy[PrismaticConfig], device: 
     """
     config, folder = policy.config, saved.folder
     if not saved.is_adapter:
-        _fill_whole(policy, folder, device)
+        _fill_whole(policy, folder, device, ())
         if config.lora is not None:
             policy.add_adapters(saved.base)
         return
     verify_if_sealed(saved.whole)
-    _fill_whole(policy, saved.whole, device)
+    _fill_whole(policy, saved.whole, device, saved.beside)
     lora_files.check_base(folder, saved.whole)
     if config.lora is None:
         merge_into(policy, folder, canonical_key, skipped=lambda key: is_dead(key, config))
@@ -48,10 +50,9 @@ def fill(policy: PrismaticNetwork, saved: SavedPolicy[PrismaticConfig], device: 
         policy.add_adapters(saved.base)
         lora_files.load(policy, folder, adapter_sets(config))
     else:
-        raise CheckpointError(
-            f"{folder} holds adapters of another tool, and policy.lora would put new ones on top: fold them in first "
-            f"with  reachrl export {folder} --merge --out MERGED  and set policy.checkpoint=MERGED"
-        )
+        policy.add_adapters(saved.base)
+        take_adapters(policy, folder, config.lora, TARGETS, canonical_key, skipped=lambda key: is_dead(key, config))
+        policy.reset_critic()
     if saved.ours and saved.config.critic == config.critic:
         load_head(policy.value_head, folder / VALUE_FILE, VALUE)
 
@@ -74,12 +75,12 @@ def refill(policy: PrismaticNetwork, saved: SavedPolicy[PrismaticConfig]) -> Non
         load_head(policy.value_head, folder / VALUE_FILE, VALUE)
 
 
-def _fill_whole(policy: PrismaticNetwork, folder: Path, device: torch.device) -> None:
-    """Give the policy storage and the weights of a folder without adapters."""
+def _fill_whole(policy: PrismaticNetwork, folder: Path, device: torch.device, beside: Sequence[Path]) -> None:
+    """Give the policy storage, the weights of a folder without adapters, and what lies beside them or in `beside`."""
     official, config = is_official(folder), policy.config
     family = policy.family(config)
     if official:
-        family.check(folder)
+        family.check(folder, beside)
     tied = official and ties_embeddings(folder)
     absent = (VALUE, "critic.", *family.companions, *((HEAD,) if tied else ()))
     check_shapes(
@@ -101,7 +102,7 @@ def _fill_whole(policy: PrismaticNetwork, folder: Path, device: torch.device) ->
     if tied:
         _tie(policy, folder)
     if official:
-        policy.fill_companions(folder)
+        policy.fill_companions([*beside, folder])
         policy.value_head.reset()
         policy.reset_critic()
 

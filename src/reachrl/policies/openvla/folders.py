@@ -22,13 +22,12 @@ class OpenVLAFolders(PolicyFolders):
     def why_not(self, folder: Path, kind: str) -> str | None:
         """An adapter of another tool is what its base is, and taken for OpenVLA where the base is not here."""
         try:
-            if is_adapter(folder) and not (folder / CONFIG_FILE).is_file():
-                base = base_name(folder)
-                return self.why_not(base, kind) if base.is_dir() else None
-            if not is_official(folder):
+            foreign = is_adapter(folder) and not (folder / CONFIG_FILE).is_file()
+            if not foreign and not is_official(folder):
                 return super().why_not(folder, kind)
-            signal = oft_signal(folder)
-            return None if signal is None else f"it is an OpenVLA-OFT checkpoint by {signal}"
+            if (signal := oft_signal(folder)) is not None:
+                return f"it is an OpenVLA-OFT checkpoint by {signal}"
+            return self.why_not(base, kind) if foreign and (base := base_name(folder)).is_dir() else None
         except CheckpointError as error:
             return str(error)
 

@@ -13,6 +13,8 @@ TARGETS = {  # of adapters: how the names of linear maps end, by the parts that 
     "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "projector": ("projector.fc1", "projector.fc2", "projector.fc3"),
     "vision": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    "patches": ("patch_embed.proj",),
+    "head": ("lm_head",),
 }
 _PROJECTOR = {"0": "fc1", "2": "fc2", "4": "fc3"}
 _PREFIXES = {

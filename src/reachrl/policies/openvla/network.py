@@ -1,6 +1,7 @@
 """The modules of a Prismatic policy and the passes through them: towers, projector, Llama, value head."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ class PrismaticNetwork(Policy):
         """What an official checkpoint is read as, given what `config` states of it."""
         return OPENVLA
 
-    def fill_companions(self, folder: Path) -> None:
-        """Read what an official folder keeps beside its weights."""
+    def fill_companions(self, folders: Sequence[Path]) -> None:
+        """Read what official folders keep beside their weights, from the first that has it."""
+
+    def write_companions(self, folder: Path) -> None:
+        """Write beside adapters what they were trained with that is neither theirs nor in the weights of their base."""
 
     def _build(self) -> None:
         config, llm = self.config, self.config.language_model
@@ -137,7 +141,7 @@ class PrismaticNetwork(Policy):
 
     def _head(self) -> Float[Tensor, "V E"]:
         """The rows of the head that may be chosen."""
-        return self.language_model.lm_head.weight[self.first_choice : self.first_choice + self.num_choices]
+        return adapters.rows_of(self.language_model.lm_head, self.first_choice, self.num_choices)
 
     def _value(
         self, features: Float[Tensor, "B P F"], inputs: OpenVLAInputs, first_hidden: Float[Tensor, "B E"] | None

@@ -12,12 +12,13 @@ from reachrl.config.language_model import NUM_ACTION_BINS, LanguageModelConfig
 from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
+from reachrl.policies.lora.files import OFT_FOLDER, is_adapter
 from reachrl.policies.openvla.names import TOWERS, canonical_key
 from reachrl.policies.openvla.statistics import dataset_of, norm_stats, official_stats
 from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json, read_shapes
 
-_PREPROCESSOR_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 # Attention heads cannot be read off the shapes of fused projections, so the released towers are listed.
 KNOWN_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
 # With these, blocks that are missing at the end of a file are noticed.
@@ -35,6 +36,11 @@ def is_official(folder: Path) -> bool:
             no sizes.
     """
     path = folder / CONFIG_FILE
+    if not path.is_file() and is_adapter(folder / OFT_FOLDER):
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG_FILE} but {OFT_FOLDER}, as OpenVLA-OFT's training leaves it: give "
+            f"{folder / OFT_FOLDER}; what lies beside that folder is found"
+        )
     raw = read_json(path)
     if "vla" in raw or isinstance(raw.get("model"), dict):
         raise CheckpointError(
@@ -244,7 +250,7 @@ def _frames(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     The official code reads the preprocessor's file alone, so that is the one that counts.
     """
-    path = folder / _PREPROCESSOR_FILE
+    path = folder / PREPROCESSOR_FILE
     saved = read_json(path) if path.is_file() else {}
     # Without an entry the official class assumes `letterbox`.
     resize = raw.get("image_resize_strategy", "letterbox")
@@ -261,10 +267,10 @@ def _frames(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name, expected in (("interpolations", "bicubic"), ("input_sizes", [3, size, size])):
         if any(found != expected for found in saved.get(name) or ()):
             raise CheckpointError(
-                f"{folder / _PREPROCESSOR_FILE}: {name} = {saved[name]!r} is not supported, expected {expected!r} for "
+                f"{folder / PREPROCESSOR_FILE}: {name} = {saved[name]!r} is not supported, expected {expected!r} for "
                 "each tower"
             )
-    return {"resize": resize, **(_pixel_statistics(saved, folder / _PREPROCESSOR_FILE) if saved else {})}
+    return {"resize": resize, **(_pixel_statistics(saved, folder / PREPROCESSOR_FILE) if saved else {})}
 
 
 def _pixel_statistics(saved: dict[str, Any], path: Path) -> dict[str, Any]:

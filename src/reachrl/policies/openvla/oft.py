@@ -2,21 +2,26 @@
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from reachrl.errors import CheckpointError
+from reachrl.policies.lora.files import OFT_FOLDER
+from reachrl.policies.openvla.statement import stated
 from reachrl.policies.storage.families import INSTEAD
 from reachrl.policies.storage.published import published
+from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json
 
 # What its training leaves beside the weights: pickles such as action_head--150000_checkpoint.pt, or what they became.
+_PROJECTOR = "proprio_projector--*.pt"
 _FILES = ("action_head*", "proprio_projector*", "noisy_action_projector*", "vision_backbone--*")
-_FOLDER = "lora_adapter"
 _OPTIONS = {
     *("use_proprio", "use_film", "use_l1_regression", "use_diffusion", "num_images_in_input"),
     *("num_actions_chunk", "action_chunk_size"),
 }
+KIND = "openvla_oft"
 _NAMED = re.compile(r"(?<![a-z])oft(?![a-z])|openvla_?oft", re.IGNORECASE)
 _CODE = ("*.py", "prismatic/**/*.py")
 _CHUNK = "NUM_ACTIONS_CHUNK"  # a constant that the code bundled with such a folder imports; it is read, never run
@@ -40,20 +45,27 @@ def oft_signal(folder: Path) -> str | None:
     for pattern in _FILES:
         if found := sorted(path.name for path in folder.glob(pattern)):
             return f"the file {found[0]}"
-    if (folder / _FOLDER).is_dir():
-        return f"the folder {_FOLDER}"
+    if (folder / OFT_FOLDER).is_dir():
+        return f"the folder {OFT_FOLDER}"
     for name in (folder.name, folder.resolve().name, *_on_the_hub(folder)):
-        if name == _FOLDER or _NAMED.search(name):
+        if name == OFT_FOLDER or _NAMED.search(name):
             return f"its name, {name}"
+    if stated(folder).get("kind") == KIND:
+        return f"what an export of ReachRL states in {CONFIG_FILE}"
     raw = _config(folder)
     if options := sorted(key for key in raw if key.lower() in _OPTIONS):
         return f"{options[0]} in config.json"
     for key in ("architectures", "auto_map", "_name_or_path"):
         if _NAMED.search(str(raw.get(key, ""))):
             return f"{key} in config.json"
-    if found := [name for pattern in (*_FILES, f"{_FOLDER}/*") for name in files_on_the_hub(folder, pattern)]:
+    if found := [name for pattern in (*_FILES, f"{OFT_FOLDER}/*") for name in files_on_the_hub(folder, pattern)]:
         return f"the file {found[0]} on the hub"
     return next((f"{_CHUNK} in {name}" for name, text in bundled_code(folder).items() if _CHUNK in text), None)
+
+
+def companion(folders: Sequence[Path]) -> Path | None:
+    """The state's projector in the first of `folders` that has one, whatever it holds."""
+    return next((path for folder in folders for path in sorted(folder.glob(_PROJECTOR))), None)
 
 
 def files_on_the_hub(folder: Path, pattern: str) -> list[str]:
@@ -127,4 +139,4 @@ def _sign(folder: Path, raw: dict[str, Any], pattern: str, option: str) -> str |
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}

@@ -217,15 +217,16 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
     def _write(self, folder: Path) -> None:
         config = self.config
         # What the weights began as, for an export in its layout; reading puts the folder itself in its place.
-        checkpoint = self.origin
+        update: dict[str, Any] = {"checkpoint": self.origin, "dataset": config.dataset or self.stats_name}
         if config.lora is None:
             write_state(self.state_dict(), folder / SINGLE_FILE)
         else:
             assert self.base is not None
-            checkpoint = self.base
+            update["checkpoint"] = self.base
             lora_files.save(self, adapter_sets(config), folder, base=self.base)
+            self.write_companions(folder)
             write_state(self.value_head.state_dict(prefix=VALUE), folder / VALUE_FILE)
-        text = config.model_copy(update={"checkpoint": checkpoint}).model_dump_json(indent=2)
+        text = config.model_copy(update=update).model_dump_json(indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         write_stats(folder, self.action_stats, self.state_stats)
         if self.trained_on is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.lora.files import base_of, is_adapter
+from reachrl.policies.lora.files import base_of, beside, is_adapter
 from reachrl.policies.storage.saved import CONFIG_FILE, STATS_FILE
 from reachrl.policies.storage.weights import read_json
 
@@ -23,8 +23,8 @@ def norm_stats(folder: Path) -> dict[str, Any]:
 
 def _beside(folder: Path) -> dict[str, Any]:
     """Fine-tuned checkpoints carry their own statistics beside the configuration."""
-    path = folder / STATS_FILE
-    return _named(path, read_json(path)) if path.is_file() else {}
+    path = beside(folder, STATS_FILE)
+    return {} if path is None else _named(path, read_json(path))
 
 
 def _named(path: Path, stats: Any) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from reachrl.config.towers import ViTTowerConfig
 from reachrl.errors import CheckpointError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.lora.deltas import check_agreement
-from reachrl.policies.lora.files import VALUE_FILE, base_name, base_of, is_adapter
+from reachrl.policies.lora.files import VALUE_FILE, base_name, base_of, beside, is_adapter, places
 from reachrl.policies.openvla.family import OPENVLA, Family, check_kind, stored_section
 from reachrl.policies.openvla.names import adapter_sets
 from reachrl.policies.openvla.official import is_official, official_config, problems_of
+from reachrl.policies.openvla.statement import FRAMES
 from reachrl.policies.openvla.statistics import dataset_of, norm_stats
 from reachrl.policies.storage.hub import locate
 from reachrl.policies.storage.saved import (
@@ -66,12 +67,14 @@ def read(
         folder=folder,
         config=config,
         whole=whole,
+        beside=places(folder) if adapter else (),
         is_adapter=adapter,
         ours=_is_ours(folder),
         stats=_stats(folder, dataset, family),
+        stats_name=config.dataset if _is_ours(folder) else dataset_of(_with_stats(folder), dataset),
         state_stats=_state_stats(folder, dataset, family),
         trained_on=TrainedOn.read(folder),
-        tokenizer=next((path for place in (folder, whole) if (path := place / TOKENIZER_FILE).is_file()), None),
+        tokenizer=beside(folder, TOKENIZER_FILE) or beside(whole, TOKENIZER_FILE),
         base=base,
         origin=origin_of(base, whole),
     )
@@ -99,16 +102,20 @@ def read_config(
 
 
 def _config(
-    folder: Path, tower_heads: Sequence[int] | None, dataset: str | None, family: Family | None
+    folder: Path,
+    tower_heads: Sequence[int] | None,
+    dataset: str | None,
+    family: Family | None,
+    around: Sequence[Path] = (),
 ) -> PrismaticConfig:
     if is_adapter(folder) and not (folder / CONFIG_FILE).is_file():  # of another tool: only its base knows
         (family or OPENVLA).check(folder)
-        return _config(base_of(folder), tower_heads, dataset, family)
+        return _config(base_of(folder), tower_heads, dataset, family, places(folder))
     if family is not None:
         check_kind(folder, family.section)
     if is_official(folder):
-        known = family or OPENVLA
-        known.check(folder)
+        known = (family or OPENVLA).informed(folder)
+        known.check(folder, around)
         return official_config(folder, tower_heads, dataset, section=known.section, told=known.told)
     try:
         raw = read_json(folder / CONFIG_FILE)
@@ -146,7 +153,7 @@ def _state_stats(folder: Path, dataset: str | None, family: Family) -> ActionSta
 
 def _with_stats(folder: Path) -> Path:
     """The folder itself, or the base of another tool's adapters that came without statistics."""
-    if is_adapter(folder) and not _is_ours(folder) and not (folder / STATS_FILE).is_file():
+    if is_adapter(folder) and not _is_ours(folder) and beside(folder, STATS_FILE) is None:
         return _with_stats(base_of(folder))
     return folder
 
@@ -190,11 +197,12 @@ def agreed(config: PrismaticConfig, saved: SavedPolicy[PrismaticConfig]) -> Pris
     """
     stored, folder, official = saved.config, saved.folder, is_official(saved.whole)
     ignored = set(NOT_OFFICIAL) if official else set()
-    if stored.resize != config.resize:
-        logger.warning(
-            "%s was trained on frames made square by policy.resize=%s, configured is %s",
-            folder, stored.resize, config.resize,
-        )  # fmt: skip
+    for key in ("resize", *FRAMES):
+        if key in stored.model_fields_set and (trained := getattr(stored, key)) != getattr(config, key):
+            logger.warning(
+                "%s was trained on frames made by policy.%s=%s, configured is %s",
+                folder, key, str(trained).lower(), str(getattr(config, key)).lower(),
+            )  # fmt: skip
     if stored.lora is None or config.lora is None:  # adapters begin as nothing, and can be folded in
         ignored |= {"lora"}
     wanted = "plain" if config.lora is None else config.lora.base

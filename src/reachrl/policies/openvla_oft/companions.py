@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from reachrl.errors import CheckpointError
 from reachrl.run.stored_weights import check_finite
 
 PROPRIO = "proprio_projector"
+NEW_FILE = f"{PROPRIO}--0_checkpoint.pt"  # where no program has given it a number
 _MOST_BYTES = 1 << 30  # of a file and of what is in it; the released projectors hold 0.07 GB
 _PREFIX = "module."  # what DistributedDataParallel puts before every name
 
@@ -29,6 +30,15 @@ def find(folder: Path, name: str) -> Path | None:
             "that was saved with the weights"
         )
     return found[0] if found else None
+
+
+def first(folders: Sequence[Path], name: str) -> Path | None:
+    """The companion `name` in the first of `folders` that has one.
+
+    Raises:
+        CheckpointError: that folder holds several.
+    """
+    return next((path for folder in folders if (path := find(folder, name)) is not None), None)
 
 
 def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Checkpoints of OpenVLA-OFT in OpenVLA's layout: what is refused of a folder, and its statistics."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -10,11 +11,12 @@ from safetensors import safe_open
 from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.config.policy import PrismaticConfig
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.lora.files import is_adapter
+from reachrl.policies.lora.files import is_adapter, places
 from reachrl.policies.openvla.family import Family
+from reachrl.policies.openvla.statement import FRAMES
 from reachrl.policies.openvla.statistics import official_stats
-from reachrl.policies.openvla_oft.companions import PROPRIO, find
-from reachrl.policies.openvla_oft.told import TOLD, check_told
+from reachrl.policies.openvla_oft.companions import NEW_FILE, PROPRIO, find, first
+from reachrl.policies.openvla_oft.told import TOLD, check_told, refuse_unsupported
 from reachrl.policies.storage.weights import SINGLE_FILE
 
 EPSILON = 1e-8  # added to the span of statistics in each program that trains such checkpoints
@@ -27,6 +29,7 @@ class OFTFamily(Family):
 
     section: ClassVar[type[PrismaticConfig]] = OpenVLAOFTConfig
     companions: ClassVar[tuple[str, ...]] = (f"{PROPRIO}.",)
+    unstated: ClassVar[tuple[str, ...]] = (*FRAMES, *TOLD)
 
     def of(self, config: PrismaticConfig) -> Family:
         """The same, with what a configuration states."""
@@ -37,14 +40,16 @@ class OFTFamily(Family):
         """Whether the policy sees the robot's state."""
         return self.told.get("state_size") is not None
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: Path, beside: Sequence[Path] = ()) -> None:
         """Refuse a folder with another head, or of which something else is told than it states.
 
         Raises:
             CheckpointError: says by which sign.
         """
-        if not is_adapter(folder):
-            check_told(folder, OpenVLAOFTConfig.model_validate(dict(self.told)))
+        if is_adapter(folder):
+            refuse_unsupported(places(folder))
+        else:
+            check_told(folder, OpenVLAOFTConfig.model_validate(dict(self.informed(folder).told)), beside)
 
     def action_stats(self, folder: Path, dataset: str) -> ActionStats:
         """The action statistics of one data set of an official folder.
@@ -62,10 +67,15 @@ class OFTFamily(Family):
         """
         return self._stats(folder, dataset, "proprio") if self.sees_state else None
 
-    def kept(self, folder: Path) -> tuple[Path, ...]:
+    def kept(self, folders: Sequence[Path]) -> tuple[Path, ...]:
         """The state's projector, which adapters leave as it is."""
-        path = find(folder, PROPRIO) if self.sees_state else None
+        path = first(folders, PROPRIO) if self.sees_state else None
         return () if path is None else (path,)
+
+    def export_stats(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Under the names by which such statistics are read as well."""
+        low, high = self._ends
+        return {part: {**found, low: found["q01"], high: found["q99"]} for part, found in entry.items()}
 
     def write_companions(self, folder: Path, base: Path, out: Path) -> None:
         """Write the trained projector of the state as the official code reads it.
@@ -82,8 +92,12 @@ class OFTFamily(Family):
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a dictionary)
             state = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
         path = find(base, PROPRIO)
-        torch.save(state, out / (path.name if path is not None else f"{PROPRIO}--0_checkpoint.pt"))
+        torch.save(state, out / (path.name if path is not None else NEW_FILE))
+
+    @property
+    def _ends(self) -> tuple[str, str]:
+        return _ENDS[self.told.get("statistics", "quantiles")]
 
     def _stats(self, folder: Path, dataset: str, part: str) -> ActionStats:
-        low, high = _ENDS[self.told.get("statistics", "quantiles")]
+        low, high = self._ends
         return official_stats(folder, dataset, part=part, low=low, high=high)

@@ -1,6 +1,6 @@
 """OpenVLA-OFT as a policy: a chunk of actions, all of its tokens read in one pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from reachrl.policies.lora import adapters
 from reachrl.policies.openvla.family import Family
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import fit_frames, normalise_pixels
-from reachrl.policies.openvla_oft.companions import PROPRIO, find, read_tensors
+from reachrl.policies.openvla_oft.companions import NEW_FILE, PROPRIO, first, read_tensors
 from reachrl.policies.openvla_oft.family import EPSILON, OFTFamily
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.proprio import ProprioProjector, normalise_state
@@ -42,6 +42,7 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
 
     Config: ClassVar[type[Section]] = OpenVLAOFTConfig
     config: OpenVLAOFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _projector_file: str = NEW_FILE
 
     @classmethod
     def family(cls, config: PrismaticConfig) -> Family:
@@ -225,8 +226,8 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def fill_companions(self, folder: Path) -> None:
-        """Read the state's projector, which an official folder keeps in a pickle, as tensors alone.
+    def fill_companions(self, folders: Sequence[Path]) -> None:
+        """Read the state's projector, which official folders keep in a pickle, as tensors alone.
 
         Raises:
             CheckpointError: it is missing or damaged, or does not fit.
@@ -234,11 +235,18 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         if self.proprio_projector is None:
             return
         own = self.proprio_projector.state_dict()
-        path = find(folder, PROPRIO)
+        path = first(folders, PROPRIO)
         if path is None:
-            raise CheckpointError(f"{folder} has no {PROPRIO}--N_checkpoint.pt, which policy.state_size asks for")
+            raise CheckpointError(f"{folders[-1]} has no {PROPRIO}--N_checkpoint.pt, which policy.state_size asks for")
         stored = read_tensors(path, {name: tuple(tensor.shape) for name, tensor in own.items()})
         self.proprio_projector.load_state_dict(stored)
+        self._projector_file = path.name
+
+    def write_companions(self, folder: Path) -> None:
+        """Write the state's projector beside adapters: it may have come with other adapters, not with their base."""
+        if self.proprio_projector is not None:
+            state = {key: value.cpu() for key, value in self.proprio_projector.state_dict().items()}
+            torch.save(state, folder / self._projector_file)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by role; the state's projector is of the trunk, frozen under adapters."""

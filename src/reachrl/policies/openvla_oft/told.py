@@ -1,13 +1,14 @@
 """What a user states of an OpenVLA-OFT checkpoint, against the little that its files state."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from reachrl.config.oft import OpenVLAOFTConfig
 from reachrl.errors import CheckpointError
 from reachrl.policies.openvla.oft import bundled_code, files_on_the_hub, unsupported
+from reachrl.policies.openvla.statement import stated
 from reachrl.policies.openvla_oft import companions
 from reachrl.policies.storage.weights import read_json
 
@@ -19,29 +20,50 @@ _NEEDED = {
 _CHUNK = re.compile(r"NUM_ACTIONS_CHUNK[\"']?\s*[:=]\s*(\d+)")
 
 
-def check_told(folder: Path, config: OpenVLAOFTConfig) -> None:
+def refuse_unsupported(folders: Sequence[Path]) -> None:
+    """Refuse a checkpoint of OpenVLA-OFT that cannot be trained here.
+
+    Args:
+        folders: of its weights, and of what belongs to them.
+
+    Raises:
+        CheckpointError: says why, and by which sign.
+    """
+    for folder in folders:
+        if (problem := unsupported(folder)) is not None:
+            raise CheckpointError(f"{folder} is an OpenVLA-OFT checkpoint that cannot be trained here: {problem}")
+
+
+def check_told(folder: Path, config: OpenVLAOFTConfig, beside: Sequence[Path] = ()) -> None:
     """Refuse a folder of OpenVLA-OFT that cannot be trained, or of which something else is said than it states.
 
     Args:
         folder: official whole weights, on this machine.
         config: with what the user has stated of it.
+        beside: of weights under adapters, the folders of what belongs to the adapters.
 
     Raises:
         CheckpointError: says what, and where it is stated.
     """
-    if (problem := unsupported(folder)) is not None:
-        raise CheckpointError(f"{folder} is an OpenVLA-OFT checkpoint that cannot be trained here: {problem}")
+    refuse_unsupported([folder])
     if unsaid := [f"policy.{key} ({what})" for key, what in _NEEDED.items() if key not in config.model_fields_set]:
         raise CheckpointError(
             f"no file in {folder} states what its weights were trained for, and the wrong thing would act wrongly "
             f"without a word: set {' and '.join(unsaid)}"
         )
-    for problem in _contradictions(folder, config):
+    for problem in _contradictions(folder, config, beside):
         raise CheckpointError(f"{folder}: {problem}")
 
 
-def _contradictions(folder: Path, config: OpenVLAOFTConfig) -> Iterator[str]:
+def _contradictions(folder: Path, config: OpenVLAOFTConfig, beside: Sequence[Path]) -> Iterator[str]:
     raw = {key.lower(): value for key, value in read_json(folder / "config.json").items()}
+    found = stated(folder)
+    for key in TOLD:
+        if key in found and getattr(config, key) != found[key]:
+            yield (
+                f"{key} = {found[key]} by what its export states in config.json, but policy.{key}="
+                f"{getattr(config, key)}; set policy.{key}={found[key]}"
+            )
     for keys, name, ours in (
         (("num_actions_chunk", "action_chunk_size"), "chunk_size", config.chunk_size),
         (("num_images_in_input",), "num_cameras", config.num_cameras),
@@ -50,7 +72,7 @@ def _contradictions(folder: Path, config: OpenVLAOFTConfig) -> Iterator[str]:
             if isinstance(raw.get(key), int) and raw[key] != ours:
                 yield f"{key} = {raw[key]} in config.json, but policy.{name}={ours}; set policy.{name}={raw[key]}"
     yield from _dialect(raw, config)
-    yield from _state(folder, raw, config)
+    yield from _state(folder, raw, config, beside)
     numbers = {int(number) for text in bundled_code(folder).values() for number in _CHUNK.findall(text)}
     if numbers and config.chunk_size not in numbers:
         yield (
@@ -69,8 +91,8 @@ def _dialect(raw: dict[str, Any], config: OpenVLAOFTConfig) -> Iterator[str]:
         )
 
 
-def _state(folder: Path, raw: dict[str, Any], config: OpenVLAOFTConfig) -> Iterator[str]:
-    projector = companions.find(folder, companions.PROPRIO)
+def _state(folder: Path, raw: dict[str, Any], config: OpenVLAOFTConfig, beside: Sequence[Path]) -> Iterator[str]:
+    projector = companions.first([*beside, folder], companions.PROPRIO)
     elsewhere = files_on_the_hub(folder, f"{companions.PROPRIO}--*.pt")
     if config.state_size is None and (projector is not None or elsewhere or raw.get("use_proprio") is True):
         sign = projector.name if projector is not None else next(iter(elsewhere), "use_proprio in config.json")

@@ -36,9 +36,11 @@ class SavedPolicy(Generic[Config]):
     folder: Path  # on this machine
     config: Config  # that the weights were trained with; its `checkpoint` is the name that was given
     whole: Path
+    beside: tuple[Path, ...] = ()  # of adapters: the folders of what belongs to them
     is_adapter: bool  # whether `folder` holds adapters on the weights in `whole`
     ours: bool  # whether ReachRL wrote `folder`
     stats: ActionStats | tuple[str, ...]  # statistics; or the names to choose from, until one is chosen
+    stats_name: str | None = None  # by which they are known; None: by none, or it has to be chosen
     state_stats: ActionStats | None = None  # of the robot's state, where the policy sees it
     trained_on: TrainedOn | None = None  # None: nothing is written of it
     tokenizer: Path | None  # its file
