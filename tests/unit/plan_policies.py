@@ -11,13 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reachrl.config.env import MetaworldConfig
-from reachrl.config.policy import OpenVLAConfig
+from reachrl.config.oft import OpenVLAOFTConfig
+from reachrl.config.policy import OpenVLAConfig, PrismaticConfig
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import Device
+from reachrl.policies.openvla.family import policy_class
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
+from reachrl.policies.openvla_oft.inputs import OFTInputs
 
 SIZES = {
     "image_size": 28,
@@ -46,6 +49,7 @@ ONE_TOWER = {
     "image_mean": ((0.5, 0.5, 0.5),),
     "image_std": ((0.5, 0.5, 0.5),),
 }
+OFT = {"chunk_size": 4, "num_cameras": 2, "state_size": 4}
 # Name -> options; what is trained, in which numbers, and how.
 VARIANTS = {
     "full": {},
@@ -72,6 +76,8 @@ VARIANTS = {
         "dtype": "bfloat16",
         "language_model": {**SIZES["language_model"], "intermediate_size": 352},
     },
+    "oft": OFT,
+    "oft lora": {**OFT, **LORA, "critic": "adapter", "gradient_checkpointing": True, "rollout_copy": True},
 }
 # The towers are trained in a few of them only.
 WITH_VISION = ("full", "one tower", "bfloat16", "lora everywhere")
@@ -79,14 +85,15 @@ ROWS = 4
 CPU = Device(name="cpu", memory=16, bf16=0.1, fp32=0.1, bandwidth=20)
 
 
-def configure(**changes: object) -> OpenVLAConfig:
-    return OpenVLAConfig.model_validate({**SIZES, **changes})
+def configure(**changes: object) -> PrismaticConfig:
+    section = OpenVLAOFTConfig if "chunk_size" in changes else OpenVLAConfig
+    return section.model_validate({**SIZES, **changes})
 
 
-def build(config: OpenVLAConfig) -> OpenVLAPolicy:
+def build(config: PrismaticConfig) -> OpenVLAPolicy:
     """The policy that `config` describes, with random weights where it asks for a checkpoint's."""
     plain = config.model_copy(update={"lora": None, "checkpoint": None, "critic": "shared"})
-    policy = OpenVLAPolicy(config if config.lora is None else plain)
+    policy = policy_class(config)(config if config.lora is None else plain)
     if config.lora is not None:
         policy.config = config
         policy.add_adapters(Path("nowhere"))
@@ -94,25 +101,31 @@ def build(config: OpenVLAConfig) -> OpenVLAPolicy:
 
 
 def rows_of(policy: OpenVLAPolicy, rows: int = ROWS) -> tuple[OpenVLAInputs, OpenVLAInputs, torch.Tensor]:
-    """Frames, the same with cached features, and actions; one prompt is shorter, so that a mask is needed."""
-    config = policy.config
+    """Frames, the same with cached features, and actions; one prompt is shorter, so that a mask is needed.
+
+    Where padding stands behind the answer, as much as there can be: plans have room for that.
+    """
+    config, cameras = policy.config, policy.num_cameras
     mask = torch.ones(rows, config.prompt_length, dtype=torch.bool)
-    mask[0, -2:] = False
+    mask[0, 1 if policy.num_actions > 1 else -2 :] = False
     ids = torch.randint(3, 100, mask.shape)
-    pixels = torch.randn(rows, 3 * len(config.towers), config.image_size, config.image_size)
-    seen = OpenVLAInputs(prompt_ids=ids, prompt_mask=mask, pixel_values=pixels)
+    pixels = torch.randn(rows, 3 * len(config.towers) * cameras, config.image_size, config.image_size)
+    given = {"prompt_ids": ids, "prompt_mask": mask, "pixel_values": pixels}
+    if isinstance(config, OpenVLAOFTConfig):
+        seen = OFTInputs(**given, state=torch.zeros(rows, config.state_size or 0))
+    else:
+        seen = OpenVLAInputs(**given)
     with torch.no_grad():
         cached = replace(seen, pixel_values=None, vision_features=policy.vision_features(pixels))
-    return seen, cached, torch.full((rows, config.num_action_tokens), policy.first_action_id)
+    return seen, cached, torch.full((rows, policy.num_action_tokens), policy.first_action_id)
 
 
-def run_of(policy: OpenVLAConfig, *, passes: int = 1, train_vision: bool = False) -> TrainConfig:
+def run_of(policy: PrismaticConfig, *, passes: int = 1, train_vision: bool = False) -> TrainConfig:
     """One decision in each of `ROWS` environments for every pass of the minibatch that they make."""
     rows = {"minibatch_size": passes * ROWS, "micro_batch_size": ROWS}
     ppo = PPOConfig(importance_cap=2.0, epochs=1, train_vision=train_vision, **rows)
-    return TrainConfig(
-        env=MetaworldConfig(num_envs=ROWS), rollout=RolloutSection(num_steps=passes), policy=policy, algorithm=ppo
-    )
+    env = MetaworldConfig(num_envs=ROWS, cameras=("corner2", "gripperPOV")[: getattr(policy, "num_cameras", 1)])
+    return TrainConfig(env=env, rollout=RolloutSection(num_steps=passes), policy=policy, algorithm=ppo)
 
 
 def large(layers: int = 32, **changes: object) -> TrainConfig:
@@ -141,7 +154,8 @@ def products(run: Callable[[], object]) -> int:
 
 def given_bytes(inputs: OpenVLAInputs) -> int:
     """Bytes of a policy's inputs."""
-    fields = (inputs.prompt_ids, inputs.prompt_mask, inputs.pixel_values, inputs.vision_features)
+    state = getattr(inputs, "state", None)
+    fields = (inputs.prompt_ids, inputs.prompt_mask, inputs.pixel_values, inputs.vision_features, state)
     return sum(each.nbytes for each in fields if each is not None)
 
 
@@ -173,7 +187,8 @@ class Live(TorchDispatchMode):
 
 
 def tensors(policy: OpenVLAPolicy, inputs: OpenVLAInputs, actions: torch.Tensor) -> list[torch.Tensor]:
-    given = [inputs.prompt_ids, inputs.prompt_mask, inputs.pixel_values, inputs.vision_features, actions]
+    state = getattr(inputs, "state", None)
+    given = [inputs.prompt_ids, inputs.prompt_mask, inputs.pixel_values, inputs.vision_features, state, actions]
     gradients = [parameter.grad for parameter in policy.parameters()]
     rest = [tensor for tensor in [*given, *gradients] if tensor is not None]
     return [*policy.parameters(), *policy.buffers(), *rest]

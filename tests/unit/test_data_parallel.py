@@ -18,6 +18,13 @@ from reachrl.backends.group import Group
 SHARDED = "backend.sharding=full"
 WITH_VISION = ("algorithm.minibatch_size=16", "algorithm.train_vision=true")
 ADAPTERS = ("policy.lora.rank=2", "policy.critic=adapter")
+VIT = '{kind="vit", width=16, depth=2, num_heads=2, mlp_width=24, patch_size=8}'
+OFT = (  # two cameras, a state, chunks of two actions
+    *("policy.kind=openvla_oft", "policy.chunk_size=2", "policy.num_cameras=2", "policy.state_size=3"),
+    *("env.kind=two_eyed_env:TwoEyed", "env.image_size=16", "policy.image_size=16", f"policy.towers=[{VIT}]"),
+    *("policy.image_mean=[[0.5, 0.5, 0.5]]", "policy.image_std=[[0.5, 0.5, 0.5]]", "policy.value_hidden_size=8"),
+    *("policy.language_model.hidden_size=32", "policy.language_model.num_layers=2", "algorithm.ratio_level=action"),
+)
 SCRIPT = Path(__file__).with_name("data_parallel_steps.py")
 
 
@@ -35,6 +42,7 @@ CASES = [
     (2, (SHARDED, *WITH_VISION, "policy.gradient_checkpointing=true")),
     (2, (SHARDED, "algorithm.minibatch_size=7", "algorithm.target_kl=1e-5", *ADAPTERS)),
     (2, ("algorithm.minibatch_size=16", "policy.lora.base=nf4", *ADAPTERS)),
+    (2, (SHARDED, "algorithm.minibatch_size=16", *OFT)),
 ]
 
 

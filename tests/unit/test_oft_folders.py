@@ -232,7 +232,13 @@ def recording(path: Path, name: str) -> Path:
 def test_verify_computes_the_recording_again_and_notices_a_wrong_dialect(tmp_path):
     folder, file = write_oft(tmp_path / "base", state=True), recording(tmp_path / "io.safetensors", "tokens2p")
     options = {"chunk_size": "8", "dialect": "official", "num_cameras": "2", "state_size": "8"}
-    result = verify(folder, file, tower_heads=HEADS, options=options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # by which logits would be 1e-4 apart
+    try:
+        result = verify(folder, file, tower_heads=HEADS, options=options)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert result.passed and len(result.checks) == 6 and not result.missing and not result.ignored
     wrong = verify(folder, file, tower_heads=HEADS, options=options | {"dialect": "rlinf"})
     assert {check.name for check in wrong.checks if not check.passed} == {"hidden", "logits", "tokens", "actions"}

@@ -185,7 +185,7 @@ def last_hidden(
     Args:
         model: the language model without its head.
         embeds: token and patch embeddings.
-        valid: which positions are real tokens; the last `num_last` must be.
+        valid: which positions are real tokens; of causal attention the last `num_last` must be.
         num_last: how many positions to return.
         recompute: layers are computed again in the backward pass instead of being kept; it makes the contexts of
             the two passes.

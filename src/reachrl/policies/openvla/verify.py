@@ -1,6 +1,7 @@
 """A loaded checkpoint against recorded outputs of the official code, tensor by tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +33,18 @@ _INPUTS = {"pixel_values", *_PROMPTS, "prompt_len"}
 _NUM_DIMS = {"pixel_values": 4, "input_ids": 2, "attention_mask": 2, "prompt_len": 1, "tokens": 2}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: several divide sums among themselves, which moves logits of about 30 by up to 1e-4."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 @torch.no_grad()
 def verify(
     folder: Path, recorded: Path, *, dataset: str | None = None, tower_heads: Sequence[int] | None = None

@@ -18,7 +18,6 @@ from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.base import Noise
 from reachrl.policies.decoding.decode import Decoded, action_logits
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
-from reachrl.policies.llama import acting_hidden
 from reachrl.policies.lora import adapters
 from reachrl.policies.openvla.family import Family
 from reachrl.policies.openvla.policy import OpenVLAPolicy
@@ -27,7 +26,7 @@ from reachrl.policies.openvla_oft.companions import NEW_FILE, PROPRIO, first, re
 from reachrl.policies.openvla_oft.family import EPSILON, OFTFamily
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.proprio import ProprioProjector, normalise_state
-from reachrl.policies.openvla_oft.sequence import chunk_hidden, embed_chunk
+from reachrl.policies.openvla_oft.sequence import chunk_hidden, embed_chunk, most_padding
 from reachrl.policies.openvla_oft.told import TOLD
 from reachrl.policies.storage.saved import SavedPolicy
 from reachrl.types import Observation
@@ -146,8 +145,12 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         """Hidden states that the tokens are read from, by the adapters that are active now."""
         embeds, valid = self._embed(projector, model, features, inputs)
         recompute = adapters.recomputing(self) if self.config.gradient_checkpointing else None
-        tokens, stop = self.num_action_tokens, self.config.stop
-        return chunk_hidden(model, embeds, valid, num_tokens=tokens, stop=stop, recompute=recompute)
+        return chunk_hidden(model, embeds, valid, recompute=recompute, **self._reading(inputs, valid))
+
+    def _reading(self, inputs: OFTInputs, valid: Bool[Tensor, "B S"]) -> dict[str, Any]:
+        """Where the action tokens are read."""
+        padding = most_padding(inputs, valid)
+        return {"num_tokens": self.num_action_tokens, "stop": self.config.stop, "padding": padding}
 
     def chunk_hidden(self, inputs: OFTInputs) -> Float[Tensor, "B A E"]:
         """Normed hidden states that the action tokens are read from."""
@@ -175,9 +178,8 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
             hidden = self._chunk(self.projector, self.language_model.model, features, inputs)
         else:
             embeds, valid = self._embed(copy.projector, copy.model, features, inputs)
-            number = 1 + self.num_action_tokens + int(self.config.stop)
-            hidden = acting_hidden(copy.model, embeds, valid, number, layer_pass=copy.layer_pass)
-            hidden = hidden[:, : self.num_action_tokens]
+            reading = self._reading(inputs, valid)
+            hidden = chunk_hidden(copy.model, embeds, valid, acting=copy.layer_pass, **reading)
         logits = action_logits(hidden, self._head(), temperature)
         scores = (each if noise is None else each + noise(position) for position, each in enumerate(logits.unbind(1)))
         choice = torch.stack([each.argmax(-1) for each in scores], 1)

@@ -14,7 +14,7 @@ from reachrl.errors import CheckpointError, ConfigError
 from reachrl.policies.decoding.decode import action_logits
 from reachrl.policies.folders import Verification
 from reachrl.policies.openvla.official import problems_of
-from reachrl.policies.openvla.verify import compare_recorded, read_recorded
+from reachrl.policies.openvla.verify import compare_recorded, one_thread, read_recorded
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.policy import OpenVLAOFTPolicy
 from reachrl.policies.openvla_oft.proprio import normalise_state
@@ -26,6 +26,7 @@ _NEEDED = {"pixel_values": 4, "input_ids": 2, "attention_mask": 2}
 _INPUTS = {*_NEEDED, "prompt_len", "proprio_raw"}
 
 
+@one_thread()
 @torch.no_grad()
 def verify(
     folder: Path,
