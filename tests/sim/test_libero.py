@@ -226,3 +226,54 @@ def test_an_episode_ends_when_upstreams_does(suite, number, tmp_path):
     config["cameras"] = ["agentview", "robot0_eye_in_hand"]
     ours = run(OURS, upstream_request(suite, task, seed, tmp_path) | {"config": config, "task": task}, tmp_path)
     assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
+
+
+def test_openvla_oft_is_evaluated_in_open_loop_chunks_of_two_cameras_and_the_state():
+    """What the evaluation shows the policy and carries out, beside a loop by hand: 20 steps are 8, 8 and 4."""
+    from reachrl import evaluate, load_config
+    from reachrl.envs.libero.env import LiberoEnv
+    from reachrl.evaluation import heldout_starts
+    from reachrl.policies.openvla_oft.policy import OpenVLAOFTPolicy
+    from reachrl.types import Observation
+
+    vit = {"kind": "vit", "width": 16, "depth": 2, "num_heads": 2, "mlp_width": 24, "patch_size": 8}
+    sizes = {"image_size": 16, "towers": [vit], "image_mean": [[0.5] * 3], "image_std": [[0.5] * 3]}
+    trunk = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
+    task = SUITES["libero_object"][0]
+    config = load_config(
+        "toy",
+        {
+            "env": {"kind": "libero", "tasks": [task], "image_size": 32, "max_steps": 20, "assets": str(ASSETS)},
+            "env.cameras": ["agentview", "robot0_eye_in_hand"],
+            "env.num_envs": 1,
+            "policy": {"kind": "openvla_oft", **sizes, "language_model": trunk, "num_action_tokens": 7},
+            "policy.chunk_size": 8,
+            "policy.num_cameras": 2,
+            "policy.state_size": 8,
+            "eval.num_starts": 1,
+        },
+    )
+    policy, act, seen = OpenVLAOFTPolicy(config.policy), OpenVLAOFTPolicy.act, []
+    policy.set_state_stats(np.full(8, -1.0), np.full(8, 2.0), np.ones(8, bool))
+
+    def watched(inputs, **options):
+        sample = act(policy, inputs, **options)
+        seen.append((inputs.pixel_values.numpy(), inputs.state.numpy(), policy.decode_actions(sample.token_ids)))
+        return sample
+
+    policy.act = watched
+    evaluate(policy, config, mode="greedy", quiet=True)
+    theirs, env, steps = seen[:], LiberoEnv(config.env), 0
+    seen.clear()
+    observed, _ = env.reset(options={"start": heldout_starts(config.env, config.eval)[0]})
+    while steps < 20:
+        images = {name: frame[None] for name, frame in observed["images"].items()}
+        asked = Observation(images=images, instructions=(env.instruction(task),), state=observed["state"][None])
+        for action in policy.decode_actions(policy.act(policy.encode(asked)).token_ids)[0][: 20 - steps]:
+            observed, *_ = env.step(action)
+            steps += 1
+    env.close()
+    assert len(theirs) == len(seen) == 3
+    for one, other in zip(theirs, seen, strict=True):
+        assert all(np.array_equal(ours, by_hand) for ours, by_hand in zip(one, other, strict=True))
+    assert np.abs(seen[0][1] - seen[2][1]).max() > 0.01  # the arm has moved

@@ -17,10 +17,10 @@ from reachrl.config.ppo import PPOConfig
 from reachrl.config.rollout import RolloutSection
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import Device
-from reachrl.policies.openvla.family import policy_class
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla_oft.inputs import OFTInputs
+from reachrl.registry import resolve
 
 SIZES = {
     "image_size": 28,
@@ -93,7 +93,7 @@ def configure(**changes: object) -> PrismaticConfig:
 def build(config: PrismaticConfig) -> OpenVLAPolicy:
     """The policy that `config` describes, with random weights where it asks for a checkpoint's."""
     plain = config.model_copy(update={"lora": None, "checkpoint": None, "critic": "shared"})
-    policy = policy_class(config)(config if config.lora is None else plain)
+    policy = resolve("policies", config.kind)(config if config.lora is None else plain)
     if config.lora is not None:
         policy.config = config
         policy.add_adapters(Path("nowhere"))
