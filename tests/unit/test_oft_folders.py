@@ -139,6 +139,8 @@ def test_other_families_are_named(tmp_path, policy, config, says):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=says):
         policy.load_official(tmp_path)
+    with pytest.raises(CheckpointError, match=says):  # of `reachrl model info` and `load_policy`
+        kind_of(tmp_path)
 
 
 def test_a_folder_with_a_sign_is_of_this_kind(tmp_path):

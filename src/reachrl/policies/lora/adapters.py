@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +129,10 @@ def recomputing(policy: nn.Module) -> Contexts:
 
 def rows_of(linear: nn.Module, first: int, number: int) -> Tensor:
     """Rows of the weight of a linear map; of one with adapters in float32, with what the active ones add to them."""
-    weight: Tensor = linear.weight[first : first + number]  # pyright: ignore[reportAssignmentType, reportIndexIssue]
+    weight: Tensor = cast(Any, linear).weight[first : first + number]
     if not is_adapted(linear) or (name := linear._active_adapter[0]) not in linear.lora_A:
         return weight
-    a, b = linear.lora_A[name].weight, linear.lora_B[name].weight[first : first + number]
+    a, b = cast(Any, linear.lora_A[name]).weight, cast(Any, linear.lora_B[name]).weight[first : first + number]
     with torch.autocast(weight.device.type, enabled=False):
         return weight.float() + linear.scaling[name] * (b @ a)
 

@@ -15,6 +15,7 @@ from reachrl.errors import CheckpointError
 from reachrl.policies.lora.files import OFT_FOLDER, is_adapter
 from reachrl.policies.openvla.names import TOWERS, canonical_key
 from reachrl.policies.openvla.statistics import dataset_of, norm_stats, official_stats
+from reachrl.policies.storage.families import other_family
 from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json, read_shapes
 
@@ -48,6 +49,8 @@ def is_official(folder: Path) -> bool:
             'config.json ("model_type": "openvla") of the same model in its place. The weights may keep their names'
         )
     official = raw.get("model_type") == "openvla"
+    if not official and raw.get("kind") not in _KINDS and (problem := other_family(raw, "openvla")) is not None:
+        raise CheckpointError(f"{path}: {problem}")
     if not official and ("model_type" in raw or raw.get("kind") not in _KINDS):
         raise CheckpointError(
             f"{path}: model_type is {raw.get('model_type')!r}, expected 'openvla' (or a file written by "
