@@ -34,6 +34,9 @@ class Stream(IntEnum):
     LIBERO_VALIDATION_STARTS = 18
     VALIDATION_NOISE = 19
     PRACTICE_NOISE = 20
+    PERTURBATION = 21
+    RANDOMISE_TRAINING = 22
+    RANDOMISE_DEMOS = 23
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

@@ -31,6 +31,8 @@ class Start:
     task: str
     split: Split
     index: int
+    variant: str = ""
+    """What is changed about the episode, such as `camera=10`, see `reachrl.config.perturbations`; empty: nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from reachrl.config.base import LARGEST_RATE, Section
 from reachrl.config.marks import Affects
+from reachrl.config.perturbations import RandomiseSection
 
 
 class DemosSection(Section):
@@ -20,6 +21,9 @@ class DemosSection(Section):
 
     noise_probability: Annotated[float, Affects.DATA] = Field(default=1.0, ge=0.0, le=1.0)
     """Share of the decisions that are executed with noise."""
+
+    randomise: Annotated[RandomiseSection, Affects.DATA] = RandomiseSection()
+    """Perturbed episodes among the demonstrations; see `env.randomise`."""
 
     max_attempts_factor: Annotated[float, Affects.FUTURE] = Field(default=3.0, ge=1.0)
     """Attempts allowed per demonstration kept; beyond it the task counts as out of its expert's reach."""

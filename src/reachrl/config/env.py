@@ -1,14 +1,26 @@
 """Options of the environments: which tasks, how long an episode, how many workers."""
 
 from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from reachrl.config.base import Section
 from reachrl.config.marks import Affects
+from reachrl.config.metaworld_rewordings import REWORDINGS
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
+from reachrl.config.perturbations import (
+    CAMERA,
+    COLOUR,
+    GENERAL_AXES,
+    LIGHT,
+    START,
+    TEXTURE,
+    Axis,
+    RandomiseSection,
+)
 from reachrl.errors import ConfigError
 
 # Training starts keep their distance from this many evaluation starts whatever `num_eval_starts` says, so
@@ -24,6 +36,10 @@ class EnvSection(Section):
 
     packages: ClassVar[tuple[str, ...]] = ("metaworld", "mujoco", "gymnasium")
     """Distributions whose versions decide what an episode is."""
+
+    axes: ClassVar[Mapping[str, Axis]] = GENERAL_AXES
+    """How episodes can be perturbed: what every environment can, and what this one does itself where a start's
+    `variant` asks for it."""
 
     kind: Annotated[str, Affects.EPISODE]
     """Which environment: a built-in name or `package.module:Class`."""
@@ -62,6 +78,18 @@ class EnvSection(Section):
     num_eval_starts: Annotated[int, Affects.EVALUATION] = Field(default=50, ge=1, le=EVAL_POOL)
     """Numbered start states per task kept for evaluation only."""
 
+    randomise: Annotated[RandomiseSection, Affects.TRAINING] = RandomiseSection()
+    """Perturbed episodes in online training."""
+
+    def rewordings(self, task: str) -> tuple[str, ...]:
+        """Two other sentences that describe `task`, the first for evaluation and the second for training; or none."""
+        return ()
+
+    @model_validator(mode="after")
+    def _axes_exist(self) -> Self:
+        self.randomise.check("env.randomise", self.axes, self.kind)
+        return self
+
     @field_validator("tasks")
     @classmethod
     def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,6 +107,15 @@ def named_once(key: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 class MetaworldConfig(EnvSection):
     """Meta-World: a Sawyer arm, 50 table-top tasks, MuJoCo physics, assets inside the package."""
+
+    axes: ClassVar[Mapping[str, Axis]] = {
+        "camera": CAMERA,
+        "light": LIGHT,
+        "colour": COLOUR,
+        "texture": TEXTURE,
+        **GENERAL_AXES,
+        "start": START,
+    }
 
     kind: Literal["metaworld"] = "metaworld"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -105,6 +142,10 @@ class MetaworldConfig(EnvSection):
     mesh_faces: Annotated[int, Affects.EPISODE] = Field(default=200, ge=0)
     """Visual meshes are simplified to about this many faces when a scene is built; 0 leaves them alone.
     Meshes that take part in collisions keep their shape, so physics does not change."""
+
+    def rewordings(self, task: str) -> tuple[str, ...]:
+        """Two other sentences that describe `task`."""
+        return REWORDINGS[task]
 
     @field_validator("cameras")
     @classmethod

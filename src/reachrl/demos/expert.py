@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from reachrl.config.demos import DemosSection
+from reachrl.config.paraphrases import spoken
 from reachrl.demos.episode_table import trajectory_table
 from reachrl.envs.base import Env, Shown
 from reachrl.errors import ConfigError, ExtensionError
+from reachrl.functional.perturbation import Filter
 from reachrl.registry import build, receive, section_class
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
@@ -52,7 +54,9 @@ def run_attempt(
     """
     shown = Shown.of(env.observation_space)
     low, high = env.action_space.low, env.action_space.high  # pyright: ignore[reportAttributeAccessIssue]
+    between = Filter.of(start, env.rest_action())
     observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
+    observation = _seen(observation, between, 0)
     _check_finite(observation["ee_state"], "ee_state", env, start, 0)
     seen, actions = [copy.deepcopy(observation)], []
     success = done = False
@@ -61,7 +65,10 @@ def run_attempt(
         _check_finite(clean, "the expert's action", env, start, len(actions))
         noise, use = rng.standard_normal(clean.shape), rng.random() < config.noise_probability
         executed = clean + use * config.action_noise * 0.5 * (high - low) * noise
-        observation, _, terminated, truncated, info = env.step(np.clip(executed, low, high).astype(np.float32))
+        executed = np.clip(executed, low, high).astype(np.float32)
+        arriving = executed if between is None else between.arriving(executed)
+        observation, _, terminated, truncated, info = env.step(arriving)
+        observation = _seen(observation, between, len(actions) + 1)
         seen.append(copy.deepcopy(observation))
         _check_finite(observation["ee_state"], "ee_state", env, start, len(actions))
         actions.append(clean)
@@ -70,7 +77,7 @@ def run_attempt(
             on_step(len(actions))
     return Trajectory(
         start=start,
-        instruction=env.instruction(start.task),
+        instruction=spoken(env.instruction(start.task), start, env.config.rewordings(start.task)),
         images={camera: np.stack([each["images"][camera] for each in seen]) for camera in shown.cameras},
         actions=np.stack(actions).astype(np.float32),
         ee_state=np.stack([each["ee_state"] for each in seen]).astype(np.float32),
@@ -79,6 +86,10 @@ def run_attempt(
         state=None if shown.state_size is None else np.stack([each["state"] for each in seen]).astype(np.float32),
         control_hz=env.control_hz,
     )
+
+
+def _seen(observation: dict[str, Any], between: Filter | None, step: int) -> dict[str, Any]:
+    return observation if between is None else observation | {"images": between.seen(observation["images"], step)}
 
 
 def _check_finite(values: np.ndarray, what: str, env: Env, start: Start, step: int) -> None:
@@ -122,6 +133,8 @@ class Demonstrator:
     def attempt(self, task: str, number: int) -> dict[str, Any]:
         """Make one attempt; its `data` is the episode as a table in Arrow's stream format, None without success."""
         start = Start(task, "train", number % self.env.num_starts("train"))
+        randomise, axes = self.config.randomise, self.env.config.axes
+        start = randomise.varied(start, axes, self.seed, Stream.RANDOMISE_DEMOS, task, number)
         rng = noise_generator(self.seed, Attempt(task, number))
         trajectory = run_attempt(self.env, start, self.config, rng, lambda step: self.notify({"step": step}))
         return {"data": table_bytes(trajectory_table(trajectory)) if trajectory.success else None}

@@ -98,11 +98,18 @@ class Env(gym.Env[dict[str, Any], np.ndarray], Simulator):
             NotImplementedError: this simulator has no expert.
         """
 
+    def rest_action(self) -> np.ndarray:
+        """The action f32[D] that leaves the robot as it is: zeros, unless a simulator knows better."""
+        return np.clip(np.zeros(self.action_space.shape, np.float32), self.action_space.low, self.action_space.high)
+
     @abstractmethod
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin the episode `options["start"]`, a `Start`."""
+        """Begin the episode `options["start"]`, a `Start`.
+
+        Its `variant` names one of `config.axes`; those that every environment has are applied around this one.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

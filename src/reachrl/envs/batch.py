@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from reachrl.config.env import EnvSection
+from reachrl.config.paraphrases import spoken
 from reachrl.envs.base import Shown, Simulator
+from reachrl.functional.perturbation import Filter
 from reachrl.errors import ConfigError, ExtensionError
 from reachrl.types import EnvStep, Observation, Split, Start
 
@@ -110,6 +112,12 @@ class EnvBatch(ABC):
             if start.task not in self.tasks or not 0 <= start.index < self.num_starts(start.split):
                 raise ValueError(f"{start} does not exist: tasks are {', '.join(self.tasks)}; starts are numbered")
 
+    def _spoken(self, config: EnvSection, start: Start) -> str:
+        """What the policy is told in an episode."""
+        if not start.variant:
+            return self.instruction(start.task)
+        return spoken(self.instruction(start.task), start, config.rewordings(start.task))
+
     def _check_actions(self, actions: np.ndarray, kind: str) -> None:
         if actions.ndim != 3 or actions.shape[::2] != (self.num_envs, self.action_dim) or not actions.shape[1]:
             raise ConfigError(
@@ -168,6 +176,7 @@ class BatchedEnv(EnvBatch, Simulator):
         self.config, self.num_envs, self.execute = config, num_envs, config.execute
         self._starts: list[Start | None] = [None] * num_envs
         self._steps = np.zeros(num_envs, np.int64)
+        self._filters: list[Filter | None] = [None] * num_envs  # of the perturbed episodes
         self._sent: tuple[np.ndarray, list[Start]] | None = None
         self._progress = np.full(num_envs, np.nan, np.float32)  # at the beginning of the next decision
 
@@ -203,7 +212,7 @@ class BatchedEnv(EnvBatch, Simulator):
             running = lengths > step
             now = np.zeros((self.num_envs, self.action_dim), np.float32)
             now[running] = [each[step] for each in actions if len(each) > step]
-            self.act(now, running)
+            self.act(self._arriving(now, running), running)
         self._steps = lengths.astype(np.int64)
         seen = self.look()
         if (over := (lengths > 0) & (seen.success | (self._steps >= self.config.max_steps))).any():
@@ -226,7 +235,7 @@ class BatchedEnv(EnvBatch, Simulator):
         running, seen = np.ones(self.num_envs, bool), self.look()
         executed = np.zeros(self.num_envs, np.int32)
         for k in range(actions.shape[1]):
-            self.act(actions[:, k], running)
+            self.act(self._arriving(actions[:, k], running), running)
             executed += running
             self._steps += running
             seen = self.look()
@@ -264,15 +273,36 @@ class BatchedEnv(EnvBatch, Simulator):
         self._steps[rows] = 0
         for n, start in zip(rows.tolist(), starts, strict=True):
             self._starts[n] = start
+            self._filters[n] = Filter.of(start, self.rest_action())
         progress = self.look().progress
         if progress is not None:
             self._progress[rows] = progress[rows]
 
+    def rest_action(self) -> Float32[np.ndarray, "D"]:
+        """The action that leaves a robot as it is: zeros, unless a simulator knows better."""
+        return np.zeros(self.action_dim, np.float32)
+
+    def _arriving(self, actions: Float32[np.ndarray, "N D"], running: Bool[np.ndarray, "N"]) -> np.ndarray:
+        """The actions that reach the worlds now."""
+        if not any(self._filters):
+            return actions
+        arriving = actions.copy()
+        for n in np.flatnonzero(running).tolist():
+            if (each := self._filters[n]) is not None:
+                arriving[n] = each.arriving(actions[n])
+        return arriving
+
     def _observed(self, seen: Worlds) -> Observation:
-        tasks = [start.task for start in self._starts if start is not None]
-        return Observation(
-            images=seen.images, instructions=tuple(self.instruction(task) for task in tasks), state=seen.state
-        )
+        images = seen.images
+        if any(self._filters):
+            images = {camera: frames.copy() for camera, frames in images.items()}
+            for n, each in enumerate(self._filters):
+                if each is not None:
+                    row = each.seen({camera: frames[n] for camera, frames in images.items()}, int(self._steps[n]))
+                    for camera, frame in row.items():
+                        images[camera][n] = frame
+        said = [self._spoken(self.config, start) for start in self._starts if start is not None]
+        return Observation(images=images, instructions=tuple(said), state=seen.state)
 
     def _where(self) -> list[str]:
         """What messages call each world."""

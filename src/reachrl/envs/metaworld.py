@@ -7,15 +7,19 @@ import numpy as np
 
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
+from reachrl.config.perturbations import Variant
 from reachrl.envs.base import Env, check_start, observed, start_option
 from reachrl.envs.metaworld_task import MetaworldTask
 from reachrl.envs.render import Renderer
 from reachrl.envs.render_device import check_rendering
-from reachrl.types import Split
+from reachrl.envs.scene_variants import SceneVariants
+from reachrl.types import Split, Start
 
 _CLOSER_M = {"corner2": (0.75, 0.075, 0.7)}  # close enough for the workspace to fill the frame
 _UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # how these cameras hang
 _PHYSICS_STEP_S = 0.0125
+_PIVOT_M = (0.0, 0.65, 0.1)  # the middle of the workspace: what cameras are turned about
+_SURROUNDINGS = ("world", "tablelink", "RetainingWall", "controller_box", "pedestal", "torso", "head", "hand")
 
 
 class MetaworldEnv(Env):
@@ -36,7 +40,8 @@ class MetaworldEnv(Env):
         self.observation_space = observed(config.cameras, config.image_size, state_size=4)
         self.control_hz = 1.0 / (_PHYSICS_STEP_S * config.action_repeat)
         self._renderer = Renderer.shared(config.image_size)
-        self._made: dict[str, tuple[MetaworldTask, dict[str, int]]] = {}
+        self._made: dict[str, tuple[MetaworldTask, dict[str, int], SceneVariants]] = {}
+        self._printed: dict[str, dict[str, int]] = {}  # scenes with textures of their own, of each task
         self._task: MetaworldTask | None = None
         self._scenes: dict[str, int] = {}  # of each camera
         self._steps = 0
@@ -61,8 +66,10 @@ class MetaworldEnv(Env):
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
-        self._task, self._scenes = self._simulator(start.task)
-        self._task.reset(self._task.start(start.split, start.index))
+        self._task, self._scenes, looks = self._simulator(start.task)
+        if looks.apply(start, self.instruction(start.task)):
+            self._scenes = self._with_own_textures(start.task, self._task.sim.model)
+        self._task.reset(self._start_vector(self._task, start))
         self._steps = 0
         self._over = False
         return self._observe(self._task), {"success": False, "progress": 0.0}
@@ -92,16 +99,31 @@ class MetaworldEnv(Env):
         """Free the GL context."""
         self._renderer.close()
         self._made.clear()
+        self._printed.clear()
 
-    def _simulator(self, task: str) -> tuple[MetaworldTask, dict[str, int]]:
+    def _start_vector(self, task: MetaworldTask, start: Start) -> np.ndarray:
+        variant = Variant.of(start)
+        if variant is None or variant.axis != "start":
+            return task.start(start.split, start.index)
+        return task.start_beyond(start.split, start.index, variant.value, variant.generator(start))
+
+    def _simulator(self, task: str) -> tuple[MetaworldTask, dict[str, int], SceneVariants]:
         if task not in self._made:
             made = MetaworldTask(task, self.config.mesh_faces)
             for camera, position in _CLOSER_M.items():
                 made.sim.model.camera(camera).pos[:] = position
-            looks = (made.scene, self.config.mesh_faces)
-            cameras = self.config.cameras
-            self._made[task] = (made, {each: self._renderer.add(made.sim.model, each, looks=looks) for each in cameras})
+            model, cameras, looks = made.sim.model, self.config.cameras, (made.scene, self.config.mesh_faces)
+            scenes = {each: self._renderer.add(model, each, looks=looks) for each in cameras}
+            self._made[task] = (made, scenes, SceneVariants(model, cameras, _PIVOT_M, _is_surroundings))
         return self._made[task]
+
+    def _with_own_textures(self, task: str, model: Any) -> dict[str, int]:
+        """The scenes of a task as its model has them now; textures of the others are shared between environments."""
+        if task not in self._printed:
+            self._printed[task] = {each: self._renderer.add(model, each) for each in self.config.cameras}
+        for number in self._printed[task].values():
+            self._renderer.reload_textures(number)
+        return self._printed[task]
 
     def _observe(self, task: MetaworldTask) -> dict[str, Any]:
         task.show_goal()
@@ -113,3 +135,8 @@ class MetaworldEnv(Env):
         frame = self._renderer.render(self._scenes[camera], task.sim.data)
         # GL counts rows from the bottom; of a camera that hangs upside down that leaves a mirrored row order.
         return (frame[:, ::-1] if camera in _UPSIDE_DOWN else frame[::-1]).copy()
+
+
+def _is_surroundings(body: str) -> bool:
+    """Whether a body belongs to the room or the robot."""
+    return body.startswith((*_SURROUNDINGS, "right", "left"))

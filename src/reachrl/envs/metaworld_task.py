@@ -218,6 +218,29 @@ class MetaworldTask:
             self._starts[key] = vector
         return self._starts[key]
 
+    def start_beyond(self, split: Split, index: int, share: float, rng: np.random.Generator) -> np.ndarray:
+        """Start vector `index` of `split` f64[K] with one coordinate moved out of the task's own start space.
+
+        Args:
+            split: of the start.
+            index: its number.
+            share: how far beyond the edge the coordinate lies, as a share of the space's extent.
+            rng: chooses coordinate and edge; the next one where the task accepts no such start.
+
+        Raises:
+            RuntimeError: the task accepts none.
+        """
+        space = self.sim._random_reset_space
+        extent = space.high - space.low
+        sides = [(axis, edge) for axis in np.flatnonzero(extent > _MIN_RANGE_M) for edge in (-1, 1)]
+        for place in rng.permutation(len(sides)):
+            axis, edge = sides[place]
+            vector = self.start(split, index).copy()
+            vector[axis] = (space.low if edge < 0 else space.high)[axis] + edge * share * extent[axis]
+            if self._accepts(vector):
+                return vector
+        raise RuntimeError(f"{self.name} {split} {index}: no start {share:g} beyond its start space is accepted")
+
     def normalised(self, vectors: np.ndarray) -> np.ndarray:
         """Start vectors f64[... K] in units of the start space's extent, dimensions that hardly vary left out."""
         space = self.sim._random_reset_space

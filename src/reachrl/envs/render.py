@@ -102,6 +102,13 @@ class Renderer:
         self._scenes.append((model, drawing))
         return len(self._scenes) - 1
 
+    def reload_textures(self, number: int) -> None:
+        """Take the textures of scene `number` as its model holds them now; nobody else may draw with its looks."""
+        model, drawing = self._scenes[number]
+        self._make_current()
+        for texture in range(model.ntex):
+            self._mujoco.mjr_uploadTexture(model, drawing.context, texture)
+
     def render(self, number: int, data: Any) -> np.ndarray:
         """The frame u8[H W 3] of scene `number` in state `data`, rows as GL has them (bottom first)."""
         mujoco = self._mujoco

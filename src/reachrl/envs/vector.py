@@ -260,10 +260,9 @@ class VectorEnv(EnvBatch):
     def _copied(
         self, starts: Sequence[Start | None], images: dict[str, np.ndarray], state: np.ndarray | None
     ) -> Observation:
-        tasks = [start.task for start in starts if start is not None]
         return Observation(
             images={camera: frames.copy() for camera, frames in images.items()},
-            instructions=tuple(self.instruction(task) for task in tasks),
+            instructions=tuple(self._spoken(self._config, start) for start in starts if start is not None),
             state=None if state is None else state.copy(),
         )
 
@@ -286,8 +285,8 @@ def open_envs(config: EnvSection, num_envs: int) -> EnvBatch:
     return kind(config, num_envs)
 
 
-def _packed(start: Start) -> tuple[str, str, int]:
-    return start.task, start.split, start.index
+def _packed(start: Start) -> tuple[str, str, int, str]:
+    return start.task, start.split, start.index, start.variant
 
 
 def _end(workers: list[WorkerProcess], memory: Any) -> None:

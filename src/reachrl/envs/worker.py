@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.base import Env, Shown
+from reachrl.envs.perturbed import Perturbed
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.registry import build, receive, section_class
 from reachrl.types import SPLITS, Start
@@ -99,7 +100,7 @@ def make(setup: dict[str, Any], _: Notify) -> Worker:
     os.nice(setup["niceness"])
     receive(setup["kind"], setup["code"])
     section = section_class("envs", setup["kind"]).model_validate(setup["config"])
-    envs = {row: build("envs", section) for row in setup["rows"]}
+    envs = {row: Perturbed(build("envs", section)) for row in setup["rows"]}
     return Worker(envs, setup["memory"], setup["num_envs"])
 
 
