@@ -31,8 +31,13 @@ class Start:
     task: str
     split: Split
     index: int
-    variant: str = ""
+    variant: str = field(default="", repr=False)  # fingerprints of stored data hold what is printed
     """What is changed about the episode, such as `camera=10`, see `reachrl.config.perturbations`; empty: nothing."""
+
+    @property
+    def plain(self) -> "Start":
+        """The same start with nothing changed: what data are split by."""
+        return Start(self.task, self.split, self.index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from reachrl.envs.batch import EnvBatch
 from reachrl.envs.vector import open_envs
 from reachrl.errors import ConfigError
 from reachrl.policies.base import Policy
-from reachrl.rollout.collector import Assign, Collector, collect_in_turn
+from reachrl.rollout.collector import Assign, Collector, Vary, collect_in_turn
 from reachrl.rollout.episodes import PlayedEpisode, check_validation, player_at
 from reachrl.rollout.join import join_rollouts
 from reachrl.run.spans import Span, SpanLog
@@ -43,6 +43,7 @@ class LocalActors:
         name: in the timeline.
         needs: of the algorithm.
         max_steps: decisions of the longest episode.
+        vary: perturbs episodes.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LocalActors:
         name: str = "actor",
         needs: Needs | None = None,
         max_steps: int = 1,
+        vary: Vary = lambda start, seed, number: start,
     ) -> None:
         self.policy, self.groups = policy, list(groups)
         self._seed, self._temperature, self._train_vision = seed, temperature, train_vision
@@ -75,6 +77,7 @@ class LocalActors:
                 log=self._log,
                 needs=needs,
                 max_steps=max_steps,
+                vary=vary,
             )
             self.collectors.append(collector)
             first += envs.num_envs
@@ -225,6 +228,7 @@ class LocalBackend(Backend):
             train_vision=config.algorithm.train_vision,
             needs=config.algorithm.needs,
             max_steps=config.env.max_steps,
+            vary=config.env.varied,
         )
         background = None
         if config.eval.during_every and self.config.evaluator_envs:

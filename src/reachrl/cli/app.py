@@ -8,7 +8,7 @@ import typer.core
 from rich.text import Text
 
 from reachrl import __version__, registry, torchrun
-from reachrl.cli import config, eval, export, model, plan, quickstart, report, reward, train
+from reachrl.cli import config, eval, export, model, plan, quickstart, report, reward, robust, train
 from reachrl.cli import list as listing
 from reachrl.cli.failures import check_command_line, expected_failure, speak_any_language
 from reachrl.cli.stages import stage_command
@@ -21,7 +21,7 @@ class _InOrder(typer.core.TyperGroup):
     """Lists commands in the order of the story; typer alone would put groups last."""
 
     ORDER = (
-        *("quickstart", "demos", "sft", "reward", "train", "eval", "report"),
+        *("quickstart", "demos", "sft", "reward", "train", "eval", "robust", "report"),
         *("export", "list", "config", "plan", "model", "version"),
     )
 
@@ -51,6 +51,7 @@ app.command("sft", rich_help_panel=STAGES)(
 app.add_typer(reward.app, name="reward", rich_help_panel=STAGES)
 app.command("train", rich_help_panel=STAGES)(train.train)
 app.command("eval", rich_help_panel=STAGES)(eval.eval_)
+app.command("robust", rich_help_panel=STAGES)(robust.robust)
 app.command("report", rich_help_panel=STAGES)(report.report)
 app.command("export", rich_help_panel=LOOK)(export.export)
 app.command("list", rich_help_panel=LOOK)(listing.list_)

@@ -175,6 +175,35 @@ def show_best_of(result: dict[str, Any], folder: Path) -> None:
     console.print(f"Result: {file}", soft_wrap=True, highlight=False)
 
 
+def show_robustness(result: dict[str, Any], folder: Path) -> None:
+    """Print success by axis.
+
+    Args:
+        result: What `reachrl.pipeline.robust.measure_robustness` returned.
+        folder: Where it lies.
+    """
+    names, several = list(result["policies"]), len(result["policies"]) > 1
+    columns = [*names, *([f"{names[-1]} against {names[0]}"] if several else []), f"{names[-1]} against unperturbed"]
+
+    def row(label: str, found: dict[str, Any]) -> list[str]:
+        rates = [success(found["rates"][name]) for name in names]
+        tests = [paired(found["paired_test"])] if several else []
+        return [label, *rates, *tests, paired(found["against_plain"][names[-1]])]
+
+    totals = [[*row("unperturbed", result["plain"])[:-1], ""], row("all perturbations", result["perturbed"])]
+    rows = [
+        row(label, found)
+        for axis in result["axes"]
+        for label, found in [(axis["axis"], axis), *((f"  {level['label']}", level) for level in axis["levels"])]
+    ]
+    console = Terminal()
+    title = f"Success under perturbation, {result['suite']}, {result['mode']}"
+    print_figures(console, title, columns, totals, rows)
+    console.print("k/n, rate and 95 % Wilson interval; paired on the same tasks, starts and sampling noise.")
+    _print_caveats(result["caveats"])
+    console.print(f"Page: {(folder / 'robust.html').resolve()}", soft_wrap=True, highlight=False)
+
+
 def paired(test: dict[str, Any] | None) -> str:
     """Write a paired test as `+improved -worsened, p = ...`; nothing where there is none."""
     return "" if test is None else f"+{test['improved']} -{test['worsened']}, p = {test['p_value']:.2g}"

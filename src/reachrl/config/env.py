@@ -22,6 +22,8 @@ from reachrl.config.perturbations import (
     RandomiseSection,
 )
 from reachrl.errors import ConfigError
+from reachrl.streams import Stream
+from reachrl.types import Start
 
 # Training starts keep their distance from this many evaluation starts whatever `num_eval_starts` says, so
 # that evaluating on more starts later never meets one that was trained on.
@@ -80,6 +82,10 @@ class EnvSection(Section):
 
     randomise: Annotated[RandomiseSection, Affects.TRAINING] = RandomiseSection()
     """Perturbed episodes in online training."""
+
+    def varied(self, start: Start, seed: int, number: int) -> Start:
+        """The start of the training episode with this number, perturbed where `randomise` says so."""
+        return self.randomise.varied(start, self.axes, seed, Stream.RANDOMISE_TRAINING, number)
 
     def rewordings(self, task: str) -> tuple[str, ...]:
         """Two other sentences that describe `task`, the first for evaluation and the second for training; or none."""

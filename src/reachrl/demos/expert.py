@@ -76,7 +76,7 @@ def run_attempt(
         if on_step is not None:
             on_step(len(actions))
     return Trajectory(
-        start=start,
+        start=start.plain,
         instruction=spoken(env.instruction(start.task), start, env.config.rewordings(start.task)),
         images={camera: np.stack([each["images"][camera] for each in seen]) for camera in shown.cameras},
         actions=np.stack(actions).astype(np.float32),

@@ -75,7 +75,7 @@ def measure(measurement: Measurement, display: Display) -> dict[str, Any] | None
         ReachRLError: the policy cannot be loaded, or an environment keeps failing.
     """
     out, (shard, of) = measurement.out, measurement.shard
-    _claim(measurement)
+    claim(out, _asked(measurement))
     file = out / "episodes" / f"{shard}-of-{of}.jsonl"
     done = played(out)
     mine = [key for key in measurement.keys()[shard - 1 :: of] if key not in done]
@@ -126,31 +126,39 @@ def merge(measurement: Measurement) -> dict[str, Any] | None:
     return result
 
 
-def _claim(measurement: Measurement) -> None:
-    """Write `measurement.json` into a new folder, or check that an existing one describes the same evaluation."""
-    file, asked = measurement.out / "measurement.json", measurement.describe()
-    with storage_errors(measurement.out):
-        if measurement.out.exists() and not measurement.out.is_dir():
-            raise ConfigError(
-                f"--out {measurement.out} is a file; expected a folder, or a name that does not exist yet"
-            )
-        measurement.out.mkdir(parents=True, exist_ok=True)
+def claim(out: Path, asked: dict[str, Any]) -> None:
+    """Write `measurement.json` into a new folder, or check that an existing one describes the same evaluation.
+
+    Args:
+        out: the folder.
+        asked: what the outcomes depend on; `policy` is a name and may differ.
+
+    Raises:
+        ConfigError: it holds episodes of another one, or is a file.
+    """
+    file = out / "measurement.json"
+    with storage_errors(out):
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out {out} is a file; expected a folder, or a name that does not exist yet")
+        out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         write_json_atomic(file, asked)
         return
     there = read_record(file, AnyObject, remedy="choose another --out")
-    if (
-        asked["weights"]
-        and there.get("weights")
-        and is_of(there["weights"], safetensors_files(Path(measurement.weights)))
-    ):
-        asked["weights"] = there["weights"]  # as an earlier version wrote it
     differing = [key for key in asked if key != "policy" and there.get(key) != asked[key]]
     if differing:
         lines = [f"  {key}: {there.get(key)} there, {asked[key]} asked for" for key in differing]
-        raise ConfigError(
-            "\n".join([f"{measurement.out} holds episodes of another evaluation:", *lines, "Choose another --out."])
-        )
+        raise ConfigError("\n".join([f"{out} holds episodes of another evaluation:", *lines, "Choose another --out."]))
+
+
+def _asked(measurement: Measurement) -> dict[str, Any]:
+    """What is asked for; weights as an earlier version wrote them where they are the same."""
+    asked, file = measurement.describe(), measurement.out / "measurement.json"
+    if asked["weights"] and file.is_file():
+        known = read_record(file, AnyObject, remedy="choose another --out").get("weights")
+        if known and is_of(known, safetensors_files(Path(measurement.weights))):
+            asked["weights"] = known
+    return asked
 
 
 def _play(measurement: Measurement, keys: Sequence[Key], log: MetricsLog, display: Display) -> None:

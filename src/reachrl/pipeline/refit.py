@@ -115,7 +115,7 @@ def episode_trajectories(rollout: Rollout) -> list[Trajectory]:
         rows = slice(first, t + 1)
         trajectories.append(
             Trajectory(
-                start=rollout.episodes[place].start,
+                start=rollout.episodes[place].start.plain,
                 instruction=rollout.instructions[t][n],
                 images={
                     camera: np.concatenate([frames[rows, n], rollout.final_observation.images[camera][place, None]])

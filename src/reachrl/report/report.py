@@ -12,6 +12,7 @@ from reachrl.report import plots
 from reachrl.report.diagnosis import Diagnosis, diagnose
 from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit, films_by_task
 from reachrl.report.pages import drawn, render_page
+from reachrl.report.robust_page import card
 from reachrl.report.sections import (
     alarm_section,
     conversation_section,
@@ -31,6 +32,7 @@ from reachrl.run.records import (
     Conversation,
     Evaluation,
     Provenance,
+    RobustnessRecord,
     Stages,
     Summary,
     read_record,
@@ -106,6 +108,7 @@ def render_report(run_path: Path) -> str:
         headline=_headline(summary, evals),
         learning=_learning(records, axes, evals),
         tasks=_tasks(evals),
+        robustness=card(_read(run_path / "robust" / "robust.json", RobustnessRecord)),
         videos=_videos(run_path, evals),
         conversation=conversation_section(turns),
         curriculum=curriculum_section(train),

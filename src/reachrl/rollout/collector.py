@@ -19,6 +19,9 @@ from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
 Assign = Callable[[int], Draw | Start]
 """The curriculum's draw of the episode with this number; of a `Start` alone the probability is unknown."""
 
+Vary = Callable[[Start, int, int], Start]
+"""The start, perhaps perturbed, of the episode with a seed and a number; see `reachrl.config.env.EnvSection.varied`."""
+
 
 class Collector:
     """Keeps environments running across iterations; an episode may span several.
@@ -37,6 +40,7 @@ class Collector:
         needs: of the algorithm. With `whole_episodes` a rollout begins and ends with its episodes: each environment
             plays as many as surely fit into `num_steps`, and `group_size` consecutive episodes begin alike.
         max_steps: control steps of the longest episode.
+        vary: perturbs episodes.
     """
 
     def __init__(
@@ -51,12 +55,14 @@ class Collector:
         log: SpanLog | None = None,
         needs: Needs | None = None,
         max_steps: int = 1,
+        vary: Vary = lambda start, seed, number: start,
     ) -> None:
         self.policy, self.envs, self.seed, self.temperature = policy, envs, seed, temperature
         self.first, self.total = first, envs.num_envs if total is None else total
         self._log = log or SpanLog("actor")
         self._needs, self._execute = needs or Needs(), actions_executed(policy, envs)
         self._longest = math.ceil(max_steps / self._execute)  # decisions of an episode
+        self._vary = vary
         self._played = 0  # whole episodes of each environment in earlier rollouts
         self._left: list[int] | None = None  # whole episodes that each environment still has to end in this rollout
         self._observation: Observation | None = None
@@ -167,6 +173,11 @@ class Collector:
         self._next_draws = [
             Draw(Start(row["next_start"][0], "train", row["next_start"][1]), row.get("next_chance")) for row in rows
         ]
+        self._draws = [self._varied(draw, number) for draw, number in zip(self._draws, self._numbers, strict=True)]
+        self._next_draws = [
+            self._varied(draw, number + self.total)
+            for draw, number in zip(self._next_draws, self._numbers, strict=True)
+        ]
         dims = self.envs.action_dim
         histories = [np.array(row["actions"], dtype=np.float32).reshape(-1, dims) for row in rows]
         self._actions = [list(history) for history in histories]
@@ -196,7 +207,11 @@ class Collector:
     def _draw(self, assign: Assign, number: int) -> Draw:
         """The start of the episode with this number: all of a group ask for that of the group."""
         group = self._group(number)
-        return _drawn(assign(number if group is None else group))
+        address = number if group is None else group
+        return self._varied(_drawn(assign(address)), address)
+
+    def _varied(self, draw: Draw, address: int) -> Draw:
+        return replace(draw, start=self._vary(draw.start, self.seed, address))
 
     def _counted(self, step: EnvStep) -> EnvStep:
         """Mark the rows of environments that have played all their episodes as invalid; they keep stepping."""

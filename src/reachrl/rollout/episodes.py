@@ -122,7 +122,8 @@ class EpisodePlayer:
         observation = self.envs.reset(fillers, [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)])
         while len(finished) < len(starts):
             current = at(places)
-            self.policy.warn_of_unfamiliar(observation.instructions, observation.images)
+            plain = [n for n, start in enumerate(current) if start is None or not start.variant]
+            self.policy.warn_of_unfamiliar([observation.instructions[n] for n in plain], observation.images)
             sample, actions = self._act(observation, current, decisions)
             fillers = [s or filler for s, filler in zip(at(upcoming), fillers, strict=True)]
             step = self.envs.step(actions, fillers)

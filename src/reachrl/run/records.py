@@ -82,6 +82,29 @@ class Evaluation(RootModel[dict[str, Outcome]]):
     """`eval/before.json` and `eval/after.json`, by mode."""
 
 
+class _Measured(Record):
+    rates: dict[str, Rate]
+    paired_test: dict[str, Any] | None
+    against_plain: dict[str, dict[str, Any]]
+
+
+class _MeasuredAxis(_Measured):
+    axis: str
+    what: str
+    levels: list[dict[str, Any]]
+
+
+class RobustnessRecord(Record):
+    """`robust/robust.json`."""
+
+    suite: str
+    mode: str
+    policies: dict[str, str]
+    plain: _Measured
+    perturbed: _Measured
+    axes: list[_MeasuredAxis]
+
+
 class BestPoint(Rate):
     """`checkpoints/best/validation.json`: by what those weights were chosen."""
 

@@ -75,6 +75,7 @@ class ActorProcess:
             name=f"actor {self._number}",
             needs=config.algorithm.needs,
             max_steps=config.env.max_steps,
+            vary=config.env.varied,
         )
         self._actors.load_state_dict({"lost_episodes": 0, "rows": list(rows)})
         return socket.gethostname()
