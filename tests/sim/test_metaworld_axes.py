@@ -6,6 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from reachrl.config.env import MetaworldConfig
 from reachrl.envs.metaworld import MetaworldEnv
+from reachrl.envs.perturbed import Perturbed
 from reachrl.types import Start
 
 TASKS = ("drawer-close", "bin-picking")
@@ -15,7 +16,7 @@ PIVOT = np.array([0.0, 0.65, 0.1])
 @pytest.fixture(scope="module")
 def env():
     made = MetaworldEnv(MetaworldConfig(tasks=TASKS, image_size=48, cameras=("corner2", "gripperPOV")))
-    yield made.perturbed()
+    yield Perturbed(made)
     made.close()
 
 

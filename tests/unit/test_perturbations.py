@@ -19,10 +19,11 @@ from reachrl.config.paraphrases import paraphrase, spoken
 from reachrl.config.perturbations import RandomiseSection, Variant
 from reachrl.demos.expert import Demonstrator
 from reachrl.envs.base import Env, observed
-from reachrl.envs.perturbed import Filter
+from reachrl.envs.perturbed import Perturbed
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
 from reachrl.evaluation import protocol_hash
+from reachrl.functional.perturbation import Filter
 from reachrl.registry import build
 from reachrl.rollout.collector import Collector
 from reachrl.streams import Stream
@@ -72,7 +73,7 @@ def test_no_value_of_training_is_evaluated(section):
 
 
 def test_noise_has_its_standard_deviation_and_comes_again():
-    env = Recorder().perturbed()
+    env = Perturbed(Recorder())
     first, _ = env.reset(options=started("noise=20"))
     frame = first["images"]["camera"].astype(float)
     assert frame.std() == pytest.approx((20**2 + 1 / 12) ** 0.5, rel=0.01)  # 1/12: rounding to whole grey levels
@@ -89,7 +90,7 @@ def test_noise_has_its_standard_deviation_and_comes_again():
 
 def test_delayed_actions_arrive_two_steps_late():
     inner = Recorder()
-    env = inner.perturbed()
+    env = Perturbed(inner)
     env.reset(options=started("delay=2"))
     for number in range(5):
         env.step(np.float32([number / 8, 1]))
@@ -102,7 +103,7 @@ def test_delayed_actions_arrive_two_steps_late():
 
 def test_an_axis_that_an_environment_does_not_have_is_refused():
     with pytest.raises(ValueError, match="recorder has no such axis; it has language, noise, delay"):
-        Recorder().perturbed().reset(options=started("camera=5"))
+        Perturbed(Recorder()).reset(options=started("camera=5"))
 
 
 SENTENCES = {task: (text, REWORDINGS[task]) for task, text in INSTRUCTIONS.items()} | {
@@ -205,7 +206,7 @@ def test_a_resumed_collector_goes_on_with_the_same_perturbed_episodes():
 def test_demonstrations_vary_where_they_are_to():
     config = toy_config("demos.randomise.axes=language", "demos.randomise.share=1", "demos.episodes_per_task=1")
     env = build("envs", config.env)
-    told = [Demonstrator(env.perturbed(), section, 1, lambda _: None) for section in (config.demos, toy_config().demos)]
+    told = [Demonstrator(env, section, 1, lambda _: None) for section in (config.demos, toy_config().demos)]
     sentences = [_instruction(each.attempt("red-square", 0)["data"]) for each in told]
     assert sentences[1] == "move to the red square" != sentences[0]
     assert sentences[0] in {
@@ -245,5 +246,5 @@ def test_simulators_of_many_worlds_perturb_each_row_by_itself():
 
 
 def test_a_filter_is_there_only_where_something_is_filtered():
-    assert Filter.of(Start("t", "eval", 0), np.zeros(2)) is None
-    assert Filter.of(Start("t", "eval", 0, "camera=5"), np.zeros(2)) is None
+    assert Filter.of(Start("t", "eval", 0), np.zeros(2, np.float32)) is None
+    assert Filter.of(Start("t", "eval", 0, "camera=5"), np.zeros(2, np.float32)) is None

@@ -191,15 +191,11 @@ def show_robustness(result: dict[str, Any], folder: Path) -> None:
         return [label, *rates, *tests, paired(found["against_plain"][names[-1]])]
 
     totals = [[*row("unperturbed", result["plain"])[:-1], ""], row("all perturbations", result["perturbed"])]
-    rows = [
-        row(label, found)
-        for axis in result["axes"]
-        for label, found in [(axis["axis"], axis), *((f"  {level['label']}", level) for level in axis["levels"])]
-    ]
+    rows = [row(axis["axis"], axis) for axis in result["axes"]]
     console = Terminal()
     title = f"Success under perturbation, {result['suite']}, {result['mode']}"
     print_figures(console, title, columns, totals, rows)
-    console.print("k/n, rate and 95 % Wilson interval; paired on the same tasks, starts and sampling noise.")
+    console.print("k/n, rate and 95 % Wilson interval over all levels; paired on the same episodes.")
     _print_caveats(result["caveats"])
     console.print(f"Page: {(folder / 'robust.html').resolve()}", soft_wrap=True, highlight=False)
 

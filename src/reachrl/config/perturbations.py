@@ -6,7 +6,7 @@ Levels that are evaluated and values that training draws (`env.randomise`) are d
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Self
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -143,7 +143,7 @@ class RandomiseSection(Section):
         variant = Variant(axis, values[int(rng.integers(len(values)))], int(rng.integers(1, 2**31)))
         return Start(start.task, start.split, start.index, str(variant)) if perturbed else start
 
-    def check(self, key: str, axes: Mapping[str, Axis], kind: str) -> Self:
+    def check(self, key: str, axes: Mapping[str, Axis], kind: str) -> None:
         """Refuse an axis that the environment does not have.
 
         Raises:
@@ -151,7 +151,6 @@ class RandomiseSection(Section):
         """
         for axis in self.axes:
             check_axis(f"{key}.axes", axis, axes, kind)
-        return self
 
 
 def check_axis(key: str, axis: str, axes: Mapping[str, Axis], kind: str) -> None:

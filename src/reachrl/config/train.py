@@ -247,12 +247,8 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _demonstrations_vary_in_what_there_is(self) -> Self:
+    def _training_has_what_it_asks_for(self) -> Self:
         self.demos.randomise.check("demos.randomise", self.env.axes, self.env.kind)
-        return self
-
-    @model_validator(mode="after")
-    def _enough_training_starts(self) -> Self:
         wanted, there = self.reward_model.rollouts_per_task, self.env.num_train_starts
         if self.fits_reward_model and wanted > there:
             raise ValueError(

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 from reachrl.config.env import EnvSection
 from reachrl.config.paraphrases import spoken
 from reachrl.envs.base import Shown, Simulator
-from reachrl.functional.perturbation import Filter
 from reachrl.errors import ConfigError, ExtensionError
+from reachrl.functional.perturbation import Filter, arriving_at_all, seen_by_all
 from reachrl.types import EnvStep, Observation, Split, Start
 
 
@@ -114,8 +114,6 @@ class EnvBatch(ABC):
 
     def _spoken(self, config: EnvSection, start: Start) -> str:
         """What the policy is told in an episode."""
-        if not start.variant:
-            return self.instruction(start.task)
         return spoken(self.instruction(start.task), start, config.rewordings(start.task))
 
     def _check_actions(self, actions: np.ndarray, kind: str) -> None:
@@ -212,7 +210,7 @@ class BatchedEnv(EnvBatch, Simulator):
             running = lengths > step
             now = np.zeros((self.num_envs, self.action_dim), np.float32)
             now[running] = [each[step] for each in actions if len(each) > step]
-            self.act(self._arriving(now, running), running)
+            self.act(arriving_at_all(self._filters, now, running), running)
         self._steps = lengths.astype(np.int64)
         seen = self.look()
         if (over := (lengths > 0) & (seen.success | (self._steps >= self.config.max_steps))).any():
@@ -235,7 +233,7 @@ class BatchedEnv(EnvBatch, Simulator):
         running, seen = np.ones(self.num_envs, bool), self.look()
         executed = np.zeros(self.num_envs, np.int32)
         for k in range(actions.shape[1]):
-            self.act(self._arriving(actions[:, k], running), running)
+            self.act(arriving_at_all(self._filters, actions[:, k], running), running)
             executed += running
             self._steps += running
             seen = self.look()
@@ -282,25 +280,8 @@ class BatchedEnv(EnvBatch, Simulator):
         """The action that leaves a robot as it is: zeros, unless a simulator knows better."""
         return np.zeros(self.action_dim, np.float32)
 
-    def _arriving(self, actions: Float32[np.ndarray, "N D"], running: Bool[np.ndarray, "N"]) -> np.ndarray:
-        """The actions that reach the worlds now."""
-        if not any(self._filters):
-            return actions
-        arriving = actions.copy()
-        for n in np.flatnonzero(running).tolist():
-            if (each := self._filters[n]) is not None:
-                arriving[n] = each.arriving(actions[n])
-        return arriving
-
     def _observed(self, seen: Worlds) -> Observation:
-        images = seen.images
-        if any(self._filters):
-            images = {camera: frames.copy() for camera, frames in images.items()}
-            for n, each in enumerate(self._filters):
-                if each is not None:
-                    row = each.seen({camera: frames[n] for camera, frames in images.items()}, int(self._steps[n]))
-                    for camera, frame in row.items():
-                        images[camera][n] = frame
+        images = seen_by_all(self._filters, seen.images, self._steps)
         said = [self._spoken(self.config, start) for start in self._starts if start is not None]
         return Observation(images=images, instructions=tuple(said), state=seen.state)
 
