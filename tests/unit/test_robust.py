@@ -72,7 +72,7 @@ def test_a_measurement_that_was_killed_goes_on_and_ends_alike(policies, tmp_path
     assert [(axis["axis"], [level["label"] for level in axis["levels"]]) for axis in whole["axes"]] == [
         ("noise", ["40 grey levels of 255, standard deviation"]),
         ("delay", ["2 control steps", "4 control steps"]),
-        ("language", ["2 kind of rewording"]),
+        ("language", ["2 of 3 kinds of rewording"]),
     ]
     assert whole["plain"]["rates"]["after"]["n"] == 6 and whole["perturbed"]["rates"]["before"]["n"] == 24
     assert {said["said"] for said in whole["instructions"]} == {

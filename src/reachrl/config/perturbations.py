@@ -33,7 +33,7 @@ class Axis:
 
 LANGUAGE = Axis(
     what="the instruction in other words: with a polite frame, with synonyms, reworded",
-    unit="kind of rewording",
+    unit="of 3 kinds of rewording",
     levels=(1, 2, 3),
     training=(4, 5, 6),
 )
