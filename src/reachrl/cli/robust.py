@@ -18,8 +18,9 @@ def robust(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as env.num_envs=4.")
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(metavar="PRESET", help="The configuration, where none lies around the policy.")
+    named: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="PRESET", help="The configuration, where none lies around the policy."),
     ] = None,
     before: Annotated[
         Path | None,
@@ -36,7 +37,7 @@ def robust(
     quiet: QuietOption = False,
 ) -> None:
     """Measure success under perturbations the policy was not trained on, beside the same episodes unperturbed."""
-    config, policies, run = measured(target, before, preset, list(overrides or []))
+    config, policies, run = measured(target, before, named, list(overrides or []))
     from reachrl.pipeline.conditions import own_conditions
     from reachrl.pipeline.robust import Robustness, measure_robustness
 
