@@ -154,7 +154,9 @@ def claim(out: Path, asked: dict[str, Any]) -> None:
 def _asked(measurement: Measurement) -> dict[str, Any]:
     """What is asked for; weights as an earlier version wrote them where they are the same."""
     asked, file = measurement.describe(), measurement.out / "measurement.json"
-    if asked["weights"] and file.is_file():
+    with storage_errors(measurement.out):
+        begun = file.is_file()
+    if asked["weights"] and begun:
         known = read_record(file, AnyObject, remedy="choose another --out").get("weights")
         if known and is_of(known, safetensors_files(Path(measurement.weights))):
             asked["weights"] = known
