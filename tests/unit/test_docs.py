@@ -128,6 +128,14 @@ def test_a_misspelt_task_of_a_pages_simulator_is_refused(page, title, name, my_l
         load_config("toy", [f"env.kind={kind}", f"env.tasks={tasks[0]}x"])
 
 
+def test_demonstrations_of_a_simulator_of_many_worlds_are_refused_in_words(my_lab):
+    text = dict(blocks(ROOT / "docs" / "how-to" / "simulator.md", "python"))["my_lab/worlds.py"]
+    (my_lab / "my_lab" / "worlds.py").write_text(text)
+    words = ["demos", "toy", "env.kind=my_lab.worlds:Sliders", "--run", "runs/worlds"]
+    with pytest.raises(ConfigError, match=r"Sliders .*no scripted expert.*sft\.epochs=0.*reward\.kind=task"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
 def test_every_page_with_a_simulator_is_tried():
     assert {(page.stem, name) for page, _, name in SIMULATORS} >= {("simulator", "Slider"), ("simulator", "Sliders")}
     assert {page.stem for page, _, _ in SIMULATORS} >= {"simulator", "notebook", "walk-through"}

@@ -10,15 +10,28 @@ from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
 from reachrl.demos.store import TrajectoryStore
+from reachrl.envs.batch import is_batched
+from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display, StageProgress
+from reachrl.registry import resolve
 from reachrl.run.directory import Run
 
 
 def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]:
-    """Collect demonstrations on training starts into `demos/`, if a later stage reads them."""
+    """Collect demonstrations on training starts into `demos/`, if a later stage reads them.
+
+    Raises:
+        ConfigError: the simulator has no scripted expert, or its expert keeps failing.
+    """
     if not needs_demos(config):
         display.log("demos: nothing to collect, the policy is kept as it is and no reward model is fitted")
         return {"trajectories": 0}
+    if is_batched(resolve("envs", config.env.kind)):
+        raise ConfigError(
+            f"env.kind={config.env.kind} steps many worlds at once and has no scripted expert to demonstrate with. "
+            "Begin with a policy that acts already: policy.checkpoint=FOLDER sft.epochs=0 and a reward without a fit, "
+            "such as reward.kind=task"
+        )
     total = len(config.env.tasks) * config.demos.episodes_per_task
     done = 0
     with display.stage("demos", total, "scripted experts") as progress:
