@@ -19,6 +19,7 @@ from reachrl.config.paraphrases import paraphrase, spoken
 from reachrl.config.perturbations import RandomiseSection, Variant
 from reachrl.demos.expert import Demonstrator
 from reachrl.envs.base import Env, observed
+from reachrl.envs.libero.env import LiberoEnv
 from reachrl.envs.perturbed import Perturbed
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
@@ -248,3 +249,11 @@ def test_simulators_of_many_worlds_perturb_each_row_by_itself():
 def test_a_filter_is_there_only_where_something_is_filtered():
     assert Filter.of(Start("t", "eval", 0), np.zeros(2, np.float32)) is None
     assert Filter.of(Start("t", "eval", 0, "camera=5"), np.zeros(2, np.float32)) is None
+
+
+@pytest.mark.parametrize(("gripper", "opens"), [("simulator", -1.0), ("openvla", 1.0)])
+def test_liberos_robot_rests_with_an_open_gripper(gripper, opens):
+    env = object.__new__(LiberoEnv)  # made, it would need the simulator
+    env.config = LiberoConfig(gripper=gripper)
+    assert env.rest_action().tolist() == [0, 0, 0, 0, 0, 0, opens]
+    assert env.rest_action().dtype == np.float32

@@ -121,6 +121,13 @@ class LiberoEnv(Env):
             action[6] = 0.5 * (1.0 - action[6])
         return action.astype(np.float32)
 
+    def rest_action(self) -> np.ndarray:
+        """No movement with an open gripper f32[7], as published evaluations wait."""
+        action = _DO_NOTHING.astype(np.float32)
+        if self.config.gripper == "openvla":
+            action[6] = 1.0
+        return action
+
     def close(self) -> None:
         """Free the GL contexts."""
         for starts in self._made.values():
