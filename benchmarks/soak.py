@@ -20,11 +20,12 @@ from pathlib import Path
 import psutil
 
 OPTIONS = [
-    *("toy", "checkpoint_every=10", "num_threads=1", "env.num_envs=2", "env.max_steps=8"),
-    *("demos.episodes_per_task=8", "sft.epochs=1", "rollout.num_steps=16", "algorithm.epochs=1"),
+    *("toy", "checkpoint_every=10", "num_threads=1", "env.num_envs=2", "env.max_steps=12"),
+    *("policy.language_model.hidden_size=32", "policy.language_model.intermediate_size=48"),
+    *("demos.episodes_per_task=8", "sft.epochs=1", "rollout.num_steps=12", "algorithm.epochs=1"),
     *("reward_model.steps=20", "reward_model.rollouts_per_task=2", "reward_model.num_frames=2"),
     *("reward_model.refit_every=20", "reward_model.refit_steps=2", "reward_model.refit_window=2"),
-    *("eval.during_every=25", "eval.during_starts=2", "keep_best_checkpoints=1", "eval.num_starts=2"),
+    *("eval.during_every=40", "eval.during_starts=1", "keep_best_checkpoints=1", "eval.num_starts=2"),
 ]
 STAGES = (["demos"], ["sft"], ["reward", "fit"])
 MOST_BYTES = 5_000_000

@@ -127,6 +127,16 @@ def run_reachrl(*arguments: str, **options: Any) -> subprocess.CompletedProcess[
     return subprocess.CompletedProcess(["reachrl", *arguments], process.wait(), out, err)
 
 
+def ranks(size: int) -> list[dict[str, str]]:
+    """What `torchrun` tells each of the processes of a group on this machine; nothing where there is one alone."""
+    if size == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 # --- in the process that forks ------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,31 +13,28 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from forked import Forked, start_reachrl
+
 pytest.importorskip("ray")
 
 OPTIONS = ["toy", "num_iterations=6", "checkpoint_every=2", "env.num_envs=4", "num_threads=1"]
 OPTIONS += ["eval.during_every=3", "eval.during_starts=4"]
 OPTIONS += [
     "rollout.num_steps=30",
-    "demos.episodes_per_task=20",
-    "eval.num_starts=10",
+    "demos.episodes_per_task=8",
+    "sft.epochs=3",
+    "reward_model.steps=30",
+    "reward_model.rollouts_per_task=2",
     "algorithm.lr=2e-4",
 ]  # seconds; small steps, whose rounding stays small
 RAY = ["backend.kind=ray", "backend.actors=2", "backend.learners=2", "backend.deadline_s=90"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "reachrl", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(*arguments: str) -> Forked:
+    return start_reachrl(*arguments, together=True, PYTHONPATH=os.pathsep.join(sys.path))
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Forked) -> str:
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return said
@@ -58,7 +54,7 @@ def wait_for(folder: Path, iterations: int) -> None:
     assert len(records(folder)) >= iterations
 
 
-def workers(process: subprocess.Popen, kind: str) -> list[psutil.Process]:
+def workers(process: Forked, kind: str) -> list[psutil.Process]:
     """The Ray actors of one kind that this command has started."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):

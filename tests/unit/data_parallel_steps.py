@@ -3,6 +3,7 @@
 Run by test_data_parallel.py for cases, one after the other: python data_parallel_steps.py '{OUT: [KEY=VALUE...]}'
 """
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -19,11 +20,18 @@ from reachrl.backends.data_parallel import follow
 from reachrl.backends.group import Group
 from reachrl.backends.learner import LocalLearner
 from reachrl.backends.local import LocalActors
+from reachrl.config.env import EnvSection
 from reachrl.envs.vector import VectorEnv
 from reachrl.registry import build
 from reachrl.rewards.task import TaskReward
 
 GROUPED = {"algorithm.kind=grpo", "algorithm.kind=rloo"}
+
+
+@functools.cache
+def environments(config: EnvSection) -> VectorEnv:
+    """The same processes for all cases; each case begins with new episodes."""
+    return VectorEnv(config, 3)
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -44,7 +52,7 @@ def main(out: Path, overrides: list[str]) -> None:
         )
         actors = LocalActors(
             whole or policy,
-            [VectorEnv(config.env, 3)],
+            [environments(config.env)],
             seed=1,
             temperature=1.0,
             train_vision=config.algorithm.train_vision,
@@ -54,7 +62,6 @@ def main(out: Path, overrides: list[str]) -> None:
         local.lead(actors.groups[0].shown)
         actors.load_weights(local.export_weights())
         rollout = actors.collect(curriculum.assign, 20).result()
-        actors.close()
         valid = rollout.valid.copy()
         valid[3:5, 1] &= grouped  # as lost workers leave it: the rows of a block are not all data
         rollout, figures = replace(rollout, valid=valid), []

@@ -1,9 +1,7 @@
 """Learners that share the work take the step that one alone would take."""
 
 import json
-import os
-import subprocess
-import sys
+import time
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from toy_policy import toy_config, toy_policy
 
+from forked import forker, ranks
 from reachrl.backends.group import Group
 
 SHARDED = "backend.sharding=full"
@@ -76,22 +75,25 @@ class Launches:
         return json.loads((out / "figures.json").read_text()), [saved, *own]
 
     def launch(self, size: int, cases: list[tuple[str, ...]]) -> str:
-        """Run the cases; what the processes said if they failed: the case at fault is the first without figures."""
-        launch = [sys.executable]
-        if size > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # a process that aborts says where
+        """Run the cases, in processes that find each other as those of `torchrun` do.
+
+        Returns:
+            What they said; if they failed, the case at fault is the first without figures.
+        """
         given = {str(self.out(size, changes)): self.overrides(size, changes) for changes in cases}
         for out in given:
             Path(out).mkdir()
-        command = [*launch, str(SCRIPT), json.dumps(given)]
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        except subprocess.TimeoutExpired as late:
-            return str(late)
-        # What a dying process says stands far above what its launcher says of it.
-        return f"exit code {done.returncode}\n{done.stderr[:8000]}\n...\n{done.stderr[-2000:]}"
+        processes = [forker().start(str(SCRIPT), json.dumps(given), **rank) for rank in ranks(size)]
+        deadline = time.monotonic() + 600
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                break  # the others would wait for it
+            time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+        for process in processes:
+            process.kill()
+        said = "\n".join(process.communicate(timeout=60)[1][-5000:] for process in processes)
+        return f"exit codes {codes}\n{said}"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_two_or_three_processes_end_with_the_weights_of_one(launches, size, chan
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_processes_end_well(launches, size):
     launches.result(size, next(changes for number, changes in CASES if size in (1, number)))
-    assert launches.said[size].startswith("exit code 0\n"), launches.said[size]
+    assert launches.said[size].startswith(f"exit codes {[0] * size}\n"), launches.said[size]
 
 
 def test_blocks_part_the_rows():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -125,6 +126,21 @@ def test_refits_come_when_due_as_new_versions_and_leave_the_model_in_use_alone(r
     np.testing.assert_array_equal(read_version(run, 1).score(frames, texts), refitted.score(frames, texts))
     with pytest.raises(CheckpointError, match="missing"):
         read_version(run, 2)
+
+
+def test_versions_that_no_checkpoint_names_are_removed(run):
+    config = load_config("toy", OPTIONS)
+    for version in (1, 2, 3, 5, 6):  # 6 is newer than the newest checkpoint: a killed run may not have got there
+        shutil.copytree(run.reward_model / "model", run.reward_model / f"version_{version:04d}" / "model")
+    for step, version in ((4, 2), (10, 5)):
+        state = {"reward": {"version": version}}
+        save_checkpoint(
+            run.checkpoints, step, lambda folder, state=state: write_json_atomic(folder / "state.json", state)
+        )
+    found = Refitter(config, run)(rollout_of(1), 13, read_version(run, 5))
+    assert found is not None and found[1]["reward_model/version"] == 7
+    left = sorted(folder.name for folder in run.reward_model.glob("version_*"))
+    assert left == ["version_0002", "version_0005", "version_0006", "version_0007"]
 
 
 def test_a_refit_sees_the_first_data_and_the_episodes_of_its_window(run, monkeypatch):

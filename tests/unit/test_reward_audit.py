@@ -117,6 +117,20 @@ def test_episodes_noted_without_their_last_score_are_left_out(tmp_path):
     assert len(audit.state_dict()["recent"]) == 6
 
 
+def test_of_many_warnings_the_latest_films_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("reachrl.rewards.audit._KEPT_FILMS", 4)
+    audit = RewardAudit(CONFIG, tmp_path)
+    (tmp_path / "after_reach.mp4").touch()
+    audit.observe(*GOOD, iteration=0)
+    for warning in range(1, 5):
+        audit.observe(*HACKED, iteration=10 * warning)
+        audit.finish()
+        for quiet in range(4):
+            audit.observe(*GOOD, iteration=10 * warning + 1 + quiet)
+    found = sorted(film.name for film in tmp_path.iterdir())
+    assert found == ["after_reach.mp4", *(f"alarm_iteration00{when}_{n}.mp4" for when in (30, 40) for n in (1, 2))]
+
+
 def test_the_correlation_alone_raises_the_alarm(tmp_path, caplog):
     audit = RewardAudit(CONFIG, tmp_path)
     with caplog.at_level(logging.WARNING):

@@ -1,7 +1,9 @@
-"""Refits the reward model between RL iterations on fresh episodes; every version of it is kept."""
+"""Refits the reward model between RL iterations on fresh episodes; the versions that checkpoints name are kept."""
 
 import copy
+import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from reachrl.rewards.process.base import RewardModel, load_reward_model
 from reachrl.rewards.process.fit import fit_reward_model, score_trajectories
 from reachrl.rewards.process.label import label_trajectory
 from reachrl.rewards.process.quality import measure
+from reachrl.run.checkpoint import list_checkpoints
 from reachrl.run.directory import Run
 from reachrl.types import Rollout, Trajectory
 
@@ -50,6 +53,7 @@ class Refitter:
         if (iteration + 1) % options.refit_every:
             return None
         version = (iteration + 1) // options.refit_every
+        self._drop_old_versions()
         device = next(model.parameters()).device
         result = fit_reward_model(
             first_data(self.config, self.run) + self._recent(iteration),
@@ -66,6 +70,15 @@ class Refitter:
             "iteration %d: reward model version %d, held-out AUC %s", iteration, version, figures["reward_model/auc"]
         )
         return result.model.to(device), {"reward_model/version": float(version)} | figures
+
+    def _drop_old_versions(self) -> None:
+        """Remove versions older than the newest that a checkpoint goes on with, but for those of other checkpoints."""
+        states = [folder / "state.json" for folder in list_checkpoints(self.run.checkpoints)]
+        kept = {json.loads(state.read_text(encoding="utf-8"))["reward"]["version"] for state in states}
+        for folder in self.run.reward_model.glob("version_*"):
+            number = folder.name.removeprefix("version_")
+            if kept and number.isdigit() and int(number) < max(kept) and int(number) not in kept:
+                shutil.rmtree(folder)
 
     def _fresh(self, iteration: int) -> Path:
         return self.run.reward_model / "fresh" / f"iteration_{iteration:06d}.parquet"

@@ -18,6 +18,8 @@ from reachrl.types import Rewards, Rollout
 
 log = logging.getLogger(__name__)
 
+_KEPT_FILMS = 30  # of a run, the latest; it may warn again and again
+
 
 @dataclass(frozen=True, slots=True)
 class AuditedEpisode:
@@ -171,7 +173,10 @@ class RewardAudit:
             if not rollout.success[t, n]
         ]
         names: list[str] = []
+        earlier = sorted(self.videos.glob("alarm_iteration*_*.mp4"), key=lambda film: film.stat().st_mtime_ns)
         best = sorted(liked, reverse=True)[: self.config.num_videos]
+        for film in earlier[: max(0, len(earlier) + len(best) - _KEPT_FILMS)]:
+            film.unlink()
         for number, (_, place, first, t, n) in enumerate(best, start=1):
             images = np.concatenate([rollout.frames[first : t + 1, n], rollout.final_frames[place : place + 1]])
             process = rewards.progress[first : t + 1, n].tolist()
