@@ -162,7 +162,7 @@ def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(sett
     for train_vision in (False, True):
         learner = LocalLearner(policy, PPOConfig(train_vision=train_vision), seed=0, temperature=1.0)
         scored = learner.score(rollout).result()
-        inputs = learner._rows(rollout, rows)(rows)
+        inputs = learner._scorer.inputs(rollout, rows)(rows)
         assert (inputs.vision_features is None) == train_vision
         policy.zero_grad()
         ids = torch.from_numpy(rollout.token_ids).reshape(10, -1)
