@@ -46,7 +46,7 @@ def spawn():
     kept = []
 
     def make(name="worker 3"):
-        remote = Remote(name, ray.remote(Worker).options(num_cpus=0).remote(), 30.0)
+        remote = Remote(name, ray.remote(Worker).options(num_cpus=0).remote(), 120.0)
         kept.append(remote)
         remote.call("pid")
         return remote
