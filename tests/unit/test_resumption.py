@@ -127,6 +127,7 @@ REMEDIES = {
     **dict.fromkeys(("sft.lr", "sft.warmup_steps"), ("sft", True)),
     **dict.fromkeys(("sft.epochs", "policy.checkpoint", "policy.dataset", "policy.language_model"), ("sft", False)),
     **dict.fromkeys(("policy.lora", "policy.lora.base", "policy.lora.parts", "policy.resize"), ("sft", False)),
+    **dict.fromkeys(("policy.lora.rank", "policy.lora.alpha"), ("sft", False)),
     **dict.fromkeys(("policy.tokenizer", "policy.towers", "policy.num_action_tokens", "policy.dtype"), ("sft", False)),
     **dict.fromkeys(("reward_model.rollouts_per_task", "reward_model.num_frames"), ("reward", True)),
     **dict.fromkeys(("reward_model.prompt", "reward_model.checkpoint", "reward_model.steps"), ("reward", True)),
