@@ -40,9 +40,6 @@ def attach(policy: nn.Module, folder: Path, *, skipped: Callable[[str], bool]) -
     inject_adapter_in_model(config, policy, ACTOR)
     set_peft_model_state_dict(policy, state, ACTOR)
     policy.train(policy.training)  # the new modules too
-    head = policy.get_submodule("language_model.lm_head")
-    if isinstance(head, LoraLayer):  # the policy reads rows of its weight and never calls it
-        head.merge()
 
 
 @torch.no_grad()

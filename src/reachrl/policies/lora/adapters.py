@@ -130,7 +130,7 @@ def recomputing(policy: nn.Module) -> Contexts:
 def rows_of(linear: nn.Module, first: int, number: int) -> Tensor:
     """Rows of the weight of a linear map; of one with adapters in float32, with what the active ones add to them."""
     weight: Tensor = cast(Any, linear).weight[first : first + number]
-    if not is_adapted(linear) or (name := linear._active_adapter[0]) not in linear.lora_A:
+    if not is_adapted(linear) or linear.merged or (name := linear._active_adapter[0]) not in linear.lora_A:
         return weight
     a, b = cast(Any, linear.lora_A[name]).weight, cast(Any, linear.lora_B[name]).weight[first : first + number]
     with torch.autocast(weight.device.type, enabled=False):
