@@ -5,8 +5,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from reachrl.config.env import MetaworldConfig
+from reachrl.envs.base import Perturbed
 from reachrl.envs.metaworld import MetaworldEnv
-from reachrl.envs.perturbed import Perturbed
 from reachrl.types import Start
 
 TASKS = ("drawer-close", "bin-picking")

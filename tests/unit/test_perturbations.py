@@ -18,9 +18,8 @@ from reachrl.config.metaworld_tasks import INSTRUCTIONS
 from reachrl.config.paraphrases import paraphrase, spoken
 from reachrl.config.perturbations import RandomiseSection, Variant
 from reachrl.demos.expert import Demonstrator
-from reachrl.envs.base import Env, observed
+from reachrl.envs.base import Env, Perturbed, observed
 from reachrl.envs.libero.env import LiberoEnv
-from reachrl.envs.perturbed import Perturbed
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError
 from reachrl.evaluation import protocol_hash

@@ -149,20 +149,27 @@ def test_lost_weights_are_named_and_the_best_is_chosen_among_later_ones(tmp_path
     assert third.best == kept(tmp_path) == 4
 
 
-def test_a_run_killed_behind_a_better_point_ends_with_the_best_of_its_own_curve(tmp_path, monkeypatch):
-    config, run, real = tiny_config(*EVERY, "num_iterations=6", "checkpoint_every=4"), tmp_path / "run", rl_stages.train
-    play(config, run, "demos", "sft", "reward")
+def kill_at(patch, iteration):
+    """Interrupt training after an iteration's record."""
+    real = rl_stages.train
 
     def killed(config, workers, reward, curriculum, run, callbacks):
         def stop(record):
-            if record["iteration"] == 5:
+            if record["iteration"] == iteration:
                 raise KeyboardInterrupt
 
         return real(config, workers, reward, curriculum, run, [*callbacks, stop])
 
+    patch.setattr(rl_stages, "train", killed)
+
+
+def test_a_run_killed_behind_a_better_point_ends_with_the_best_of_its_own_curve(tmp_path, monkeypatch):
+    config, run = tiny_config(*EVERY, "num_iterations=6", "checkpoint_every=4"), tmp_path / "run"
+    play(config, run, "demos", "sft", "reward")
+
     with monkeypatch.context() as patch:
         scripted(patch, 0, 2, 1, 0, 3, 0)
-        patch.setattr(rl_stages, "train", killed)
+        kill_at(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             play(config, run, "train")
     assert checkpoint_iteration(run / "checkpoints" / BEST) == 4  # the last checkpoint has four iterations
@@ -227,17 +234,8 @@ def test_a_killed_run_keeps_the_best_and_the_patience(tmp_path, monkeypatch):
     summary = json.loads((whole / "summary.json").read_text())
     assert (summary["best"]["iteration"], summary["best"]["of"]) == (3, 6)
     play(config, cut, "demos", "sft", "reward")
-    real = rl_stages.train
-
-    def killed(config, workers, reward, curriculum, run, callbacks):
-        def stop(record):
-            if record["iteration"] == 4:
-                raise KeyboardInterrupt
-
-        return real(config, workers, reward, curriculum, run, [*callbacks, stop])
-
     with monkeypatch.context() as patch:
-        patch.setattr(rl_stages, "train", killed)
+        kill_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             play(config, cut, "train")
     play(config, cut)

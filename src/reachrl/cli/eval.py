@@ -106,9 +106,10 @@ def eval_(
 
 def _best_of(measurement: "Measurement", counts: str, rank: str, quiet: bool) -> None:
     from reachrl.pipeline.best_of import MOST, measure_best_of
+    from reachrl.rollout.best_of import RANKS
 
-    if rank not in ("logprob", "vote", "critic", "reward"):
-        raise ConfigError(f"--rank {rank}: expected logprob, vote, critic or reward")
+    if rank not in RANKS:
+        raise ConfigError(f"--rank {rank}: expected {', '.join(RANKS[:-1])} or {RANKS[-1]}")
     numbers = [part.strip() for part in counts.split(",")]
     if not all(part.isdecimal() and 1 <= int(part[:9]) <= MOST for part in numbers):
         raise ConfigError(f"--best-of {counts}: expected numbers from 1 to {MOST}, such as 1,2,4,8")

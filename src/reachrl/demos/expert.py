@@ -11,9 +11,8 @@ import pyarrow as pa
 from reachrl.config.demos import DemosSection
 from reachrl.config.paraphrases import spoken
 from reachrl.demos.episode_table import trajectory_table
-from reachrl.envs.base import Env, Shown
+from reachrl.envs.base import Env, Perturbed, Shown
 from reachrl.errors import ConfigError, ExtensionError
-from reachrl.functional.perturbation import Filter
 from reachrl.registry import build, receive, section_class
 from reachrl.streams import Stream, generator
 from reachrl.types import Start, Trajectory
@@ -54,9 +53,8 @@ def run_attempt(
     """
     shown = Shown.of(env.observation_space)
     low, high = env.action_space.low, env.action_space.high  # pyright: ignore[reportAttributeAccessIssue]
-    between = Filter.of(start, env.rest_action())
-    observation, _ = env.reset(options={"start": start})  # pyright: ignore[reportGeneralTypeIssues]
-    observation = _seen(observation, between, 0)
+    perturbed = Perturbed(env)
+    observation, _ = perturbed.reset(options={"start": start})
     _check_finite(observation["ee_state"], "ee_state", env, start, 0)
     seen, actions = [copy.deepcopy(observation)], []
     success = done = False
@@ -66,9 +64,7 @@ def run_attempt(
         noise, use = rng.standard_normal(clean.shape), rng.random() < config.noise_probability
         executed = clean + use * config.action_noise * 0.5 * (high - low) * noise
         executed = np.clip(executed, low, high).astype(np.float32)
-        arriving = executed if between is None else between.arriving(executed)
-        observation, _, terminated, truncated, info = env.step(arriving)
-        observation = _seen(observation, between, len(actions) + 1)
+        observation, _, terminated, truncated, info = perturbed.step(executed)
         seen.append(copy.deepcopy(observation))
         _check_finite(observation["ee_state"], "ee_state", env, start, len(actions))
         actions.append(clean)
@@ -86,10 +82,6 @@ def run_attempt(
         state=None if shown.state_size is None else np.stack([each["state"] for each in seen]).astype(np.float32),
         control_hz=env.control_hz,
     )
-
-
-def _seen(observation: dict[str, Any], between: Filter | None, step: int) -> dict[str, Any]:
-    return observation if between is None else observation | {"images": between.seen(observation["images"], step)}
 
 
 def _check_finite(values: np.ndarray, what: str, env: Env, start: Start, step: int) -> None:

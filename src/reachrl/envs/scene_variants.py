@@ -47,7 +47,7 @@ class SceneVariants:
             **{name: getattr(model, name) for name in ("light_ambient", "light_diffuse", "light_specular")},
             **{f"headlight {name}": getattr(light, name) for name in ("ambient", "diffuse", "specular")},
         }
-        self._pristine = {name: array.copy() for name, array in self._arrays.items()}
+        self._pristine: dict[str, np.ndarray] = {}  # of the arrays that were ever changed
         self._changed: set[str] = set()
 
     def apply(self, start: Start, instruction: str) -> bool:
@@ -123,6 +123,9 @@ class SceneVariants:
             texels[..., :3] = np.rint((1 - share) * texels[..., :3] + pattern)
 
     def _written(self, name: str) -> np.ndarray:
+        """An array that is about to be changed."""
+        if name not in self._pristine:
+            self._pristine[name] = self._arrays[name].copy()
         self._changed.add(name)
         return self._arrays[name]
 

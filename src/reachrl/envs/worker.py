@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.envs.base import Env, Shown
-from reachrl.envs.perturbed import Perturbed
+from reachrl.envs.base import Env, Perturbed, Shown
 from reachrl.envs.shared_arrays import SharedArrays
 from reachrl.registry import build, receive, section_class
 from reachrl.types import SPLITS, Start

@@ -19,7 +19,7 @@ from reachrl.pipeline.conditions import Condition, Conditions
 from reachrl.pipeline.measure import claim
 from reachrl.report.robust_page import write_robust_page
 from reachrl.rollout.episodes import PlayedEpisode
-from reachrl.run.atomic import storage_errors, write_json_atomic
+from reachrl.run.atomic import replacing, write_json_atomic
 from reachrl.run.file_names import file_name
 from reachrl.run.fingerprint import fingerprint
 from reachrl.run.lock import RunLock
@@ -137,9 +137,8 @@ def _play(robustness: Robustness, display: Display) -> None:
 
 def _keep_frame(out: Path, episode: PlayedEpisode) -> None:
     path = out / "frames" / file_name(episode.start.variant or "plain", ".png")
-    with storage_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(episode.turns[0].image).save(path)
+    with replacing(path) as copy:
+        Image.fromarray(episode.turns[0].image).save(copy, format="PNG")
 
 
 def summary(robustness: Robustness, outcomes: Outcomes) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from reachrl.rollout.episodes import EpisodePlayer
 from reachrl.types import Observation, Start
 
 Rank = Literal["logprob", "vote", "critic", "reward"]
+RANKS: tuple[Rank, ...] = get_args(Rank)
 LOOKS_AHEAD = ("critic", "reward")
 
 

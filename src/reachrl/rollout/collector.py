@@ -168,15 +168,10 @@ class Collector:
             self._played = int(rows[0]["played"])
             return
         self._numbers = [int(row["number"]) for row in rows]
-        # Checkpoints of earlier versions hold no chances.
-        self._draws = [Draw(Start(row["start"][0], "train", row["start"][1]), row.get("chance")) for row in rows]
+        self._draws = [self._drawn_again(row, "", number) for row, number in zip(rows, self._numbers, strict=True)]
         self._next_draws = [
-            Draw(Start(row["next_start"][0], "train", row["next_start"][1]), row.get("next_chance")) for row in rows
-        ]
-        self._draws = [self._varied(draw, number) for draw, number in zip(self._draws, self._numbers, strict=True)]
-        self._next_draws = [
-            self._varied(draw, number + self.total)
-            for draw, number in zip(self._next_draws, self._numbers, strict=True)
+            self._drawn_again(row, "next_", number + self.total)
+            for row, number in zip(rows, self._numbers, strict=True)
         ]
         dims = self.envs.action_dim
         histories = [np.array(row["actions"], dtype=np.float32).reshape(-1, dims) for row in rows]
@@ -209,6 +204,11 @@ class Collector:
         group = self._group(number)
         address = number if group is None else group
         return self._varied(_drawn(assign(address)), address)
+
+    def _drawn_again(self, row: dict[str, Any], prefix: str, number: int) -> Draw:
+        """The draw in a row of `load_state`; checkpoints of earlier versions hold no chances."""
+        task, index = row[f"{prefix}start"]
+        return self._varied(Draw(Start(task, "train", index), row.get(f"{prefix}chance")), number)
 
     def _varied(self, draw: Draw, address: int) -> Draw:
         return replace(draw, start=self._vary(draw.start, self.seed, address))

@@ -16,6 +16,7 @@ from reachrl.policies.action_tokens import unit_from_tokens
 from reachrl.policies.decoding.decode import action_logits
 from reachrl.policies.folders import Check, Verification
 from reachrl.policies.llama import last_hidden
+from reachrl.policies.lora.adapters import rows_of
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 
@@ -148,7 +149,7 @@ def _row_logits(
 ) -> Float[Tensor, "N T 256"]:
     """Logits of the action tokens at every position, computed row by row without padding; zero at padding."""
     llama, first = policy.language_model, policy.first_action_id
-    head = llama.lm_head.weight[first : first + NUM_ACTION_BINS]
+    head = rows_of(llama.lm_head, first, NUM_ACTION_BINS)
     real = _real(inputs.prompt_mask, patches.shape[1])
     logits = torch.zeros(*real.shape, NUM_ACTION_BINS)
     for row in range(len(real)):
