@@ -116,11 +116,7 @@ def draw(
         chart.add(
             f'<text x="{chart.x(last) + 8}" y="{height}" style="fill:{colours[arm]};font-weight:600">{arm}</text>'
         )
-    style = "<style>text{font:12px sans-serif;fill:#5b6776}.grid{stroke:#e9edf1}.axis{stroke:#dfe4ea}</style>"
-    picture = chart.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    path.write_text(
-        picture.replace(">", f'><rect width="100%" height="100%" fill="#fff"/>{style}', 1) + "\n", encoding="utf-8"
-    )
+    path.write_text(chart.document(), encoding="utf-8")
 
 
 def main() -> None:

@@ -384,6 +384,14 @@ def test_pictures_never_shrink_their_words_below_11_pixels() -> None:
     assert 12 * least / float(svg.get("viewBox", "").split()[2]) >= 11
 
 
+def test_a_picture_stands_alone_as_a_file() -> None:
+    chart = Chart((0, 1), (0, 1), width=200, height=100, x_label="x", y_label="y", title="a < b")
+    root = ET.fromstring(chart.document())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.attrib["aria-label"] == "a < b"
+    assert [child.tag.rpartition("}")[2] for child in root][:2] == ["rect", "style"]
+    assert ET.fromstring(chart.render()).tag == "div"
+
+
 def test_the_headline_names_the_source_that_trained(tmp_path: Path) -> None:
     trained = {"commit": "aaaaaaaaaaaa", "dirty": False, "started": "2026-01-01T01:00:00+00:00", "command": ["reachrl"]}
     facts = {

@@ -162,11 +162,19 @@ class Chart:
         )
 
     def render(self) -> str:
-        """Return the picture."""
+        """Return the picture as a part of a page."""
         # Narrow pages scroll sideways: text of 12 pixels shrinks to 11 and no further.
         least = math.ceil(self._width * 11 / 12)
+        return f'<div class="scroll">{self._svg(f"max-width:{self._width}px;min-width:{least}px")}</div>'
+
+    def document(self) -> str:
+        """Return the picture as a file of its own, on white, for pages that bring no style sheet."""
+        style = "<style>text{font:12px sans-serif;fill:#5b6776}.grid{stroke:#e9edf1}.axis{stroke:#dfe4ea}</style>"
+        ground = f'<rect width="100%" height="100%" fill="#fff"/>{style}'
+        return self._svg(f"max-width:{self._width}px", ground, 'xmlns="http://www.w3.org/2000/svg" ') + "\n"
+
+    def _svg(self, style: str, ground: str = "", namespace: str = "") -> str:
         return (
-            f'<div class="scroll"><svg viewBox="0 0 {self._width} {self._height}" role="img" '
-            f'aria-label="{escape(self._title)}" style="max-width:{self._width}px;min-width:{least}px">'
-            f"{''.join(self._parts)}</svg></div>"
+            f'<svg {namespace}viewBox="0 0 {self._width} {self._height}" role="img" '
+            f'aria-label="{escape(self._title)}" style="{style}">{ground}{"".join(self._parts)}</svg>'
         )
