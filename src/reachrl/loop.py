@@ -185,7 +185,7 @@ def learn(
         scored = scoring.result()
     with run.span("update"):
         stats = workers.learner.update(rollout, rewards, scored, iteration=state.iteration)
-    return rollout, rewards, stats | collected
+    return replace(rollout, inputs=None), rewards, stats | collected
 
 
 def rewarded(run: Run, reward: Reward, rollout: Rollout) -> Rewards:

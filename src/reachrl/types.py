@@ -11,7 +11,7 @@ Everything here is numpy, so that an environment worker never imports torch. The
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
@@ -148,6 +148,7 @@ class Rollout:
     policy_version: int
     control_hz: float | None = None  # control steps a second of simulated time; None: unknown
     action_bounds: Float32[np.ndarray, "2 D"] | None = None  # lowest and highest that is carried out; None: unknown
+    inputs: tuple[Any, ...] | None = None  # of each step, as `policy.cache` makes them; None: they were not kept
 
     @property
     def frames(self) -> UInt8[np.ndarray, "T N H W 3"]:

@@ -1,6 +1,7 @@
 """Rollouts against a replay in a fresh environment, and a resumed collector against one left alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,6 +172,32 @@ def test_frozen_vision_cached_once_gives_the_gradients_of_the_uncached_path(sett
         assert np.isfinite(scored.values).all()
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_learner_takes_the_features_that_its_own_policy_acted_on(setting, monkeypatch):
+    """With them and without, scores and rows are the same; only what follows the rollout is seen anew."""
+    config, policy, _ = setting
+    groups = [VectorEnv(config.env, count) for count in (1, 2)]
+    actors = LocalActors(policy, groups, seed=6, temperature=1.0, keep_inputs=True)
+    rollout = actors.collect(assigner(config.env.tasks), 5).result()
+    actors.close()
+    learner = LocalLearner(policy, PPOConfig(score_batch_size=4), seed=0, temperature=1.0)
+    flat = rollout.decisions()
+    scores, rows, seen = [], [], []
+    original = type(policy).cache
+    monkeypatch.setattr(type(policy), "cache", lambda self, inputs: seen.append(len(inputs)) or original(self, inputs))
+    for each in (rollout, replace(rollout, inputs=None)):
+        seen.append(0)
+        scores.append(learner.score(each).result())
+        rows.append(learner._scorer.inputs(each, torch.arange(15))(torch.arange(15)))
+    follow = 3 + len(rollout.final_rows)
+    assert (sum(seen[: seen.index(0, 1)]), sum(seen)) == (follow, 2 * follow + 15)
+    for name in ("old_logprobs", "values", "final_values"):
+        np.testing.assert_allclose(getattr(scores[0], name), getattr(scores[1], name), atol=1e-5, err_msg=name)
+    by_hand = policy.vision_features(policy.encode(flat).pixel_values)
+    for each in rows:
+        torch.testing.assert_close(each.vision_features, by_hand)
+        assert policy.encode(flat).prompt_ids.equal(each.prompt_ids)
 
 
 def test_parts_with_longer_instructions_are_padded_together(setting):

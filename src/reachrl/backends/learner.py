@@ -134,6 +134,7 @@ class LocalLearner:
         stats = self.algorithm.update(batch, iteration=iteration) | {"engine_kl": engine_kl(rollout, scored)}
         stats |= action_figures(rollout, self.policy)
         self.version += 1
+        self._scorer.release()  # before the next rollout's features come
         self._log.add("update", began)
         return stats
 

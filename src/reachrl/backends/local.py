@@ -44,6 +44,7 @@ class LocalActors:
         needs: of the algorithm.
         max_steps: decisions of the longest episode.
         vary: perturbs episodes.
+        keep_inputs: rollouts hold what was decided on, with cached features, for a learner with the same policy.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LocalActors:
         needs: Needs | None = None,
         max_steps: int = 1,
         vary: Vary = lambda start, seed, number: start,
+        keep_inputs: bool = False,
     ) -> None:
         self.policy, self.groups = policy, list(groups)
         self._seed, self._temperature, self._train_vision = seed, temperature, train_vision
@@ -78,6 +80,7 @@ class LocalActors:
                 needs=needs,
                 max_steps=max_steps,
                 vary=vary,
+                keep_inputs=keep_inputs,
             )
             self.collectors.append(collector)
             first += envs.num_envs
@@ -229,6 +232,8 @@ class LocalBackend(Backend):
             needs=config.algorithm.needs,
             max_steps=config.env.max_steps,
             vary=config.env.varied,
+            # One rollout's features at a time: the learner's own would take the same memory.
+            keep_inputs=group.alone and not (config.algorithm.train_vision or config.collect_ahead),
         )
         background = None
         if config.eval.during_every and self.config.evaluator_envs:

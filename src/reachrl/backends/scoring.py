@@ -32,15 +32,16 @@ class Scorer:
     def score(self, rollout: Rollout) -> Scored:
         """Old log-probs and values of every decision, values of the frames that follow.
 
-        Vision features are computed once here and kept for the update while the towers are frozen.
+        Features of frozen towers are kept for the update: the rollout's if it holds them, or else computed here.
         """
-        self._inputs = None  # the last iteration's features go before this one's come
+        self.release()  # the last iteration's go before this one's come
         steps, envs = rollout.valid.shape
         with_values = self.config.needs.values
         self._scored = rows_to_score(rollout, all_rows=with_values)
-        flat = rollout.decisions()
+        flat, seen = rollout.decisions(), self._seen(rollout)
         if len(self._scored) < len(flat):  # all of them need no copy
             flat = flat.rows(self._scored)
+            seen = None if seen is None else seen.rows(torch.from_numpy(self._scored))
         ids, mask = (
             torch.from_numpy(each.reshape(steps * envs, -1)[self._scored])
             for each in (rollout.token_ids, rollout.token_mask)
@@ -50,14 +51,15 @@ class Scorer:
         batch = self.config.score_batch_size
         for first in range(block.start, block.stop, batch):
             rows = slice(first, min(first + batch, block.stop))
-            inputs = self._encode(flat, rows)
+            inputs = self._encode(flat, rows) if seen is None else seen.rows(torch.arange(len(ids))[rows])
             out = self._evaluate(inputs, ids[rows], mask[rows])
             logprobs.append(out.logprobs.float().cpu().where(mask[rows], 0))
             if out.values is not None:
                 values.append(out.values.float().cpu())
             cached.append(inputs)
         self._dummy_passes(flat, ids, mask, block, made=len(cached))
-        self._inputs = None if self.config.train_vision else type(cached[0]).concat(cached)
+        if not self.config.train_vision:
+            self._inputs = type(cached[0]).concat(cached) if seen is None else seen
         scored = np.zeros((steps * envs, ids.shape[1]), dtype=np.float32)
         scored[self._scored] = self.group.gather(torch.cat(logprobs)).numpy()
         logprobs_of_all = scored.reshape(steps, envs, -1)
@@ -114,6 +116,12 @@ class Scorer:
     def _encode(self, observation: Observation, rows: slice) -> PolicyInputs:
         inputs = self.policy.encode(observation.rows(rows))
         return inputs if self.config.train_vision else self.policy.cache(inputs)
+
+    def _seen(self, rollout: Rollout) -> PolicyInputs | None:
+        """The inputs that the rollout holds, in the order of `decisions()`; None where they are of no use."""
+        if rollout.inputs is None or self.config.train_vision or not self.group.alone:
+            return None
+        return type(rollout.inputs[0]).concat(rollout.inputs)
 
     def _values(self, observation: Observation) -> np.ndarray:
         count, batch = len(observation), self.config.score_batch_size

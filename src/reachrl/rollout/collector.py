@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from reachrl.config.algorithm import Needs
 from reachrl.envs.batch import EnvBatch
-from reachrl.policies.base import ActionSample, Policy
-from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
+from reachrl.policies.base import ActionSample, Policy, PolicyInputs
+from reachrl.rollout.acting import EpisodeNoise, actions_executed, answer
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
 from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
@@ -41,6 +42,7 @@ class Collector:
             plays as many as surely fit into `num_steps`, and `group_size` consecutive episodes begin alike.
         max_steps: control steps of the longest episode.
         vary: perturbs episodes.
+        keep_inputs: rollouts hold what was decided on, as `policy.cache` makes it.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Collector:
         needs: Needs | None = None,
         max_steps: int = 1,
         vary: Vary = lambda start, seed, number: start,
+        keep_inputs: bool = False,
     ) -> None:
         self.policy, self.envs, self.seed, self.temperature = policy, envs, seed, temperature
+        self._keep_inputs = keep_inputs
         self.first, self.total = first, envs.num_envs if total is None else total
         self._log = log or SpanLog("actor")
         self._needs, self._execute = needs or Needs(), actions_executed(policy, envs)
@@ -89,17 +93,20 @@ class Collector:
         if self._observation is None or self._left:
             self._begin(assign)
         assert self._observation is not None
-        rows: dict[str, list[Any]] = {name: [] for name in ("observations", "samples", "steps")}
+        rows: dict[str, list[Any]] = {name: [] for name in ("observations", "inputs", "samples", "steps")}
         finals: list[tuple[Observation, tuple[int, int]]] = []
         episodes: list[Episode] = []
         for t in range(num_steps):
             if self._left is not None and not any(self._left):
                 break
             began, observation = time.time(), self._observation
-            sample, actions = decide(
-                self.policy, observation, temperature=self.temperature, noise=self._noise(), with_values=False
+            inputs = self._encode(observation)
+            sample, actions = answer(
+                self.policy, inputs, temperature=self.temperature, noise=self._noise(), with_values=False
             )
             actions = actions[:, : self._execute]
+            if self._keep_inputs:
+                rows["inputs"].append(inputs)
             rows["observations"].append(observation)
             rows["samples"].append(sample)
             self.envs.send(actions, _starts(self._next_draws))
@@ -221,6 +228,11 @@ class Collector:
         flags = {name: getattr(step, name) & counts for name in ("success", "terminated", "truncated", "valid")}
         return replace(step, **flags)
 
+    @torch.no_grad()
+    def _encode(self, observation: Observation) -> PolicyInputs:
+        inputs = self.policy.encode(observation)
+        return self.policy.cache(inputs) if self._keep_inputs else inputs
+
     def _noise(self) -> EpisodeNoise:
         generators = (
             generator(self.seed, Stream.ROLLOUT_NOISE, number, decision)
@@ -260,6 +272,7 @@ class Collector:
             policy_version=policy_version,
             control_hz=self.envs.control_hz,
             action_bounds=self.envs.action_bounds,
+            inputs=tuple(rows["inputs"]) if self._keep_inputs else None,
         )
 
 

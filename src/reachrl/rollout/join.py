@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         policy_version=parts[0].policy_version,
         control_hz=parts[0].control_hz,
         action_bounds=parts[0].action_bounds,
+        inputs=_inputs_side_by_side(parts),
     )
 
 
@@ -67,6 +69,7 @@ def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
         policy_version=first.policy_version,
         control_hz=first.control_hz,
         action_bounds=first.action_bounds,
+        inputs=None if first.inputs is None or second.inputs is None else first.inputs + second.inputs,
     )
 
 
@@ -80,6 +83,14 @@ def append_rewards(first: Rewards, second: Rewards) -> Rewards:
         parts={name: np.concatenate([part, second.parts[name]]) for name, part in first.parts.items()},
         progress=progress,
     )
+
+
+def _inputs_side_by_side(parts: Sequence[Rollout]) -> tuple[Any, ...] | None:
+    """Each step's inputs of all parts; None if one has none."""
+    kept = [part.inputs for part in parts if part.inputs is not None]
+    if len(kept) < len(parts):
+        return None
+    return tuple(type(step[0]).concat(step) for step in zip(*kept, strict=True))
 
 
 def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
@@ -102,4 +113,5 @@ def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
         images={camera: repeated(frames) for camera, frames in rollout.images.items()},
         state=None if rollout.state is None else repeated(rollout.state),
         instructions=rollout.instructions + texts,
+        inputs=None if rollout.inputs is None else rollout.inputs + rollout.inputs[-1:] * more,
     )
