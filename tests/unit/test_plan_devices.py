@@ -14,6 +14,7 @@ from reachrl.config.base import Section
 from reachrl.config.loading import load_config
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
+from reachrl.plan import memory
 from reachrl.plan.advice import advise, apply
 from reachrl.plan.device import DEVICES, GIB, Device
 from reachrl.plan.memory import MemoryPlan, plan_memory
@@ -216,3 +217,12 @@ def test_the_output_says_whose_memory_it_is_and_what_is_not_counted(reachrl) -> 
     assert "Memory of each of 2 GPUs with a learner and an actor" in " ".join(out.split())
     _, out, _ = reachrl("plan", "libero_spatial", "--device", "h100", *SHORT, "backend.sharding=full")
     assert "backend.sharding=full has no effect on this plan" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(("cores", "measured_gb"), [(2, 0.954), (16, 4.87)])
+def test_simulators_that_share_processes_hold_as_much_as_was_measured(cores, measured_gb, monkeypatch) -> None:
+    """16 environments of Meta-World after every task: the proportional memory of 2 processes, and of 16."""
+    monkeypatch.setattr(memory, "available_cores", lambda: cores)
+    plan = plan_memory(load_config("robust"), CPU)
+    resident = size(plan, "16 simulators, PyTorch") - 0.4 * GIB
+    assert resident == pytest.approx(measured_gb * 1e9, rel=0.15)

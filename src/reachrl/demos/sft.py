@@ -221,7 +221,7 @@ class _Training:
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             images = {camera: seen[part] for camera, seen in self.data.images.items()}
-            inputs = self.policy.encode(self._observation(part, images))
+            inputs = self.policy.cache(self.policy.encode(self._observation(part, images)))  # asked twice
             targets, mask = self._targets(part)
             logprobs = self.policy.evaluate(inputs, targets, mask).logprobs.double()
             nll -= evened(logprobs, mask).mean(dim=1).sum().item()

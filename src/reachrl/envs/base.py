@@ -23,6 +23,9 @@ class Simulator:
     """What is said of a kind of environments before any is made."""
 
     Config: ClassVar[type[Section]]
+    shares_process: ClassVar[bool] = False
+    """Whether several environments of this class can live in one process. Say so where they share what costs time or
+    memory there (what frames are drawn with, assets); a process that dies takes the episodes of all of them along."""
 
     @classmethod
     def prepare(cls, config: Any) -> None:
@@ -62,9 +65,6 @@ class Env(gym.Env[dict[str, Any], np.ndarray], Simulator):
     """
 
     config: Any
-    shares_process: ClassVar[bool] = False
-    """Whether several environments of this class can live in one process. Say so where they share what costs time or
-    memory there (what frames are drawn with, assets); a process that dies takes the episodes of all of them along."""
     tasks: tuple[str, ...]
     observation_space: gym.spaces.Dict  # pyright: ignore[reportIncompatibleVariableOverride]
     action_space: gym.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]

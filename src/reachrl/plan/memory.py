@@ -9,13 +9,14 @@ from reachrl.plan.device import GIB, Device
 from reachrl.plan.layout import ProcessLayout, layout_of
 from reachrl.plan.outline import Outline, algorithm_of, cameras, outline_of
 from reachrl.plan.weights import gathered_gradients, gathered_weights
+from reachrl.registry import resolve
+from reachrl.run.cores import available_cores
 
 HEADROOM = 0.05  # fraction of the device that stays free, for fragmentation
 
-# Resident memory in GiB. A learner that has built nothing has 0.4; 5.5 were measured in all processes together with 16
-# Meta-World workers (docs/benchmarks/quickstart.md), which leaves 0.28 for each. CUDA's context and cuBLAS's workspace
-# are an estimate.
-_LEARNER, _WORKER, _CUDA = 0.4, 0.28, 1.0
+# Resident memory in GiB. A learner that has built nothing has 0.4; a process with one Meta-World environment 0.28, and
+# each further one in it adds 0.03 (docs/benchmarks/rendering.md). The context of CUDA and cuBLAS is an estimate.
+_LEARNER, _WORKER, _FURTHER, _CUDA = 0.4, 0.28, 0.03, 1.0
 _CUDA_NAME = "CUDA context and workspace (estimate)"
 
 Phase = Literal["always", "start", "rollout", "scoring", "update", "gradient sum", "optimiser step"]
@@ -171,7 +172,11 @@ def _handed_over(outline: Outline, layout: ProcessLayout) -> float:
 def _main_memory(config: TrainConfig, outline: Outline, layout: ProcessLayout, processes: int) -> list[Part]:
     """Frames (a copy in each learner), simulators and libraries, which are in main memory on any device."""
     frames = 2 * layout.decisions * len(cameras(config)) * 3 * config.env.image_size**2  # a list, then one array
-    resident = (_LEARNER * processes + _WORKER * layout.environments) * GIB
+    workers = layout.environments
+    if resolve("envs", config.env.kind).shares_process:
+        workers = min(workers, available_cores() * layout.groups * layout.actors)
+    simulators = _WORKER * workers + _FURTHER * (layout.environments - workers)
+    resident = (_LEARNER * processes + simulators) * GIB
     return [
         *_times(layout.learners, [Part("frames of an iteration", frames)]),
         Part(f"{layout.environments} simulators, PyTorch", resident),
