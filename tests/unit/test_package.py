@@ -1,6 +1,8 @@
 """What is published: the wheel and the source distribution, built and opened."""
 
 import email
+import re
+import shutil
 import tarfile
 import tomllib
 import zipfile
@@ -58,6 +60,42 @@ def test_the_source_distribution_holds_what_builds_and_tests_it(built):
     assert not any("__pycache__" in name or name.startswith((".venv", "runs/")) for name in names)
 
 
+def test_the_published_readme_has_no_link_that_an_index_cannot_follow(built, tmp_path):
+    """Without a stated address of the repository such links are text; with one they lead to files that exist."""
+    for text in (_description(built[0]), _description(built[1])):
+        assert "![" not in text and not [target for _, target in _links(text) if not target.startswith("http")]
+        assert "Walk-through: the first hour" in text and "```bash\nmake quickstart" in text
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "src", project / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "LICENSE", "hatch_build.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, project / name)
+    address = "https://forge.example/lab/reachrl"
+    text = (project / "pyproject.toml").read_text()
+    (project / "pyproject.toml").write_text(f'{text}\n[project.urls]\nRepository = "{address}"\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        wheel = tmp_path / build_wheel(str(tmp_path))
+    own = _links((ROOT / "README.md").read_text())
+    published = _links(_description(wheel))
+    assert len(own) == len(published) > 30
+    for (mark, target), (_, absolute) in zip(own, published, strict=True):
+        there = target.startswith("http")
+        assert absolute == (target if there else f"{address}/{'raw' if mark else 'blob'}/HEAD/{target}")
+        assert there or (ROOT / target.partition("#")[0]).exists()
+
+
+def test_links_within_links_and_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from hatch_build import with_absolute_links
+
+    text = '[![alt](p.png)](docs/a.md#b) `[x](y)` ![p](./q.svg "t") [m](mailto:a@b.c) [h](#here)\n```\n[x](y)\n```'
+    assert with_absolute_links(text, "https://r/") == (
+        "[![alt](https://r/raw/HEAD/p.png)](https://r/blob/HEAD/docs/a.md#b) `[x](y)` "
+        '![p](https://r/raw/HEAD/q.svg "t") [m](mailto:a@b.c) [h](#here)\n```\n[x](y)\n```'
+    )
+    assert with_absolute_links("a ![p](q.svg)[b [c] d](e.md), [f](https://g)", "") == "a b [c] d, [f](https://g)"
+
+
 def test_every_pin_satisfies_the_stated_requirements():
     from packaging.requirements import Requirement
 
@@ -79,3 +117,19 @@ def test_the_citation_names_this_version_and_the_paper():
 def _members(archive: Path) -> list[str]:
     with tarfile.open(archive) as tar:
         return tar.getnames()
+
+
+def _description(archive: Path) -> str:
+    """The README as the index shows it."""
+    if archive.suffix == ".whl":
+        metadata = zipfile.ZipFile(archive).read(f"reachrl-{reachrl.__version__}.dist-info/METADATA")
+    else:
+        with tarfile.open(archive) as tar:
+            metadata = tar.extractfile(f"reachrl-{reachrl.__version__}/PKG-INFO").read()
+    return email.message_from_bytes(metadata).get_payload(decode=True).decode()
+
+
+def _links(text: str) -> list[tuple[str, str]]:
+    """Each picture ("!") and link ("") of a Markdown text without code, with its target."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", prose)
