@@ -32,12 +32,17 @@ BARE = tuple(option for option in OVERRIDES if not option.startswith("algorithm.
 SHORT = "policy.kind=short_answers:ShortPolicy"
 CHUNKS = (*OVERRIDES, "policy.kind=two_cameras:ChunkPolicy", "reward.kind=oracle", "algorithm.warmup_iterations=0")
 CHUNKS += ("env.max_steps=12", "env.execute=5")
+# Not a plug-in: OpenVLA-OFT, two cameras, a state and two actions a decision, on the same paths.
+OFT = ("env.kind=two_eyed_env:TwoEyed", "env.image_size=16", "policy.kind=openvla_oft", "policy.image_size=16")
+OFT += ("policy.chunk_size=2", "policy.num_cameras=2", "policy.state_size=3", "policy.image_std=[[0.5, 0.5, 0.5]]")
+OFT += ('policy.towers=[{kind="vit", width=16, depth=2, num_heads=2, mlp_width=24, patch_size=8}]',)
+OFT += ("policy.image_mean=[[0.5, 0.5, 0.5]]", "policy.language_model.num_layers=2")
 PLUGINS = {
     "short answers, ppo": (*OVERRIDES, SHORT, "algorithm.warmup_iterations=0"),
     "short answers, an algorithm of groups": (*BARE, SHORT, "algorithm.kind=group_algorithm:Mine"),
     "two cameras, a state and chunks": (*CHUNKS, "env.kind=two_eyed_env:TwoEyed"),
     "many worlds, cameras and chunks": (*CHUNKS, "env.kind=batched_worlds:Sliders", "env.tasks=[left,right]"),
-    "rloo": (*WITHOUT_PPO, "algorithm.kind=rloo", "algorithm.group_size=4", "env.radius=0.2"),
+    "rloo": (*WITHOUT_PPO, "algorithm.kind=rloo", "algorithm.group_size=4", "env.radius=0.2", "env.max_steps=8", *OFT),
 }
 # Every file once; groups are of episodes of both actors.
 ON_RAY = ("short answers, an algorithm of groups", "many worlds, cameras and chunks", "rloo")
