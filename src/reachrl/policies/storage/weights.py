@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError
+from reachrl.run.allocator import return_freed_blocks
 from reachrl.run.stored_weights import check_finite, indexed_files
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHOWN = 12
+_LARGE = 2**30  # bytes of weights from which freed memory goes back at once
 _PICKLES = ("*.pt", "pytorch_model*.bin", "checkpoints/*.pt")
 
 
@@ -198,9 +200,12 @@ def copy_weights(
     Raises:
         CheckpointError: a weight holds numbers that are not finite, or integers.
     """
+    files = weight_files(folder)
+    if sum(path.stat().st_size for path in files) >= _LARGE:
+        return_freed_blocks()
     takers = take or {}
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for path in weight_files(folder):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
