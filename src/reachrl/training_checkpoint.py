@@ -1,7 +1,8 @@
 """What a resumed training continues from: its counters, and the state of every part, in a run's checkpoints."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def restore(run: Run, learner: Learner, parts: Mapping[str, Any]) -> TrainState:
         parts: as for `save`, in the order in which they are restored.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another architecture.
+        CheckpointError: the checkpoint is damaged, of another architecture or of another version.
     """
     folder = latest_checkpoint(run.checkpoints)
     if folder is None:
@@ -89,11 +90,14 @@ def restore(run: Run, learner: Learner, parts: Mapping[str, Any]) -> TrainState:
         return TrainState()
     verify_checkpoint(folder, nested=False)  # a sealed policy is verified as it is read
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    state = TrainState(**saved["train"])
-    learner.load(folder, version=state.iteration)
+    with _of_this_version(folder, "counters"):
+        state = TrainState(**saved["train"])
+    with _of_this_version(folder, "learner"):
+        learner.load(folder, version=state.iteration)
     for name, part in parts.items():
         if name in saved or name != "validation":  # which checkpoints of earlier versions do not have
-            part.load_state_dict(saved[name])
+            with _of_this_version(folder, name):
+                part.load_state_dict(saved[name])
     parts["validation"].resume()
     _forget_after(run, state.iteration - 1)
     return state
@@ -116,6 +120,19 @@ def saved_reward_state(run: Run) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder / 'state.json'}: missing or damaged ({error}). Put it back, or train again with another --run."
+        ) from error
+
+
+@contextmanager
+def _of_this_version(folder: Path, name: str) -> Iterator[None]:
+    """Refuse the state of a part that lacks what this version keeps there, or holds what it does not know."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: the state of the {name} is that of another version of reachrl, or of another extension "
+            f"({type(error).__name__}: {error}). Go on with the commit that {folder.parents[1] / 'provenance.json'} "
+            f"names, or begin a new run from this policy: reachrl train --from {folder} --run NEW"
         ) from error
 
 

@@ -1,13 +1,17 @@
 """A checkpoint is complete or absent, and a damaged one names its damaged file."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reachrl.errors import CheckpointError
 from reachrl.run.checkpoint import latest_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
+from reachrl.run.directory import Run
+from reachrl.training_checkpoint import restore
 
 
 def fill(content: bytes):
@@ -74,6 +78,7 @@ def test_kill_while_filling_leaves_the_earlier_one_and_is_cleaned_up(tmp_path: P
     code = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from reachrl.run.checkpoint import save_checkpoint
 def fill(folder):
     (folder / "w").write_bytes(b"half")
@@ -86,3 +91,33 @@ save_checkpoint(Path(sys.argv[1]), 2, fill)
     verify_checkpoint(tmp_path / "step_000001")
     save_checkpoint(tmp_path, 3, fill(b"z"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000003"]
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"train": {"iteration": 3}, "reward": {"highest": [0.5]}}, None),
+        ({"train": {"iteration": 3}, "reward": {}}, "reward"),
+        ({"train": {"iteration": 3, "lanes": 4}, "reward": {"highest": [0.5]}}, "counters"),
+        ({"train": {"iteration": 3}}, "reward"),
+    ],
+)
+def test_the_state_of_another_version_is_refused_by_the_name_of_its_part(content, name, tmp_path: Path) -> None:
+    taken = []
+
+    class Reward:
+        def load_state_dict(self, state):
+            taken.append(state["highest"])
+
+    learner = SimpleNamespace(load=lambda folder, version: None)
+    parts = {"reward": Reward(), "validation": SimpleNamespace(resume=lambda: None)}
+    with Run.open(tmp_path / "run", {}) as run:
+        saved = save_checkpoint(
+            run.checkpoints, 3, lambda folder: (folder / "state.json").write_text(json.dumps(content)) and None, keep=1
+        )
+        if name is None:
+            assert restore(run, learner, parts).iteration == 3 and taken == [[0.5]]
+            return
+        with pytest.raises(CheckpointError, match=f"the state of the {name} is that of another version") as refused:
+            restore(run, learner, parts)
+        assert f"--from {saved} " in str(refused.value) and str(run.provenance) in str(refused.value)
