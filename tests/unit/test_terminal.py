@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.text import Text
 from small_policy import foreign, unseal
 
 from reachrl.cli.display import Display
-from reachrl.cli.terminal import Terminal, printable
+from reachrl.cli.terminal import Terminal, print_table, printable
 
 NASTY = "a\x1b]0;owned\x07\x1b[2Jb\u202egnp\u2066\x9b1m\r\x08[/red][bold]\udcff\u2028c"
 SHOWN = r"a\x1b]0;owned\x07\x1b[2Jb\u202egnp\u2066\x9b1m\r\x08[/red][bold]\udcff\u2028c"
@@ -41,8 +42,6 @@ def test_texts_titles_cells_and_columns(colour):
         console.print(what)
     written = console.file.getvalue()
     if colour:  # the console's own sequences are colours and nothing else
-        import re
-
         written = re.sub(r"\x1b\[[\d;]*m", "", written)
     assert_tame(written)
     assert "\\x1b]0;owned" in written and written.count("[/red][bold]") >= 7
@@ -93,3 +92,86 @@ def test_warnings_of_commands_without_progress(command_line, monkeypatch):
 
 def test_unsealed_folders_are_still_shown(base: Path, command_line):
     assert command_line("model", "info", unseal(base))[0] == 0
+
+
+# --- narrow terminals -------------------------------------------------------------------------------
+
+
+def words(shown: str) -> set[str]:
+    return set(re.sub("[━┃┡╇┩┏┳┓│├┼┤└┴┘─]", " ", shown).split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("list",),
+        ("plan", "metaworld_quickstart"),
+        ("config", "paper", "--explain"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_narrow_terminal_cuts_no_figure(command_line, command):
+    """Each is printed as words that another width prints, whole: none is split or missing."""
+    _, wide, _ = command_line(*command, columns=300)
+    assert len(words(wide)) > 50
+    for columns in (80, 60):
+        _, narrow, _ = command_line(*command, columns=columns)
+        # Heads are left out where there is no table; times are measured anew by each plan.
+        lost = {word for word in words(wide) - words(narrow) if not re.match(r"[\d(.]+", word)}
+        assert lost <= {"key", "preset", "suite", "task"} and "…" not in narrow
+
+
+def test_results_on_narrow_terminals(monkeypatch, capsys, tmp_path):
+    from reachrl.cli.results import show_best_of, show_robustness
+
+    rate = {"k": 1035, "n": 1200, "rate": 0.8625, "wilson95": [0.8418, 0.8808]}
+    test = {"improved": 137, "worsened": 107, "p_value": 0.0642}
+    best = {
+        "mode": "temperature 1.2", "rank": "critic", "oracle_look_ahead": True, "caveats": ["one seed"],
+        "rows": [{"best_of": n, "outcomes": rate, "against_one": test, "ms_per_decision": 1234.5} for n in (1, 16)],
+    }  # fmt: skip
+    axis = {"rates": {"before": rate, "after": rate}, "paired_test": test, "against_plain": {"after": test}}
+    robust = {
+        "policies": {"before": "", "after": ""}, "suite": "metaworld", "mode": "greedy", "caveats": [],
+        "plain": axis, "perturbed": axis, "axes": [{"axis": "camera distance", **axis}],
+    }  # fmt: skip
+    shown = {}
+    for columns in (300, 80, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        show_best_of(best, tmp_path)
+        show_robustness(robust, tmp_path)
+        shown[columns] = capsys.readouterr().out
+    assert "1035/1200  86 % [84, 88]" in shown[300] and "+137 -107, p = 0.064" in shown[300]
+    for columns in (80, 60):
+        assert words(shown[300]) == words(shown[columns]) and "…" not in shown[columns]
+        for figure, times in (("1035/1200  86 % [84, 88]", 8), ("+137 -107, p = 0.064", 6), ("1234.5", 2)):
+            assert shown[columns].count(figure) == times
+
+
+def test_a_table_takes_the_width_that_its_words_leave():
+    console = Terminal(file=io.StringIO(), width=40)
+    table = Table(box=None, pad_edge=False)
+    for column in ("key", "value", "why"):
+        table.add_column(column)
+    table.add_row("averyveryverylongkey", "0.0002", "it learns in larger steps", style="bold")
+    print_table(console, table)
+    shown = [line.split() for line in console.file.getvalue().splitlines()]
+    assert shown == [
+        ["key", "value", "why"], ["averyveryverylongkey", "0.0002", "it", "learns"], ["in", "larger"], ["steps"]
+    ]  # fmt: skip
+    console = Terminal(file=io.StringIO(), width=32)
+    print_table(console, table)
+    assert console.file.getvalue() == ("averyveryverylongkey\n  value  0.0002\n  why    it learns in larger steps\n")
+
+
+def test_lines_of_a_live_terminal_break_between_words_and_those_of_a_file_nowhere():
+    line, path = "train 12/24  success 47/101  kl 0.0123  report at", "/tmp/" + 60 * "x" + "/report.html"
+    for live, shown in (
+        (True, f"train 12/24  success 47/101  kl \n0.0123  report at\n{path}\n"),
+        (False, f"{line} {path}\n"),
+    ):
+        console = Terminal(file=io.StringIO(), width=32, force_terminal=live, color_system=None, legacy_windows=False)
+        Display(console).log(f"{line} {path}")
+        assert [each.rstrip() for each in console.file.getvalue().splitlines()] == [
+            each.rstrip() for each in shown.splitlines()
+        ]

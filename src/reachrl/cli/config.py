@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reachrl.cli.stages import OverridesArgument, PresetArgument
-from reachrl.cli.terminal import Terminal, say
+from reachrl.cli.terminal import Terminal, print_table, say
 
 if TYPE_CHECKING:
     from reachrl.config.base import Section
@@ -34,7 +34,7 @@ def config(
         say(f"note: {note}", err=True)
     console = Terminal()
     if explain:
-        console.print(_deviations(preset, overrides or []))
+        print_table(console, _deviations(preset, overrides or []))
         return
     if as_json:
         text, language = json.dumps(config_dict(resolved), indent=2, ensure_ascii=False), "json"

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from reachrl.cli.terminal import Terminal
+from reachrl.cli.terminal import Terminal, print_line
 
 Field = str | int | float | bool | None
 PLAIN_INTERVAL_S = 5.0
@@ -161,8 +161,7 @@ class Display:
             self._print(text, style)
 
     def _print(self, text: str, style: str = "") -> None:
-        # Text, not markup: a message may hold square brackets. Soft wrap: a log file keeps whole lines.
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        print_line(self.console, Text(text, style=style))
 
     @contextmanager
     def logging(self) -> Iterator[None]:

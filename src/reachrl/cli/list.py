@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from reachrl.cli.terminal import Terminal
+from reachrl.cli.terminal import Terminal, print_table
 
 
 class What(StrEnum):
@@ -26,7 +26,7 @@ def list_(what: Annotated[What | None, typer.Argument(help="Only these.", show_d
     rows = sum(table.row_count + 3 for table in shown)  # with title, columns and a blank line
     with console.pager(styles=True) if console.is_terminal and rows > console.height else nullcontext():
         for table in shown:
-            console.print(table)
+            print_table(console, table)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from reachrl.cli.terminal import Terminal
+from reachrl.cli.terminal import Terminal, print_table
 
 if TYPE_CHECKING:
     from reachrl.policies.folders import Inspection
@@ -34,7 +34,7 @@ def info(folder: FolderArgument) -> None:
         where, folders = folders_of(place)
         found = folders.inspect(where)
         for table in _tables(found):
-            console.print(table)
+            print_table(console, table)
         place = found.base
 
 
@@ -71,7 +71,7 @@ def verify(
             Text("pass", "green") if check.passed else Text("FAIL", "bold red"),
         )
     console = Terminal()
-    console.print(table)
+    print_table(console, table)
     if result.missing:
         text = f"FAIL: the function is not verified without {', '.join(result.missing)}; record them too"
         console.print(Text(text, "bold red"))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from reachrl.cli.display import format_duration
 from reachrl.cli.stages import OverridesArgument, PresetArgument
-from reachrl.cli.terminal import Terminal
+from reachrl.cli.terminal import Terminal, print_table
 
 if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
@@ -62,17 +62,17 @@ def plan(
             "check those that you changed"
         ) from error
     console = Terminal(width=min(Terminal().width, WIDTH))
-    console.print(_parameters(config, machine))
+    print_table(console, _parameters(config, machine))
     for title, part in _devices(needed, config, machine):
-        console.print(_memory(title, part))
-    console.print(_time(time, config))
+        print_table(console, _memory(title, part))
+    print_table(console, _time(time, config))
     console.print(
         f"Assumed: {_reached(machine)}; {rate:g} decisions/s of the simulators; arithmetic and memory of the learner, "
         f"not of the process reward.{_not_counted(config)}",
         style="dim",
     )
     if changes:
-        console.print(_advice(changes))
+        print_table(console, _advice(changes))
     console.print(verdict, style="bold")
     if not needed.fits(machine):
         raise typer.Exit(1)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from reachrl.cli.terminal import Terminal
+from reachrl.cli.terminal import Terminal, print_line, print_table
 from reachrl.errors import StorageError
 from reachrl.report.formats import task_labels
 from reachrl.run.records import BestPoint, EvalStage, WholeEvaluation, read_record
@@ -39,7 +39,7 @@ def show_evaluations(run_dir: Path) -> None:
     console = Terminal()
     print_figures(console, "Success on held-out start states", ("before", "after"), totals, tasks)
     for line in [*_paired_lines(before, after), *_best_lines(run_dir, after)]:
-        console.print(line, soft_wrap=True, highlight=False)
+        print_line(console, Text(line))
     console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
     stages = read_record(run_dir / "stages.json", EvalStage, remedy="delete it and run the stages again")
     _print_caveats(stages["eval"]["info"]["caveats"])
@@ -122,20 +122,12 @@ def print_figures(
     table.add_section()
     for row in rows:
         table.add_row(*row)
-    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    if wanted <= console.width:
-        console.print(table)
-        return
-    console.print(title, style="bold")
-    for label, *figures in (*totals, *rows):
-        console.print(label, soft_wrap=True)
-        for column, figure in zip(columns, figures, strict=True):
-            console.print(f"  {column:<{max(map(len, columns))}}  {figure}", soft_wrap=True, highlight=False)
+    print_table(console, table)
 
 
 def _print_caveats(caveats: list[str]) -> None:
     for caveat in caveats:
-        Terminal().print(f"Note: {caveat}", style="yellow", highlight=False, soft_wrap=True)
+        print_line(Terminal(), Text(f"Note: {caveat}"), "yellow")
 
 
 def success(record: dict[str, Any]) -> str:
@@ -164,7 +156,7 @@ def show_best_of(result: dict[str, Any], folder: Path) -> None:
         against = paired(row["against_one"]) if row["best_of"] > 1 else ""
         table.add_row(str(row["best_of"]), success(row["outcomes"]), against, f"{row['ms_per_decision']:.1f}")
     console = Terminal()
-    console.print(table)
+    print_table(console, table)
     console.print("k/n, rate and 95 % Wilson interval. Rank and N were chosen before: the best row is not the result.")
     if result["oracle_look_ahead"]:
         console.print(
