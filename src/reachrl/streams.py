@@ -37,6 +37,7 @@ class Stream(IntEnum):
     PERTURBATION = 21
     RANDOMISE_TRAINING = 22
     RANDOMISE_DEMOS = 23
+    PUBLISHED_SAMPLE = 24
 
 
 def sequence(seed: int, stream: Stream, *key: int | str) -> np.random.SeedSequence:

@@ -1,7 +1,7 @@
 """`reachrl robust`: success under perturbations, before and after training, on the same episodes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
+    from reachrl.pipeline.conditions import Conditions
+
+_EPISODES = 5
 
 
 def robust(
@@ -26,11 +29,24 @@ def robust(
         Path | None,
         typer.Option(metavar="DIR", help="The saved policy to compare with.", show_default="the run's warm start"),
     ] = None,
+    suite: Annotated[
+        Literal["own", "plus"], typer.Option(help="The environment's own axes, or LIBERO-Plus's tasks.")
+    ] = "own",
     axes: Annotated[
         str | None,
         typer.Option(metavar="camera,light=1", help="Which axes, or single levels of them.", show_default="all"),
     ] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Start states a task, each at every level.")] = 5,
+    episodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Start states a task, each at every level; own axes.", show_default=str(_EPISODES)),
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option(metavar="1/10", help="Share of a suite's tasks that is played.", show_default="all")
+    ] = None,
+    protocol: Annotated[
+        Literal["corrected", "upstream"] | None,
+        typer.Option(help="How a suite's episodes begin: mended, or as published figures.", show_default="corrected"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where outcomes go.", show_default="POLICY_OR_RUN/robust")
     ] = None,
@@ -38,13 +54,21 @@ def robust(
 ) -> None:
     """Measure success under perturbations the policy was not trained on, beside the same episodes unperturbed."""
     config, policies, run = measured(target, before, named, list(overrides or []))
-    from reachrl.pipeline.conditions import own_conditions
     from reachrl.pipeline.robust import Robustness, measure_robustness
 
-    if episodes > config.env.num_eval_starts:
-        raise ConfigError(f"--episodes {episodes}: there are env.num_eval_starts={config.env.num_eval_starts}")
-    conditions = own_conditions(config.env, axes, episodes, config.eval.seed)
-    folder = out or (run or target) / "robust"
+    if suite == "own":
+        given = {"--sample": sample, "--protocol": protocol}
+        if misplaced := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{misplaced[0]} belongs to published suites: add  --suite plus")
+        conditions, folder = _own(config, axes, episodes or _EPISODES), "robust"
+    else:
+        if episodes is not None:
+            raise ConfigError(
+                "--episodes: LIBERO-Plus has one episode a task; --sample 1/10 plays a share of the tasks"
+            )
+        conditions = _plus(config, axes, sample or "1", protocol or "corrected")
+        folder = f"robust-plus-{protocol or 'corrected'}"
+    folder = out or (run or target) / folder
     with interruptible(quiet, folder) as display:
         result = measure_robustness(
             Robustness(config=config, policies=policies, conditions=conditions, out=folder), display
@@ -54,6 +78,22 @@ def robust(
         from reachrl.report.report import write_report
 
         write_report(run)
+
+
+def _own(config: "TrainConfig", axes: str | None, episodes: int) -> "Conditions":
+    from reachrl.pipeline.conditions import own_conditions
+
+    if episodes > config.env.num_eval_starts:
+        raise ConfigError(f"--episodes {episodes}: there are env.num_eval_starts={config.env.num_eval_starts}")
+    return own_conditions(config.env, axes, episodes, config.eval.seed)
+
+
+def _plus(
+    config: "TrainConfig", axes: str | None, sample: str, protocol: Literal["corrected", "upstream"]
+) -> "Conditions":
+    from reachrl.pipeline.published import plus_conditions, sample_share
+
+    return plus_conditions(config.env, protocol, axes, sample_share(sample), config.eval.seed)
 
 
 def measured(

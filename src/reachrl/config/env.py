@@ -11,6 +11,7 @@ from reachrl.config.base import Section
 from reachrl.config.marks import Affects
 from reachrl.config.metaworld_rewordings import REWORDINGS
 from reachrl.config.metaworld_tasks import INSTRUCTIONS
+from reachrl.config.paraphrases import spoken
 from reachrl.config.perturbations import (
     CAMERA,
     COLOUR,
@@ -42,6 +43,9 @@ class EnvSection(Section):
     axes: ClassVar[Mapping[str, Axis]] = GENERAL_AXES
     """How episodes can be perturbed: what every environment can, and what this one does itself where a start's
     `variant` asks for it."""
+
+    suites: ClassVar[tuple[str, ...]] = ()
+    """Published robustness suites whose tasks a start's `variant` may name, see `PublishedTask`."""
 
     kind: Annotated[str, Affects.EPISODE]
     """Which environment: a built-in name or `package.module:Class`."""
@@ -90,6 +94,10 @@ class EnvSection(Section):
     def rewordings(self, task: str) -> tuple[str, ...]:
         """Two other sentences that describe `task`, the first for evaluation and the second for training; or none."""
         return ()
+
+    def spoken(self, sentence: str, start: Start) -> str:
+        """What the policy is told in an episode of a task that `sentence` describes."""
+        return spoken(sentence, start, self.rewordings(start.task))
 
     @model_validator(mode="after")
     def _axes_exist(self) -> Self:

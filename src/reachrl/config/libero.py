@@ -7,8 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 
 from reachrl.config.env import EnvSection, named_once
+from reachrl.config.libero_plus import PROTOCOLS, plus_sentence
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.config.marks import Affects
+from reachrl.config.perturbations import PublishedTask
+from reachrl.types import Start
 
 NUM_STORED_STARTS = 50  # per task, shipped with the benchmark
 
@@ -17,6 +20,8 @@ class LiberoConfig(EnvSection):
     """LIBERO: a Franka arm and language tasks in five suites, robosuite physics, the benchmark of the VLA-RL paper."""
 
     packages: ClassVar[tuple[str, ...]] = ("hf-libero", "robosuite", "mujoco")
+
+    suites: ClassVar[tuple[str, ...]] = tuple(PROTOCOLS.values())
 
     kind: Literal["libero"] = "libero"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -66,6 +71,10 @@ class LiberoConfig(EnvSection):
     assets: Annotated[Path | None, Affects.SPEED] = None
     """Folder with the benchmark's meshes and textures; unset: `REACHRL_LIBERO_ASSETS`, then the assets' packages that
     `make libero` installs, then where an installed LIBERO has them, then the download from its hub."""
+
+    def spoken(self, sentence: str, start: Start) -> str:
+        """What the policy is told in an episode; LIBERO-Plus has sentences of its own."""
+        return super().spoken(sentence, start) if PublishedTask.of(start) is None else plus_sentence(self.suite, start)
 
     @model_validator(mode="before")
     @classmethod

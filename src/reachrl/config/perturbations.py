@@ -86,6 +86,25 @@ START = Axis(
 
 
 @dataclass(frozen=True, slots=True)
+class PublishedTask:
+    """One perturbed task of a published robustness suite; as text `suite:name`."""
+
+    suite: str
+    """One of `EnvSection.suites`."""
+    name: str
+    """Which of its tasks, beside the start's own."""
+
+    def __str__(self) -> str:
+        return f"{self.suite}:{self.name}"
+
+    @classmethod
+    def of(cls, start: Start) -> "PublishedTask | None":
+        """That of a start; None where it names none."""
+        suite, colon, name = start.variant.partition(":")
+        return cls(suite, name) if colon else None
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     """One perturbation of one episode; as text `axis=value`, or `axis=value#draw`."""
 
@@ -99,12 +118,12 @@ class Variant:
 
     @classmethod
     def of(cls, start: Start) -> "Variant | None":
-        """That of a start; None where nothing is changed.
+        """That of a start; None where nothing is changed, or a published suite says what (`PublishedTask`).
 
         Raises:
             ValueError: `start.variant` is no variant.
         """
-        if not start.variant:
+        if not start.variant or PublishedTask.of(start) is not None:
             return None
         axis, _, rest = start.variant.partition("=")
         value, _, draw = rest.partition("#")

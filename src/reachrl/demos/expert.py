@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 
 from reachrl.config.demos import DemosSection
-from reachrl.config.paraphrases import spoken
 from reachrl.demos.episode_table import trajectory_table
 from reachrl.envs.base import Env, Perturbed, Shown
 from reachrl.errors import ConfigError, ExtensionError
@@ -73,7 +72,7 @@ def run_attempt(
             on_step(len(actions))
     return Trajectory(
         start=start.plain,
-        instruction=spoken(env.instruction(start.task), start, env.config.rewordings(start.task)),
+        instruction=env.config.spoken(env.instruction(start.task), start),
         images={camera: np.stack([each["images"][camera] for each in seen]) for camera in shown.cameras},
         actions=np.stack(actions).astype(np.float32),
         ee_state=np.stack([each["ee_state"] for each in seen]).astype(np.float32),

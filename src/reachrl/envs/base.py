@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from reachrl.config.base import Section
-from reachrl.config.perturbations import GENERAL_AXES, Variant
+from reachrl.config.perturbations import GENERAL_AXES, PublishedTask, Variant
 from reachrl.envs.render_device import render_variables
 from reachrl.errors import ExtensionError
 from reachrl.functional.perturbation import Filter
@@ -110,7 +110,8 @@ class Env(gym.Env[dict[str, Any], np.ndarray], Simulator):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin the episode `options["start"]`, a `Start`.
 
-        Its `variant` names one of `config.axes`; those that every environment has are applied around this one.
+        Its `variant` names one of `config.axes`, of which those that every environment has are applied around this one,
+        or a task of one of `config.suites`.
         """
 
 
@@ -254,7 +255,7 @@ class Perturbed(Env):
         """Begin the episode `options["start"]`.
 
         Raises:
-            ValueError: its variant is of an axis that the environment does not have.
+            ValueError: its variant is of an axis or a suite that the environment does not have.
         """
         start = (options or {}).get("start")
         self._filter, self._steps = None, 0
@@ -276,6 +277,12 @@ class Perturbed(Env):
         self.env.close()
 
     def _checked(self, start: Start) -> Filter | None:
+        published = PublishedTask.of(start)
+        if published is not None and published.suite not in self.config.suites:
+            there = ", ".join(self.config.suites) or "none"
+            raise ValueError(
+                f"{start.variant}: {self.config.kind} has no such suite of perturbed tasks; it has {there}"
+            )
         variant, axes = Variant.of(start), {**GENERAL_AXES, **self.config.axes}
         if variant is not None and variant.axis not in axes:
             raise ValueError(f"{start.variant}: {self.config.kind} has no such axis; it has {', '.join(axes)}")

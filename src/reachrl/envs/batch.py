@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from reachrl.config.env import EnvSection
-from reachrl.config.paraphrases import spoken
 from reachrl.envs.base import Shown, Simulator
 from reachrl.errors import ConfigError, ExtensionError
 from reachrl.functional.perturbation import Filter, arriving_at_all, seen_by_all
@@ -114,7 +113,7 @@ class EnvBatch(ABC):
 
     def _spoken(self, config: EnvSection, start: Start) -> str:
         """What the policy is told in an episode."""
-        return spoken(self.instruction(start.task), start, config.rewordings(start.task))
+        return config.spoken(self.instruction(start.task), start)
 
     def _check_actions(self, actions: np.ndarray, kind: str) -> None:
         if actions.ndim != 3 or actions.shape[::2] != (self.num_envs, self.action_dim) or not actions.shape[1]:

@@ -107,7 +107,8 @@ def _play(robustness: Robustness, display: Display) -> None:
     if not count:
         return
     limit_threads(config)
-    shown = {starts[0].plain}  # whose first frames are kept
+    levels = (level for axis in robustness.conditions.axes for level in axis.levels)
+    shown = {starts[0], *(level.starts[0] for level in levels)}  # whose first frames are kept
     with (
         closing(MetricsLog(out / "episodes.jsonl")) as log,
         open_envs(config.env, min(config.env.num_envs, count)) as envs,
@@ -130,7 +131,7 @@ def _play(robustness: Robustness, display: Display) -> None:
                 remaining,
                 mode=robustness.mode,
                 config=config.eval,
-                record=lambda start, name=name: name == last and start.plain in shown,
+                record=lambda start, name=name: name == last and start in shown,
                 on_episode=ended,
             )
 

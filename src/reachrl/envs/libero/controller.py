@@ -44,7 +44,6 @@ class ArmController:
         low, high = model.actuator_ctrlrange[self._hand_ctrl].T
         self._hand_middle, self._hand_reach = 0.5 * (high + low), 0.5 * (high - low)
         self._hand_speed = robot.gripper.speed
-        self._rest = np.array(theirs.initial_joint)
         self._all_jacobian, self._all_mass = np.zeros((6, model.nv)), np.zeros((model.nv, model.nv))
         self._kp, self._kd = np.array(theirs.kp, float), np.array(theirs.kd, float)
         self.reset()
@@ -60,6 +59,7 @@ class ArmController:
         """Carry out one action f64[7] of the policy: 50 ms."""
         mujoco, model, data = self._mujoco, self._model, self._data
         goal: np.ndarray | None = None
+        rest = self._theirs.initial_joint
         hand_step = np.array([-1.0, 1.0]) * self._hand_speed * np.sign(action[6])
         for _ in range(self._substeps):
             mujoco.mj_step1(model, data)
@@ -68,7 +68,7 @@ class ArmController:
             if goal is None:
                 goal = self._new_goal(action, seen)
             bias = data.qfrc_bias[self._arm]
-            torques = self._torques(goal, self._goal_rotation, *seen, bias, self._rest, self._kp, self._kd)
+            torques = self._torques(goal, self._goal_rotation, *seen, bias, rest, self._kp, self._kd)
             data.ctrl[self._arm_ctrl] = np.minimum(np.maximum(torques, self._torque_low), self._torque_high)
             self._hand = np.minimum(np.maximum(self._hand + hand_step, -1.0), 1.0)
             data.ctrl[self._hand_ctrl] = self._hand_middle + self._hand_reach * self._hand

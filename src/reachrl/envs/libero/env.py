@@ -13,6 +13,7 @@ from reachrl.envs.libero.experts.expert import Expert
 from reachrl.envs.libero.faithful_simulation import FaithfulSimulation
 from reachrl.envs.libero.fast_simulation import FastSimulation
 from reachrl.envs.libero.installation import check_alone, check_suite, check_versions
+from reachrl.envs.libero.plus import PlusEpisode
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
 from reachrl.envs.render_device import check_rendering
@@ -44,6 +45,7 @@ class LiberoEnv(Env):
         self._renderer = Renderer(config.image_size) if config.simulation == "fast" else None
         self._made: dict[str, Starts] = {}
         self._starts: Starts | None = None
+        self._plus: PlusEpisode | None = None
         self._expert: Expert | None = None
         self._steps = 0
         self._over = True
@@ -78,8 +80,9 @@ class LiberoEnv(Env):
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
+        self._plus = PlusEpisode.of(start)
         self._starts = self.task_starts(start.task)
-        self._starts.begin(start.split, start.index)
+        self._starts.begin(start.split, start.index, None if self._plus is None else self._plus.perturbation())
         for _ in range(_SETTLING_STEPS):
             self._starts.simulation.step(_DO_NOTHING)
         self._expert = None
@@ -156,6 +159,8 @@ class LiberoEnv(Env):
     def _observe(self, starts: Starts) -> dict[str, Any]:
         simulation = starts.simulation
         images = {camera: simulation.frame(camera) for camera in self.config.cameras}
+        if self._plus is not None:
+            images = {camera: self._plus.seen(camera, frame, self._steps) for camera, frame in images.items()}
         return {"images": images, "ee_state": simulation.ee_state(), "state": simulation.state()}
 
 

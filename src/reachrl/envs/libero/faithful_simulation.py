@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.libero.installation import bddl_file, import_upstream
-from reachrl.envs.libero.simulation import CAMERA, Simulation, axis_angle, extended, pristine_arrays, problem_of
+from reachrl.envs.libero.simulation import (
+    CAMERA,
+    Perturbation,
+    Simulation,
+    axis_angle,
+    extended,
+    pristine_arrays,
+    problem_of,
+)
 from reachrl.envs.mujoco_memory import release_compilation, release_textures
 
 
@@ -80,10 +88,10 @@ class FaithfulSimulation(Simulation):
         self.domain.object_property_initializers = list(self._samplers)
         self._seen = self._env.reset()
 
-    def reset(self, seed: int, state: np.ndarray | None) -> None:
+    def reset(self, seed: int, state: np.ndarray | None, perturbation: Perturbation | None = None) -> None:
         """Begin an episode; see `Simulation.reset`."""
-        super().reset(seed, state)
-        if state is not None:
+        super().reset(seed, state, perturbation)
+        if state is not None or perturbation is not None:
             self._env._update_observables(force=True)
             self._seen = self.domain._get_observations()
 

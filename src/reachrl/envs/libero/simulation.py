@@ -5,14 +5,16 @@ where objects stand unless a stored state says so) is drawn from a seed, and the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 CAMERA = "agentview"
 FINGERS_OPEN_M = 0.08  # between the fingers of an open gripper
+_WRITTEN = ("body_pos", "body_quat", "site_rgba", "cam_pos", "cam_quat")
 
 
 @contextmanager
@@ -38,8 +40,28 @@ def extended(base: type, ours: type, **values: Any) -> type:
 
 
 def pristine_arrays(model: Any) -> dict[str, np.ndarray]:
-    """Copies of those arrays of a model that upstream writes into during an episode."""
-    return {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_rgba")}
+    """Copies of those arrays of a model that an episode may write into."""
+    return {name: getattr(model, name).copy() for name in _WRITTEN}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posture:
+    """Another posture of the arm at the beginning of an episode."""
+
+    joints: Sequence[float]
+    """Seven positions, rad."""
+    at_rest: bool
+    """Whether the controller pulls the elbow to this posture, and a stored state overrides it; otherwise the arm begins
+    in it, whatever is stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perturbation:
+    """What an episode does to a simulation."""
+
+    aim: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    """Position f64[3] and quaternion f64[4] of the fixed camera, from those that it usually has."""
+    posture: Posture | None = None
 
 
 class Simulation(ABC):
@@ -51,21 +73,45 @@ class Simulation(ABC):
 
     domain: Any
 
-    def reset(self, seed: int, state: np.ndarray | None) -> None:
+    def reset(self, seed: int, state: np.ndarray | None, perturbation: Perturbation | None = None) -> None:
         """Begin an episode.
 
         Args:
             seed: of what the reset draws.
             state: stored time, positions and velocities f64[K] that replace the drawn ones, or none.
+            perturbation: what else is changed.
         """
+        posture = None if perturbation is None else perturbation.posture
+        self._stand(None if posture is None else posture.joints)
         with seeded(seed):
             self._reset()
+        if perturbation is not None:
+            camera = self.model.camera(CAMERA)
+            camera.pos[:], camera.quat[:] = perturbation.aim(camera.pos.copy(), camera.quat.copy())
+        if posture is not None and not posture.at_rest:
+            robot = self.domain.robots[0]
+            robot.controller.initial_joint = np.array(robot.robot_model.init_qpos)
+            state = None if state is None else self._with_joints(state, posture.joints)
+        sim = self.domain.sim
         if state is not None:
-            sim = self.domain.sim
             sim.set_state_from_flattened(state)
+        if state is not None or perturbation is not None:
             sim.forward()
             self.domain._check_success()  # it also switches what is seen of a stove
             self.domain._post_process()
+
+    def _stand(self, joints: Sequence[float] | None) -> None:
+        """Joint positions that the next reset brings the arm to; None: the robot's own."""
+        robot = self.domain.robots[0]
+        robot.init_qpos = np.array(robot.robot_model.init_qpos if joints is None else joints)
+        # Where a reset makes the robot anew, from these.
+        self.domain.robot_configs[0]["initial_qpos"] = None if joints is None else robot.init_qpos
+
+    def _with_joints(self, state: np.ndarray, joints: Sequence[float]) -> np.ndarray:
+        """A stored state with other positions of the arm's joints."""
+        changed = state.copy()
+        changed[1 + np.array(self.domain.robots[0]._ref_joint_pos_indexes)] = joints
+        return changed
 
     @abstractmethod
     def _reset(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from reachrl.config.libero import NUM_STORED_STARTS
 from reachrl.envs.gl import import_mujoco
 from reachrl.envs.libero.installation import stored_starts
-from reachrl.envs.libero.simulation import Simulation
+from reachrl.envs.libero.simulation import Perturbation, Simulation
 from reachrl.errors import ConfigError
 from reachrl.streams import Stream, sequence
 from reachrl.types import Split
@@ -59,18 +59,20 @@ class Starts:
         """How far objects in `qpos` f64[nq] are from the nearest stored start: metres, all objects together."""
         return float(np.linalg.norm(self._stored_positions - self.positions(qpos), axis=-1).min())
 
-    def begin(self, split: Split, index: int) -> None:
-        """Put the simulation at start `index` of `split`.
+    def begin(self, split: Split, index: int, perturbation: Perturbation | None = None) -> None:
+        """Put the simulation at start `index` of `split`, perhaps perturbed.
 
         What is not stored (where cabinets and stoves stand) is drawn with the start's number as seed.
         """
         key = (split, index)
         if split == "eval" or (split == "train" and self.stored_for_training):
-            self.simulation.reset(index, self.stored[index])
-        elif key in self._seeds:
-            self.simulation.reset(self._seeds[key], None)
-        else:
+            self.simulation.reset(index, self.stored[index], perturbation)
+            return
+        if key not in self._seeds:
             self._seeds[key] = self._draw(split, index)
+            if perturbation is None:
+                return
+        self.simulation.reset(self._seeds[key], None, perturbation)
 
     def _draw(self, split: Split, index: int) -> int:
         stream = Stream.LIBERO_VALIDATION_STARTS if split == "validation" else Stream.LIBERO_STARTS
