@@ -13,7 +13,7 @@ GL_PACKAGES := libegl1 libgl1-mesa-dri libosmesa6
 , := ,
 RUN ?= runs/quickstart
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 PYTEST_ARGS ?=
 
 .PHONY: help venv libero gl quickstart test lint format docs
@@ -55,15 +55,16 @@ quickstart: venv  ## The whole story into RUN=runs/quickstart; ARGS="key=value .
 
 # Memory that simulators' scenes took and gave back would stay reserved in the heap, tens of GB of addresses, and Ray
 # could no longer fork: larger pieces are returned at once. Files run in the order of their folders, which has the long
-# ones first; xdist would begin with those that have the most tests.
+# ones first; xdist would begin with those that have the most tests. Three processes keep two cores busy: one of them
+# often waits for what it has started.
 test: venv  ## Run the test suite; PYTEST_ARGS="-k decoder" to select
 	MALLOC_MMAP_THRESHOLD_=1048576 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv  ## Style, formatting, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/pyright
 
 format: venv  ## Apply the formatting and the safe fixes
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 
 # Before numpy or torch are imported: the suite runs in parallel processes, and results must not depend
 # on the number of cores. Worker processes inherit it.
@@ -29,7 +30,17 @@ _hook.__enter__()
 hypothesis.settings.register_profile("reachrl", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("reachrl")
 
+# After the hook: what is imported here is checked too.
+from forked import FORKS, children_are_forked, forker
+from reachrl import child
+
 MARKED_FOLDERS = ("sim", "gpu", "e2e", "learning")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes that share the tests share the process that forks, too, which imports while they collect."""
+    if config.getoption("numprocesses", None):
+        os.environ[FORKS] = forker().folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,7 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Skip, with the reason, what this machine cannot run; decide how processes of environments begin."""
+    fresh = item.get_closest_marker("fresh") or item.get_closest_marker("sim")
+    child.subprocess = subprocess if fresh else children_are_forked()
     if item.get_closest_marker("gpu"):
         import torch
 

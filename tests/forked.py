@@ -1,38 +1,59 @@
 """Programs under test in processes that are forked from one which has imported everything: four seconds less for each.
 
-What a fork cannot show, how a fresh interpreter begins, a few tests show by starting one.
+So are the processes that these programs start: those of environments, and where it is asked for, Ray's workers and the
+ranks of `torchrun`. What a fork cannot show, how a fresh interpreter begins, a few tests show by starting one.
 """
 
-import atexit
+import contextlib
 import functools
-import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
-IMPORTED = (
-    *("torch", "torch._dynamo", "numpy", "av", "PIL.Image", "transformers.models.llama.modeling_llama"),
-    *("tensorboard.summary.writer.event_file_writer", "tensorboard.compat.proto.event_pb2", "reachrl.cli.app"),
-    *("reachrl.pipeline", "reachrl.loop", "reachrl.backends.local", "reachrl.policies.openvla.policy"),
-    *("reachrl.policies.openvla.storage", "reachrl.rewards.process.reward", "reachrl.algorithms.ppo"),
-    *("reachrl.curriculum.success_rate", "reachrl.testing.envs", "reachrl.report.report"),
-    *("reachrl.backends.data_parallel", "reachrl.algorithms.grpo", "peft.tuners.lora"),
-)  # not pyarrow: it starts a thread
+SERVER = str(Path(__file__).with_name("fork_server.py"))
+FORKS = "REACHRL_TEST_FORKS"  # folder of the process that forks: its socket and its stand-in for an interpreter
+
+# Started as `python ARGUMENTS`: asks for a fork that is this program, and lives and dies with it.
+STAND_IN = """#!{python} -ISE
+import json, os, signal, socket, sys
+arguments = sys.argv[1:]
+program = next((each for each in arguments if each not in ("-u", "-m")), "")
+if program != "reachrl" and not program.endswith("/setup_worker.py"):
+    os.execv({python!r}, [{python!r}, *arguments])
+arguments = arguments[arguments.index(program) + 1 :]
+files = [number for number in map(int, os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd/%d" % number)]
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = dict(program=program, arguments=arguments, cwd=os.getcwd(), environment=dict(os.environ), files=files)
+    request |= dict(parent=os.getppid(), group=os.getpgrp(), session=os.getsid(0))
+    content = json.dumps(request).encode()
+    socket.send_fds(server, [len(content).to_bytes(8, "big")], files)
+    server.sendall(content)
+    pid = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.path.exists("/proc/%d" % pid) and os.kill(pid, number))
+    code = int(server.recv(16) or b"1")
+if code < 0:
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
 
 
 class Forked:
     """A forked process, with the methods of `subprocess.Popen` that the tests use."""
 
-    def __init__(self, pid: int, ended: socket.socket, out: IO[bytes], err: IO[bytes]) -> None:
+    def __init__(self, pid: int, ended: socket.socket, out: IO[bytes] | None = None, err: IO[bytes] | None = None):
         self.pid, self.returncode = pid, None
         self._ended, self._out, self._err = ended, out, err
 
@@ -48,7 +69,7 @@ class Forked:
 
     def _wait(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._ended], [], [], timeout)[0]:
-            self.returncode = int(self._ended.recv(16))
+            self.returncode = int(self._ended.recv(16) or b"-9")
             self._ended.close()
         return self.returncode
 
@@ -56,6 +77,7 @@ class Forked:
         self.wait(timeout)
         said = []
         for file in (self._out, self._err):
+            assert file is not None
             file.seek(0)
             said.append(file.read().decode())
         return said[0], said[1]
@@ -68,18 +90,51 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def fork(folder: str, files: dict[int, int], **request: Any) -> tuple[int, socket.socket]:
+    """Ask the process that forks for one.
+
+    Args:
+        folder: of the process that forks.
+        files: numbers of open files by the numbers they get there.
+        request: what it becomes.
+
+    Returns:
+        Its process id, and a socket that tells its exit code. Processes with a `parent` end when this is closed.
+    """
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(f"{folder}/socket")
+    content = json.dumps(request | {"files": list(files)}).encode()
+    socket.send_fds(server, [len(content).to_bytes(8, "big")], list(files.values()))
+    server.sendall(content)
+    pid = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
+    assert pid, "the process that forks has ended"
+    return pid, server
+
+
 class Forker:
-    """The process that has imported everything, seen from the tests; it ends with this process."""
+    """The process that has imported everything, seen from the tests; it ends with the process that started it."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
+        if FORKS in os.environ:  # of the process that shares tests out among several
+            self.folder = os.environ[FORKS]
+            return
+        self.folder = tempfile.mkdtemp(prefix="forks-")
+        listener = listen(self.folder)
+        self._alive, theirs = socket.socketpair()
+        with theirs, listener:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-            command = [sys.executable, __file__, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+            command = [sys.executable, SERVER, self.folder, str(listener.fileno()), str(theirs.fileno())]
+            passed = [listener.fileno(), theirs.fileno()]
+            self._process = subprocess.Popen(command, pass_fds=passed, env=environment)
 
     def start(
-        self, program: str, *arguments: str, cwd: Path | None = None, together: bool = False, **variables: str
+        self,
+        program: str,
+        *arguments: str,
+        cwd: Path | None = None,
+        together: bool = False,
+        family: bool = False,
+        **variables: str,
     ) -> Forked:
         """Start `python -m MODULE` or `python FILE.py`.
 
@@ -88,25 +143,33 @@ class Forker:
             arguments: of its command line.
             cwd: where it runs.
             together: whether stderr goes where stdout goes.
+            family: whether Ray's workers and ranks that it starts are forked too, all from a child of its own.
             variables: of its environment, besides this process's.
         """
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        ours, theirs = socket.socketpair()
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-        request = {
-            "program": program,
-            "arguments": arguments,
-            "cwd": str(cwd or Path.cwd()),
-            "environment": environment,
-        }
-        content = json.dumps(request).encode()
-        files = [out.fileno(), (out if together else err).fileno(), theirs.fileno()]
-        socket.send_fds(self._socket, [len(content).to_bytes(8, "big")], files)
-        self._socket.sendall(content)
-        theirs.close()
-        pid = int.from_bytes(self._socket.recv(8), "big")
-        assert pid, "the process that forks has ended"
-        return Forked(pid, ours, out, err)
+        here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), FORKS: self.folder}
+        environment = os.environ | here | variables
+        pid, ended = fork(
+            self.folder,
+            {1: out.fileno(), 2: (out if together else err).fileno()},
+            program=program,
+            arguments=arguments,
+            cwd=str(cwd or Path.cwd()),
+            environment=environment,
+            family=family,
+        )
+        return Forked(pid, ended, out, err)
+
+
+def listen(folder: str) -> socket.socket:
+    """A socket for requests in a folder, and beside it what asks there in an interpreter's place."""
+    stand_in = Path(folder) / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, address=f"{folder}/socket"))
+    stand_in.chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{folder}/socket")
+    listener.listen(64)
+    return listener
 
 
 @functools.cache
@@ -137,92 +200,38 @@ def ranks(size: int) -> list[dict[str, str]]:
     return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-# --- in the process that forks ------------------------------------------------------------------------
+# --- processes that a program starts ------------------------------------------------------------------
 
 
-def serve(connection: socket.socket) -> None:
-    """Fork for each request until the tests' end of the connection is closed."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    assert threading.active_count() == 1, "a fork would lose threads"
-    running: dict[int, socket.socket] = {}
-    woken, wake = socket.socketpair()
-    wake.setblocking(False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake.fileno())
-    while True:
-        ready, _, _ = select.select([connection, woken], [], [])
-        if woken in ready:
-            woken.recv(4096)
-            report_ended(running)
-        if connection in ready:
-            size, files, _, _ = socket.recv_fds(connection, 8, 3)
-            if not size:
-                return
-            content = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
-            if not (pid := os.fork()):
-                signal.set_wakeup_fd(-1)
-                become(json.loads(content), files)
-            for file in files[:2]:
-                os.close(file)
-            running[pid] = socket.socket(fileno=files[2])
-            connection.sendall(pid.to_bytes(8, "big"))
-
-
-def report_ended(running: dict[int, socket.socket]) -> None:
-    """Tell who waits for them the codes of commands that have ended."""
-    for pid in list(running):
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            with running.pop(pid) as waiting:
-                try:
-                    waiting.sendall(str(os.waitstatus_to_exitcode(status)).encode())
-                except BrokenPipeError:
-                    pass  # nobody waits for it
-
-
-def become(request: dict, files: list[int]) -> None:
-    """Go on as the program in this fork; does not return."""
-    for number, target in zip(files[:2], (1, 2), strict=True):
-        os.dup2(number, target)
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.closerange(3, 256)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["cwd"])
-    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    program, here = request["program"], request["cwd"]
-    is_file = program.endswith(".py")
-    sys.path[:] = dict.fromkeys([str(Path(program).parent) if is_file else here, *places, *sys.path[1:]])
-    sys.argv = [program, *request["arguments"]]
-    code = 1
+def start_child(
+    command: list[str], *, pass_fds: Sequence[int], stdin: int, stderr: IO[bytes], env: dict[str, str]
+) -> Forked:
+    """In place of the `subprocess.Popen` of `reachrl.child`."""
+    assert command[1:3] == ["-P", "-c"] and stdin == subprocess.DEVNULL, command
+    folder = os.environ.get(FORKS) or forker().folder
+    files = {1: 1, 2: stderr.fileno()} | {number: number for number in pass_fds}
     try:
-        if is_file:
-            runpy.run_path(program, run_name="__main__")
-        else:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+        cwd = os.getcwd()
+    except FileNotFoundError:
+        cwd = "/"
+    request = {"cwd": cwd, "environment": env, "parent": os.getpid(), "group": os.getpgrp(), "session": os.getsid(0)}
+    pid, ended = fork(folder, files, program="-c", code=command[3], arguments=command[4:], **request)
+    return Forked(pid, ended)
+
+
+def children_are_forked() -> SimpleNamespace:
+    """What `reachrl.child` is to have for `subprocess`."""
+    return SimpleNamespace(Popen=start_child, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)
+
+
+@contextlib.contextmanager
+def python_is_forked() -> Iterator[None]:
+    """In this process `sys.executable` is the stand-in, for the Ray that is started meanwhile."""
+    folder, before = forker().folder, (sys.executable, os.environ.get(FORKS))
+    sys.executable, os.environ[FORKS] = f"{folder}/python", folder
+    try:
+        yield
     finally:
-        finish(code)
-
-
-def finish(code: int) -> None:
-    """End as an interpreter does, without what belongs to the process that forks."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+        sys.executable = before[0]
+        if before[1] is None:
+            del os.environ[FORKS]

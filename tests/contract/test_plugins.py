@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from short_answers import DIMS, END, ShortConfig, ShortPolicy
 from tiny_run import OVERRIDES, Lines, play, train_lines
 
+from forked import python_is_forked
 from reachrl.config.loading import load_config
 from reachrl.config.train import TrainConfig
 from reachrl.envs.vector import VectorEnv
@@ -93,7 +94,8 @@ def one_ray():
     """A Ray that every run here finds and leaves running."""
     ray = pytest.importorskip("ray")
     variables = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
+    with python_is_forked():
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     yield
     ray.shutdown()
 

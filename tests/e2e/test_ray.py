@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -31,7 +30,7 @@ RAY = ["backend.kind=ray", "backend.actors=2", "backend.learners=2", "backend.de
 
 
 def start(*arguments: str) -> Forked:
-    return start_reachrl(*arguments, together=True, PYTHONPATH=os.pathsep.join(sys.path))
+    return start_reachrl(*arguments, together=True, family=True)
 
 
 def finish(process: Forked) -> str:

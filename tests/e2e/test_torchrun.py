@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forked import Forked, ranks, start_reachrl
+from forked import Forked, forker, ranks, start_reachrl
 
 CHANGES = ["toy", "num_iterations=5", "checkpoint_every=1", "env.num_envs=3", "num_threads=1"]
 CHANGES += [
@@ -31,6 +31,10 @@ def torchrun(*arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TORCHRUN, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def forked_torchrun(*arguments: str) -> Forked:
+    return forker().start("torch.distributed.run", *TORCHRUN[2:], *arguments, together=True, family=True)
 
 
 def ended(process: subprocess.Popen[str] | Forked) -> str:
@@ -83,7 +87,7 @@ def test_two_processes_train_as_one_does(warm, tmp_path):
 def test_a_killed_process_ends_the_run_and_one_process_resumes_it(warm, tmp_path, rank):
     folder = tmp_path / "run"
     shutil.copytree(warm, folder)
-    launcher = torchrun("train", *CHANGES, "--run", str(folder))
+    launcher = forked_torchrun("train", *CHANGES, "--run", str(folder))
     deadline = time.monotonic() + 120
     while len(records(folder)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -9,6 +9,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
+from forked import python_is_forked  # noqa: E402
 from reachrl.backends.cluster.backend import reservation  # noqa: E402
 from reachrl.backends.cluster.calls import Lost, Remote, insist  # noqa: E402
 from reachrl.config.backend import RayBackendConfig  # noqa: E402
@@ -36,13 +37,14 @@ class Worker:
 @pytest.fixture(scope="module")
 def spawn():
     search_path = os.pathsep.join(map(os.path.abspath, sys.path))  # the workers import this file
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": search_path}},
-    )
+    with python_is_forked():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": search_path}},
+        )
     kept = []
 
     def make(name="worker 3"):

@@ -17,6 +17,8 @@ from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError, MissingExtra
 from reachrl.types import Start
 
+pytestmark = pytest.mark.fresh
+
 SOFTWARE = EglDevice(index=3, cuda=None, software=True)
 # EGL's order is not CUDA's: its devices 0, 1, 2 are CUDA's 2, 0, 1.
 THREE_GPUS = (*(EglDevice(index=i, cuda=c, software=False) for i, c in enumerate((2, 0, 1))), SOFTWARE)

@@ -8,6 +8,8 @@ import pytest
 
 from reachrl.child import Child
 
+pytestmark = pytest.mark.fresh
+
 SHOWN = {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": os.pathsep.join(sys.path)}
 OURS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}
 

@@ -25,6 +25,8 @@ from reachrl.errors import ConfigError, ExtensionError, MissingExtra, WorkerErro
 from reachrl.testing.envs import ReachConfig, ReachEnv
 from reachrl.types import Start
 
+pytestmark = pytest.mark.fresh
+
 N = 3
 CONFIG = ReachConfig(max_steps=6)
 
