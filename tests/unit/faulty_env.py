@@ -22,6 +22,7 @@ class FaultyConfig(ReachConfig):
 
 class FaultyEnv(ReachEnv):
     Config = FaultyConfig
+    shares_process = False
 
     def __init__(self, config: FaultyConfig):
         if config.fault == "missing extra":

@@ -19,6 +19,7 @@ from reachrl.evaluation import evaluate, heldout_starts
 from reachrl.pipeline import measure as measuring
 from reachrl.pipeline.measure import Measurement, measure, played
 from reachrl.report import result_page
+from reachrl.testing.envs import ReachEnv
 
 QUIET = Display(quiet=True)
 CHANGES = ("eval.num_starts=3", "env.max_steps=6", "eval.num_videos=1")
@@ -156,6 +157,7 @@ def test_a_killed_worker_costs_time_and_no_outcome(policy, whole, tmp_path, monk
         return step(envs, *arguments)
 
     monkeypatch.setattr(VectorEnv, "step", step_and_kill)
+    monkeypatch.setattr(ReachEnv, "shares_process", False)  # a process for each episode
     result = measure(measurement(policy, tmp_path / "killed"), QUIET)
     assert calls[0].lost_episodes == 2 and result["modes"] == whole["modes"]
 

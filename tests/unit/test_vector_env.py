@@ -41,8 +41,10 @@ def some_starts(first: int) -> list[Start]:
 
 @pytest.fixture(scope="module")
 def healthy() -> Iterator[VectorEnv]:
-    with VectorEnv(CONFIG, N) as envs:
-        yield envs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReachEnv, "shares_process", False)  # a process for each, of which one may die
+        with VectorEnv(CONFIG, N) as envs:
+            yield envs
 
 
 class ByHand:

@@ -24,6 +24,7 @@ _GRIP_SPEED = 0.25  # opening per decision at full effort
 _CORNERS = np.array([[0.2, 0.2], [0.8, 0.8], [0.2, 0.8], [0.8, 0.2]])  # m: about where each square lies
 _JITTER = 0.1  # m by which a start moves a square at most, in x and in y
 _CLOSED = 0.5  # opening of the gripper below which it holds
+_DOT = {True: (255, 255, 255), False: (150, 100, 160)}  # its colour by whether it holds
 
 
 class ReachConfig(EnvSection):
@@ -55,13 +56,15 @@ class ReachConfig(EnvSection):
 class ReachEnv(Env):
     """A square of each colour lies in its corner; the instruction says which one to move the dot to and hold.
 
-    Actions are f32[4] in [-1, 1]: displacement x y z and gripper effort (positive closes). Height and
-    gripper are shown in `ee_state` only; success is nearness in x and y with the gripper at least half closed.
-    An imitator of the expert, which closes on arrival, often arrives open: there is something to learn online.
+    Actions are f32[4] in [-1, 1]: displacement x y z and gripper effort (positive closes). The dot is white while it
+    holds, violet while its gripper is open; height is shown in `ee_state` only. Success is nearness in x and y with
+    the gripper at least half closed. An imitator of the expert, which closes on arrival, often arrives open: there is
+    something to learn online.
     """
 
     Config = ReachConfig
     metadata = {"render_modes": []}
+    shares_process = True  # it owns nothing but a few numbers
 
     def __init__(self, config: ReachConfig):
         self.config = config
@@ -104,7 +107,7 @@ class ReachEnv(Env):
         action = np.clip(action, -1.0, 1.0).astype(np.float64)
         self._state = np.clip(self._state + action * [_SPEED, _SPEED, _SPEED, -_GRIP_SPEED], 0.0, 1.0)
         distance = float(np.linalg.norm(self._to_target()))
-        success = distance < self.config.radius and bool(self._state[3] < _CLOSED)
+        success = distance < self.config.radius and self._holds()
         self._steps += 1
         truncated = not success and self._steps >= self.config.max_steps
         self._over = success or truncated
@@ -112,20 +115,24 @@ class ReachEnv(Env):
         return self._observe(), float(success), success, truncated, info
 
     def expert_action(self) -> np.ndarray:
-        """Straight to the target at full speed, closing the gripper near it; f32[4]."""
+        """Straight to the target at full speed, opening the gripper far from it and closing it near it; f32[4]."""
         offset = self._to_target()
-        near = np.linalg.norm(offset) < 3 * _SPEED
-        return np.array([*np.clip(offset / _SPEED, -1, 1), 0.0, 1.0 if near else -1.0], np.float32)
+        closing = 1.0 - np.linalg.norm(offset) / (3 * _SPEED)
+        grip = max(closing, np.tanh(closing))  # never at its limit for long, as no gripper should be
+        return np.array([*np.clip(offset / _SPEED, -1, 1), 0.0, grip], np.float32)
 
     def _to_target(self) -> np.ndarray:
         return self._squares[self._target] - self._state[:2]
+
+    def _holds(self) -> bool:
+        return bool(self._state[3] < _CLOSED)
 
     def _observe(self) -> dict[str, Any]:
         size = self.config.image_size
         image = np.full((size, size, 3), _BACKGROUND, np.uint8)
         for place, color in zip(self._squares, COLORS.values(), strict=True):
             self._draw(image, place, 0.07, color)
-        self._draw(image, self._state[:2], 0.035, (255, 255, 255))
+        self._draw(image, self._state[:2], 0.06, _DOT[self._holds()])
         return {"images": {"camera": image}, "ee_state": self._state.astype(np.float32)}
 
     def _draw(self, image: np.ndarray, place: np.ndarray, half: float, color: tuple[int, int, int]) -> None:
