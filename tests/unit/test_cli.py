@@ -451,6 +451,17 @@ def test_options_that_another_kind_resets_are_named(reachrl):
     assert reachrl("config", "toy", "algorithm.kind=ppo", "algorithm.lr=1e-5")[2] == ""
 
 
+def test_options_of_the_base_that_a_file_resets_are_named(reachrl, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "toy"\n[env]\nkind = "metaworld"\nmax_steps = 9\n')
+    envs = load_config("toy").env.num_envs, load_config("metaworld_quickstart").env.model_fields["num_envs"].default
+    named = f"env.kind=metaworld begins with its own defaults, not with what toy sets: env.num_envs {envs[0]} -> "
+    _, _, err = reachrl("config", file)
+    assert err == f"note: {named}{envs[1]}\n"
+    file.write_text('base = "toy"\n[env]\nkind = "metaworld"\nnum_envs = 3\n')
+    assert reachrl("config", file)[2] == ""
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (7500, "2h05m")])
 def test_durations_read_well(seconds, text):
     assert format_duration(seconds) == text

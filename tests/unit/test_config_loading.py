@@ -3,6 +3,7 @@
 import pytest
 
 from reachrl.config.loading import config_hash, explain, list_presets, load_config
+from reachrl.config.train import refuse_training
 from reachrl.errors import ConfigError
 
 
@@ -67,6 +68,49 @@ def test_mistakes_name_the_key_and_what_was_expected(override, message):
     with pytest.raises(ConfigError) as error:
         load_config("metaworld_quickstart", overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "said"),
+    [
+        ("toy", ["policy.num_action_tokens=7"], (7, "reach_toy", 4)),
+        ("metaworld_quickstart", ["policy.num_action_tokens=2"], (2, "metaworld", 4)),
+        ("metaworld_quickstart", ["env.kind=libero"], (4, "libero", 7)),
+        ("metaworld_oft", ["policy.num_action_tokens=3"], (3, "metaworld", 4)),
+    ],
+)
+def test_a_policy_answers_with_a_token_for_each_number_of_an_action(preset, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        refuse_training(load_config(preset, overrides))
+    tokens, kind, numbers = said
+    assert str(error.value) == (
+        f"policy.num_action_tokens={tokens}, but actions of env.kind={kind} have {numbers} numbers, and each takes one "
+        f"token: set policy.num_action_tokens={numbers}"
+    )
+
+
+def test_the_stated_size_of_actions_is_the_environments():
+    from reachrl.envs.metaworld import MetaworldEnv
+    from reachrl.testing.envs import ReachEnv
+
+    for kind, tasks in ((ReachEnv, ("red-square",)), (MetaworldEnv, ("drawer-open",))):
+        config = kind.Config(tasks=tasks)
+        assert kind(config).action_space.shape == (config.action_dim,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["policy.kind=openvla_oft", "policy.chunk_sise=4", "env.execute=2"], "policy.chunk_sise"),
+        (["policy.kind=openvla_oft", "policy.chunk_size=0", "env.execute=2"], "policy.chunk_size"),
+        (["env.max_step=9", "algorithm.kind=grpo", "rollout.num_steps=12"], "env.max_step"),
+    ],
+)
+def test_a_wrong_section_is_not_judged_by_its_default(overrides, key):
+    with pytest.raises(ConfigError) as error:
+        load_config("toy", overrides)
+    _, *problems = str(error.value).splitlines()
+    assert len(problems) == 1 and key in problems[0]
 
 
 def test_every_mistake_is_told_at_once():

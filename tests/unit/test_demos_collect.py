@@ -114,6 +114,35 @@ def collected(tmp_path_factory: pytest.TempPathFactory):
     return collect_demos(PointConfig(), DEMOS, folder, seed=7)
 
 
+def test_what_does_not_fit_the_policy_is_told_before_the_first_attempt(tmp_path) -> None:
+    described, progress = [], []
+
+    def check(shown):
+        described.append({key: shown[key] for key in ("action_dim", "cameras", "state_size")})
+        raise ConfigError("not for this policy")
+
+    with pytest.raises(ConfigError, match="not for this policy"):
+        collect_demos(PointConfig(), DEMOS, tmp_path, seed=7, on_progress=progress.append, check=check)
+    env = PointEnv(PointConfig())
+    assert described == [{"action_dim": len(env.action_space.low), "cameras": ["camera"], "state_size": None}]
+    assert not progress
+
+
+def test_a_plug_ins_actions_and_cameras_are_compared_with_the_policys() -> None:
+    from reachrl.config.loading import load_config
+    from reachrl.pipeline.warm_start import _check_fit
+
+    shown = {"action_dim": 4, "cameras": ["front"], "state_size": None}
+    _check_fit(load_config("toy"), shown)
+    with pytest.raises(ConfigError, match=r"have 2 numbers, and each takes one token: set policy.num_action_tokens=2"):
+        _check_fit(load_config("toy"), {**shown, "action_dim": 2})
+    oft = load_config("metaworld_oft")  # two cameras and a state of 4 numbers
+    with pytest.raises(ConfigError, match=r"policy.kind=openvla_oft looks at 2 cameras, and there is 1 \(front\)"):
+        _check_fit(oft, {**shown, "state_size": oft.policy.state_size})
+    with pytest.raises(ConfigError, match="takes a state of . numbers, and there is no state"):
+        _check_fit(oft, {**shown, "cameras": ["front", "wrist"]})
+
+
 def test_clean_action_is_recorded_while_the_noisy_one_runs() -> None:
     env, start = PointEnv(PointConfig()), Start("near", "train", 1)
     trajectory = run_attempt(env, start, DEMOS, noise_generator(7, Attempt("near", 1)))

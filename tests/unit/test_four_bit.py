@@ -357,3 +357,34 @@ def test_sharding_is_refused() -> None:
 def test_four_bits_need_adapters_on_a_checkpoint() -> None:
     with pytest.raises(ConfigError, match=r"policy\.checkpoint must say which"):
         load_config("toy", ["policy.lora.base=nf4"])
+
+
+def test_the_library_fetches_no_code_as_it_is_imported(tmp_path, monkeypatch, caplog):
+    """As bitsandbytes 0.50 does on CPUs with bfloat16 instructions."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): raise AssertionError('fetched')\n")
+    backends = tmp_path / "bitsandbytes" / "backends" / "cpu"
+    backends.mkdir(parents=True)
+    for folder in (tmp_path / "bitsandbytes", backends.parent, backends):
+        (folder / "__init__.py").write_text("")
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("from .backends.cpu import ops\n")
+    (backends / "ops.py").write_text(
+        "import logging\n"
+        "try:\n"
+        "    from kernels import get_kernel\n"
+        "    get_kernel('kernels-community/quantization-bitsandbytes', version=1)\n"
+        "except ImportError as error:\n"
+        "    logging.getLogger(__name__).warning('Failed to load: %s', error)\n"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("bitsandbytes", "kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert four_bit.library().__file__ == str(tmp_path / "bitsandbytes" / "__init__.py")
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+            del sys.modules[name]
+    assert not caplog.records and "kernels" not in sys.modules
+    import kernels  # whoever wants it otherwise still gets it
+
+    assert kernels.get_kernel
+    del sys.modules["kernels"]

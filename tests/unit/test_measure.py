@@ -182,8 +182,9 @@ def test_a_folder_begun_by_an_earlier_version_goes_on(policy, whole, tmp_path):
 
 
 def test_a_policy_for_another_environment_is_refused(tmp_path):
-    config = toy_config("policy.num_action_tokens=7")
-    toy_policy(config).save_pretrained(tmp_path / "policy")
+    config = toy_config()
+    policy = config.policy.model_copy(update={"num_action_tokens": 7})
+    toy_policy(config.model_copy(update={"policy": policy})).save_pretrained(tmp_path / "policy")
     with pytest.raises(ConfigError, match="made for another environment"):
         measure(measurement(tmp_path / "policy", tmp_path / "out"), QUIET)
 

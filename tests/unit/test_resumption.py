@@ -97,7 +97,7 @@ def without(config: dict, *keys: str) -> dict:
 def test_a_newer_key_at_its_default_is_no_change() -> None:
     config = load_config("toy")
     now = config.model_dump(mode="json")
-    for keys in (NEWER, ("policy.towers.1.stages.0.stride",), ("env.radius", "policy.towers.0.kind")):
+    for keys in (NEWER, ("policy.towers.1.stages.1.stride",), ("env.radius", "policy.towers.0.kind")):
         before = without(now, *keys)
         assert config_changes(before, now, partial(is_default, config)) == []
         assert {change.key for change in config_changes(before, now)} == {*keys}  # nobody says what the defaults are

@@ -15,7 +15,7 @@ from reachrl.config.demos import SFTSection
 from reachrl.config.loading import load_config
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.protocols import evaluation_config
-from reachrl.config.train import refuse_rounded_training
+from reachrl.config.train import refuse_training
 from reachrl.demos.sft import _optimizer as sft_optimizer
 from reachrl.errors import ConfigError
 from reachrl.fitting import adamw
@@ -141,7 +141,7 @@ def test_the_configuration_tells_before_anything_is_collected(command_line, tmp_
         assert code == 2 and "policy.compute_dtype=bfloat16" in " ".join(err.split())
     assert not (tmp_path / "run").exists()
     for changes in (["policy.compute_dtype=bfloat16"], []):
-        refuse_rounded_training(load_config("toy", changes))
-    refuse_rounded_training(load_config("libero_spatial"))
+        refuse_training(load_config("toy", changes))
+    refuse_training(load_config("libero_spatial"))
     coarse = evaluation_config("toy", ["policy.dtype=bfloat16"], suite=None, protocol="heldout", cores=1)
     assert coarse.policy.dtype == "bfloat16"  # evaluating is fine

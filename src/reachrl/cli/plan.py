@@ -38,7 +38,7 @@ def plan(
 ) -> None:
     """Predict memory and time from the configuration alone, without its weights; exit with 1 if it does not fit."""
     from reachrl.config.loading import load_config
-    from reachrl.config.train import refuse_rounded_training
+    from reachrl.config.train import refuse_training
     from reachrl.errors import ConfigError
     from reachrl.plan.advice import advise
     from reachrl.plan.device import find_device
@@ -49,7 +49,7 @@ def plan(
     if not 0 < rate < math.inf:  # nor is it NaN
         raise ConfigError(f"--decisions-per-second {rate:g}: expected a finite number above 0.")
     config = load_config(preset, overrides or [])
-    refuse_rounded_training(config)
+    refuse_training(config)
     machine = find_device(device, memory)
     try:
         needed = plan_memory(config, machine)

@@ -47,6 +47,10 @@ class EnvSection(Section):
     suites: ClassVar[tuple[str, ...]] = ()
     """Published robustness suites whose tasks a start's `variant` may name, see `PublishedTask`."""
 
+    action_dim: ClassVar[int | None] = None
+    """Numbers of an action, where all environments of this section have as many; the policy's are compared with it at
+    once."""
+
     kind: Annotated[str, Affects.EPISODE]
     """Which environment: a built-in name or `package.module:Class`."""
 
@@ -122,6 +126,7 @@ def named_once(key: str, names: tuple[str, ...]) -> tuple[str, ...]:
 class MetaworldConfig(EnvSection):
     """Meta-World: a Sawyer arm, 50 table-top tasks, MuJoCo physics, assets inside the package."""
 
+    action_dim: ClassVar[int | None] = 4
     axes: ClassVar[Mapping[str, Axis]] = {
         "camera": CAMERA,
         "light": LIGHT,

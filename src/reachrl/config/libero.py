@@ -20,6 +20,7 @@ class LiberoConfig(EnvSection):
     """LIBERO: a Franka arm and language tasks in five suites, robosuite physics, the benchmark of the VLA-RL paper."""
 
     packages: ClassVar[tuple[str, ...]] = ("hf-libero", "robosuite", "mujoco")
+    action_dim: ClassVar[int | None] = 7
 
     suites: ClassVar[tuple[str, ...]] = tuple(PROTOCOLS.values())
 

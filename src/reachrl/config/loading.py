@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from reachrl.config.env import EnvSection
 from reachrl.config.marks import Affects, affecting
 from reachrl.config.named_code import check_names, trust_names
 from reachrl.config.overrides import apply_override, is_another_kind, parsed_overrides
-from reachrl.config.preset_files import PRESETS, merged_layers
+from reachrl.config.preset_files import PRESETS, file_and_base, merged_layers
 from reachrl.config.problems import problems_of_section
 from reachrl.config.reward_model import RewardModelSection
 from reachrl.config.train import KIND_SECTIONS, TrainConfig
@@ -77,30 +78,43 @@ def load_config(preset: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
 
 
 def reset_by_kind(preset: str, overrides: Sequence[str] | Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """What a change of `kind` among the overrides has reset, in words: options that the preset sets otherwise.
+    """What a change of `kind` has reset, in words: options that the preset sets otherwise, or a file's base.
 
     Args:
         preset: its name or its file.
         overrides: as for `load_config`.
         config: what `load_config` made of both.
     """
-    data, _ = merged_layers(preset)
     typed = dict(parsed_overrides(overrides))
+    notes = _reset(merged_layers(preset)[0], typed, Path(preset).stem, config)
+    if (layers := file_and_base(preset)) is not None:
+        own, below, base = layers
+        notes = _reset(below, flat(own) | typed, base, config, {key for key in typed if key.endswith(".kind")}) + notes
+    return notes
+
+
+def _reset(
+    below: dict[str, Any],
+    typed: dict[str, Any],
+    name: str,
+    config: TrainConfig,
+    skipped: AbstractSet[str] = frozenset(),
+) -> list[str]:
+    """A line for each kind in `typed`, but for the `skipped`, that resets options of the layer `below`."""
     notes: list[str] = []
     for key in KIND_SECTIONS:
-        before, kind = as_section(data.get(key)), typed.get(f"{key}.kind")
-        if not before or not is_another_kind(before, kind):
+        before, kind = as_section(below.get(key)), typed.get(f"{key}.kind")
+        if not before or f"{key}.kind" in skipped or not is_another_kind(before, kind):
             continue
         now = config_dict(getattr(config, key))
         reset = [
-            f"{key}.{name} {shown_value(before[name])} -> {shown_value(now[name])}"
-            for name in sorted((before.keys() & now.keys()) - {"kind"})
-            if f"{key}.{name}" not in typed and before[name] != now[name]
+            f"{key}.{option} {shown_value(before[option])} -> {shown_value(now[option])}"
+            for option in sorted((before.keys() & now.keys()) - {"kind"})
+            if f"{key}.{option}" not in typed and before[option] != now[option]
         ]
         if reset:
             notes.append(
-                f"{key}.kind={kind} begins with its own defaults, not with what {Path(preset).stem} sets: "
-                f"{', '.join(reset)}"
+                f"{key}.kind={kind} begins with its own defaults, not with what {name} sets: {', '.join(reset)}"
             )
     return notes
 
@@ -131,7 +145,8 @@ def validate(data: dict[str, Any], *, where: str) -> TrainConfig:
     try:
         config = TrainConfig.model_validate(data)
     except ValidationError as error:
-        problems += problems_of_section(error, TrainConfig, prefix="")
+        # Where a section is refused, checks across sections would judge the default in its place.
+        problems += problems_of_section(error, TrainConfig, prefix="", across=not problems)
     if problems or config is None:
         raise ConfigError(f"{where}: " + "\n  ".join(["the configuration is not valid:", *problems]))
     return config

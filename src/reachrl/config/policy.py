@@ -172,6 +172,22 @@ class PrismaticConfig(Section):
         """Whether an action token is chosen from the whole vocabulary, not from the 256 action tokens."""
         return False
 
+    def check_action_dim(self, size: int | None, kind: str) -> None:
+        """Check that an action has as many tokens as the environment's actions have numbers.
+
+        Args:
+            size: those numbers; None: they are not known yet.
+            kind: `env.kind`.
+
+        Raises:
+            ConfigError: it has others. What a checkpoint will bring is not known here.
+        """
+        if self.checkpoint is None and size not in (None, self.num_action_tokens):
+            raise ConfigError(
+                f"policy.num_action_tokens={self.num_action_tokens}, but actions of env.kind={kind} have {size} "
+                f"numbers, and each takes one token: set policy.num_action_tokens={size}"
+            )
+
     @property
     def num_actions(self) -> int:
         """Actions of an answer."""

@@ -47,6 +47,18 @@ def merged_layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
     return _merge(below, data), below_reasons | reasons
 
 
+def file_and_base(preset: str) -> tuple[dict[str, Any], dict[str, Any], str] | None:
+    """Of a TOML file that names a base: what the file itself says, what its base says, and the base's name."""
+    if not preset.endswith(".toml"):
+        return None
+    data = _read(preset)
+    base = data.pop("base", None)
+    if not isinstance(base, str):
+        return None
+    beside = str(Path(preset).parent / base) if base.endswith(".toml") else base
+    return data, merged_layers(beside)[0], Path(base).stem
+
+
 def _read(preset: str) -> dict[str, Any]:
     """What the file of one preset holds.
 

@@ -15,16 +15,17 @@ _MOVED = {
 }
 
 
-def problems_of_section(error: ValidationError, cls: type[Section], prefix: str) -> list[str]:
+def problems_of_section(error: ValidationError, cls: type[Section], prefix: str, *, across: bool = True) -> list[str]:
     """One line for each problem, with its key, the value, what was expected, and the nearest known key.
 
     Args:
         error: from validating a section.
         cls: the section's class.
         prefix: dotted key of the section, empty for the whole configuration.
+        across: whether problems of the section as a whole count, which checks across its options find.
     """
     lines: list[str] = []
-    found = error.errors(include_url=False)
+    found = [item for item in error.errors(include_url=False) if across or item["loc"]]
     for item in found[:MAX_PROBLEMS]:
         path = [str(part) for part in item["loc"]]
         key = ".".join(part for part in [prefix, *path] if part)

@@ -282,14 +282,17 @@ class TrainConfig(Section):
         return self
 
 
-def refuse_rounded_training(config: TrainConfig) -> None:
-    """Refuse to train weights that are held in 16 bits; evaluating them is fine.
+def refuse_training(config: TrainConfig) -> None:
+    """Refuse to train what cannot learn; it may be evaluated.
 
     Raises:
-        ConfigError: small steps would be rounded away, nearly all of them at usual learning rates.
+        ConfigError: weights in 16 bits, whose small steps would be rounded away; or actions of another size.
     """
     policy = config.policy
-    if isinstance(policy, PrismaticConfig) and policy.dtype == "bfloat16" and policy.lora is None:
+    if not isinstance(policy, PrismaticConfig):
+        return
+    policy.check_action_dim(config.env.action_dim, config.env.kind)
+    if policy.dtype == "bfloat16" and policy.lora is None:
         raise ConfigError(
             "policy.dtype=bfloat16 without policy.lora trains weights in 16 bits: at a learning rate of 2e-5 96 % of "
             "them never move. Set policy.dtype=float32 policy.compute_dtype=bfloat16 (the same arithmetic over "

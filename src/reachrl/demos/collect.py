@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from reachrl.config.base import Section
 from reachrl.config.demos import DemosSection
@@ -34,6 +35,7 @@ def collect_demos(
     *,
     seed: int,
     on_progress: Callable[[CollectProgress], None] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrajectoryStore:
     """Collect `episodes_per_task` successful demonstrations of each task, or continue a collection cut short.
 
@@ -46,6 +48,8 @@ def collect_demos(
         folder: the store to write.
         seed: the run's seed.
         on_progress: called after each attempt.
+        check: called before the first attempt with what the environments show and take: `action_dim`, `cameras` (their
+            names) and `state_size`; what it raises ends the collection.
 
     Raises:
         ConfigError: the expert of a task keeps failing, or `folder` holds a whole store collected with other options.
@@ -65,7 +69,7 @@ def collect_demos(
     if missing:
         resolve("envs", env_config.kind).prepare(env_config)  # pyright: ignore[reportAttributeAccessIssue]
         (folder / META_FILE).unlink(missing_ok=True)  # the store is incomplete until all shards stand
-        Collection(env_config, config, folder, seed, identity, tasks, missing, on_progress).run()
+        Collection(env_config, config, folder, seed, identity, tasks, missing, on_progress, check).run()
     info = {"env": env_config.model_dump(mode="json"), "demos": config.model_dump(mode="json"), "seed": seed}
     return finish_store(folder, shards, info={**info, "collection_id": identity})
 

@@ -4,10 +4,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -96,9 +97,10 @@ class Collection:
         tasks: Sequence[str],
         missing: Sequence[str],
         on_progress: Callable[[CollectProgress], None] | None,
+        check: Callable[[Mapping[str, Any]], None] | None,
     ) -> None:
         self.env_config, self.config, self.folder, self.seed = env_config, config, folder, seed
-        self.identity, self.on_progress = identity, on_progress
+        self.identity, self.on_progress, self.check = identity, on_progress, check
         wanted = config.episodes_per_task
         max_attempts = math.ceil(config.max_attempts_factor * wanted)
         self.tasks = {task: _Task(task, wanted, max_attempts) for task in missing}
@@ -163,6 +165,8 @@ class Collection:
             worker.step = message["step"]
             return
         if worker.attempt is None:
+            if self.check is not None and self.num_starts is None:
+                self.check(message)
             self._check(message["tasks"], message["num_starts"])
             worker.ready = True
         else:

@@ -119,7 +119,14 @@ class Demonstrator:
 
     def describe(self) -> dict[str, Any]:
         """Facts about the environment that the parent needs."""
-        return {"tasks": self.env.tasks, "num_starts": self.env.num_starts("train")}
+        shown = Shown.of(self.env.observation_space)
+        return {
+            "tasks": self.env.tasks,
+            "num_starts": self.env.num_starts("train"),
+            "action_dim": self.env.action_space.shape[0],
+            "cameras": list(shown.cameras),
+            "state_size": shown.state_size,
+        }
 
     def attempt(self, task: str, number: int) -> dict[str, Any]:
         """Make one attempt; its `data` is the episode as a table in Arrow's stream format, None without success."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reachrl import torchrun
 from reachrl.config.loading import config_dict, config_hash, is_default
 from reachrl.config.named_code import names
-from reachrl.config.train import TrainConfig, refuse_rounded_training
+from reachrl.config.train import TrainConfig, refuse_training
 from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display
 
@@ -61,7 +61,7 @@ def run_stage(
     from reachrl.run.provenance import write_provenance
 
     if name in _TRAINING:
-        refuse_rounded_training(config)
+        refuse_training(config)
     limit_threads(config)
     rank, size = torchrun.rank(), torchrun.size()
     if size > 1 and name != "train":

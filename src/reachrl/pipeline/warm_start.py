@@ -1,11 +1,14 @@
 """Stages `demos` and `sft`: expert demonstrations, then supervised fine-tuning on them."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from reachrl.backends.policy_loading import new_policy
+from reachrl.config.policy import PrismaticConfig
 from reachrl.config.train import TrainConfig
 from reachrl.demos.collect import CollectProgress, collect_demos
 from reachrl.demos.sft import train_sft
@@ -13,6 +16,7 @@ from reachrl.demos.store import TrajectoryStore
 from reachrl.envs.batch import is_batched
 from reachrl.errors import ConfigError
 from reachrl.pipeline.base import Display, StageProgress
+from reachrl.policies.observed import check_shown
 from reachrl.registry import resolve
 from reachrl.run.directory import Run
 
@@ -41,10 +45,24 @@ def run_demos(config: TrainConfig, run: Run, display: Display) -> dict[str, Any]
             progress.advance(event.total_kept - done, task=event.task)
             done = event.total_kept
 
-        store = collect_demos(config.env, config.demos, run.demos, seed=config.seed, on_progress=show)
+        store = collect_demos(
+            config.env, config.demos, run.demos, seed=config.seed, on_progress=show, check=partial(_check_fit, config)
+        )
     run.metrics.truncate_after("demos", "iteration", -1)  # of an attempt that was cut short here
     run.log({"kind": "demos", "iteration": 0} | outline(store))
     return {"trajectories": len(store)}
+
+
+def _check_fit(config: TrainConfig, shown: Mapping[str, Any]) -> None:
+    """Refuse demonstrations that the configured policy cannot learn from, before the first is played."""
+    policy = config.policy
+    if getattr(policy, "checkpoint", None) is not None:
+        return  # it may be another than the section says
+    if isinstance(policy, PrismaticConfig):
+        policy.check_action_dim(shown["action_dim"], config.env.kind)
+    needs = getattr(policy, "num_cameras", 1), getattr(policy, "state_size", None)
+    kind = str(policy.kind)  # pyright: ignore[reportAttributeAccessIssue]
+    check_shown(f"policy.kind={kind}", *needs, shown["cameras"], shown["state_size"])
 
 
 def outline(store: TrajectoryStore) -> dict[str, Any]:

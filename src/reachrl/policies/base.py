@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from reachrl.errors import ConfigError, ExtensionError
+from reachrl.errors import ExtensionError
 from reachrl.functional.action_stats import at_limits
 from reachrl.policies.answers import ActionSample, Evaluation, Noise, PolicyInputs
 from reachrl.policies.module import PolicyModule
-from reachrl.policies.observed import check_temperature, one_observation
+from reachrl.policies.observed import check_shown, check_temperature, one_observation
 from reachrl.policies.trained_on import TrainedOn
 from reachrl.types import Observation
 
@@ -246,18 +246,7 @@ class Policy(PolicyModule):
         Raises:
             ConfigError: what is missing.
         """
-        name = type(self).__name__
-        if len(cameras) < self.num_cameras:
-            raise ConfigError(
-                f"{name} looks at {self.num_cameras} cameras, and there {'is' if len(cameras) == 1 else 'are'} "
-                f"{len(cameras)} ({', '.join(cameras)}): name as many in env.cameras, in the policy's order"
-            )
-        if self.state_size is not None and self.state_size != state_size:
-            there = "no state" if state_size is None else f"a state of {state_size} numbers"
-            raise ConfigError(
-                f"{name} takes a state of {self.state_size} numbers, and there is {there}: choose an environment (or "
-                "demonstrations) that shows what the policy was made for"
-            )
+        check_shown(type(self).__name__, self.num_cameras, self.state_size, cameras, state_size)
 
     def note_training(self, instructions: Iterable[str], images: Mapping[str, np.ndarray]) -> None:
         """Add instructions, cameras and sizes of frames u8[... H W 3] to `trained_on`."""

@@ -1,7 +1,7 @@
 """Checks of the arguments of `Policy.predict`, and their conversion to an observation of one row."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -93,3 +93,31 @@ def _remedy(shape: tuple[int, ...]) -> str:
     if len(shape) == 3 and shape[-1] == 4:
         return "; leave the fourth channel out: [..., :3]"
     return ""
+
+
+def check_shown(
+    name: str, num_cameras: int, state_size: int | None, cameras: Collection[str], shown_size: int | None
+) -> None:
+    """Check that a source of observations has the cameras and the state that a policy reads.
+
+    Args:
+        name: what the policy is called.
+        num_cameras: cameras that it reads.
+        state_size: numbers of the state that it reads; None: it reads none.
+        cameras: names of the source's cameras.
+        shown_size: numbers of the source's state; None: it has none.
+
+    Raises:
+        ConfigError: what is missing.
+    """
+    if len(cameras) < num_cameras:
+        raise ConfigError(
+            f"{name} looks at {num_cameras} cameras, and there {'is' if len(cameras) == 1 else 'are'} "
+            f"{len(cameras)} ({', '.join(cameras)}): name as many in env.cameras, in the policy's order"
+        )
+    if state_size is not None and state_size != shown_size:
+        there = "no state" if shown_size is None else f"a state of {shown_size} numbers"
+        raise ConfigError(
+            f"{name} takes a state of {state_size} numbers, and there is {there}: choose an environment (or "
+            "demonstrations) that shows what the policy was made for"
+        )

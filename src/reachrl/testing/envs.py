@@ -1,7 +1,7 @@
 """A tiny environment with the full contract: a dot that moves to the square of the named colour and holds it."""
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -29,6 +29,8 @@ _DOT = {True: (255, 255, 255), False: (150, 100, 160)}  # its colour by whether 
 
 class ReachConfig(EnvSection):
     """A dot and coloured squares in a unit square; steps take microseconds."""
+
+    action_dim: ClassVar[int | None] = 4
 
     kind: Literal["reach_toy"] = "reach_toy"
 

@@ -3,7 +3,10 @@
 Source: Dettmers et al. 2023, QLoRA, section 3: NF4 in blocks of 64 weights, whose scales are quantised in turn.
 """
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -22,13 +25,33 @@ def library() -> ModuleType:
         MissingExtra: it is not installed, or does not run here.
     """
     try:
-        import bitsandbytes
+        with _without_downloaded_kernels():
+            import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:  # the last two: a library of its own that does not load
         raise MissingExtra(
             f"policy.lora.base=nf4 needs bitsandbytes ({error}); run  pip install 'reachrl[quantised]', or set "
             "policy.lora.base=plain"
         ) from error
     return bitsandbytes
+
+
+@contextmanager
+def _without_downloaded_kernels() -> Iterator[None]:
+    """Keep bitsandbytes from fetching native code from the hub as it is imported, and from warning that it could not.
+
+    On CPUs with bfloat16 instructions it asks the package `kernels` for a product that `make_room` turns off anyway.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, found = logger.level, sys.modules.get("kernels")
+    logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if found is not None:
+            sys.modules["kernels"] = found
 
 
 def make_room(
