@@ -7,7 +7,7 @@ are first used, so that `import reachrl` loads nothing else.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from reachrl import threads
+from reachrl import allocator, threads
 
 if TYPE_CHECKING:
     from reachrl.api import evaluate, train
@@ -25,6 +25,7 @@ _LAZY = {
 }
 
 threads.bound_spinning()  # before anything loads an OpenMP runtime
+allocator.use_huge_pages()  # before the first tensor
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from reachrl.allocator import return_freed_blocks
 from reachrl.errors import CheckpointError
-from reachrl.run.allocator import return_freed_blocks
 from reachrl.run.stored_weights import check_finite, indexed_files
 
 SINGLE_FILE = "model.safetensors"
