@@ -18,7 +18,7 @@ VIT = {"kind": "vit", "width": 16, "depth": 2, "num_heads": 2, "mlp_width": 24, 
 TINY = {
     "env.kind": "two_eyed_env:TwoEyed",
     "env.num_envs": 2,
-    "env.max_steps": 6,
+    "env.max_steps": 8,
     "env.image_size": 16,
     "num_threads": 1,
     "num_iterations": 2,
@@ -46,7 +46,7 @@ TINY = {
     "eval.num_videos": 0,
 }
 ALGORITHMS = {
-    # Episodes of six steps hardly succeed: the entropy moves the policy even where all advantages are 0.
+    # Episodes of eight steps hardly succeed: the entropy moves the policy even where all advantages are 0.
     "ppo": {"algorithm.warmup_iterations": 1, "algorithm.entropy_coef": 0.05},
     "grpo": {"algorithm.kind": "grpo", "algorithm.group_size": 2},
 }
