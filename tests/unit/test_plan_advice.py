@@ -8,6 +8,7 @@ from plan_policies import large
 from reachrl.config.loading import load_config
 from reachrl.config.ppo import PPOConfig
 from reachrl.config.train import TrainConfig
+from reachrl.plan import memory
 from reachrl.plan.advice import advise, apply
 from reachrl.plan.device import DEVICES, GIB, find_device
 from reachrl.plan.memory import plan_memory
@@ -92,8 +93,9 @@ def test_a_plan_that_fits_ends_with_0_and_one_line(reachrl) -> None:
     assert max(map(len, out.splitlines())) <= 100 and "would help" not in out
 
 
-def test_a_plan_that_does_not_fit_ends_with_1_and_changes_that_make_it_fit(reachrl) -> None:
-    arguments = ("plan", "robust", "--memory", "4", "algorithm.micro_batch_size=256")
+def test_a_plan_that_does_not_fit_ends_with_1_and_changes_that_make_it_fit(reachrl, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "available_cores", lambda: 2)  # so many processes have the simulators
+    arguments = ("plan", "robust", "--memory", "1.6", "algorithm.micro_batch_size=256")
     code, out, err = reachrl(*arguments)
     assert (code, err) == (1, "")
     assert out.splitlines()[-1].startswith("Does not fit: ") and "would, at" in out.splitlines()[-1]

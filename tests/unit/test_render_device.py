@@ -15,6 +15,7 @@ from reachrl.envs.egl_query import query
 from reachrl.envs.render_device import EglDevice, check_rendering, choose_device, render_variables
 from reachrl.envs.vector import VectorEnv
 from reachrl.errors import ConfigError, MissingExtra
+from reachrl.testing.envs import ReachEnv
 from reachrl.types import Start
 
 pytestmark = pytest.mark.fresh
@@ -170,6 +171,7 @@ def test_each_worker_process_is_told_its_device(machine, monkeypatch):
         return popen(*arguments, env=env, **options)
 
     monkeypatch.setattr(child, "subprocess", SimpleNamespace(**vars(child.subprocess) | {"Popen": spy}))
+    monkeypatch.setattr(ReachEnv, "shares_process", False)
     config = toy_config("env.render_device=cuda")
     with VectorEnv(config.env, 3) as envs:
         starts = [Start(envs.tasks[0], "train", n) for n in range(3)]
