@@ -85,22 +85,25 @@ def replace_memory(device: Device, memory: float) -> Device:
 
 
 def measure_cpu() -> Device:
-    """Measure this machine: float32 products and copies in NumPy, and the free memory."""
+    """Measure this machine: PyTorch's products in either type, copies in NumPy, and the free memory."""
     import numpy as np
     import psutil
+    import torch
 
-    size = 640  # short runs: one of them is undisturbed
-    matrix = np.ones((size, size), np.float32)
-    product = np.empty_like(matrix)
+    def tflops(dtype: torch.dtype) -> float:
+        size = 640  # short runs: one of them is undisturbed
+        matrix = torch.ones(size, size, dtype=dtype)
+        product = torch.empty_like(matrix)
+        return 2e-12 * size**3 / _shortest(lambda: torch.mm(matrix, matrix, out=product))
+
     source = np.ones(2**23, np.float32)
     target = np.zeros_like(source)  # written once, so that its pages are mapped
-    tflops = 2e-12 * size**3 / _shortest(lambda: np.matmul(matrix, matrix, out=product))
     bandwidth = 2e-9 * source.nbytes / _shortest(lambda: np.copyto(target, source))  # read and written
     return Device(
         name="cpu",
         memory=psutil.virtual_memory().available / GIB,
-        bf16=tflops,
-        fp32=tflops,
+        bf16=tflops(torch.bfloat16),
+        fp32=tflops(torch.float32),
         bandwidth=bandwidth,
         forward_share=0.6,
         training_share=0.6,
