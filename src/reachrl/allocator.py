@@ -20,7 +20,7 @@ def return_freed_blocks() -> None:
 
     By default glibc raises that size to 32 MiB as blocks are freed, and places activations and gradients of large
     models in one heap: gaps between what lives on are kept. Measured on OpenVLA-7B: up to 3 GB during an update. New
-    pages are the price, a tenth of the processor time of an update (docs/benchmarks/full_size.md).
+    pages are the price: 2 to 10 % of the processor time of an update (docs/benchmarks/full_size.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
