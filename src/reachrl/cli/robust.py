@@ -66,8 +66,8 @@ def robust(
             raise ConfigError(
                 "--episodes: LIBERO-Plus has one episode a task; --sample 1/10 plays a share of the tasks"
             )
-        conditions = _plus(config, axes, sample or "1", protocol or "corrected")
-        folder = f"robust-plus-{protocol or 'corrected'}"
+        protocol = protocol or "corrected"
+        conditions, folder = _plus(config, axes, sample or "1", protocol), f"robust-plus-{protocol}"
     folder = out or (run or target) / folder
     with interruptible(quiet, folder) as display:
         result = measure_robustness(

@@ -3,7 +3,7 @@
 Levels that are evaluated and values that training draws (`env.randomise`) are different numbers on every axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated
@@ -172,8 +172,8 @@ class RandomiseSection(Section):
             check_axis(f"{key}.axes", axis, axes, kind)
 
 
-def check_axis(key: str, axis: str, axes: Mapping[str, Axis], kind: str) -> None:
-    """Refuse an axis that an environment does not have.
+def check_axis(key: str, axis: str, axes: Collection[str], kind: str) -> None:
+    """Refuse an axis that an environment, or a suite, does not have.
 
     Raises:
         ConfigError: it, and what there is.

@@ -41,9 +41,7 @@ def merged_layers(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
         raise ConfigError(
             f"{preset}: base = {shown_value(base)}: expected the name or the file of a preset, in quotes."
         )
-    if base.endswith(".toml") and preset.endswith(".toml"):
-        base = str(Path(preset).parent / base)  # beside the file that names it
-    below, below_reasons = merged_layers(base, (*above, preset))
+    below, below_reasons = merged_layers(_beside(preset, base), (*above, preset))
     return _merge(below, data), below_reasons | reasons
 
 
@@ -55,8 +53,12 @@ def file_and_base(preset: str) -> tuple[dict[str, Any], dict[str, Any], str] | N
     base = data.pop("base", None)
     if not isinstance(base, str):
         return None
-    beside = str(Path(preset).parent / base) if base.endswith(".toml") else base
-    return data, merged_layers(beside)[0], Path(base).stem
+    return data, merged_layers(_beside(preset, base))[0], Path(base).stem
+
+
+def _beside(preset: str, base: str) -> str:
+    """The base that a preset names: a file lies beside the file that names it."""
+    return str(Path(preset).parent / base) if base.endswith(".toml") and preset.endswith(".toml") else base
 
 
 def _read(preset: str) -> dict[str, Any]:

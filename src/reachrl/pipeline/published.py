@@ -1,7 +1,6 @@
 """What a published robustness suite plays: its tasks of the environment's tasks, or a stratified sample of them."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from fractions import Fraction
 from math import ceil
 from typing import TypeVar
@@ -9,7 +8,7 @@ from typing import TypeVar
 from reachrl.config.env import EnvSection
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import KINDS, NOT_HAD, PROTOCOLS, PlusTask, Protocol, check_sentences, plus_tasks
-from reachrl.config.perturbations import PublishedTask
+from reachrl.config.perturbations import PublishedTask, check_axis
 from reachrl.errors import ConfigError
 from reachrl.pipeline.conditions import Condition, Conditions, Level
 from reachrl.streams import Stream, generator
@@ -66,10 +65,7 @@ def _kinds(asked: str | None) -> list[str]:
                 f"--axes {kind}: LIBERO-Plus's {kind} tasks are not played: most need files that no package has; "
                 f"it has {', '.join(KINDS)}"
             )
-        if kind not in KINDS:
-            close = get_close_matches(kind[:100], KINDS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(f"--axes: LIBERO-Plus has no axis {kind[:100]!r}; {hint}it has {', '.join(KINDS)}")
+        check_axis("--axes", kind, KINDS, "LIBERO-Plus")
     if not kinds:
         raise ConfigError(f"--axes names none; LIBERO-Plus has {', '.join(KINDS)}")
     return kinds

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reachrl.config.libero_plus import PlusTask, View, is_upstream, robot_posture
+from reachrl.envs.gl import import_mujoco
 from reachrl.envs.libero.plus_frames import corrupted
 from reachrl.envs.libero.simulation import CAMERA, Perturbation, Posture
 from reachrl.streams import Stream, generator
@@ -81,18 +82,20 @@ def camera_pose(position: np.ndarray, orientation: np.ndarray, view: View) -> tu
 
 def _about(axis: tuple[float, float, float], degrees: float) -> np.ndarray:
     """The quaternion f64[4] of a turn."""
-    half = np.radians(degrees) / 2
-    return np.array([np.cos(half), *(np.sin(half) * np.array(axis))])
+    turn = np.zeros(4)
+    import_mujoco().mju_axisAngle2Quat(turn, np.array(axis), np.radians(degrees))
+    return turn
 
 
 def _product(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The unit quaternion f64[4] of two turns, `other` first."""
-    (a, v), (b, w) = (one[0], one[1:]), (other[0], other[1:])
-    product = np.array([a * b - v @ w, *(a * w + b * v + np.cross(v, w))])
+    product = np.zeros(4)
+    import_mujoco().mju_mulQuat(product, one, other)
     return product / np.linalg.norm(product)
 
 
 def _turned(turn: np.ndarray, point: np.ndarray) -> np.ndarray:
     """A point f64[3], turned by a quaternion about the origin."""
-    w, v = turn[0], turn[1:]
-    return point + 2 * np.cross(v, np.cross(v, point) + w * point)
+    turned = np.zeros(3)
+    import_mujoco().mju_rotVecQuat(turned, point, turn)
+    return turned
