@@ -70,8 +70,7 @@ ARMS = {
     "sum-tenth": Arm((*SUM[:1], "reward.weight=0.1"), "#3f51b5", "the sum over every decision at a tenth", 3),
     "uniform-curriculum": Arm(("curriculum.kind=uniform",), "#c9760a", "paper: worse with uniform sampling"),
     "printed-curriculum": Arm(("curriculum.weighting=paper",), "#8e5ea2", "paper: the weight as it is printed"),
-    "temperature-1.0": Arm(("rollout.temperature=1.0",), "#1f77b4", "paper: worse than 1.5"),
-    "temperature-1.5": Arm(("rollout.temperature=1.5",), "#17becf", "paper: better than 1.0"),
+    "temperature-1.5": Arm(("rollout.temperature=1.5",), "#17becf", "paper: better than 1.0, which `full` has"),
     "warm-up-0": Arm(("algorithm.warmup_iterations=0",), "#c0392b", "paper: worse without critic warm-up"),
     "warm-up-5": Arm(("algorithm.warmup_iterations=5",), "#7f8c8d", "paper: its own setting"),
     "lr-x10": Arm((TEN_TIMES,), "#e377c2", "paper: ten times the rate destroys the policy"),
@@ -119,16 +118,26 @@ def _reachrl(*words: str) -> None:
     subprocess.run(command, check=True)
 
 
+def overrides_of(arm: str, story: str) -> list[str]:
+    """What an arm's runs change of the story's preset."""
+    preset, common = STORIES[story]
+    tenfold = f"algorithm.lr={10 * load_config(preset).algorithm.lr:g}"  # pyright: ignore[reportAttributeAccessIssue]
+    own = (tenfold if each == TEN_TIMES else each for each in ARMS[arm].overrides)
+    return [*common, *own, *(GROUP_OVERRIDES.get(story, ()) if arm in ("grpo", "rloo") else ())]
+
+
 def run_missing(arms: Sequence[str], story: str, seeds: Sequence[int], out: Path, jobs: int) -> dict[str, list[str]]:
     """Run what is not there yet; the runs that failed, by arm, with the reason."""
     preset, common = STORIES[story]
+    changes = {arm: overrides_of(arm, story) for arm in arms}
+    for arm in arms:
+        if arm != "full" and load_config(preset, changes[arm]) == load_config(preset, common):
+            raise SystemExit(f"--arms {arm}: {', '.join(ARMS[arm].overrides)} is what {preset} has: it changes nothing")
     failed: dict[str, list[str]] = {}
 
     def one(arm: str, seed: int) -> None:
         base, run = out / story / "full" / f"seed{seed}", out / story / arm / f"seed{seed}"
-        tenfold = f"algorithm.lr={10 * load_config(preset).algorithm.lr:g}"  # pyright: ignore[reportAttributeAccessIssue]
-        overrides = [*common, *(tenfold if each == TEN_TIMES else each for each in ARMS[arm].overrides)]
-        overrides += GROUP_OVERRIDES.get(story, ()) if arm in ("grpo", "rloo") else ()
+        overrides = changes[arm]
         if arm == "full" or ARMS[arm].own_warm_start:
             run_full(preset, overrides, run, seed)
         else:

@@ -17,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -54,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, with the reason, what this machine cannot run; decide how processes of environments begin."""
+    # Long trainings check no shapes: it takes a third of their time, and shorter tests call the same functions.
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("learning") is not None)
     fresh = item.get_closest_marker("fresh") or item.get_closest_marker("sim")
     child.subprocess = subprocess if fresh else children_are_forked()
     if item.get_closest_marker("gpu"):
