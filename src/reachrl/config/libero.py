@@ -1,5 +1,7 @@
 """Options of the LIBERO environment."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -10,7 +12,7 @@ from reachrl.config.env import EnvSection, named_once
 from reachrl.config.libero_plus import PROTOCOLS, plus_sentence
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.config.marks import Affects
-from reachrl.config.perturbations import PublishedTask
+from reachrl.config.perturbations import CAMERA, COLOUR, GENERAL_AXES, LIGHT, TEXTURE, Axis, PublishedTask
 from reachrl.types import Start
 
 NUM_STORED_STARTS = 50  # per task, shipped with the benchmark
@@ -22,6 +24,15 @@ class LiberoConfig(EnvSection):
     packages: ClassVar[tuple[str, ...]] = ("hf-libero", "robosuite", "mujoco")
     action_dim: ClassVar[int | None] = 7
 
+    axes: ClassVar[Mapping[str, Axis]] = {
+        "camera": CAMERA,
+        "light": LIGHT,
+        "colour": replace(
+            COLOUR, what="each colour of the room and the robot mixed with a random one; things keep theirs"
+        ),
+        "texture": TEXTURE,
+        **GENERAL_AXES,
+    }
     suites: ClassVar[tuple[str, ...]] = tuple(PROTOCOLS.values())
 
     kind: Literal["libero"] = "libero"  # pyright: ignore[reportIncompatibleVariableOverride]

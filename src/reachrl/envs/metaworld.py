@@ -67,8 +67,8 @@ class MetaworldEnv(Env):
         start = start_option(options)
         check_start(self, start)
         self._task, self._scenes, looks = self._simulator(start.task)
-        if looks.apply(start, self.instruction(start.task)):
-            self._scenes = self._with_own_textures(start.task, self._task.sim.model)
+        if printed := looks.apply(start, self.instruction(start.task)):
+            self._scenes = self._with_own_textures(start.task, self._task.sim.model, printed)
         self._task.reset(self._start_vector(self._task, start))
         self._steps = 0
         self._over = False
@@ -117,12 +117,12 @@ class MetaworldEnv(Env):
             self._made[task] = (made, scenes, SceneVariants(model, cameras, _PIVOT_M, _is_surroundings))
         return self._made[task]
 
-    def _with_own_textures(self, task: str, model: Any) -> dict[str, int]:
+    def _with_own_textures(self, task: str, model: Any, printed: list[int]) -> dict[str, int]:
         """The scenes of a task as its model has them now; textures of the others are shared between environments."""
         if task not in self._printed:
             self._printed[task] = {each: self._renderer.add(model, each) for each in self.config.cameras}
         for number in self._printed[task].values():
-            self._renderer.reload_textures(number)
+            self._renderer.reload_textures(number, printed)
         return self._printed[task]
 
     def _observe(self, task: MetaworldTask) -> dict[str, Any]:

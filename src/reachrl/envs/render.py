@@ -102,11 +102,11 @@ class Renderer:
         self._scenes.append((model, drawing))
         return len(self._scenes) - 1
 
-    def reload_textures(self, number: int) -> None:
-        """Take the textures of scene `number` as its model holds them now; nobody else may draw with its looks."""
+    def reload_textures(self, number: int, textures: Collection[int]) -> None:
+        """Take some textures of scene `number` as its model holds them now; nobody else may draw with its looks."""
         model, drawing = self._scenes[number]
         self._make_current()
-        for texture in range(model.ntex):
+        for texture in textures:
             self._mujoco.mjr_uploadTexture(model, drawing.context, texture)
 
     def render(self, number: int, data: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_tasks import instruction
+from reachrl.config.perturbations import Variant
 from reachrl.envs.base import Env, check_start, observed, start_option
 from reachrl.envs.libero.assets import check_assets, find_assets
 from reachrl.envs.libero.experts.expert import Expert
@@ -14,6 +15,7 @@ from reachrl.envs.libero.faithful_simulation import FaithfulSimulation
 from reachrl.envs.libero.fast_simulation import FastSimulation
 from reachrl.envs.libero.installation import check_alone, check_suite, check_versions
 from reachrl.envs.libero.plus import PlusEpisode
+from reachrl.envs.libero.simulation import Perturbation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
 from reachrl.envs.render_device import check_rendering
@@ -82,7 +84,8 @@ class LiberoEnv(Env):
         check_start(self, start)
         self._plus = PlusEpisode.of(start)
         self._starts = self.task_starts(start.task)
-        self._starts.begin(start.split, start.index, None if self._plus is None else self._plus.perturbation())
+        looks = Perturbation(looks=start) if Variant.of(start) is not None else None
+        self._starts.begin(start.split, start.index, looks if self._plus is None else self._plus.perturbation())
         for _ in range(_SETTLING_STEPS):
             self._starts.simulation.step(_DO_NOTHING)
         self._expert = None

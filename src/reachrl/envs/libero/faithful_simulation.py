@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from reachrl.envs.gl import import_mujoco
 from reachrl.envs.libero.installation import bddl_file, import_upstream
 from reachrl.envs.libero.simulation import (
     CAMERA,
@@ -109,6 +110,17 @@ class FaithfulSimulation(Simulation):
         x, y, z, w = self._seen["robot0_eef_quat"]
         turned = axis_angle(np.array([w, x, y, z]))
         return np.array([*self._seen["robot0_eef_pos"], *turned, *self._seen["robot0_gripper_qpos"]], np.float32)
+
+    def _original(self) -> Any:
+        model = import_mujoco().MjModel.from_xml_string(self.domain._xml)  # textures of the one in use were freed
+        release_compilation()
+        return model
+
+    def _reload_textures(self, textures: list[int]) -> None:
+        drawn = self.domain.sim._render_context_offscreen
+        drawn.gl_ctx.make_current()
+        for texture in textures:
+            import_mujoco().mjr_uploadTexture(self.model, drawn.con, texture)
 
     def close(self) -> None:
         """Free the GL context."""

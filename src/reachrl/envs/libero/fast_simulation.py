@@ -9,8 +9,15 @@ import numpy as np
 
 from reachrl.envs.libero.controller import ArmController
 from reachrl.envs.libero.installation import bddl_file, import_upstream
-from reachrl.envs.libero.simulation import CAMERA, Simulation, extended, pristine_arrays, problem_of
-from reachrl.envs.libero.slim import HIDDEN_GROUPS, slim_model
+from reachrl.envs.libero.simulation import (
+    CAMERA,
+    HIDDEN_GROUPS,
+    Simulation,
+    extended,
+    pristine_arrays,
+    problem_of,
+)
+from reachrl.envs.libero.slim import slim_model
 from reachrl.envs.render import Renderer
 
 
@@ -102,6 +109,10 @@ class FastSimulation(Simulation):
     def frame(self, camera: str) -> np.ndarray:
         """Draw the present state."""
         return self._renderer.render(self._scenes[camera], self.data)[::-1, ::-1].copy()
+
+    def _reload_textures(self, textures: list[int]) -> None:
+        for number in self._scenes.values():
+            self._renderer.reload_textures(number, textures)
 
     def close(self) -> None:
         """Nothing: the renderer belongs to the process."""

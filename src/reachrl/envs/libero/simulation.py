@@ -12,8 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from reachrl.envs.scene_variants import SceneVariants
+from reachrl.types import Start
+
 CAMERA = "agentview"
 FINGERS_OPEN_M = 0.08  # between the fingers of an open gripper
+HIDDEN_GROUPS = (0,)  # geom group 0 holds collision shapes; upstream does not draw it either
+_PIVOT_M = (0.0, 0.0, 0.8)  # the middle of the workspace: what the fixed camera is turned about
 _WRITTEN = ("body_pos", "body_quat", "site_rgba", "cam_pos", "cam_quat")
 
 
@@ -59,9 +64,11 @@ class Posture:
 class Perturbation:
     """What an episode does to a simulation."""
 
-    aim: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    aim: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     """Position f64[3] and quaternion f64[4] of the fixed camera, from those that it usually has."""
     posture: Posture | None = None
+    looks: Start | None = None
+    """Whose variant says how the scene looks."""
 
 
 class Simulation(ABC):
@@ -72,6 +79,7 @@ class Simulation(ABC):
     """
 
     domain: Any
+    _looks: SceneVariants | None = None
 
     def reset(self, seed: int, state: np.ndarray | None, perturbation: Perturbation | None = None) -> None:
         """Begin an episode.
@@ -83,9 +91,13 @@ class Simulation(ABC):
         """
         posture = None if perturbation is None else perturbation.posture
         self._stand(None if posture is None else posture.joints)
+        if self._looks is not None:
+            self._reload_textures(self._looks.undo())  # before the reset, which may draw a frame
         with seeded(seed):
             self._reset()
-        if perturbation is not None:
+        if perturbation is not None and perturbation.looks is not None:
+            self._look(perturbation.looks)
+        if perturbation is not None and perturbation.aim is not None:
             camera = self.model.camera(CAMERA)
             camera.pos[:], camera.quat[:] = perturbation.aim(camera.pos.copy(), camera.quat.copy())
         if posture is not None and not posture.at_rest:
@@ -99,6 +111,28 @@ class Simulation(ABC):
             sim.forward()
             self.domain._check_success()  # it also switches what is seen of a stove
             self.domain._post_process()
+
+    def _look(self, start: Start) -> None:
+        if self._looks is None or self._looks.model is not self.model:  # a reset may have made another one
+            things = tuple(f"{name}_" for name in (*self.domain.objects_dict, *self.domain.fixtures_dict))
+            self._looks = SceneVariants(
+                self.model,
+                (CAMERA,),
+                _PIVOT_M,
+                lambda body: not body.startswith(things),
+                HIDDEN_GROUPS,
+                objects_keep_theirs=True,  # instructions name things by what they are, which their looks say
+                original=self._original,
+            )
+        self._reload_textures(self._looks.apply(start, ""))
+
+    def _original(self) -> Any:
+        """An `MjModel` that has the textures of the scene as it was made."""
+        return self.model
+
+    @abstractmethod
+    def _reload_textures(self, textures: list[int]) -> None:
+        """Draw with some textures as the model holds them now."""
 
     def _stand(self, joints: Sequence[float] | None) -> None:
         """Joint positions that the next reset brings the arm to; None: the robot's own."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.gl import import_mujoco
+from reachrl.envs.libero.simulation import HIDDEN_GROUPS
 from reachrl.envs.meshes import picture_coordinates, simplified_triangles
 from reachrl.envs.scene import cached_model, compiled
 
-HIDDEN_GROUPS = (0,)  # geom group 0 holds collision shapes; upstream does not draw it either
 _SCENERY_M = 1.5  # a mesh of a longer diagonal is a room, a kitchen, a table: many things in one
 _SCENERY_FACES = 10  # times the faces of others, and no piece left out
 _FORMAT = 4  # part of the cache key: raise it when the scenes built here change

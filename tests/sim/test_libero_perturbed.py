@@ -1,4 +1,4 @@
-"""Episodes of LIBERO-Plus in a LIBERO simulation, against recorded ones of upstream's own environment."""
+"""Perturbed episodes of LIBERO: our own axes, and LIBERO-Plus against recorded ones of upstream's own environment."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import robot_posture
@@ -97,9 +98,73 @@ def test_cameras_and_noise_change_what_is_seen_and_nothing_else(env):
     assert np.array_equal(again["agentview"], frames["agentview"])
 
 
+def textures(model, bodies):
+    """Numbers of the textures that are drawn on some bodies."""
+    geoms = [g for g in range(model.ngeom) if model.body(model.geom_bodyid[g]).name.startswith(bodies)]
+    drawn = [g for g in geoms if model.geom_group[g] in (1, 2) and model.geom_matid[g] >= 0]
+    return {int(texture) for g in drawn for texture in model.mat_texid[model.geom_matid[g]]} - {-1}
+
+
+def texels(model, texture):
+    begin, size = model.tex_adr[texture], model.tex_height[texture] * model.tex_width[texture]
+    return model.tex_data[begin : begin + size * model.tex_nchannel[texture]].reshape(size, -1).astype(float)
+
+
+def test_looks_are_changed_as_stated_and_no_state(env):
+    before, frames = played(env, PLAIN)
+    model = env.task_starts(TASK).simulation.model
+    camera, room, things = model.camera("agentview"), ("world", "table"), ("akita_black_bowl", "plate", "wooden_cab")
+    usual = (camera.pos.copy(), camera.quat.copy(), model.light_diffuse.copy(), model.geom_rgba.copy())
+    wall, bowl = min(textures(model, room)), min(textures(model, things))
+    printed, kept = texels(model, wall), texels(model, bowl)
+    for variant in ("camera=20", "light=1", "colour=1", "texture=0.25"):
+        positions, seen = played(env, Start(TASK, "eval", 0, variant))
+        assert np.array_equal(positions, before), variant
+        assert np.abs(seen["agentview"].astype(float) - frames["agentview"]).mean() > 5, variant
+        if variant == "camera=20":
+            turn = (
+                Rotation.from_quat(camera.quat, scalar_first=True)
+                * Rotation.from_quat(usual[1], scalar_first=True).inv()
+            )
+            angle = turn.as_rotvec(degrees=True)
+            assert np.allclose(np.abs(angle), [0, 0, 20], atol=1e-6)
+            assert np.allclose(camera.pos, Rotation.from_euler("z", angle[2], degrees=True).apply(usual[0]), atol=1e-9)
+            assert np.array_equal(seen["robot0_eye_in_hand"], frames["robot0_eye_in_hand"])
+        elif variant == "light=1":
+            factor = model.light_diffuse / usual[2]
+            assert np.allclose(factor, 2) or np.allclose(factor, 0.5)
+        elif variant == "colour=1":
+            changed = {
+                model.body(model.geom_bodyid[g]).name for g in np.flatnonzero((model.geom_rgba != usual[3]).any(1))
+            }
+            assert {"world", "table", "robot0_link5"} <= changed and not any(
+                name.startswith(things) for name in changed
+            )
+        else:  # a quarter is the pattern, which lies between two colours; three quarters are as before
+            pattern = (texels(model, wall) - 0.75 * printed) / 0.25
+            assert pattern.min() > -2.1 and pattern.max() < 257.1 and pattern.std(axis=0).max() > 10
+            assert np.array_equal(texels(model, bowl), kept)
+        found = (camera.pos, camera.quat, model.light_diffuse, model.geom_rgba)
+        changed = [not np.array_equal(*pair) for pair in zip(found, usual, strict=True)]
+        assert changed == [variant == "camera=20"] * 2 + [variant == "light=1", variant == "colour=1"]
+    # A second simulation of the process has pictures of its own, and the first its own again.
+    other = made("fast")
+    assert np.array_equal(played(other, PLAIN)[1]["agentview"], frames["agentview"])
+    other.close()
+    _, again = played(env, PLAIN)
+    assert all(np.array_equal(again[camera], frames[camera]) for camera in frames)
+    assert np.array_equal(texels(model, wall), printed)
+
+
 # The last one: upstream draws in a GL context of its own, which the fast simulation would not know of.
-def test_the_faithful_simulation_has_upstreams_start_as_well():
+def test_the_faithful_simulation_has_upstreams_start_and_the_same_looks(env):
+    starts = [Start(TASK, "eval", 0, "texture=0.25"), PLAIN]
+    fast = [env.reset(options={"start": start})[0]["images"]["agentview"].astype(float) for start in starts]
     env = made("faithful")
+    found = [env.reset(options={"start": start})[0]["images"]["agentview"].astype(float) for start in starts]
+    printed, plain = (np.abs(one - other).mean() for one, other in zip(found, fast, strict=True))
+    assert np.abs(found[0] - found[1]).mean() > 8
+    assert plain < 6 and abs(printed - plain) < 1  # edges differ, with a pattern as without
     positions, _ = played(env, Start(TASK, "eval", 0, f"plus-upstream:{NAME}"))
     assert np.abs(positions - RECORDED["positions"])[:, :9].max() < 1e-6
     starts = env.task_starts(TASK)
