@@ -2,14 +2,16 @@
 
     python benchmarks/greedy.py runs/quickstart --starts 25
 
-Plays held-out starts four ways: greedily, sampled at temperature 1, greedily with one sampled decision wherever the
-hand has rested, and by the mean of sixteen samples, which has a quarter of the noise: it says whether failing comes of
-acting without noise or of the argmax. A failed episode rests if the hand stays within some millimetres over its last
-decisions. How likely the likeliest action is at temperature 1 says how much of the policy the argmax stands for.
+Plays held-out starts five ways: greedily, sampled at temperature 1, by the mean of each token's distribution, greedily
+with one sampled decision wherever the hand has rested, and by the mean of sixteen samples, which has a quarter of the
+noise. They say whether failing comes of acting without noise or of the argmax. A failed episode rests if the hand stays
+within some millimetres over its last decisions. How likely the likeliest action is at temperature 1 says how much of
+the policy the argmax stands for.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from reachrl.run.atomic import write_bytes_atomic
 from reachrl.run.configuration import read_config
 from reachrl.types import Observation, Start
 
-WAYS = ("greedy", "sampled", "greedy, sampled once at rest", "mean of 16 samples")
+WAYS = ("greedy", "sampled", "mean", "greedy, sampled once at rest", "mean of 16 samples")
 SAMPLES = 16
 WINDOW = 10  # decisions
 STILL_M = 0.005  # a hand that stays within this over the window rests
@@ -69,9 +71,11 @@ def play(env: Env, policy: Policy, start: Start, way: str) -> Episode:
         likeliest = _act(policy, shown, None)
         episode.likeliest.append(float(likeliest.logprobs.sum().exp()))
         rested = episode.rests() and len(episode.hands) - last_sampled >= WINDOW
-        if way == WAYS[3]:
+        if way == "mean":
+            actions = policy.actions(policy.act(policy.encode(shown), mean=True, with_values=False))[0]
+        elif way == WAYS[4]:
             actions = policy.actions(_act(policy, shown, rng, SAMPLES)).mean(axis=0)
-        elif way == WAYS[1] or (way == WAYS[2] and rested):
+        elif way == "sampled" or (way == WAYS[3] and rested):
             actions, last_sampled = policy.actions(_act(policy, shown, rng))[0], len(episode.hands)
         else:
             actions = policy.actions(likeliest)[0]
@@ -95,15 +99,15 @@ def _act(policy: Policy, shown: Observation, rng: np.random.Generator | None, ro
     return policy.act(inputs, temperature=1.0, noise=noise, with_values=False)
 
 
-def measure(run: Path, config: TrainConfig, count: int) -> dict[str, Any]:
-    """Every task and way of one run's trained policy."""
-    policy = reachrl.load_policy(run / "policy").eval()
+def measure(folder: Path, config: TrainConfig, count: int, ways: Sequence[str]) -> dict[str, Any]:
+    """Every task and way of one saved policy."""
+    policy = reachrl.load_policy(folder).eval()
     env = resolve("envs", config.env.kind)(config.env)
     found: dict[str, Any] = {}
     try:
         for task in config.env.tasks:
             starts = [Start(task, "eval", index) for index in range(count)]
-            found[task] = {way: [summary(play(env, policy, start, way)) for start in starts] for way in WAYS}
+            found[task] = {way: [summary(play(env, policy, start, way)) for start in starts] for way in ways}
     finally:
         env.close()
     return found
@@ -129,11 +133,15 @@ def table(found: dict[str, Any]) -> str:
     ]
     for task, ways in found.items():
         lines += [_row(task, way, episodes) for way, episodes in ways.items()]
-    every = {way: [each for ways in found.values() for each in ways[way]] for way in WAYS}
+    every: dict[str, list[dict[str, Any]]] = {}
+    for ways in found.values():
+        for way, episodes in ways.items():
+            every.setdefault(way, []).extend(episodes)
     lines += [_row("**all**", way, episodes) for way, episodes in every.items()]
-    for way in WAYS[1:]:
-        test = paired_test(*([each["success"] for each in every[name]] for name in (WAYS[0], way)))
-        lines.append(f"\n{way} against greedy: +{test.improved} −{test.worsened}, p = {test.p_value:.2g}")
+    first, *others = every
+    for way in others:
+        test = paired_test(*([each["success"] for each in every[name]] for name in (first, way)))
+        lines.append(f"\n{way} against {first}: +{test.improved} −{test.worsened}, p = {test.p_value:.2g}")
     return "\n".join(lines) + "\n"
 
 
@@ -153,11 +161,14 @@ def main() -> None:
     """Play, print the table, keep the episodes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--policy", default="policy", help="folder in it: policy, or sft/policy for the warm start")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--starts", type=int, default=25, help="held-out starts of each task")
     parser.add_argument("--out", type=Path, help="JSON file of the episodes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(arguments.run, validate(read_config(arguments.run), where=str(arguments.run)), arguments.starts)
+    config = validate(read_config(arguments.run), where=str(arguments.run))
+    found = measure(arguments.run / arguments.policy, config, arguments.starts, arguments.ways)
     print(table(found))
     if arguments.out:
         write_bytes_atomic(arguments.out, json.dumps(found).encode())

@@ -65,8 +65,8 @@ def evaluate(
     Args:
         policy: a policy, or what `load_policy` takes.
         config: which tasks, how many starts; from `reachrl.load_config`.
-        mode: `greedy`, `sampled` (temperature 1) or another temperature's name such as `sampled@0.6`; None: the first
-            of `config.eval.temperatures`.
+        mode: `greedy`, `sampled` (temperature 1), `mean` or another temperature's name such as `sampled@0.6`; None: the
+            first of `config.eval.temperatures`.
         quiet: print only warnings.
 
     Returns:
@@ -86,7 +86,7 @@ def evaluate(
     try:
         mode_temperature(mode)
     except ValueError as error:
-        raise ConfigError(f"mode={mode!r}: expected 'greedy', 'sampled' or such as 'sampled@0.6'") from error
+        raise ConfigError(f"mode={mode!r}: expected 'greedy', 'sampled', 'mean' or such as 'sampled@0.6'") from error
     limit_threads(config)
     acting = policy if isinstance(policy, Policy) else load_policy(policy, device=config.device)
     starts = heldout_starts(config.env, config.eval)

@@ -12,6 +12,7 @@ from toy_policy import toy_config, toy_policy
 from reachrl.config.evaluation import EvalSection
 from reachrl.envs.vector import open_envs
 from reachrl.evaluation import evaluate, heldout_starts
+from reachrl.functional.action_stats import means_of
 from reachrl.policies.base import ActionSample
 from reachrl.registry import build
 from reachrl.rewards.process.small import SmallRewardModel
@@ -40,7 +41,7 @@ def outcomes(config, policy, count, rank, look_ahead=None, spy=None, reward_mode
         return player, player.play(starts, record=lambda _: True)
 
 
-@pytest.mark.parametrize("rank", ["logprob", "vote", "critic"])
+@pytest.mark.parametrize("rank", ["logprob", "vote", "mean", "critic"])
 def test_the_best_of_one_is_the_ordinary_evaluation(rank):
     config = toy_config("env.max_steps=5")
     policy, starts = toy_policy(config), heldout_starts(config.env, OPTIONS)
@@ -50,6 +51,30 @@ def test_the_best_of_one_is_the_ordinary_evaluation(rank):
     for one, other in zip(plain, found, strict=True):
         np.testing.assert_array_equal([t.actions for t in one.turns], [t.actions for t in other.turns])
     assert player.decisions == sum(episode.num_steps for episode in found) and player.seconds > 0
+
+
+def test_the_mean_of_the_candidates_is_carried_out():
+    config = toy_config("env.max_steps=4")
+    policy, seen = toy_policy(config, seed=2), []
+
+    def spy(samples, offered, current, scores):
+        seen.append((offered.copy(), [sample.token_ids.numpy() for sample in samples]))
+        return scores
+
+    _, found = outcomes(config, policy, 4, "mean", spy=spy)
+    first = {episode.start: episode.turns[0] for episode in found}
+    offered, tokens = seen[0]
+    for n, start in enumerate(heldout_starts(config.env, OPTIONS)[:3]):
+        mean = sum(offered[n, c].astype(np.float64) for c in range(4)) / 4
+        np.testing.assert_allclose(first[start].actions, mean, rtol=1e-6, atol=1e-7)
+        nearest = min(range(4), key=lambda c: np.abs(offered[n, c] - mean).sum())
+        np.testing.assert_array_equal(first[start].token_ids, tokens[nearest][n])
+
+
+def test_malformed_candidates_have_no_part_in_the_mean():
+    offered = np.array([[[[1.0]], [[9.0]], [[3.0]]], [[[0.0]], [[0.5]], [[1.0]]]], np.float32)
+    known = np.array([[True, False, True], [False, False, False]])
+    np.testing.assert_array_equal(means_of(offered, known), np.array([[[2.0]], [[0.5]]], np.float32))
 
 
 def test_logprob_takes_the_likeliest_of_nested_candidates():
@@ -192,7 +217,7 @@ def test_the_command_measures_every_number_on_the_same_starts(tmp_path):
     assert judged["oracle_look_ahead"] and [row["best_of"] for row in judged["rows"]] == [1, 2]
     for wrong, words in (
         (("--best-of", "0"), "expected numbers from 1 to 64"),
-        (("--best-of", "2", "--rank", "luck"), "expected logprob, vote, critic or reward"),
+        (("--best-of", "2", "--rank", "luck"), "expected logprob, vote, mean, critic or reward"),
         (("--best-of", "2", "eval.temperatures=0"), "needs one above 0"),
     ):
         with pytest.raises(Exception, match=words):

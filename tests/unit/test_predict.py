@@ -87,6 +87,26 @@ class TwoEyed(TablePolicy):
         return super().encode(observation)
 
 
+def test_several_samples_are_averaged(policy):
+    asked = {"images": FRAME, "instruction": "push", "temperature": 1.0}
+    averaged = policy.predict(**asked, samples=3, generator=np.random.default_rng(5))
+    drawn, noise = [], np.random.default_rng(5)
+    blocks = [noise.gumbel(size=(3, policy.num_choices)) for _ in range(policy.num_action_tokens)]
+
+    class Row(np.random.Generator):  # gives one sample the noise of its row
+        def __init__(self, row):
+            super().__init__(np.random.PCG64(0))
+            self.values = (block[row : row + 1] for block in blocks)
+
+        def gumbel(self, size):
+            return next(self.values)
+
+    for row in range(3):
+        drawn.append(policy.predict(**asked, generator=Row(row)))
+    np.testing.assert_allclose(averaged, np.mean(drawn, axis=0), rtol=1e-5, atol=1e-6)
+    assert np.abs(averaged - drawn[0]).max() > 1e-3
+
+
 def test_a_policy_with_two_cameras_and_a_state_gets_them_in_order():
     policy, wrist = TwoEyed(TablePolicyConfig(num_contexts=256)), 255 - FRAME[:7]
     policy.predict(images={"front": FRAME, "wrist": wrist}, instruction="x", state=np.array([1, 2, 0.1]))
@@ -122,6 +142,8 @@ def test_a_policy_with_two_cameras_and_a_state_gets_them_in_order():
         ({"state": np.zeros(8)}, r"state: this policy takes frames and an instruction only"),
         ({"temperature": -1.0}, r"temperature = -1.0"),
         ({"temperature": float("nan")}, r"temperature = nan"),
+        ({"samples": 4}, r"samples = 4 at temperature 0.0: expected 1"),
+        ({"samples": 0, "temperature": 1.0}, r"samples = 0 at temperature 1.0"),
     ],
 )
 def test_wrong_arguments_are_named(policy, arguments, message):

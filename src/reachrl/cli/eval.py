@@ -69,8 +69,9 @@ def eval_(
     rank: Annotated[
         str,
         typer.Option(
-            metavar="logprob|vote|critic|reward",
-            help="What makes an action the best; critic and reward look ahead in a copy of the simulator.",
+            metavar="logprob|vote|mean|critic|reward",
+            help="What makes an action the best (mean: all are averaged); critic and reward look ahead in a copy "
+            "of the simulator.",
             rich_help_panel=OWN,
         ),
     ] = "logprob",

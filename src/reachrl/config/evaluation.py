@@ -1,7 +1,7 @@
 """Options of evaluation: which starts, at which temperatures, and the validation curve during training."""
 
 import math
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,22 +9,29 @@ from reachrl.config.base import Section
 from reachrl.config.marks import Affects
 
 GREEDY, SAMPLED = "greedy", "sampled"
+MEAN: Literal["mean"] = "mean"
+Temperature = float | Literal["mean"]
+"""Of evaluated actions. `mean` is no temperature, but stands in the place of one: see `EvalSection.temperatures`."""
 _EARLIER = {"modes", "temperature"}  # keys of earlier versions: `greedy` and `sampled`, the latter at one temperature
 
 
-def mode_name(temperature: float) -> str:
-    """The name of a temperature in records: `greedy` for 0, `sampled` for 1, `sampled@0.6` for 0.6."""
+def mode_name(temperature: Temperature) -> str:
+    """The name of a temperature in records: `greedy` for 0, `sampled` for 1, `sampled@0.6` for 0.6, `mean`."""
+    if temperature == MEAN:
+        return MEAN
     if temperature == 0:
         return GREEDY
     return SAMPLED if temperature == 1 else f"{SAMPLED}@{temperature!r}"
 
 
-def mode_temperature(mode: str) -> float:
+def mode_temperature(mode: str) -> Temperature:
     """The temperature that `mode_name` gave a name to.
 
     Raises:
         ValueError: no temperature has that name.
     """
+    if mode == MEAN:
+        return MEAN
     found = {GREEDY: 0.0, SAMPLED: 1.0}.get(mode)
     if found is None:
         found = float(mode.removeprefix(f"{SAMPLED}@"))
@@ -53,16 +60,32 @@ def with_temperatures(section: dict[str, Any]) -> dict[str, Any]:
     return rest | {"temperatures": [0.0 if mode == GREEDY else float(warm) for mode in modes]}
 
 
+def _known(temperature: Any) -> Any:
+    """One entry of `temperatures`, with one message for all that is none."""
+    if temperature == MEAN:
+        return MEAN
+    try:
+        number = math.nan if isinstance(temperature, bool) else float(temperature)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{temperature!r}: expected 0 (greedy), a number above it, or {MEAN}")
+    return number
+
+
 class EvalSection(Section):
     """Evaluation on start states that nothing was ever trained on."""
 
     num_starts: Annotated[int, Field(ge=1), Affects.PROTOCOL] = 50
     """Held-out start states per task in the final evaluation, before and after; the first ones of the set."""
     temperatures: Annotated[
-        tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1, max_length=16), Affects.EVALUATION
+        tuple[Annotated[float, Field(ge=0)] | Literal["mean"], ...],
+        Field(min_length=1, max_length=16),
+        Affects.EVALUATION,
     ] = (1.0, 0.0)
     """Temperatures of the evaluated actions, each played on the same starts with the same noise: 0 takes the likeliest
-    tokens (`greedy`), 1 samples the policy's own distribution (`sampled`). The first is the headline of the report."""
+    tokens (`greedy`), 1 samples the policy's own distribution (`sampled`), and `mean` takes the mean of that
+    distribution, one action dimension after the other. The first is the headline of the report."""
     seed: Annotated[int, Field(ge=0), Affects.PROTOCOL] = 0
     """Seed of the sampling noise, so that two evaluations of equal weights are equal."""
     during_every: Annotated[int, Field(ge=0), Affects.TRAINING | Affects.FUTURE] = 0
@@ -89,13 +112,16 @@ class EvalSection(Section):
 
     @field_validator("temperatures", mode="before")
     @classmethod
-    def _one_alone(cls, temperatures: Any) -> Any:
-        single = isinstance(temperatures, int | float) and not isinstance(temperatures, bool)
-        return (temperatures,) if single else temperatures
+    def _each_known(cls, temperatures: Any) -> Any:
+        number = isinstance(temperatures, int | float) and not isinstance(temperatures, bool)
+        if number or temperatures == MEAN:
+            return (_known(temperatures),)
+        several = isinstance(temperatures, list | tuple)
+        return tuple(map(_known, cast("list[Any]", temperatures))) if several else temperatures
 
     @field_validator("temperatures")
     @classmethod
-    def _each_once(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+    def _each_once(cls, temperatures: tuple[Temperature, ...]) -> tuple[Temperature, ...]:
         if len(set(temperatures)) < len(temperatures):
             raise ValueError("a temperature stands there twice; name each once")
         return temperatures

@@ -77,5 +77,5 @@ def _check_official(config: TrainConfig) -> None:
         if temperature not in _OFFICIAL_TEMPERATURES:
             raise ConfigError(
                 f"eval.temperatures: the official protocol has greedy actions (0) or the policy's own (1), not "
-                f"{temperature:g}; leave it out, or use --protocol heldout"
+                f"{temperature}; leave it out, or use --protocol heldout"
             )

@@ -115,3 +115,17 @@ def at_limits(actions: Float[np.ndarray, "N D"], low: Float[np.ndarray, "D"], hi
         f"dimension {d} (mean {means[d]:.3g}, limits {low[d]:.3g} and {high[d]:.3g})"
         for d in np.flatnonzero(near & (span > 0))
     )
+
+
+def means_of(offered: Float[np.ndarray, "N C K D"], known: Bool[np.ndarray, "N C"]) -> Float[np.ndarray, "N K D"]:
+    """Average each row's candidate actions.
+
+    Args:
+        offered: `C` candidates of each row.
+        known: which of them count; where none does, all do.
+
+    Returns:
+        Their mean, in the dtype of the candidates.
+    """
+    weights = (known | ~known.any(axis=1, keepdims=True))[..., None, None].astype(np.float64)
+    return ((offered * weights).sum(axis=1) / weights.sum(axis=1)).astype(offered.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reachrl.backends.policy_loading import limit_threads, new_policy, saved_policy
-from reachrl.config.evaluation import mode_name
+from reachrl.config.evaluation import MEAN, mode_name
 from reachrl.config.reward import ProcessRewardConfig
 from reachrl.config.train import TrainConfig
 from reachrl.envs.batch import EnvBatch
@@ -41,7 +41,7 @@ def measure_best_of(
         ConfigError: greedy actions alone, or a rank that the policy or the reward model cannot give.
         CheckpointError: the reward model cannot be read.
     """
-    temperature = next((each for each in config.eval.temperatures if each > 0), None)
+    temperature = next((each for each in config.eval.temperatures if each != MEAN and each > 0), None)
     if temperature is None:
         raise ConfigError("--best-of chooses among sampled actions: eval.temperatures needs one above 0")
     if rank == "critic" and not config.algorithm.needs.values:

@@ -3,15 +3,16 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from reachrl.config.evaluation import MEAN
 from reachrl.errors import ExtensionError
-from reachrl.functional.action_stats import at_limits
+from reachrl.functional.action_stats import at_limits, means_of
 from reachrl.policies.answers import ActionSample, Evaluation, Noise, PolicyInputs
 from reachrl.policies.module import PolicyModule
 from reachrl.policies.observed import check_shown, check_temperature, one_observation
@@ -55,6 +56,11 @@ class Policy(PolicyModule):
         """Dimensions of one action, `D`; override it unless there is one token per dimension."""
         return self.num_action_tokens // self.num_actions
 
+    @property
+    def has_mean(self) -> bool:
+        """Whether `act` takes `mean=True`: the tokens that are chosen from are bins of a number, in order."""
+        return False
+
     @abstractmethod
     def prompt(self, instruction: str) -> str:
         """Return the text prompt for an instruction."""
@@ -86,13 +92,15 @@ class Policy(PolicyModule):
         temperature: float = 1.0,
         noise: Noise | None = None,
         with_values: bool = True,
+        mean: bool = False,
     ) -> ActionSample:
         """Decode all rows at once, without gradients.
 
         A token is `argmax(logits / temperature + noise(position))`: an exact sample of the softmax, greedy if `noise`
         is None. The caller draws the noise lazily from one stream per episode, so that an episode does not depend on
         the other rows of its batch. Without `with_values` the values may be None: rollouts are scored by the learner,
-        so a separate critic need not run.
+        so a separate critic need not run. With `mean`, which is asked only where `has_mean`, a token is the bin nearest
+        to the mean of its distribution given the tokens before it, and `noise` is None.
         """
 
     @torch.no_grad()
@@ -102,7 +110,8 @@ class Policy(PolicyModule):
         images: np.ndarray | Mapping[str, np.ndarray],
         instruction: str,
         state: np.ndarray | None = None,
-        temperature: float = 0.0,
+        temperature: float | Literal["mean"] = 0.0,
+        samples: int = 1,
         generator: np.random.Generator | None = None,
     ) -> Float[np.ndarray, "H D"]:
         """Choose the next actions for one observation, in a control loop of your own.
@@ -112,7 +121,9 @@ class Policy(PolicyModule):
                 each camera, in the order of `env.cameras`.
             instruction: the task in words.
             state: numbers of the robot f32[S], for a policy that takes them.
-            temperature: 0 takes the likeliest tokens; above 0 they are sampled at that temperature.
+            temperature: 0 takes the likeliest tokens; above 0 they are sampled at that temperature; `mean` takes, in
+                each dimension, the mean of their distribution.
+            samples: above 1: the mean of so many sampled actions, which needs a temperature above 0.
             generator: source of the sampling noise. Give the same one at every step: it moves on with each.
 
         Returns:
@@ -122,22 +133,25 @@ class Policy(PolicyModule):
         on, and if the mean of its last 30 actions is at a limit.
 
         Raises:
-            ConfigError: an argument is not what is described here; says what it is.
+            ConfigError: an argument is not what is described here, or the policy has no mean; says what it is.
             CheckpointError: the policy has several sets of action statistics, and none was chosen.
         """
         observation = one_observation(
             images, instruction, state, num_cameras=self.num_cameras, state_size=self.state_size
         )
-        check_temperature(temperature)
+        check_temperature(temperature, has_mean=self.has_mean, samples=samples)
         self.warn_of_unfamiliar(observation.instructions, observation.images)
         rng = np.random.default_rng() if generator is None else generator
 
         def noise(position: int) -> Tensor:
-            return torch.from_numpy(rng.gumbel(size=(1, self.num_choices)).astype(np.float32)).to(self.device)
+            return torch.from_numpy(rng.gumbel(size=(samples, self.num_choices)).astype(np.float32)).to(self.device)
 
-        asked = {"temperature": temperature, "noise": noise} if temperature > 0 else {}
-        inputs = self.encode(observation)
-        actions = self.actions(self.act(inputs, **asked, with_values=False))[0]
+        asked: dict[str, Any] = {}
+        if temperature != 0:
+            asked = {"mean": True} if temperature == MEAN else {"temperature": temperature, "noise": noise}
+        inputs = self.encode(observation).rows(torch.zeros(samples, dtype=torch.int64))
+        sample = self.act(inputs, **asked, with_values=False)
+        actions = means_of(self.actions(sample)[None], ~sample.malformed.cpu().numpy()[None])[0]
         lately = actions if self._lately is None else np.concatenate([self._lately, actions])
         self._lately = lately[-MIN_DECISIONS:]
         self.warn_of_limits(lately)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from reachrl.config.evaluation import MEAN, Temperature
 from reachrl.errors import ConfigError
 from reachrl.types import Observation
 
@@ -47,14 +48,28 @@ def one_observation(
     return Observation(images=frames, instructions=(instruction,), state=_state(state, state_size))
 
 
-def check_temperature(temperature: float) -> None:
-    """Check a sampling temperature.
+def check_temperature(temperature: Temperature, *, has_mean: bool, samples: int = 1) -> None:
+    """Check the temperature that a policy is to act at, and of how many samples the mean is taken.
 
     Raises:
-        ConfigError: it is negative or not finite.
+        ConfigError: it is negative or not finite, or `mean` for a policy whose tokens are no bins of a number; or
+            there are several samples without noise, or less than one.
     """
-    if not (isinstance(temperature, int | float | np.number) and math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"temperature = {temperature!r}: expected 0 (greedy) or a finite number above it")
+    if not isinstance(samples, int) or samples < 1 or (samples > 1 and temperature in (0, MEAN)):
+        raise ConfigError(
+            f"samples = {samples!r} at temperature {temperature}: expected 1, or a larger whole number with a "
+            "temperature above 0, as samples without noise are all the same"
+        )
+    if temperature == MEAN:
+        if not has_mean:
+            raise ConfigError(
+                "temperature mean: this policy chooses among tokens that are not bins of one number each, so they have "
+                "no mean; use 0 (greedy) or a temperature above it"
+            )
+        return
+    number = isinstance(temperature, int | float | np.number) and not isinstance(temperature, bool)
+    if not (number and math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature = {temperature!r}: expected 0 (greedy), a finite number above it, or 'mean'")
 
 
 def _state(state: np.ndarray | None, size: int | None) -> np.ndarray | None:

@@ -19,24 +19,33 @@ def decide(
     temperature: float,
     noise: Noise | None,
     with_values: bool,
+    mean: bool = False,
 ) -> tuple[ActionSample, Float32[np.ndarray, "N H D"]]:
     """The policy's answer in each row, in main memory, and the actions to carry out.
 
     Raises:
         ExtensionError: the answer breaks the contract of `ActionSample`.
     """
-    return answer(policy, policy.encode(observation), temperature=temperature, noise=noise, with_values=with_values)
+    inputs = policy.encode(observation)
+    return answer(policy, inputs, temperature=temperature, noise=noise, with_values=with_values, mean=mean)
 
 
 def answer(
-    policy: Policy, inputs: PolicyInputs, *, temperature: float, noise: Noise | None, with_values: bool
+    policy: Policy,
+    inputs: PolicyInputs,
+    *,
+    temperature: float,
+    noise: Noise | None,
+    with_values: bool,
+    mean: bool = False,
 ) -> tuple[ActionSample, Float32[np.ndarray, "N H D"]]:
     """`decide` for observations that are encoded already.
 
     Raises:
         ExtensionError: the answer breaks the contract of `ActionSample`.
     """
-    sample = policy.act(inputs, temperature=temperature, noise=noise, with_values=with_values)
+    asked = {"mean": True} if mean else {}  # of those alone that have one
+    sample = policy.act(inputs, temperature=temperature, noise=noise, with_values=with_values, **asked)
     actions = policy.actions(sample)
     sample = ActionSample(
         token_ids=sample.token_ids.cpu(),

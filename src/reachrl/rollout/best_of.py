@@ -1,4 +1,4 @@
-"""Test-time search: several sampled actions a decision, of which the one that ranks highest is carried out."""
+"""Test-time search: of several sampled actions a decision, the one that ranks highest or their mean is carried out."""
 
 import time
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float32, Float64
 
 from reachrl.envs.batch import EnvBatch
+from reachrl.functional.action_stats import means_of
 from reachrl.policies.base import ActionSample, Policy
 from reachrl.rewards.process.base import RewardModel
 from reachrl.rollout.acting import answer
 from reachrl.rollout.episodes import EpisodePlayer
 from reachrl.types import Observation, Start
 
-Rank = Literal["logprob", "vote", "critic", "reward"]
+Rank = Literal["logprob", "vote", "mean", "critic", "reward"]
 RANKS: tuple[Rank, ...] = get_args(Rank)
 LOOKS_AHEAD = ("critic", "reward")
 
@@ -34,9 +35,10 @@ class BestOfPlayer(EpisodePlayer):
         seed: of the noise.
         count: candidates a decision.
         rank: `logprob`: the likeliest. `vote`: the action nearest to all others (their medoid), which two candidates
-            cannot outvote. `critic`: the highest value of the state that the action leads to, success counting as 1;
-            values know the state alone, so a copy of the simulator is asked for it: an oracle look-ahead, which a robot
-            does not have. `reward`: likewise, by the reward model's score of the frame that the action leads to.
+            cannot outvote. `mean`: none of them, but their mean; it is recorded with the tokens of the nearest.
+            `critic`: the highest value of the state that the action leads to, success counting as 1; values know the
+            state alone, so a copy of the simulator is asked for it: an oracle look-ahead, which a robot does not have.
+            `reward`: likewise, by the reward model's score of the frame that the action leads to.
         look_ahead: for `critic` and `reward`: `count` environments of their own.
         reward_model: for `reward`: one that looks at single frames.
     """
@@ -81,12 +83,14 @@ class BestOfPlayer(EpisodePlayer):
             scores = self._scores(samples, offered, current)
             scores[np.stack([sample.malformed.numpy() for sample in samples], axis=1)] = -np.inf
         best = scores.argmax(1)
-        rows = np.arange(len(best))
-        for n, action in enumerate(offered[rows, best]):
+        chosen = offered[np.arange(len(best)), best]
+        if self.rank == "mean" and self.count > 1:
+            chosen = means_of(offered, np.isfinite(scores))
+        for n, action in enumerate(chosen):
             self._taken[n].append(action)
         self.seconds += time.perf_counter() - began
         self.decisions += sum(start is not None for start in current)
-        return _picked(samples, torch.from_numpy(best)), offered[rows, best]
+        return _picked(samples, torch.from_numpy(best)), chosen
 
     def _scores(
         self, samples: Sequence[ActionSample], offered: Float32[np.ndarray, "N C K D"], current: Sequence[Start | None]
@@ -95,6 +99,8 @@ class BestOfPlayer(EpisodePlayer):
             return np.stack([sample.logprobs.sum(-1).double().numpy() for sample in samples], axis=1)
         if self.rank == "vote":
             return -votes_against(offered)
+        if self.rank == "mean":
+            return -np.abs(offered - offered.mean(1, keepdims=True, dtype=np.float64)).sum((2, 3))
         return np.stack(
             [
                 np.zeros(self.count) if start is None else self._worth_after(start, self._taken[n], offered[n])

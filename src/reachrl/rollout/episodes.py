@@ -6,14 +6,16 @@ from typing import Literal
 
 import numpy as np
 
+from reachrl.config.evaluation import MEAN, Temperature
 from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
+from reachrl.policies.observed import check_temperature
 from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 
-Mode = Literal["greedy", "sampled"]
+Mode = Literal["greedy", "sampled", "mean"]
 
 # Start i of one split is another start than that of another split: it gets other noise, too.
 NOISE: dict[Split, Stream] = {
@@ -73,15 +75,19 @@ class EpisodePlayer:
     Args:
         policy: what acts.
         envs: where; their number changes the speed, not the outcomes.
-        mode: `greedy`, or `sampled` with noise addressed by (seed, split, task, start, step).
+        mode: `greedy`, `mean`, or `sampled` with noise addressed by (seed, split, task, start, step).
         temperature: of the distribution whose log-probs are recorded and sampled.
         seed: of the sampling noise.
+
+    Raises:
+        ConfigError: `mean`, and the policy has none.
     """
 
     def __init__(self, policy: Policy, envs: EnvBatch, *, mode: Mode, temperature: float, seed: int) -> None:
         self.policy, self.envs, self.mode = policy, envs, mode
         self.temperature, self.seed = temperature, seed
         self._execute = actions_executed(policy, envs)
+        check_temperature(MEAN if mode == MEAN else temperature, has_mean=policy.has_mean)
 
     def play(
         self,
@@ -165,7 +171,14 @@ class EpisodePlayer:
         noise = None
         if self.mode == "sampled":
             noise = self._noise(current, decisions)
-        sample, actions = decide(self.policy, observation, temperature=self.temperature, noise=noise, with_values=True)
+        sample, actions = decide(
+            self.policy,
+            observation,
+            temperature=self.temperature,
+            noise=noise,
+            with_values=True,
+            mean=self.mode == MEAN,
+        )
         return sample, actions[:, : self._execute]
 
     def _noise(self, current: Sequence[Start | None], decisions: Sequence[int], *more: int) -> EpisodeNoise:
@@ -177,8 +190,14 @@ class EpisodePlayer:
         return EpisodeNoise(self.policy, generators)
 
 
-def player_at(temperature: float, policy: Policy, envs: EnvBatch, *, seed: int) -> EpisodePlayer:
-    """A player that acts at this temperature; greedy actions are recorded with the policy's own log-probs."""
+def player_at(temperature: Temperature, policy: Policy, envs: EnvBatch, *, seed: int) -> EpisodePlayer:
+    """A player that acts at this temperature; actions without noise are recorded with the policy's own log-probs.
+
+    Raises:
+        ConfigError: `mean`, and the policy has none.
+    """
+    if temperature == MEAN:
+        return EpisodePlayer(policy, envs, mode=MEAN, temperature=1.0, seed=seed)
     mode = "sampled" if temperature else "greedy"
     return EpisodePlayer(policy, envs, mode=mode, temperature=temperature or 1.0, seed=seed)
 

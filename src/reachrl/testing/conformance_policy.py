@@ -46,6 +46,18 @@ def check_policy(policy: Policy, observation: Observation, *, temperature: float
     _check_batches(policy, inputs, sample, temperature)
     _check_actions(policy, sample)
     _check_groups(policy)
+    if policy.has_mean:
+        _check_mean(policy, inputs)
+
+
+def _check_mean(policy: Policy, inputs: PolicyInputs) -> None:
+    """The mean of a distribution that has shrunk to one token is that token."""
+    cold, greedy = policy.act(inputs, temperature=1e-6, mean=True), policy.act(inputs)
+    if not torch.equal(cold.token_ids, greedy.token_ids):
+        raise ExtensionError(
+            "act with mean=True does not come to the likeliest tokens as the temperature goes to 0: take the token "
+            "nearest to the mean of softmax(logits / temperature) over the tokens' numbers, or leave has_mean false."
+        )
 
 
 @torch.no_grad()

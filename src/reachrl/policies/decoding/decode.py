@@ -41,6 +41,20 @@ def action_logits(
         return F.linear(hidden.float(), head.float()) / temperature
 
 
+def choose(logits: Float[Tensor, "B V"], noise: Float[Tensor, "B V"] | None, *, mean: bool) -> Int64[Tensor, "B 1"]:
+    """Choose one of the selectable tokens in each row.
+
+    Args:
+        logits: after the temperature.
+        noise: standard Gumbel noise samples the softmax; None: the likeliest token.
+        mean: the token nearest to the mean of the softmax over the tokens' numbers instead.
+    """
+    if mean:
+        numbers = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        return (logits.softmax(-1) @ numbers).round().long().unsqueeze(-1)
+    return (logits if noise is None else logits + noise).argmax(-1, keepdim=True)
+
+
 def choose_tokens(
     model: LlamaModel,
     head: Float[Tensor, "V E"],
@@ -50,6 +64,7 @@ def choose_tokens(
     first_id: int,
     num_tokens: int,
     temperature: float,
+    mean: bool = False,
 ) -> tuple[Int64[Tensor, "B A"], Float[Tensor, "B A"]]:
     """Choose the tokens after a prompt one by one, with their log-probs; see `decode`.
 
@@ -59,8 +74,7 @@ def choose_tokens(
     ids, logprobs = [], []
     for position in range(num_tokens):
         logits = action_logits(hidden, head, temperature)
-        scores = logits if noise is None else logits + noise(position)
-        choice = scores.argmax(-1, keepdim=True)
+        choice = choose(logits, None if noise is None else noise(position), mean=mean)
         ids.append(choice + first_id)
         logprobs.append(logits.log_softmax(-1).gather(1, choice))
         if position + 1 < num_tokens:
@@ -79,6 +93,7 @@ def decode(
     num_tokens: int,
     temperature: float,
     noise: Noise | None,
+    mean: bool = False,
     recordings: Recordings | None = None,
     layer_pass: LayerPass = PLAIN,
 ) -> Decoded:
@@ -95,6 +110,7 @@ def decode(
         num_tokens: tokens to decode.
         temperature: divides the logits.
         noise: of each position, or None for greedy decoding.
+        mean: choose the token nearest to the mean of its distribution instead.
         recordings: replays of the steps; None: they are launched one by one.
         layer_pass: computes the layers of the prefill.
 
@@ -106,18 +122,18 @@ def decode(
     steps, batch, length = num_tokens - 1, *embeds.shape[:2]
     cache = None if recordings is None else recordings.cache(model, batch, length + steps, embeds)
     prompt = prefill(model, embeds, valid, steps, cache=cache, layer_pass=layer_pass)
-    choose = functools.partial(
-        choose_tokens, model, head, first_id=first_id, num_tokens=num_tokens, temperature=temperature
+    tokens_after = functools.partial(
+        choose_tokens, model, head, first_id=first_id, num_tokens=num_tokens, temperature=temperature, mean=mean
     )
     if recordings is None:
-        ids, logprobs = choose(prompt, noise)
+        ids, logprobs = tokens_after(prompt, noise)
     else:
         block = torch.zeros(batch, num_tokens, len(head), device=head.device)
         if noise is not None:  # a recording reads all of it from one place
             block = torch.stack([noise(position) for position in range(num_tokens)], 1)
 
         def work(prompt: Prompt, block: Tensor) -> tuple[Tensor, Tensor]:
-            return choose(prompt, lambda position: block[:, position])
+            return tokens_after(prompt, lambda position: block[:, position])
 
-        ids, logprobs = recordings.replay(work, prompt, block, name=temperature)
+        ids, logprobs = recordings.replay(work, prompt, block, name=(temperature, mean))
     return Decoded(token_ids=ids, logprobs=logprobs, first_hidden=prompt.hidden)

@@ -23,6 +23,11 @@ class BinnedActions(Policy):
     """What the checkpoint calls its statistics; None: they were chosen or fitted here."""
 
     @property
+    def has_mean(self) -> bool:
+        """Whether tokens are chosen from the bins alone."""
+        return not self.config.all_tokens
+
+    @property
     def action_stats(self) -> ActionStats:
         """What maps actions to the environment's units.
 

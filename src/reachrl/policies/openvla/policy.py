@@ -23,7 +23,6 @@ from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.llama import PLAIN
 from reachrl.policies.lora import files as lora_files
 from reachrl.policies.lora import four_bit
-from reachrl.policies.lora.files import VALUE_FILE
 from reachrl.policies.openvla import filling, storage
 from reachrl.policies.openvla.actions import BinnedActions
 from reachrl.policies.openvla.encoding import PromptAndPixels
@@ -124,11 +123,12 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         temperature: float = 1.0,
         noise: Noise | None = None,
         with_values: bool = True,
+        mean: bool = False,
     ) -> ActionSample:
-        """Decode all rows at once, without gradients; greedy when `noise` is None."""
+        """Decode all rows at once, without gradients; greedy when `noise` is None, unless the mean is asked for."""
         features, copy = self._features(inputs), self._copy()
         with self._arithmetic():
-            decoded = self._decode(features, inputs, copy, temperature=temperature, noise=noise)
+            decoded = self._decode(features, inputs, copy, temperature=temperature, noise=noise, mean=mean)
             wanted = with_values or self.config.critic == "shared"  # where they cost nothing
             values = self._value(features, inputs, decoded.first_hidden) if wanted else None
         return ActionSample.full(decoded.token_ids, decoded.logprobs, values)
@@ -138,11 +138,9 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         features: Float[Tensor, "B P F"],
         inputs: OpenVLAInputs,
         copy: RolloutCopy | None,
-        *,
-        temperature: float,
-        noise: Noise | None,
+        **choosing: Any,
     ) -> Decoded:
-        """Choose the action tokens, with the decoding copy if there is one."""
+        """Choose the action tokens by `temperature`, `noise` and `mean`, with the decoding copy if there is one."""
         projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
         embeds, valid = embed(projector, model, features, inputs)
         return decode(
@@ -152,8 +150,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
             valid,
             first_id=self.first_choice,
             num_tokens=self.num_action_tokens,
-            temperature=temperature,
-            noise=noise,
+            **choosing,
             recordings=None if copy is None else copy.recordings,
             layer_pass=PLAIN if copy is None else copy.layer_pass,
         )
@@ -225,7 +222,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
             update["checkpoint"] = self.base
             lora_files.save(self, adapter_sets(config), folder, base=self.base)
             self.write_companions(folder)
-            write_state(self.value_head.state_dict(prefix=VALUE), folder / VALUE_FILE)
+            write_state(self.value_head.state_dict(prefix=VALUE), folder / lora_files.VALUE_FILE)
         text = config.model_copy(update=update).model_dump_json(indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         write_stats(folder, self.action_stats, self.state_stats)

@@ -16,7 +16,7 @@ from reachrl.config.policy import PrismaticConfig
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
 from reachrl.policies.base import Noise
-from reachrl.policies.decoding.decode import Decoded, action_logits
+from reachrl.policies.decoding.decode import Decoded, action_logits, choose
 from reachrl.policies.decoding.rollout_copy import RolloutCopy
 from reachrl.policies.lora import adapters
 from reachrl.policies.openvla.family import Family
@@ -172,6 +172,7 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         *,
         temperature: float,
         noise: Noise | None,
+        mean: bool = False,
     ) -> Decoded:
         """Choose all tokens at once, with the decoding copy if there is one."""
         if copy is None:
@@ -181,8 +182,8 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
             reading = self._reading(inputs, valid)
             hidden = chunk_hidden(copy.model, embeds, valid, acting=copy.layer_pass, **reading)
         logits = action_logits(hidden, self._head(), temperature)
-        scores = (each if noise is None else each + noise(position) for position, each in enumerate(logits.unbind(1)))
-        choice = torch.stack([each.argmax(-1) for each in scores], 1)
+        noises = (None if noise is None else noise(position) for position in range(logits.shape[1]))
+        choice = torch.cat([choose(*each, mean=mean) for each in zip(logits.unbind(1), noises, strict=True)], 1)
         logprobs = logits.log_softmax(-1).gather(-1, choice[..., None]).squeeze(-1)
         return Decoded(token_ids=choice + self.first_choice, logprobs=logprobs, first_hidden=hidden[:, 0])
 
