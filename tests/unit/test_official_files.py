@@ -23,7 +23,7 @@ from reachrl.policies.openvla.inspection import CheckpointInfo, inspect_folder
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.openvla.verify import verify
-from reachrl.policies.openvla_oft.told import check_told
+from reachrl.policies.openvla_oft.unstated import check_given
 from reachrl.policies.storage.published import Published
 
 RAW = json.loads((DATA / "config.json").read_text())
@@ -433,9 +433,9 @@ def test_what_the_hub_holds_of_openvla_oft_is_not_passed_over(
     code = {file: "NUM_ACTIONS_CHUNK = 25"} if file.endswith(".py") else {}
     monkeypatch.setattr(oft, "published", lambda place: Published(names=(file,), code=code))
     with pytest.raises(CheckpointError, match=says):
-        check_told(folder, OpenVLAOFTConfig(chunk_size=8, dialect="official"))
+        check_given(folder, OpenVLAOFTConfig(chunk_size=8, dialect="official"))
     monkeypatch.setattr(oft, "published", lambda place: Published())
-    check_told(folder, OpenVLAOFTConfig(chunk_size=8, dialect="official"))
+    check_given(folder, OpenVLAOFTConfig(chunk_size=8, dialect="official"))
 
 
 def test_openvla_oft_is_refused_as_plain_openvla_wherever_it_is_loaded(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def verify(
     from reachrl.policies.folders import folders_of
 
     where, folders = folders_of(folder)
-    told = {"options": dict(_pair(each) for each in option)} if option else {}
-    result = folders.verify(where, recorded, dataset=dataset, tower_heads=heads, **told)
+    given = {"options": dict(_pair(each) for each in option)} if option else {}
+    result = folders.verify(where, recorded, dataset=dataset, tower_heads=heads, **given)
     table = _table("Recorded and computed again", "tensor", "largest difference", "tolerance", "")
     for check in result.checks:
         table.add_row(

@@ -23,8 +23,8 @@ def action_figures(rollout: Rollout, policy: Policy) -> dict[str, float]:
     """
     if rollout.action_bounds is None:
         return {}
-    told = rollout.valid & ~rollout.malformed  # what a malformed answer stands for is no action
-    ids, mask = (torch.from_numpy(each[told]) for each in (rollout.token_ids, rollout.token_mask))
+    well_formed = rollout.valid & ~rollout.malformed  # what a malformed answer stands for is no action
+    ids, mask = (torch.from_numpy(each[well_formed]) for each in (rollout.token_ids, rollout.token_mask))
     names = ("actions/at_bounds", "actions/beyond_bounds", "actions/size")
     if not len(ids):
         return dict.fromkeys(names, float("nan"))

@@ -26,7 +26,7 @@ class Family:
     """Prefixes of the names of weights that an official folder keeps in files of their own."""
     unstated: ClassVar[tuple[str, ...]] = (*FRAMES, "vocabulary")
     """Options that the official layout has no place for; our exports state them."""
-    told: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
     """What the user has stated of an official checkpoint, by key: no file states it."""
 
     def of(self, config: PrismaticConfig) -> "Family":
@@ -40,7 +40,7 @@ class Family:
             CheckpointError: `config.json` is damaged.
         """
         found = stated(folder)
-        return replace(self, told={key: found[key] for key in self.unstated if key in found} | dict(self.told))
+        return replace(self, given={key: found[key] for key in self.unstated if key in found} | dict(self.given))
 
     @property
     def sees_state(self) -> bool:
@@ -48,7 +48,7 @@ class Family:
         return False
 
     def check(self, folder: Path, beside: Sequence[Path] = ()) -> None:
-        """Refuse an official folder, whole or adapters, that is of another family or not what is told.
+        """Refuse an official folder, whole or adapters, that is of another family, or contradicts what the user states.
 
         Args:
             folder: on this machine.

@@ -89,7 +89,7 @@ def official_config(
     dataset: str | None = None,
     *,
     section: type[PrismaticConfig] = OpenVLAConfig,
-    told: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> PrismaticConfig:
     """Describe an official checkpoint as a configuration of our class.
 
@@ -98,7 +98,7 @@ def official_config(
         tower_heads: attention heads of each tower; only needed for towers other than the released ones.
         dataset: whose actions the number of action tokens is of.
         section: the class of the configuration.
-        told: options of it that no file states.
+        given: options of it that no file states.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not one we can build.
@@ -110,7 +110,7 @@ def official_config(
         language_model = _language_model(raw, shapes)
         return section.model_validate(
             {
-                **(told or {}),
+                **(given or {}),
                 "image_size": raw["image_sizes"][0],
                 **_frames(raw, folder),
                 "towers": _towers(ids, shapes, tower_heads, folder),

@@ -256,7 +256,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
             CheckpointError: a file is missing, truncated or of another architecture.
             ConfigError: the options do not go with the stored ones.
         """
-        saved = storage.read(folder, dataset=options.get("dataset"), family=cls._told(options))
+        saved = storage.read(folder, dataset=options.get("dataset"), family=cls._family_of(options))
         stored = saved.config
         if all(getattr(stored, key) == value for key, value in options.items()):
             return cls(stored, saved)
@@ -267,7 +267,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
             raise ConfigError(f"{folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
     @classmethod
-    def _told(cls, options: Mapping[str, Any]) -> Family:
+    def _family_of(cls, options: Mapping[str, Any]) -> Family:
         """What a folder is read as, given options of the section."""
         return OPENVLA
 
@@ -279,7 +279,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
         dataset: str | None = None,
         tower_heads: Sequence[int] | None = None,
         critic: Literal["shared", "separate"] = "shared",
-        **told: Any,
+        **given: Any,
     ) -> "OpenVLAPolicy":
         """Read a checkpoint in the official layout; the critic starts untrained.
 
@@ -288,10 +288,10 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
             dataset: which of its action statistics to use, when it holds several.
             tower_heads: attention heads of each tower, for towers other than the released ones.
             critic: the critic to add.
-            told: options of the section that no file states, for a family that has them.
+            given: options of the section that no file states, for a family that has them.
 
         Raises:
             CheckpointError: a file is missing or truncated, or its keys are not those of the architecture.
         """
-        saved = storage.read(folder, tower_heads=tower_heads, dataset=dataset, family=cls._told(told))
+        saved = storage.read(folder, tower_heads=tower_heads, dataset=dataset, family=cls._family_of(given))
         return cls(saved.config.model_copy(update={"dataset": dataset, "critic": critic}), saved)

@@ -9,7 +9,7 @@ from reachrl.policies.storage.saved import CONFIG_FILE
 from reachrl.policies.storage.weights import read_json
 
 KEY = "reachrl"
-FRAMES = ("rlds_frames", "center_crop")  # how frames are made, which the official code is told on its command line
+FRAMES = ("rlds_frames", "center_crop")  # how frames are made, which the official code takes from its command line
 
 
 def stated(folder: Path) -> dict[str, Any]:

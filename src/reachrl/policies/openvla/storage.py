@@ -116,7 +116,7 @@ def _config(
     if is_official(folder):
         known = (family or OPENVLA).informed(folder)
         known.check(folder, around)
-        return official_config(folder, tower_heads, dataset, section=known.section, told=known.told)
+        return official_config(folder, tower_heads, dataset, section=known.section, given=known.given)
     try:
         raw = read_json(folder / CONFIG_FILE)
         config = (family.section if family else stored_section(raw)).model_validate(raw)

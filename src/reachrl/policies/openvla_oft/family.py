@@ -16,7 +16,7 @@ from reachrl.policies.openvla.family import Family
 from reachrl.policies.openvla.statement import FRAMES
 from reachrl.policies.openvla.statistics import official_stats
 from reachrl.policies.openvla_oft.companions import NEW_FILE, PROPRIO, find, first
-from reachrl.policies.openvla_oft.told import TOLD, check_told, refuse_unsupported
+from reachrl.policies.openvla_oft.unstated import UNSTATED, check_given, refuse_unsupported
 from reachrl.policies.storage.weights import SINGLE_FILE
 
 EPSILON = 1e-8  # added to the span of statistics in each program that trains such checkpoints
@@ -29,19 +29,19 @@ class OFTFamily(Family):
 
     section: ClassVar[type[PrismaticConfig]] = OpenVLAOFTConfig
     companions: ClassVar[tuple[str, ...]] = (f"{PROPRIO}.",)
-    unstated: ClassVar[tuple[str, ...]] = (*FRAMES, *TOLD)
+    unstated: ClassVar[tuple[str, ...]] = (*FRAMES, *UNSTATED)
 
     def of(self, config: PrismaticConfig) -> Family:
         """The same, with what a configuration states."""
-        return OFTFamily({key: getattr(config, key) for key in TOLD if key in config.model_fields_set})
+        return OFTFamily({key: getattr(config, key) for key in UNSTATED if key in config.model_fields_set})
 
     @property
     def sees_state(self) -> bool:
         """Whether the policy sees the robot's state."""
-        return self.told.get("state_size") is not None
+        return self.given.get("state_size") is not None
 
     def check(self, folder: Path, beside: Sequence[Path] = ()) -> None:
-        """Refuse a folder with another head, or of which something else is told than it states.
+        """Refuse a folder with another head, or that contradicts what the user states of it.
 
         Raises:
             CheckpointError: says by which sign.
@@ -49,7 +49,7 @@ class OFTFamily(Family):
         if is_adapter(folder):
             refuse_unsupported(places(folder))
         else:
-            check_told(folder, OpenVLAOFTConfig.model_validate(dict(self.informed(folder).told)), beside)
+            check_given(folder, OpenVLAOFTConfig.model_validate(dict(self.informed(folder).given)), beside)
 
     def action_stats(self, folder: Path, dataset: str) -> ActionStats:
         """The action statistics of one data set of an official folder.
@@ -96,7 +96,7 @@ class OFTFamily(Family):
 
     @property
     def _ends(self) -> tuple[str, str]:
-        return _ENDS[self.told.get("statistics", "quantiles")]
+        return _ENDS[self.given.get("statistics", "quantiles")]
 
     def _stats(self, folder: Path, dataset: str, part: str) -> ActionStats:
         low, high = self._ends

@@ -27,7 +27,7 @@ from reachrl.policies.openvla_oft.family import EPSILON, OFTFamily
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.proprio import ProprioProjector, normalise_state
 from reachrl.policies.openvla_oft.sequence import chunk_hidden, embed_chunk, most_padding
-from reachrl.policies.openvla_oft.told import TOLD
+from reachrl.policies.openvla_oft.unstated import UNSTATED
 from reachrl.policies.storage.saved import SavedPolicy
 from reachrl.types import Observation
 
@@ -49,8 +49,8 @@ class OpenVLAOFTPolicy(OpenVLAPolicy):
         return OFTFamily().of(config)
 
     @classmethod
-    def _told(cls, options: Mapping[str, Any]) -> Family:
-        return OFTFamily({key: value for key, value in options.items() if key in TOLD})
+    def _family_of(cls, options: Mapping[str, Any]) -> Family:
+        return OFTFamily({key: value for key, value in options.items() if key in UNSTATED})
 
     def _build(self) -> None:
         super()._build()

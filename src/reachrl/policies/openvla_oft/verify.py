@@ -18,7 +18,7 @@ from reachrl.policies.openvla.verify import compare_recorded, one_thread, read_r
 from reachrl.policies.openvla_oft.inputs import OFTInputs
 from reachrl.policies.openvla_oft.policy import OpenVLAOFTPolicy
 from reachrl.policies.openvla_oft.proprio import normalise_state
-from reachrl.policies.openvla_oft.told import TOLD
+from reachrl.policies.openvla_oft.unstated import UNSTATED
 
 # Float32 kernels differ by some ulps between machines: of hidden states around 4, of logits up to about 30.
 TOLERANCES = {"projected": 1e-5, "proprio_token": 1e-5, "hidden": 1e-5, "logits": 5e-5, "tokens": 0.0, "actions": 1e-6}
@@ -53,8 +53,8 @@ def verify(
         ConfigError: an option is none of those, or has a value of another kind.
     """
     tensors = read_recorded(recorded)
-    told = _told(options or {})
-    policy = OpenVLAOFTPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads, **told)
+    given = _given(options or {})
+    policy = OpenVLAOFTPolicy.load_official(folder, dataset=dataset, tower_heads=tower_heads, **given)
     policy = cast(OpenVLAOFTPolicy, policy)
     ours = _compute(policy, _inputs(policy, tensors, recorded))
     expected = [name for name in TOLERANCES if name != "proprio_token" or policy.config.state_size is not None]
@@ -68,14 +68,14 @@ def verify(
     )
 
 
-def _told(options: Mapping[str, str]) -> dict[str, Any]:
-    if unknown := sorted(options.keys() - set(TOLD)):
-        raise ConfigError(f"--option {unknown[0]}: expected one of {', '.join(TOLD)}, which no file states")
+def _given(options: Mapping[str, str]) -> dict[str, Any]:
+    if unknown := sorted(options.keys() - set(UNSTATED)):
+        raise ConfigError(f"--option {unknown[0]}: expected one of {', '.join(UNSTATED)}, which no file states")
     try:
-        told = OpenVLAOFTConfig.model_validate_strings(dict(options))
+        read = OpenVLAOFTConfig.model_validate_strings(dict(options))
     except ValidationError as error:
         raise ConfigError(f"--option {problems_of(error)}") from error
-    return {key: getattr(told, key) for key in options}
+    return {key: getattr(read, key) for key in options}
 
 
 def _inputs(policy: OpenVLAOFTPolicy, tensors: dict[str, Tensor], path: Path) -> OFTInputs:

@@ -12,7 +12,7 @@ from reachrl.policies.openvla.statement import stated
 from reachrl.policies.openvla_oft import companions
 from reachrl.policies.storage.weights import read_json
 
-TOLD = ("chunk_size", "dialect", "num_cameras", "state_size", "statistics")
+UNSTATED = ("chunk_size", "dialect", "num_cameras", "state_size", "statistics")
 _NEEDED = {
     "chunk_size": "actions of an answer: 8 for LIBERO, 25 for ALOHA, 5 for Bridge",
     "dialect": "the program that trained it: official, simplevla_rl, or rlinf (its implement_version: rlinf)",
@@ -34,7 +34,7 @@ def refuse_unsupported(folders: Sequence[Path]) -> None:
             raise CheckpointError(f"{folder} is an OpenVLA-OFT checkpoint that cannot be trained here: {problem}")
 
 
-def check_told(folder: Path, config: OpenVLAOFTConfig, beside: Sequence[Path] = ()) -> None:
+def check_given(folder: Path, config: OpenVLAOFTConfig, beside: Sequence[Path] = ()) -> None:
     """Refuse a folder of OpenVLA-OFT that cannot be trained, or of which something else is said than it states.
 
     Args:
@@ -58,7 +58,7 @@ def check_told(folder: Path, config: OpenVLAOFTConfig, beside: Sequence[Path] = 
 def _contradictions(folder: Path, config: OpenVLAOFTConfig, beside: Sequence[Path]) -> Iterator[str]:
     raw = {key.lower(): value for key, value in read_json(folder / "config.json").items()}
     found = stated(folder)
-    for key in TOLD:
+    for key in UNSTATED:
         if key in found and getattr(config, key) != found[key]:
             yield (
                 f"{key} = {found[key]} by what its export states in config.json, but policy.{key}="
