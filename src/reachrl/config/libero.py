@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from reachrl.config import libero_plus, libero_pro
 from reachrl.config.env import EnvSection, named_once
-from reachrl.config.libero_plus import PROTOCOLS, plus_sentence
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.config.marks import Affects
 from reachrl.config.perturbations import CAMERA, COLOUR, GENERAL_AXES, LIGHT, TEXTURE, Axis, PublishedTask
@@ -33,7 +33,7 @@ class LiberoConfig(EnvSection):
         "texture": TEXTURE,
         **GENERAL_AXES,
     }
-    suites: ClassVar[tuple[str, ...]] = tuple(PROTOCOLS.values())
+    suites: ClassVar[tuple[str, ...]] = (*libero_plus.PROTOCOLS.values(), *libero_pro.PROTOCOLS.values())
 
     kind: Literal["libero"] = "libero"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -85,8 +85,12 @@ class LiberoConfig(EnvSection):
     `make libero` installs, then where an installed LIBERO has them, then the download from its hub."""
 
     def spoken(self, sentence: str, start: Start) -> str:
-        """What the policy is told in an episode; LIBERO-Plus has sentences of its own."""
-        return super().spoken(sentence, start) if PublishedTask.of(start) is None else plus_sentence(self.suite, start)
+        """What the policy is told in an episode; published suites have sentences of their own."""
+        if libero_pro.pro_kind(start):
+            return libero_pro.pro_sentence(self.suite, start)
+        if PublishedTask.of(start) is not None:
+            return libero_plus.plus_sentence(self.suite, start)
+        return super().spoken(sentence, start)
 
     @model_validator(mode="before")
     @classmethod

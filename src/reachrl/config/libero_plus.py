@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from reachrl.config.bddl import sentence_of
 from reachrl.config.libero_tasks import SUITES, instruction
 from reachrl.config.perturbations import PublishedTask
 from reachrl.errors import ConfigError, MissingExtra
@@ -58,7 +59,6 @@ _NAME = re.compile(
     r"(?:language_(?P<language>\d+)_)?view_(?P<around>\d+)_(?P<above>\d+)_(?P<distance>\d+)_(?P<turned>-?\d+)_"
     r"(?P<tilted>-?\d+)_initstate_(?P<robot>\d+)(?:_noise_(?P<noise>\d+))?"
 )
-_LANGUAGE = re.compile(r"\(:language\s+([^()]*)\)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class PlusTask:
             ConfigError: see `parse`.
         """
         published = PublishedTask.of(start)
-        return None if published is None else cls.parse(published.name)
+        return cls.parse(published.name) if published is not None and published.suite in PROTOCOLS.values() else None
 
     @property
     def kind(self) -> str:
@@ -268,16 +268,8 @@ def check_sentences(suite: str) -> None:
         )
 
 
-@cache
 def _rewording(folder: Path, suite: str, name: str) -> str:
-    path = folder / "bddl_files" / suite / f"{name}.bddl"
-    try:
-        found = _LANGUAGE.search(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); run  {INSTALL_PLUS}") from error
-    if found is None:
-        raise ConfigError(f"{path} was edited: it has no (:language ...); run  {INSTALL_PLUS}")
-    return " ".join(found[1].lower().split())
+    return sentence_of(folder / "bddl_files" / suite / f"{name}.bddl", INSTALL_PLUS)
 
 
 def _verified(folder: Path, file: Path) -> str:

@@ -52,7 +52,8 @@ class Renderer:
             ) from error
         self._rect = mujoco.MjrRect(0, 0, size, size)
         self._pixels = np.empty((size, size, 3), np.uint8)
-        self._scenes: list[tuple[Any, _Drawing]] = []  # a model, and what it is drawn with
+        self._scenes: dict[int, tuple[Any, _Drawing]] = {}  # a model, and what it is drawn with
+        self._added = 0
         self._known: dict[Hashable, _Drawing] = {}
         self._current: Any = None  # the context whose frame buffer is drawn into
 
@@ -99,8 +100,18 @@ class Renderer:
             drawing = _Drawing(scene, option, view, context)
             if key is not None:
                 self._known[key] = drawing
-        self._scenes.append((model, drawing))
-        return len(self._scenes) - 1
+        self._added += 1
+        self._scenes[self._added] = (model, drawing)
+        return self._added
+
+    def remove(self, number: int) -> None:
+        """Free what scene `number` alone is drawn with."""
+        _, drawing = self._scenes.pop(number)
+        others = [other for _, other in self._scenes.values()] + list(self._known.values())
+        if all(other is not drawing for other in others):
+            self._make_current()
+            drawing.context.free()
+            self._current = None
 
     def reload_textures(self, number: int, textures: Collection[int]) -> None:
         """Take some textures of scene `number` as its model holds them now; nobody else may draw with its looks."""
@@ -128,7 +139,7 @@ class Renderer:
         if self._users:
             return
         self._make_current()
-        for context in {id(drawing.context): drawing.context for _, drawing in self._scenes}.values():
+        for context in {id(drawing.context): drawing.context for _, drawing in self._scenes.values()}.values():
             context.free()
         self._scenes.clear()
         self._known.clear()

@@ -1,6 +1,6 @@
 """What a published robustness suite plays: its tasks of the environment's tasks, or a stratified sample of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from math import ceil
 from typing import TypeVar
@@ -34,7 +34,7 @@ def plus_conditions(env: EnvSection, protocol: Protocol, asked: str | None, shar
     """
     if not isinstance(env, LiberoConfig):
         raise ConfigError(f"--suite plus: LIBERO-Plus perturbs tasks of LIBERO; the policy's env.kind is {env.kind}")
-    kinds = _kinds(asked)
+    kinds = suite_axes(asked, "LIBERO-Plus", KINDS, NOT_HAD)
     everything = plus_tasks(env.suite)
     check_sentences(env.suite)
     tasks = {base: everything[base] for base in env.tasks}
@@ -55,20 +55,31 @@ def plus_conditions(env: EnvSection, protocol: Protocol, asked: str | None, shar
     )
 
 
-def _kinds(asked: str | None) -> list[str]:
+def suite_axes(asked: str | None, suite: str, kinds: Collection[str], not_had: Collection[str]) -> list[str]:
+    """The axes of a suite that `camera,robot` asks for.
+
+    Args:
+        asked: names; None: all.
+        suite: how the suite is called.
+        kinds: what there is.
+        not_had: what the suite has and cannot be played.
+
+    Raises:
+        ConfigError: another name, or none.
+    """
     if asked is None:
-        return list(KINDS)
-    kinds = list(dict.fromkeys(part.strip() for part in asked.split(",") if part.strip()))
-    for kind in kinds:
-        if kind in NOT_HAD:
+        return list(kinds)
+    chosen = list(dict.fromkeys(part.strip() for part in asked.split(",") if part.strip()))
+    for kind in chosen:
+        if kind in not_had:
             raise ConfigError(
-                f"--axes {kind}: LIBERO-Plus's {kind} tasks are not played: most need files that no package has; "
-                f"it has {', '.join(KINDS)}"
+                f"--axes {kind}: {suite}'s {kind} tasks are not played: most need files that no package has; "
+                f"it has {', '.join(kinds)}"
             )
-        check_axis("--axes", kind, KINDS, "LIBERO-Plus")
-    if not kinds:
-        raise ConfigError(f"--axes names none; LIBERO-Plus has {', '.join(KINDS)}")
-    return kinds
+        check_axis("--axes", kind, kinds, suite)
+    if not chosen:
+        raise ConfigError(f"--axes names none; {suite} has {', '.join(kinds)}")
+    return chosen
 
 
 def _level(
@@ -79,8 +90,12 @@ def _level(
         for base, among in tasks.items()
         if (found := [task for task in among if task.kind == kind and task.level == level])
     }
-    played = sampled(of_base, share, seed, f"{kind} {level}")
-    count = sum(map(len, of_base.values()))
+    return sampled_level(of_base, share, seed, kind, level)
+
+
+def sampled_level(groups: Mapping[str, Sequence[Start]], share: Fraction, seed: int, kind: str, level: str) -> Level:
+    """A level of an axis with a share of its episodes, of each base task its part; see `sampled`."""
+    played, count = sampled(groups, share, seed, f"{kind} {level}"), sum(map(len, groups.values()))
     return Level(label=level if len(played) == count else f"{level}: {len(played)} of {count}", starts=tuple(played))
 
 

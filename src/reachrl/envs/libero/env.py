@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 
 from reachrl.config.libero import LiberoConfig
+from reachrl.config.libero_pro import pro_kind
 from reachrl.config.libero_tasks import instruction
 from reachrl.config.perturbations import Variant
 from reachrl.envs.base import Env, check_start, observed, start_option
@@ -13,8 +14,9 @@ from reachrl.envs.libero.assets import check_assets, find_assets
 from reachrl.envs.libero.experts.expert import Expert
 from reachrl.envs.libero.faithful_simulation import FaithfulSimulation
 from reachrl.envs.libero.fast_simulation import FastSimulation
-from reachrl.envs.libero.installation import check_alone, check_suite, check_versions
+from reachrl.envs.libero.installation import TaskFiles, check_alone, check_suite, check_versions
 from reachrl.envs.libero.plus import PlusEpisode
+from reachrl.envs.libero.pro import pro_files
 from reachrl.envs.libero.simulation import Perturbation
 from reachrl.envs.libero.starts import Starts
 from reachrl.envs.render import Renderer
@@ -45,7 +47,7 @@ class LiberoEnv(Env):
         self.observation_space = observed(config.cameras, config.image_size, state_size=8)
         self._assets = find_assets(config.assets)
         self._renderer = Renderer(config.image_size) if config.simulation == "fast" else None
-        self._made: dict[str, Starts] = {}
+        self._made: dict[tuple[str, str], Starts] = {}  # by task and axis of LIBERO-PRO
         self._starts: Starts | None = None
         self._plus: PlusEpisode | None = None
         self._expert: Expert | None = None
@@ -83,7 +85,7 @@ class LiberoEnv(Env):
         start = start_option(options)
         check_start(self, start)
         self._plus = PlusEpisode.of(start)
-        self._starts = self.task_starts(start.task)
+        self._starts = self.task_starts(start.task, pro_kind(start))
         looks = Perturbation(looks=start) if Variant.of(start) is not None else None
         self._starts.begin(start.split, start.index, looks if self._plus is None else self._plus.perturbation())
         for _ in range(_SETTLING_STEPS):
@@ -136,28 +138,35 @@ class LiberoEnv(Env):
 
     def close(self) -> None:
         """Free the GL contexts."""
-        for starts in self._made.values():
-            starts.simulation.close()
-        self._made.clear()
+        self._forget(list(self._made))
         if self._renderer is not None:
             self._renderer.close()
 
-    def task_starts(self, task: str) -> Starts:
-        """The task's simulation and its numbered starts, made when first asked for."""
-        if task not in self._made:
-            config = self.config
-            if self._renderer is None:
-                # Upstream's tasks take a gigabyte each: one at a time.
-                for made in self._made.values():
-                    made.simulation.close()
-                self._made.clear()
-                simulation = FaithfulSimulation(config.suite, task, self._assets, config.image_size, config.cameras)
+    def task_starts(self, task: str, perturbed: str = "") -> Starts:
+        """The task's simulation and its numbered starts, made when first asked for.
+
+        Args:
+            task: its name.
+            perturbed: axis of LIBERO-PRO, whose tasks have definitions and start states of their own.
+        """
+        key, config = (task, perturbed), self.config
+        if key not in self._made:
+            if perturbed:
+                files = pro_files(config.suite, perturbed, task, self._assets)
             else:
-                simulation = FastSimulation(
-                    config.suite, task, self._assets, config.mesh_faces, self._renderer, config.cameras
-                )
-            self._made[task] = Starts(config.suite, task, simulation, stored_for_training=config.split == "paper")
-        return self._made[task]
+                files = TaskFiles.of(config.suite, task)
+            if self._renderer is None:
+                self._forget(list(self._made))  # upstream's tasks take a gigabyte each: one at a time
+                simulation = FaithfulSimulation(files, self._assets, config.image_size, config.cameras)
+            else:
+                self._forget([made for made in self._made if made[1]])  # four for each of the suite's own are too many
+                simulation = FastSimulation(files, self._assets, config.mesh_faces, self._renderer, config.cameras)
+            self._made[key] = Starts(files, simulation, stored_for_training=config.split == "paper")
+        return self._made[key]
+
+    def _forget(self, made: list[tuple[str, str]]) -> None:
+        for key in made:
+            self._made.pop(key).simulation.close()
 
     def _observe(self, starts: Starts) -> dict[str, Any]:
         simulation = starts.simulation

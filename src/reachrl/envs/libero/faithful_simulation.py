@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.gl import import_mujoco
-from reachrl.envs.libero.installation import bddl_file, import_upstream
+from reachrl.envs.libero.installation import TaskFiles, import_upstream
 from reachrl.envs.libero.simulation import (
     CAMERA,
     Perturbation,
@@ -56,17 +56,16 @@ class FaithfulSimulation(Simulation):
     """Upstream's `OffScreenRenderEnv`: its own stepping and drawing, its scene compiled once.
 
     Args:
-        suite: of the task.
-        task: its name.
+        files: of the task.
         assets: folder with meshes and textures.
         image_size: side of the frames in pixels.
         cameras: what films.
     """
 
-    def __init__(self, suite: str, task: str, assets: Path, image_size: int, cameras: Sequence[str] = (CAMERA,)):
+    def __init__(self, files: TaskFiles, assets: Path, image_size: int, cameras: Sequence[str] = (CAMERA,)):
         envs = import_upstream(assets)
         os.environ.pop("LP_PERF", None)  # what software rendering may leave out
-        path = str(bddl_file(suite, task))
+        path = str(files.definition)
         problem, base = problem_of(envs, path)
         envs.TASK_MAPPING[problem] = extended(base, _Kept)  # where upstream looks its classes up
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.libero.controller import ArmController
-from reachrl.envs.libero.installation import bddl_file, import_upstream
+from reachrl.envs.libero.installation import TaskFiles, import_upstream
 from reachrl.envs.libero.simulation import (
     CAMERA,
     HIDDEN_GROUPS,
@@ -41,8 +41,7 @@ class FastSimulation(Simulation):
     """The same physics without unused work: no new model at a reset, no observables, one frame a step.
 
     Args:
-        suite: of the task.
-        task: its name.
+        files: of the task.
         assets: folder with meshes and textures.
         mesh_faces: see `LiberoConfig`.
         renderer: draws for all tasks of the process.
@@ -51,8 +50,7 @@ class FastSimulation(Simulation):
 
     def __init__(
         self,
-        suite: str,
-        task: str,
+        files: TaskFiles,
         assets: Path,
         mesh_faces: int,
         renderer: Renderer,
@@ -61,9 +59,9 @@ class FastSimulation(Simulation):
         envs = import_upstream(assets)
         from robosuite import load_controller_config  # pyright: ignore[reportMissingImports]
 
-        path = str(bddl_file(suite, task))
+        path = str(files.definition)
         _, base = problem_of(envs, path)
-        self.domain = extended(base, _Lean, mesh_faces=mesh_faces, task_name=task)(
+        self.domain = extended(base, _Lean, mesh_faces=mesh_faces, task_name=files.name)(
             path,
             robots=["Panda"],
             controller_configs=load_controller_config(default_controller="OSC_POSE"),
@@ -115,4 +113,7 @@ class FastSimulation(Simulation):
             self._renderer.reload_textures(number, textures)
 
     def close(self) -> None:
-        """Nothing: the renderer belongs to the process."""
+        """Free what the scene is drawn with; the renderer's GL context belongs to the process."""
+        for number in self._scenes.values():
+            self._renderer.remove(number)
+        self._scenes.clear()

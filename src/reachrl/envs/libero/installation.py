@@ -11,6 +11,7 @@ import sys
 import tempfile
 import types
 import zipfile
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, version
 from importlib.util import find_spec
@@ -117,6 +118,28 @@ def bddl_file(suite: str, task: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: LIBERO is not completely installed; run  {INSTALL_AGAIN}")
     return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFiles:
+    """What a task is made of."""
+
+    name: str
+    """Of the task and, where it is perturbed, its axis."""
+    definition: Path
+    """Its BDDL file."""
+    starts: np.ndarray
+    """Stored start states: time, joint positions and velocities, f64[50 K]."""
+
+    @classmethod
+    def of(cls, suite: str, task: str) -> "TaskFiles":
+        """Those of a task of the benchmark.
+
+        Raises:
+            MissingExtra: LIBERO is not installed.
+            ConfigError: a file is missing or damaged.
+        """
+        return cls(name=task, definition=bddl_file(suite, task), starts=stored_starts(suite, task))
 
 
 @cache

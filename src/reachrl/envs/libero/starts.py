@@ -6,7 +6,7 @@ import numpy as np
 
 from reachrl.config.libero import NUM_STORED_STARTS
 from reachrl.envs.gl import import_mujoco
-from reachrl.envs.libero.installation import stored_starts
+from reachrl.envs.libero.installation import TaskFiles
 from reachrl.envs.libero.simulation import Perturbation, Simulation
 from reachrl.errors import ConfigError
 from reachrl.streams import Stream, sequence
@@ -23,8 +23,7 @@ class Starts:
     drawn, too, also where training uses the stored ones.
 
     Args:
-        suite: of the task.
-        task: its name.
+        files: of the task.
         simulation: where episodes begin.
         stored_for_training: train on the stored starts, as published trainers do.
 
@@ -32,16 +31,16 @@ class Starts:
         ConfigError: the stored states do not fit the task as it is defined now.
     """
 
-    def __init__(self, suite: str, task: str, simulation: Simulation, *, stored_for_training: bool):
-        self.task, self.simulation, self.stored_for_training = task, simulation, stored_for_training
-        self.stored = stored_starts(suite, task)
+    def __init__(self, files: TaskFiles, simulation: Simulation, *, stored_for_training: bool):
+        self.task, self.simulation, self.stored_for_training = files.name, simulation, stored_for_training
+        self.stored = files.starts
         model = simulation.model
         size = 1 + model.nq + model.nv
         if self.stored.shape != (NUM_STORED_STARTS, size):
             raise ConfigError(
-                f"{task}: its stored start states are {list(self.stored.shape)}, but the task file describes a scene "
-                f"that needs {[NUM_STORED_STARTS, size]}: the file was edited, or the versions do not belong together; "
-                "install LIBERO again"
+                f"{files.name}: its stored start states are {list(self.stored.shape)}, but the task file describes a "
+                f"scene that needs {[NUM_STORED_STARTS, size]}: the file was edited, or the versions do not belong "
+                "together; install LIBERO again"
             )
         self._columns = _object_columns(model)
         self._seeds: dict[tuple[Split, int], int] = {}
