@@ -177,7 +177,8 @@ def test_a_task_of_libero_pro_begins_and_goes_on_as_upstreams():
     assert np.allclose(simulation.data.qpos, recorded["positions"][0], atol=1e-8)
     assert simulation.domain.parsed_problem["goal_state"] == recorded["goal"]
     assert "yellow_stove_1" in simulation.domain.fixtures_dict
-    assert np.abs(observation["images"]["agentview"].astype(float) - plain["images"]["agentview"]).mean() > 5
+    seen, usual = (each["images"]["agentview"].astype(float) for each in (observation, plain))
+    assert np.abs(seen - usual).mean() > 2  # the stove is yellow
     # One perturbed scene at a time, beside the suite's own.
     env.reset(options={"start": Start(task, "eval", index, "pro:task")})
     assert list(env._made) == [(task, ""), (task, "task")]
