@@ -197,8 +197,9 @@ def _import(target: str, *, group: str, kind: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
         if not attribute or (error.name and f"{module_name}.".startswith(f"{error.name}.")):
+            meant = "" if kind == target else f" ({target!r})"
             raise ExtensionError(
-                f"{group}: kind {kind!r} ({target!r}): there is no module {error.name or module_name!r}, neither here "
+                f"{group}: kind {kind!r}{meant}: there is no module {error.name or module_name!r}, neither here "
                 f"({os.getcwd()}) nor on PYTHONPATH, nor installed. Correct the name, or run the command in the folder "
                 "that the module lies in."
             ) from error

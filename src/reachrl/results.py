@@ -35,7 +35,7 @@ class SuccessRate:
         return f"{self.k}/{self.n} = {100 * self.rate:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EvaluationResult:
     """One policy on held-out start states, at one temperature."""
 
@@ -51,6 +51,11 @@ class EvaluationResult:
     """Only rates with the same one may be compared."""
     caveats: tuple[str, ...] = ()
     """What has to stand beside the rate."""
+
+    def __repr__(self) -> str:
+        """The rates, without the episodes: what a notebook shows of a cell's last value."""
+        tasks = "".join(f"\n  {task}: {rate}" for task, rate in self.per_task.items())
+        return f"EvaluationResult {self.mode}: {self.success}{tasks}"
 
     @classmethod
     def of(cls, mode: str, record: dict[str, Any], *, protocol_hash: str, caveats: tuple[str, ...]) -> Self:
@@ -84,7 +89,7 @@ class EvaluationResult:
             raise ConfigError(f"these evaluations cannot be compared: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainResult:
     """A run, finished or stopped by a callback."""
 
@@ -108,6 +113,16 @@ class TrainResult:
     """The policy: `RUN/policy`, or that of the last checkpoint of a stopped run."""
     device: str
     """Where `policy` is loaded to."""
+
+    def __repr__(self) -> str:
+        """The run and its rates, without the records: what a notebook shows of a cell's last value."""
+        rates = "".join(
+            f"\n  {mode}: {self.before[mode].success} before, {after.success} after"
+            for mode, after in self.after.items()
+            if mode in self.before
+        )
+        state = "stopped after" if self.stopped else "trained"
+        return f"TrainResult {self.folder}: {state} {self.iterations} iterations{rates}"
 
     @property
     def report(self) -> Path:

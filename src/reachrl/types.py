@@ -127,25 +127,25 @@ class Episode:
 class Rollout:
     """`T` decisions in each of `N` environments, collected with one policy version."""
 
-    images: dict[str, UInt8[np.ndarray, "T N H W 3"]]
+    images: dict[str, UInt8[np.ndarray, "T N H W 3"]]  # by camera, RGB: what the policy saw before each decision
     instructions: tuple[tuple[str, ...], ...]  # T tuples of N
-    state: Float32[np.ndarray, "T N S"] | None = None
+    state: Float32[np.ndarray, "T N S"] | None = None  # before each decision; None: the simulator has none
     last_observation: Observation  # after step T, the bootstrap of rows still running
     final_observation: Observation  # E rows: what each of the E ended episodes showed last
     final_rows: Int64[np.ndarray, "E 2"]  # (t, n) of the step that ended each of them
-    token_ids: Int64[np.ndarray, "T N A"]
+    token_ids: Int64[np.ndarray, "T N A"]  # the answer: tokens of the policy, not numbers of an action
     token_mask: Bool[np.ndarray, "T N A"]  # the slots that the policy filled; the others hold id 0 and log-prob 0
-    behaviour_logprobs: Float32[np.ndarray, "T N A"]
+    behaviour_logprobs: Float32[np.ndarray, "T N A"]  # of each token as it was sampled, in nats
     malformed: Bool[np.ndarray, "T N"]  # the answer stood for no action: the policy's safe action was carried out
-    success: Bool[np.ndarray, "T N"]
-    terminated: Bool[np.ndarray, "T N"]
-    truncated: Bool[np.ndarray, "T N"]
-    valid: Bool[np.ndarray, "T N"]
+    success: Bool[np.ndarray, "T N"]  # the task was solved by this decision
+    terminated: Bool[np.ndarray, "T N"]  # the episode ended here by itself
+    truncated: Bool[np.ndarray, "T N"]  # the time limit ended it here
+    valid: Bool[np.ndarray, "T N"]  # False: the worker was lost, the row is no data and its reward must be 0
     executed: Int32[np.ndarray, "T N"]  # control steps of each decision: its chunk, up to the episode's end
-    ee_state: Float32[np.ndarray, "T N 4"]
+    ee_state: Float32[np.ndarray, "T N 4"]  # after each decision: x y z in m, gripper 0 closed to 1 open
     progress: Float32[np.ndarray, "T N 2"]  # before and after each decision, 0..1; NaN where the simulator has none
-    episodes: tuple[Episode, ...]
-    policy_version: int
+    episodes: tuple[Episode, ...]  # the E that ended, in the order of `final_rows`
+    policy_version: int  # number of the weights that acted
     control_hz: float | None = None  # control steps a second of simulated time; None: unknown
     action_bounds: Float32[np.ndarray, "2 D"] | None = None  # lowest and highest that is carried out; None: unknown
     inputs: tuple[Any, ...] | None = None  # of each step, as `policy.cache` makes them; None: they were not kept
@@ -181,8 +181,8 @@ class Rewards:
     It is seen from the decision's beginning: what the k-th action of a chunk earns counts `gamma ** (k - 1)` times.
     """
 
-    total: Float32[np.ndarray, "T N"]
-    parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=lambda: {})
+    total: Float32[np.ndarray, "T N"]  # what training maximises, discounted
+    parts: dict[str, Float32[np.ndarray, "T N"]] = field(default_factory=lambda: {})  # by name, each a curve
     progress: Float32[np.ndarray, "T N"] | None = None  # 0..1: what a dense reward thinks of the frame a step led to
 
 

@@ -92,3 +92,17 @@ def test_an_unfinished_run_is_measured_and_reported(source: Path, tmp_path: Path
     assert result["modes"]["sampled"]["n"] == 3
     assert "4 of 44 iterations" in typed("report", "--run", run)
     assert "Training has done 4 of 44 iterations." in (run / "report.html").read_text()
+
+
+def test_a_trained_run_that_was_not_evaluated_says_that(source: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    typed("train", "--run", run, "--until", "5")
+    said = " ".join(typed("report", "--run", run).split())
+    assert "all 5 iterations are trained, not yet evaluated: `reachrl eval --run" in said and "5 of 5" not in said
+
+
+def test_a_branch_from_nowhere_names_the_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--from .*nope: there is no run at .*nope") as told:
+        typed("train", "--from", tmp_path / "nope", "--run", tmp_path / "new")
+    assert "new" not in str(told.value)

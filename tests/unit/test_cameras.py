@@ -97,6 +97,9 @@ def test_rollouts_keep_every_camera_the_state_and_the_frequency():
     final = rollout.final_observation
     assert len(final) == len(rollout.episodes) == 1 and rollout.control_hz == 12.5
     check_rows(final.images, final.state, rollout.ee_state[3:4, 0])
+    # The state is what was seen before a decision, the pose what it led to: row t's pose is row t + 1's state.
+    np.testing.assert_array_equal(rollout.state[1:4, 0], 2 * rollout.ee_state[:3, 0, :3])
+    assert (rollout.state[:3, 0] != 2 * rollout.ee_state[:3, 0, :3]).any()
     seen = rollout.decisions().rows(np.array([5]))
     np.testing.assert_array_equal(seen.images["back"][0], rollout.images["back"][5, 0])
     np.testing.assert_array_equal(seen.state[0], rollout.state[5, 0])

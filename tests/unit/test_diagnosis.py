@@ -96,6 +96,14 @@ def test_a_cause_is_named(changes, cause, says):
     assert "entropy 3.00 nats a token; 100% of the episodes cut off" in found.text()
 
 
+def test_what_a_run_has_already_is_not_advised():
+    sparse = diagnose(failing(), after=AFTER, demos=DEMOS, max_steps=30)
+    dense = diagnose(failing(**{"reward/process": 0.1}), after=AFTER, demos=DEMOS, max_steps=30)
+    assert sparse is not None and "reward.kind=process" in sparse.text()
+    assert dense is not None and "reward.kind=process" not in dense.text()
+    assert dense.text().count("sft.epochs") == 1  # each advice once
+
+
 def test_a_limit_that_the_experts_hardly_keep_is_too_short():
     found = diagnose(failing(), after=AFTER, demos=DEMOS, max_steps=9)
     assert found is not None and "the experts' episodes take 9 of 9 decisions" in found.text()

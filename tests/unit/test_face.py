@@ -72,6 +72,17 @@ def test_the_face_is_functions_whatever_else_was_imported():
         _ = reachrl.tarin
 
 
+def test_a_notebook_shows_rates_not_records(run):
+    result = run[-1]
+    shown = repr(result)
+    assert shown.splitlines()[0] == f"TrainResult {result.folder}: trained {result.iterations} iterations"
+    assert f"sampled: {result.before['sampled'].success} before, {result.after['sampled'].success} after" in shown
+    assert len(shown.splitlines()) == 1 + len(result.after) and "'episode" not in shown
+    rates = repr(result.after["sampled"])
+    assert rates.splitlines()[0] == f"EvaluationResult sampled: {result.after['sampled'].success}"
+    assert len(rates.splitlines()) == 1 + len(result.after["sampled"].per_task)
+
+
 def test_overrides_by_key_are_those_of_the_command_line():
     typed = load_config("toy", ["env.num_envs=2", "env.tasks=red-square,blue-square", "seed=3"])
     assert load_config("toy", {"env": {"num_envs": 2, "tasks": ["red-square", "blue-square"]}, "seed": 3}) == typed

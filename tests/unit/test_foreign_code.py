@@ -50,6 +50,13 @@ def download(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def test_all_code_that_has_to_be_named_is_named_at_once(download):
+    file = stored_run(download, env={"kind": EVIL}, reward={"kind": "runx.evil:R"})
+    with pytest.raises(ConfigError, match="add  env.kind=runx.evil:M reward.kind=runx.evil:R  to the command"):
+        load_config(str(file))
+    assert not ran(download)
+
+
 def ran(download: Path) -> bool:
     return (download.parent / "marker").exists()
 

@@ -36,6 +36,9 @@ def test_every_kind_has_its_options():
 
 def test_fields_have_shapes():
     page = (DOCS / "reference" / "fields.md").read_text()
+    for name in ("Rollout", "Rewards"):  # what an author of a reward reads
+        table = page.partition(f"## `reachrl.types.{name}`")[2].partition("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)` .*\|  \|$", table, re.MULTILINE) == []
     assert (
         "| `final_rows` | `Int64[np.ndarray, 'E 2']` | required | (t, n) of the step that ended each of them |" in page
     )

@@ -162,6 +162,16 @@ def named_keys() -> dict[str, set[str]]:
     return found
 
 
+def test_another_kind_is_one_difference_however_many_options_it_has() -> None:
+    old, new = load_config("toy"), load_config("toy", ["reward.kind=task"])
+    changes = config_changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    assert len(changes) > 3
+    everything = frozenset({"demos", "sft", "reward", "train", "eval"})
+    with pytest.raises(ConfigError) as told:
+        check_changes(new, changes, Progress(finished=everything, begun=everything, iterations=3), where="here")
+    assert [line.partition(":")[0].strip() for line in str(told.value).splitlines()[1:-1]] == ["reward.kind"]
+
+
 def test_every_remedy_of_a_message_is_permitted() -> None:
     found = named_keys()
     assert {

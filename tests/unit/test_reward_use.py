@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from reachrl.config.loading import load_config
 from reachrl.config.reward import ProcessRewardConfig
-from reachrl.errors import ConfigError
+from reachrl.errors import ConfigError, ExtensionError
+from reachrl.rewards.base import Reward
 from reachrl.rewards.episodes import episode_parts, frame_numbers
 from reachrl.rewards.process.reward import ProcessReward
 from reachrl.rewards.process.scorer import FrameScorer, clip_numbers
@@ -18,7 +19,7 @@ from reachrl.rewards.process.small import SmallRewardModel
 from reachrl.rewards.running_scale import RunningScale
 from reachrl.rewards.shaping import pay_at_ends, pay_new_highs
 from reachrl.testing.rewards import check_borders, check_reward, cut_rollout, make_rollout, one_camera
-from reachrl.types import Episode, Start
+from reachrl.types import Episode, Rewards, Start
 
 GAMMA = 0.9
 
@@ -28,6 +29,36 @@ def small_model(seed=0, **changes):
     return SmallRewardModel(
         image_size=32, channels=(8, 8, 8, 8), hidden=8, instructions=["reach the goal"], **changes
     ).eval()
+
+
+def test_the_made_up_rollout_has_the_cameras_and_the_state_that_are_asked_for():
+    rollout = make_rollout(4, 2, cameras=["front", "wrist"], state_size=3)
+    assert list(rollout.images) == list(rollout.final_observation.images) == ["front", "wrist"]
+    assert rollout.state is not None and rollout.state.shape == (4, 2, 3)
+    assert rollout.last_observation.state is not None and rollout.last_observation.state.shape == (2, 3)
+    assert (rollout.images["front"] != rollout.images["wrist"]).any()
+    parts = cut_rollout(rollout, [2])
+    np.testing.assert_array_equal(parts[0].last_observation.state, rollout.state[2])
+
+
+class Near(Reward):
+    """Pays what a wrist camera and the state say."""
+
+    def __call__(self, rollout):
+        seen = rollout.state[..., 0] + rollout.images["wrist"].mean(axis=(2, 3, 4)) / 255
+        paid = np.where(rollout.valid, seen, 0).astype(np.float32)
+        return Rewards(total=paid, parts={"near": paid})
+
+
+def test_a_reward_that_reads_a_state_is_told_how_to_be_checked():
+    for check in (lambda: check_reward(Near()), lambda: check_borders(Near, gamma=0.9)):
+        with pytest.raises(
+            ExtensionError, match=r"Near raised TypeError: .*make_rollout\(cameras=\['front'\], state_size=8\)"
+        ):
+            check()
+    rollout = make_rollout(8, 3, cameras=["wrist"], state_size=2)
+    check_reward(Near(), rollout)
+    check_borders(Near, gamma=0.9, rollout=rollout)
 
 
 def episodes_by_hand(rollout):

@@ -22,7 +22,7 @@ from reachrl.report.overlay import draw_overlay
 from reachrl.report.report import write_report
 from reachrl.report.series import block_means, moving_success, moving_uniform_success, time_axes
 from reachrl.report.svg import Chart, span, ticks
-from reachrl.report.verdict import verdict
+from reachrl.report.verdict import advice, verdict
 from reachrl.report.video import write_video
 from reachrl.run.atomic import write_json_atomic
 
@@ -259,7 +259,7 @@ def test_repeated_steps_and_evaluations_count_once_and_long_curves_are_averaged(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json_atomic(tmp_path / "eval" / "after.json", {"greedy": {"k": 7, "n": 10, "per_task": {}}})
     text = Page(write_report(tmp_path).read_text()).text
-    assert text.count("greedy: 7 of 10") == 1 and "greedy: 2 of 10" not in text
+    assert text.count("greedy: 7 of 10") == 2 and "greedy: 2 of 10" not in text  # wide, narrow
 
 
 def test_no_folder_and_damaged_json_are_named(tmp_path: Path) -> None:
@@ -366,7 +366,55 @@ def test_the_first_sentence_is_a_verdict(improved, worsened, p, css, begins) -> 
     test = {"improved": improved, "worsened": worsened, "p_value": p}
     said = verdict(before, after, test, seed=7)
     assert said is not None and said["css"] == css and said["text"].startswith(begins)
-    assert f"same 100 starts, p = {p:.2g}; one seed, 7)" in said["text"]
+    assert f"same 100 starts, p = {p:.2g}; one seed: 7)" in said["text"]
+
+
+def test_a_run_without_a_success_is_told_what_to_do(tmp_path: Path) -> None:
+    none, some = {"k": 0, "n": 30}, {"k": 1, "n": 30}
+    said = advice(none, none)
+    assert said is not None and "sft.epochs" in said and "demos.episodes_per_task" in said
+    assert advice(none, some) is advice(some, none) is advice(None, none) is advice(none, None) is None
+    wilson95, run = [0.0, 0.114], tmp_path / "run"
+    record = {"k": 0, "n": 30, "rate": 0.0, "wilson95": wilson95, "per_task": {"push": {"k": 0, "n": 30}}}
+    for when in ("before", "after"):
+        write_json_atomic(run / "eval" / f"{when}.json", {"sampled": record})
+    write_json_atomic(run / "summary.json", {"mode": "sampled"})
+    assert "there was next to nothing to reinforce" in Page(write_report(run).read_text()).text
+
+
+def test_the_parts_of_a_plug_ins_reward_are_curves(full_run: Path, tmp_path: Path) -> None:
+    """And where no process reward is paid, nothing says that one is shown or used."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "and the process reward" in Page(write_report(run).read_text()).text
+    for line in lines:
+        line["reward/lying"] = line.pop("reward/process", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(write_report(run).read_text()).text
+    assert text.count("lying reward a step") == 1 and text.count("task reward a step") == 1
+    assert "process reward a step" not in text and "and the process reward" not in text
+    assert "The reward of this run does not use this model." in text
+
+
+def test_a_telephone_shows_the_main_pictures_whole() -> None:
+    """316 pixels are what a page of 400 leaves; no word of these pictures lies outside."""
+    rates = {name: {"k": 40, "n": 40, "wilson95": [0.9, 1.0]} for name in ("a-task-of-22-character", "b")}
+    rows = [(name, record, "c-after") for name, record in (("before, sampled", rates["b"]), ("after", rates["b"]))]
+    pictures = (
+        plots.success_interval_chart(rows, narrow=True),
+        plots.task_chart(rates, rates, narrow=True),
+        plots.learning_curve([], [{"iteration": 16, "k": 1, "n": 2}], narrow=True)[0],
+        plots.heat_map({name: [(0, 0.5), (1, 1.0)] for name in rates}, top=1, form="share", narrow=True),
+    )
+    widths = {"start": (0, 1), "middle": (0.5, 0.5), "end": (1, 0)}
+    for picture in pictures:
+        [svg] = ET.fromstring(picture)
+        assert float(re.search(r"min-width:(\d+)px", svg.get("style", ""))[1]) <= 316  # pyright: ignore[reportOptionalSubscript]
+        for text in svg.iter("text"):
+            left, right = widths[text.get("text-anchor", "start")]
+            size, x = 6.6 * len(text.text or ""), float(text.get("x", ""))
+            assert x - left * size >= 0 and x + right * size <= 316, text.text
 
 
 def test_a_verdict_needs_both_evaluations_and_a_test() -> None:

@@ -175,3 +175,21 @@ def test_lines_of_a_live_terminal_break_between_words_and_those_of_a_file_nowher
         assert [each.rstrip() for each in console.file.getvalue().splitlines()] == [
             each.rstrip() for each in shown.splitlines()
         ]
+
+
+COMMANDS = (
+    *("", "quickstart", "demos", "sft", "reward", "reward fit", "reward segments", "reward inspect", "train", "eval"),
+    *("robust", "report", "export", "list", "config", "plan", "model", "model info", "model verify", "version"),
+)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_is_whole_on_narrow_terminals(command_line, columns):
+    """Of 60 columns rich leaves 19 for an option's name; two have more."""
+    cut = set()
+    for command in COMMANDS:
+        code, out, _ = command_line(*command.split(), "--help", columns=columns)
+        assert code == 0 and max(map(len, out.splitlines())) <= columns
+        cut |= {line.split()[1] for line in out.splitlines() if "…" in line}
+        assert "[[" not in out
+    assert cut <= ({"--install-completi…", "--decisions-per-se…"} if columns == 60 else set())

@@ -23,7 +23,10 @@ def config(
     with_help: Annotated[bool, typer.Option("--docs", help="Print each key's help above it.")] = False,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Print what differs from `paper` (of `paper`: what `robust` repairs), and why."),
+        typer.Option(
+            "--explain",
+            help="Print what differs from the preset paper (of paper: what the preset robust repairs).",
+        ),
     ] = False,
 ) -> None:
     """Print the resolved configuration as TOML; a copy of it is a preset of your own."""

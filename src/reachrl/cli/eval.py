@@ -37,8 +37,8 @@ def eval_(
     protocol: Annotated[
         str | None,
         typer.Option(
-            metavar="heldout|official",
-            help="The configuration's own start states and modes, or LIBERO's published protocol.",
+            metavar="WHICH",
+            help="heldout: the configuration's own start states and modes; official: LIBERO's published protocol.",
             rich_help_panel=OWN,
         ),
     ] = None,
@@ -69,9 +69,9 @@ def eval_(
     rank: Annotated[
         str,
         typer.Option(
-            metavar="logprob|vote|mean|critic|reward",
-            help="What makes an action the best (mean: all are averaged); critic and reward look ahead in a copy "
-            "of the simulator.",
+            metavar="WHICH",
+            help="What makes an action the best: logprob, vote, mean (all are averaged), critic or reward; the last "
+            "two look ahead in a copy of the simulator.",
             rich_help_panel=OWN,
         ),
     ] = "logprob",
@@ -136,7 +136,10 @@ def chosen_checkpoint(run: Path, which: str) -> Path:
 
     kept = {checkpoint_step(folder): folder for folder in list_checkpoints(run / "checkpoints")}
     if not kept:
-        raise ConfigError(f"{run} has no checkpoints: has `reachrl train` begun there?")
+        raise ConfigError(
+            f"{run} has no checkpoints yet. `reachrl train --run {run}` begins or goes on with training and writes one "
+            "every checkpoint_every iterations; without --checkpoint a finished run is evaluated"
+        )
     there = f"there are checkpoints of iterations {', '.join(map(str, kept))}"
     if which == "latest":
         return kept[max(kept)]

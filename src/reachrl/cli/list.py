@@ -18,7 +18,11 @@ class What(StrEnum):
     kinds = "kinds"
 
 
-def list_(what: Annotated[What | None, typer.Argument(help="Only these.", show_default="all")] = None) -> None:
+def list_(
+    what: Annotated[
+        What | None, typer.Argument(metavar="WHAT", help="Only presets, tasks or kinds.", show_default="all")
+    ] = None,
+) -> None:
     """List presets, tasks with their instructions, and the kinds of every extension point; a terminal gets pages."""
     console = Terminal()
     tables = {What.presets: (_presets,), What.tasks: (_tasks, _libero_tasks), What.kinds: (_kinds,)}

@@ -12,7 +12,7 @@ from reachrl.cli.terminal import Terminal, print_table
 if TYPE_CHECKING:
     from reachrl.policies.folders import Inspection
 
-app = typer.Typer(help="Checkpoint folders.", no_args_is_help=True)
+app = typer.Typer(help="Look into checkpoint folders: info, verify.", no_args_is_help=True)
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint's folder.")]
 _BYTES = {"bfloat16": 2, "float32": 4}
 

@@ -33,7 +33,11 @@ def plan(
     ] = None,
     decisions_per_second: Annotated[
         float | None,
-        typer.Option(help="Of all simulators together, without a policy.", show_default="360, Meta-World on two cores"),
+        typer.Option(
+            metavar="N",
+            help="Of all simulators together, without a policy.",
+            show_default="360, Meta-World on two cores",
+        ),
     ] = None,
 ) -> None:
     """Predict memory and time from the configuration alone, without its weights; exit with 1 if it does not fit."""

@@ -12,8 +12,10 @@ from rich.text import Text
 from reachrl.cli.terminal import Terminal, print_line, print_table
 from reachrl.errors import StorageError
 from reachrl.report.formats import task_labels
+from reachrl.report.verdict import advice
 from reachrl.run.records import BestPoint, EvalStage, WholeEvaluation, read_record
 
+FIGURES = "k/n, rate and 95 % Wilson interval; +starts won -starts lost by the second of the two, p of the paired test."
 _LABEL_LENGTH = 34  # leaves room for two columns of figures on 100
 
 
@@ -40,7 +42,10 @@ def show_evaluations(run_dir: Path) -> None:
     print_figures(console, "Success on held-out start states", ("before", "after"), totals, tasks)
     for line in [*_paired_lines(before, after), *_best_lines(run_dir, after)]:
         print_line(console, Text(line))
-    console.print("k/n, rate and 95 % Wilson interval. One run is one seed: its interval holds no other seed's luck.")
+    print_line(console, Text(f"{FIGURES} One run is one seed: its interval holds no other seed's luck."))
+    mode = next(iter(after))
+    if (said := advice(before.get(mode), after[mode])) is not None:
+        print_line(console, Text(f"warning: {said}"), "yellow")
     stages = read_record(run_dir / "stages.json", EvalStage, remedy="delete it and run the stages again")
     _print_caveats(stages["eval"]["info"]["caveats"])
 
@@ -92,7 +97,7 @@ def show_result(result: dict[str, Any] | None, folder: Path) -> None:
     labels = task_labels(list(records[0]["per_task"]), _LABEL_LENGTH)
     tasks = [(label, *(success(record["per_task"][task]) for record in records)) for task, label in labels.items()]
     print_figures(console, f"Success, protocol {result['protocol']}", tuple(result["modes"]), totals, tasks)
-    console.print("k/n, rate and 95 % Wilson interval.")
+    print_line(console, Text(FIGURES if tests else "k/n, rate and 95 % Wilson interval."))
     _print_caveats(result["caveats"])
     page = (folder / "result.html").resolve()
     console.print(f"Page: {page}", soft_wrap=True, highlight=False)

@@ -6,7 +6,7 @@ from reachrl.cli.reward_inspect import inspect
 from reachrl.cli.reward_segments import segments
 from reachrl.cli.stages import stage_command
 
-app = typer.Typer(help="The process reward model.", no_args_is_help=True)
+app = typer.Typer(help="Fit and look into the process reward model: fit, segments, inspect.", no_args_is_help=True)
 
 
 @app.callback()

@@ -21,14 +21,15 @@ ModelArgument = Annotated[
 PathsArgument = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[PATH]...",
+        metavar="PATH",
         help="Trajectories or videos in any format that `reward segments` reads; none: the run's held-out ones.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")]
 MostOption = Annotated[int, typer.Option("--max", metavar="N", min=1, help="Episodes drawn in each section.")]
 OutcomeOption = Annotated[
-    Literal["success", "failure"] | None, typer.Option("--outcome", help="What is known of videos, which do not say.")
+    Literal["success", "failure"] | None,
+    typer.Option("--outcome", metavar="WHICH", help="Of videos, which do not say it: success or failure."),
 ]
 TrustOption = Annotated[
     list[str] | None,

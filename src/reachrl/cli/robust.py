@@ -46,10 +46,15 @@ def robust(
     ] = None,
     protocol: Annotated[
         Literal["corrected", "upstream"] | None,
-        typer.Option(help="How a suite's episodes begin: mended, or as published figures.", show_default="corrected"),
+        typer.Option(
+            metavar="WHICH",
+            help="How a suite's episodes begin: corrected, or upstream, as published figures.",
+            show_default="corrected",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where outcomes go.", show_default="POLICY_OR_RUN/robust")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where outcomes go; else a folder robust in the run."),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:

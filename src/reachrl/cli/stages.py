@@ -23,7 +23,7 @@ PresetArgument = Annotated[
 ]
 RunPresetArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[PRESET]", help="As for quickstart; left out: that of --run.", show_default=False),
+    typer.Argument(metavar="PRESET", help="As for quickstart; left out: that of --run.", show_default=False),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
@@ -80,6 +80,11 @@ def run_command(
     from reachrl.config.loading import load_config, reset_by_kind
 
     torchrun.check()
+    if source is not None and not (_run_of(source) / "config.json").is_file():
+        raise ConfigError(
+            f"--from {source}: there is no run at {_run_of(source)} (it has no config.json). Expected a run folder, or "
+            "one of its checkpoints, such as runs/mine/checkpoints/step_000020"
+        )
     preset, overrides = named_preset(preset, overrides, run, source and _run_of(source))
     config = load_config(preset, overrides)
     run_dir = run or Path("runs") / Path(preset).stem
@@ -109,8 +114,8 @@ def named_preset(preset: str | None, overrides: list[str] | None, *folders: Path
     for folder in folders:
         if folder is not None and (folder / "config.json").is_file():
             return str(folder / "config.json"), overrides
-    tried = [str(folder) for folder in folders if folder is not None]
-    found = f"{' and '.join(tried)} has no config.json. " if tried else ""
+    tried = next((folder for folder in folders if folder is not None), None)
+    found = "" if tried is None else f"There is no run at {tried} (it has no config.json). "
     raise ConfigError(
         f"which configuration? {found}Name a preset (see `reachrl list`), or the folder of a run that was begun"
     )

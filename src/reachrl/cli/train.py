@@ -27,7 +27,7 @@ def train(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Improve the warm-started policy with online PPO; continues from the last checkpoint."""
+    """Improve the warm-started policy with online RL (PPO, GRPO, RLOO); continues from the last checkpoint."""
     if source is not None and run is None:
         raise ConfigError("--from begins a new run: say where with --run")
     typed = [] if until is None else [f"num_iterations={until}"]

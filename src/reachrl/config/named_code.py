@@ -37,11 +37,13 @@ def check_names(data: dict[str, Any], *, where: str) -> None:
     """Refuse what a stored configuration names and the user does not.
 
     Raises:
-        ConfigError: names the first key; nothing was imported.
+        ConfigError: names the first key, and all that have to be typed; nothing was imported.
     """
-    for key, name in names(data):
-        if not registry.is_trusted(name):
-            raise registry.untrusted(name, where=f"{where}: {key}", remedy=f"{key}={name} after the preset")
+    unnamed = [(key, name) for key, name in names(data) if not registry.is_trusted(name)]
+    if unnamed:
+        key, name = unnamed[0]
+        typed = " ".join(f"{key}={name}" for key, name in unnamed)
+        raise registry.untrusted(name, where=f"{where}: {key}", remedy=f"add  {typed}  to the command")
 
 
 def _section(data: dict[str, Any], key: str) -> dict[str, Any]:

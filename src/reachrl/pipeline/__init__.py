@@ -158,8 +158,12 @@ def _interim_report(config: TrainConfig, run: "Run", display: Display) -> dict[s
     from reachrl.report.report import write_report
 
     write_report(run.path)
-    display.log(
-        f"{run.path} is unfinished: training has done {trained_iterations(run.path)} of "
-        f"{config.num_iterations} iterations"
-    )
+    missing = _missing(config, run)
+    if "train" in missing:
+        done = f"training has done {trained_iterations(run.path)} of {config.num_iterations} iterations"
+    else:
+        done = f"all {config.num_iterations} iterations are trained"
+        if "eval" in missing:
+            done += f", not yet evaluated: `reachrl eval --run {run.path}` does it"
+    display.log(f"{run.path} is unfinished: {done}")
     return {}

@@ -48,7 +48,7 @@ def play_modes(
             def ended(episode: PlayedEpisode, mode: str = mode, success: list[bool] = success) -> None:
                 on_episode(mode, episode)
                 success.append(episode.success)
-                progress.advance(1, success=f"{sum(success)}/{len(success)}")
+                progress.advance(1, **{mode: f"{sum(success)}/{len(success)}"})
 
             results[mode] = evaluate(
                 policy.eval(),

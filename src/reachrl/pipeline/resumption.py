@@ -10,7 +10,7 @@ from reachrl.config.marks import Affects, marks
 from reachrl.config.train import TrainConfig
 from reachrl.errors import ConfigError
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints
-from reachrl.run.configuration import Change, Permit
+from reachrl.run.configuration import ABSENT, Change, Permit
 from reachrl.run.stages import StageRecords
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,13 @@ def check_changes(config: TrainConfig, changes: Sequence[Change], progress: Prog
     """
     found = marks(config)
     problems = [(change, why) for change in changes if (why := _refusal(_mark(found, change.key), progress))]
+    # Options that one kind has and the other has not say no more than that the kind is another.
+    other_kinds = tuple(change.key.removesuffix("kind") for change in changes if change.key.endswith(".kind"))
+    problems = [
+        (change, why)
+        for change, why in problems
+        if not (change.key.startswith(other_kinds) and ABSENT in (change.old, change.new))
+    ]
     if problems:
         lines = [f"  {change} ({why})" for change, why in problems[:20]]
         lines += [f"  ... and {len(problems) - 20} more"] * (len(problems) > 20)

@@ -50,7 +50,6 @@ class Diagnosis:
 
 _GENERAL = (
     "look at the films of failures in the report: does the arm go to the object at all",
-    "raise demos.episodes_per_task or sft.epochs, so that the warm start succeeds now and then",
     "give env.max_steps more decisions",
 )
 

@@ -7,6 +7,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+WARM_START = "docs/how-to/simulator.md, Warm start"
+
 _LEAST_EPISODES = 20  # of a task, before its failures say something
 
 
@@ -228,9 +230,11 @@ def no_success(recent: Sequence[Row], demos: Row | None) -> Finding | None:
     words += f"; the easiest task by the curriculum's estimate is {easiest}" if easiest else ""
     length = (demos or {}).get("length_mean")
     words += f"; the experts need {length:.0f} decisions" if length is not None else ""
+    dense = any(row.get("reward/process") is not None for row in recent)  # then it is no advice
+    others = "or easier tasks" if dense else "easier tasks, or a dense reward (reward.kind=process)"
     return Finding(
         "never a success",
         words,
-        "begin with a warm start that succeeds now and then (more demonstrations, longer sft), easier tasks, or a "
-        "dense reward (reward.kind=process)",
+        "begin with a warm start that succeeds now and then (raise demos.episodes_per_task or sft.epochs, see "
+        f"{WARM_START}), {others}",
     )

@@ -40,3 +40,8 @@ def drawn(picture: str) -> Any:
     import markupsafe
 
     return markupsafe.Markup(picture)
+
+
+def two_widths(wide: str, narrow: str) -> Any:
+    """The same picture for wide pages and for telephones; the style sheet shows the one that fits."""
+    return drawn(f'<div class="on-wide">{wide}</div><div class="on-narrow">{narrow}</div>')

@@ -17,13 +17,17 @@ from reachrl.report.series import (
 )
 from reachrl.report.svg import Chart, span
 
+NARROW = 316  # pixels of a picture that a telephone shows whole, with words of at least 11 pixels
 
-def success_interval_chart(rows: Sequence[tuple[str, dict[str, Any], str]], *, label_width: int = 128) -> str:
+
+def success_interval_chart(
+    rows: Sequence[tuple[str, dict[str, Any], str]], *, label_width: int = 128, narrow: bool = False
+) -> str:
     """Draw one horizontal interval per (label, success record, colour), labels `label_width` wide at most."""
     height = 30 + 30 * len(rows)
     chart = Chart(
-        (0, 1), (0, 1), width=560, height=height, margin=(6, 16, 24, label_width), x_format=percent,
-        y_ticks=False, title="Success rates with 95 % intervals",
+        (0, 1), (0, 1), width=NARROW if narrow else 560, height=height, margin=(6, 16, 24, label_width),
+        x_format=percent, y_ticks=False, title="Success rates with 95 % intervals",
     )  # fmt: skip
     for i, (label, record, colour) in enumerate(rows):
         y = 6 + 30 * i + 13
@@ -45,6 +49,7 @@ def learning_curve(
     *,
     window: int | None = None,
     axis: TimeAxis | None = None,
+    narrow: bool = False,
 ) -> tuple[str, int]:
     """Draw training success (pooled over a window, with a band), evaluations and validations (with whiskers).
 
@@ -57,6 +62,7 @@ def learning_curve(
         validation: Those of evaluations on validation starts.
         window: Iterations pooled; by default a tenth of the run, at most 10.
         axis: What it is drawn against; by default the iteration.
+        narrow: Draw it for a telephone.
 
     Returns:
         The SVG and the window.
@@ -65,8 +71,8 @@ def learning_curve(
     axis = axis or time_axes(())[0]
     last = max([axis.at(r["iteration"]) for r in [*train, *evals, *validation]], default=1) or 1
     chart = Chart(
-        (-0.012 * last, last * 1.02), (0, 1), width=960, height=360, margin=(22, 16, 42, 48), x_label=axis.label,
-        y_label="success rate", y_format=percent, title="Learning curve",
+        (-0.012 * last, last * 1.02), (0, 1), width=NARROW if narrow else 960, height=250 if narrow else 360,
+        margin=(22, 16, 42, 48), x_label=axis.label, y_label="success rate", y_format=percent, title="Learning curve",
     )  # fmt: skip
     pooled = [mean_row(block) for block in blocks(moving_success(train, window))]
     if pooled:
@@ -138,13 +144,14 @@ def _draw_evaluations(
         chart.dot(x, rate, colour, radius=4.5, note=note)
 
 
-def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> str:
+def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], *, narrow: bool = False) -> str:
     """Draw each task's success before and after as bars with 95 % whiskers and k/n beside them."""
     tasks = list(dict.fromkeys([*before, *after]))
     labels = task_labels(tasks)
     row = 40
     chart = Chart(
-        (0, 1), (0, 1), width=470, height=row * len(tasks) + 34, margin=(6, 62, 26, 158), x_format=percent,
+        (0, 1), (0, 1), width=NARROW if narrow else 470, height=row * len(tasks) + 34,
+        margin=(6, 56 if narrow else 62, 26, 158), x_format=percent,
         y_ticks=False, title="Success per task before and after",
     )  # fmt: skip
     for i, task in enumerate(tasks):
@@ -164,7 +171,12 @@ def task_chart(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any
 
 
 def heat_map(
-    rows: dict[str, Sequence[tuple[float, float | None]]], *, top: float, form: str, max_columns: int = 120
+    rows: dict[str, Sequence[tuple[float, float | None]]],
+    *,
+    top: float,
+    form: str,
+    max_columns: int = 120,
+    narrow: bool = False,
 ) -> str:
     """Draw numbers over (row, iteration) as shades; long runs are averaged into `max_columns` columns.
 
@@ -173,14 +185,16 @@ def heat_map(
         top: The number with the fullest shade.
         form: "share" writes per cent, anything else the plain number.
         max_columns: Most columns drawn.
+        narrow: Draw it for a telephone.
     """
     write = percent if form == "share" else plain
     iterations = sorted({x for points in rows.values() for x, _ in points})
     low, high = iterations[0], iterations[-1] + 1
     columns = min(max_columns, len(iterations))
     chart = Chart(
-        (low, high), (0, 1), width=960, height=24 * len(rows) + 48, margin=(4, 60, 42, 158),
-        x_label="training iteration", y_ticks=False, title="Heat map",
+        (low, high), (0, 1), width=NARROW if narrow else 960, height=24 * len(rows) + 48,
+        margin=(4, 44 if narrow else 60, 42, 158), x_label="training iteration",
+        y_ticks=False, title="Heat map",
     )  # fmt: skip
     wide = (chart.right - chart.left) / columns
     labels = task_labels(list(rows))

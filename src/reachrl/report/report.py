@@ -11,7 +11,7 @@ from reachrl.errors import StorageError
 from reachrl.report import plots
 from reachrl.report.diagnosis import Diagnosis, diagnose
 from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit, films_by_task
-from reachrl.report.pages import drawn, render_page
+from reachrl.report.pages import drawn, render_page, two_widths
 from reachrl.report.robust_page import card
 from reachrl.report.sections import (
     alarm_section,
@@ -23,7 +23,7 @@ from reachrl.report.sections import (
 )
 from reachrl.report.series import TimeAxis, rate_of, thinned, time_axes
 from reachrl.report.timeline import timeline_section
-from reachrl.report.verdict import verdict
+from reachrl.report.verdict import advice, verdict
 from reachrl.run.atomic import utf8, write_bytes_atomic
 from reachrl.run.configuration import flatten_config, read_history
 from reachrl.run.metrics import records_by_kind
@@ -37,6 +37,8 @@ from reachrl.run.records import (
     Summary,
     read_record,
 )
+
+WIDTHS = (False, True)  # whether a picture is the narrow one
 
 # (title, metric, how it is read); drawn where the training records carry the metric.
 PANELS = (
@@ -114,6 +116,7 @@ def render_report(run_path: Path) -> str:
         curriculum=curriculum_section(train),
         reward_model=reward_model_section(records["reward_model"], summary.get("reward_model")),
         alarm=alarm_section(run_path, train),
+        pays_process=not train or any(record.get("reward/process") is not None for record in train),
         warm_start=loss_chart(records["sft"], 960),
         panels=_panels(train, axes),
         diagnosis=_diagnosis(records, config),
@@ -183,7 +186,8 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
     best, first_mode = summary.get("best"), modes[0]
     return {
         "modes": modes,
-        "chart": drawn(plots.success_interval_chart(rows)),
+        "chart": two_widths(*(plots.success_interval_chart(rows, narrow=each) for each in WIDTHS)),
+        "advice": advice(first_mode["before"], first_mode["after"]),
         "paired": summary.get("paired_test"),
         "verdict": verdict(
             first_mode["before"], first_mode["after"], summary.get("paired_test"), seed=summary.get("seed")
@@ -210,8 +214,9 @@ def _learning(records: dict[str, list[dict]], axes: Sequence[TimeAxis], evals: d
         return None
     charts = []
     for axis in axes:
-        picture, window = plots.learning_curve(train, points, validation, axis=axis)
-        charts.append({"css": axis.css, "chart": drawn(picture)})
+        drawings = [plots.learning_curve(train, points, validation, axis=axis, narrow=each) for each in WIDTHS]
+        window = drawings[0][1]
+        charts.append({"css": axis.css, "chart": two_widths(*(picture for picture, _ in drawings))})
     steps = max((r.get("env_steps") or 0 for r in train), default=0)
     return {
         "charts": charts,
@@ -229,7 +234,9 @@ def _tasks(evals: dict) -> list[dict[str, Any]] | None:
     for mode in dict.fromkeys([*evals["before"], *evals["after"]]):
         before, after = ((evals[when].get(mode) or {}).get("per_task") or {} for when in ("before", "after"))
         if before or after:
-            charts.append({"mode": mode, "chart": drawn(plots.task_chart(before, after))})
+            charts.append(
+                {"mode": mode, "chart": two_widths(*(plots.task_chart(before, after, narrow=each) for each in WIDTHS))}
+            )
     return charts or None
 
 
@@ -263,7 +270,13 @@ def _diagnosis(records: dict[str, list[dict]], config: dict | None) -> Diagnosis
 
 def _panels(train: Sequence[dict], axes: Sequence[TimeAxis]) -> list[dict[str, Any]] | None:
     panels = []
-    for title, key, form in PANELS:
+    # A plug-in's reward has parts of its own names.
+    own = dict.fromkeys(key for record in train for key in record if key.startswith("reward/"))
+    parts = [key for key in own if key not in {known for _, known, _ in PANELS}]
+    for title, key, form in (
+        *PANELS,
+        *((f"{key.removeprefix('reward/')} reward a step", key, "zero") for key in parts),
+    ):
         if all(record.get(key) is None for record in train):
             continue
         charts = []

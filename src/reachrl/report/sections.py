@@ -7,7 +7,7 @@ from typing import Any
 from reachrl.report import plots
 from reachrl.report.embed import MAX_VIDEO_BYTES, clips_that_fit
 from reachrl.report.formats import duration, gibibytes
-from reachrl.report.pages import drawn
+from reachrl.report.pages import drawn, two_widths
 from reachrl.report.series import block_means
 
 MAX_TURNS = 60
@@ -23,7 +23,7 @@ def conversation_section(record: dict | None) -> dict[str, Any] | None:
         return None
     turns = record["turns"]
     dimensions = len((turns[0].get("actions") or [()])[0])
-    names = ACTION_NAMES.get(dimensions, tuple(f"a{i}" for i in range(dimensions)))
+    names = ACTION_NAMES.get(dimensions, tuple(f"action[{i}]" for i in range(dimensions)))
     lines = [
         ("value", "c-value", [(t["step"], t.get("value")) for t in turns]),
         ("process reward", "c-process", [(t["step"], (t.get("rewards") or {}).get("process")) for t in turns]),
@@ -55,7 +55,9 @@ def curriculum_section(train: Sequence[dict]) -> list[dict[str, Any]] | None:
             continue
         share = prefix == "curriculum_success/" or max(numbers) <= 1
         top = 1.0 if prefix == "curriculum_success/" else max(numbers)
-        maps.append({"title": title, "chart": drawn(plots.heat_map(rows, top=top, form="share" if share else "plain"))})
+        form = "share" if share else "plain"
+        pictures = (plots.heat_map(rows, top=top, form=form, narrow=each) for each in (False, True))
+        maps.append({"title": title, "chart": two_widths(*pictures)})
     return maps or None
 
 

@@ -2,9 +2,21 @@
 
 from typing import Any
 
+from reachrl.report.findings import WARM_START
 from reachrl.report.formats import tenths
 
 SIGNIFICANT = 0.05
+
+
+def advice(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str | None:
+    """What to do where no episode succeeded, before or after; None where one did, or not both were evaluated."""
+    if not before or not after or before["k"] or after["k"] or not after["n"]:
+        return None
+    return (
+        "No held-out episode succeeded before reinforcement learning, so there was next to nothing to reinforce. Make "
+        "the warm start succeed now and then first (20 to 60 % is best): raise demos.episodes_per_task and sft.epochs, "
+        f"or begin with easier tasks. See {WARM_START}."
+    )
 
 
 def verdict(
@@ -24,7 +36,7 @@ def verdict(
     if not before or not after:
         return None
     moved = f"held-out success went from {tenths(before['rate'])} to {tenths(after['rate'])}"
-    seeds = "one seed" if seed is None else f"one seed, {seed}"
+    seeds = "one seed" if seed is None else f"one seed: {seed}"
     if not paired:
         return {"css": "neutral", "text": f"Not tested: {moved}, without a paired test of the same starts ({seeds})."}
     p = f"p = {paired['p_value']:.2g}"

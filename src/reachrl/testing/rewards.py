@@ -34,7 +34,14 @@ def one_camera(frames: UInt8[np.ndarray, "N H W 3"], instruction: str = "reach t
 
 
 def make_rollout(
-    num_steps: int = 6, num_envs: int = 3, *, image_size: int = 32, seed: int = 0, instruction: str = "reach the goal"
+    num_steps: int = 6,
+    num_envs: int = 3,
+    *,
+    image_size: int = 32,
+    seed: int = 0,
+    instruction: str = "reach the goal",
+    cameras: Sequence[str] = ("camera",),
+    state_size: int | None = None,
 ) -> Rollout:
     """A rollout of random frames with terminated, truncated, running and lost rows.
 
@@ -44,6 +51,8 @@ def make_rollout(
         image_size: side of the frames in pixels.
         seed: of frames and episode ends.
         instruction: of every row.
+        cameras: names of the cameras, the first one first.
+        state_size: S, the numbers of `rollout.state`, drawn from 0..1; None: the simulator has no state.
     """
     generator = np.random.default_rng(seed)
     shape = (num_steps, num_envs)
@@ -53,11 +62,22 @@ def make_rollout(
     rows = np.argwhere(terminated | truncated)
     start = Start("reach", "train", 0)
     size = (image_size, image_size, 3)
+
+    def films(count: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return {camera: generator.integers(0, 256, (*count, *size), dtype=np.uint8) for camera in cameras}
+
+    def states(count: tuple[int, ...]) -> np.ndarray | None:
+        return None if state_size is None else generator.random((*count, state_size)).astype(np.float32)
+
+    def seen(count: int) -> Observation:
+        return Observation(images=films((count,)), instructions=(instruction,) * count, state=states((count,)))
+
     return Rollout(
-        images={"camera": generator.integers(0, 256, (*shape, *size), dtype=np.uint8)},
+        images=films(shape),
         instructions=((instruction,) * num_envs,) * num_steps,
-        last_observation=one_camera(generator.integers(0, 256, (num_envs, *size), dtype=np.uint8), instruction),
-        final_observation=one_camera(generator.integers(0, 256, (len(rows), *size), dtype=np.uint8), instruction),
+        state=states(shape),
+        last_observation=seen(num_envs),
+        final_observation=seen(len(rows)),
         final_rows=rows.reshape(-1, 2).astype(np.int64),
         token_ids=np.zeros((*shape, 4), dtype=np.int64),
         token_mask=np.ones((*shape, 4), dtype=bool),
@@ -96,14 +116,18 @@ def permute_envs(rollout: Rollout, order: np.ndarray) -> Rollout:
 
 
 def check_reward(reward: Reward, rollout: Rollout | None = None) -> None:
-    """Prove that a reward keeps its contract on `rollout` (a made-up one by default).
+    """Prove that a reward keeps its contract on `rollout` (by default a made-up one, with one camera and no state).
+
+    A reward that looks at a camera by its name, or at `rollout.state`, is given
+    `make_rollout(cameras=["front"], state_size=8)`.
 
     Raises:
         ExtensionError: which clause is broken.
     """
+    made_up = rollout is None
     rollout = rollout or make_rollout()
     name = type(reward).__name__
-    rewards = reward(rollout)
+    rewards = _scored(reward, rollout, made_up)
     parts = rewards.parts or {"total": rewards.total}
     for key, value in {"total": rewards.total, **parts}.items():
         if value.shape != rollout.valid.shape or value.dtype != np.float32:
@@ -117,6 +141,19 @@ def check_reward(reward: Reward, rollout: Rollout | None = None) -> None:
     if not np.allclose(sum(parts.values()), rewards.total, atol=1e-6):
         raise ExtensionError(f"{name}: the parts {sorted(parts)} do not sum to the total.")
     _check_order(reward, rollout, rewards)
+
+
+def _scored(reward: Reward, rollout: Rollout, made_up: bool) -> Rewards:
+    try:
+        return reward(rollout)
+    except (TypeError, KeyError, IndexError) as error:
+        if not made_up:
+            raise
+        raise ExtensionError(
+            f"{type(reward).__name__} raised {type(error).__name__}: {error}, on a made-up rollout with the camera "
+            f"{', '.join(map(repr, rollout.images))} and no state. If it reads other cameras or `rollout.state`, "
+            "check it on one that has them: rollout=make_rollout(cameras=['front'], state_size=8)."
+        ) from error
 
 
 def _check_order(reward: Reward, rollout: Rollout, rewards: Rewards) -> None:
@@ -168,15 +205,16 @@ def check_borders(
     Args:
         make: a new reward, with the same weights each time.
         gamma: the discount of the sum.
-        rollout: a made-up one by default.
+        rollout: by default a made-up one, with one camera and no state.
         tolerance: of the sums.
 
     Raises:
         ExtensionError: the border, the environment and the two sums.
     """
+    made_up = rollout is None
     rollout = rollout or make_rollout(12, 4)
     name, num_steps = type(make()).__name__, len(rollout.valid)
-    expected = _episode_sums(rollout, make()(rollout).total, gamma)
+    expected = _episode_sums(rollout, _scored(make(), rollout, made_up).total, gamma)
     cuts = [(border,) for border in range(1, num_steps)] + [tuple(range(1, num_steps))]
     for borders in cuts:
         totals, state = [], None
