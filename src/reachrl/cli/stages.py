@@ -115,7 +115,7 @@ def named_preset(preset: str | None, overrides: list[str] | None, *folders: Path
         if folder is not None and (folder / "config.json").is_file():
             return str(folder / "config.json"), overrides
     tried = next((folder for folder in folders if folder is not None), None)
-    found = "" if tried is None else f"There is no run at {tried} (it has no config.json). "
+    found = "" if tried is None else f"{tried} has no config.json. "
     raise ConfigError(
         f"which configuration? {found}Name a preset (see `reachrl list`), or the folder of a run that was begun"
     )
