@@ -175,7 +175,8 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
         + f", protocol `{next(iter(hashes), 'none')}`. Each arm begins from the warm start and reward model of `full` "
         "of its seed and changes training alone. Rates are held-out success of the last weights at the headline's "
         "temperature; intervals over seeds are 95 % t intervals, and a difference is that of runs which share a seed. "
-        "An arm is called better or worse only where the interval of its difference lies on one side of 0.",
+        "An arm is called better or worse only where the interval of its difference lies on one side of 0, over all "
+        f"of the seeds that its row needs. {_made_by(out / story)}",
         "",
         "| Arm | Changes | Expected | Seeds | Before, pooled | After, pooled | Mean over seeds, points "
         "| Less `full`, points | Says |",
@@ -204,6 +205,14 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
         text += ["", "## Runs that did not end", ""]
         text += [f"- {arm}, {each}" for arm, problems in failed.items() for each in problems]
     return "\n".join(text) + "\n"
+
+
+def _made_by(folder: Path) -> str:
+    """The commits and the machines of the runs; some stood beside other work, which their minutes show."""
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/seed*/provenance.json"))]
+    commits = sorted({str(each["commit"])[:7] + (" (changed)" if each["dirty"] else "") for each in made})
+    machines = sorted({f"{each['cores']} cores of {each['cpu']}" for each in made})
+    return f"Commit {', '.join(commits)}; {', '.join(machines)}; minutes are beside other work." if made else ""
 
 
 def _arm_row(arm: str, story: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
