@@ -27,8 +27,8 @@ venv: $(INSTALLED) gl  ## Create .venv with everything, exactly as pinned in con
 define install
 @[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer was not found; give it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
 $(PYTHON) -m venv .venv
-$(BIN)/python -m pip install --no-compile -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH)
-$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[$(1)]'
+$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH)
+$(BIN)/python -m pip install -c constraints.txt -e '.[$(1)]'
 endef
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -142,7 +142,7 @@ def test_evaluating_again_gives_the_same_episodes(config, run, capsys, monkeypat
     assert (test.improved, test.worsened, test.p_value) == (0, 0, 1.0)
     with pytest.raises(ConfigError, match="mode greedy.*mode sampled"):
         found.compare(result.after["sampled"])
-    with pytest.raises(ConfigError, match="expected 'greedy', 'sampled' or"):
+    with pytest.raises(ConfigError, match="expected 'greedy', 'sampled', 'mean' or"):
         reachrl.evaluate(result.policy, config, mode="best")  # pyright: ignore[reportArgumentType]
 
 

@@ -117,7 +117,7 @@ class EvalSection(Section):
         if number or temperatures == MEAN:
             return (_known(temperatures),)
         several = isinstance(temperatures, list | tuple)
-        return tuple(map(_known, cast("list[Any]", temperatures))) if several else temperatures
+        return list(map(_known, cast("list[Any]", temperatures))) if several else temperatures
 
     @field_validator("temperatures")
     @classmethod
