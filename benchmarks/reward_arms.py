@@ -100,7 +100,7 @@ def draw(
         curves[arm] = moving_uniform_success(in_turn, WINDOW * len(records))[len(records) - 1 :: len(records)]
     last = max(x for points in curves.values() for x, *_ in points)
     chart = Chart(
-        (0, last), (0, 1), width=860, height=420, margin=(22, 110, 42, 52), x_label="iteration",
+        (0, last), (0, 1), width=900, height=420, margin=(22, 150, 42, 52), x_label="iteration",
         y_label="success_uniform of training episodes", y_format=percent, title=title,
     )  # fmt: skip
     for arm, points in curves.items():
