@@ -1,5 +1,6 @@
 """Pages that open offline: one HTML file each, made from a template of this package."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def drawn(picture: str) -> Any:
     return markupsafe.Markup(picture)
 
 
-def two_widths(wide: str, narrow: str) -> Any:
-    """The same picture for wide pages and for telephones; the style sheet shows the one that fits."""
+def two_widths(draw: Callable[..., str], *content: Any, **how: Any) -> Any:
+    """What `draw` makes of some content, for wide pages and for telephones; the style sheet shows what fits."""
+    wide, narrow = (draw(*content, **how, narrow=each) for each in (False, True))
     return drawn(f'<div class="on-wide">{wide}</div><div class="on-narrow">{narrow}</div>')

@@ -38,8 +38,6 @@ from reachrl.run.records import (
     read_record,
 )
 
-WIDTHS = (False, True)  # whether a picture is the narrow one
-
 # (title, metric, how it is read); drawn where the training records carry the metric.
 PANELS = (
     ("policy loss", "loss/policy", ""),
@@ -186,7 +184,7 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
     best, first_mode = summary.get("best"), modes[0]
     return {
         "modes": modes,
-        "chart": two_widths(*(plots.success_interval_chart(rows, narrow=each) for each in WIDTHS)),
+        "chart": two_widths(plots.success_interval_chart, rows),
         "advice": advice(first_mode["before"], first_mode["after"]),
         "paired": summary.get("paired_test"),
         "verdict": verdict(
@@ -214,9 +212,12 @@ def _learning(records: dict[str, list[dict]], axes: Sequence[TimeAxis], evals: d
         return None
     charts = []
     for axis in axes:
-        drawings = [plots.learning_curve(train, points, validation, axis=axis, narrow=each) for each in WIDTHS]
-        window = drawings[0][1]
-        charts.append({"css": axis.css, "chart": two_widths(*(picture for picture, _ in drawings))})
+        drawings = {
+            narrow: plots.learning_curve(train, points, validation, axis=axis, narrow=narrow)
+            for narrow in (False, True)
+        }
+        window = drawings[False][1]
+        charts.append({"css": axis.css, "chart": two_widths(lambda narrow, made=drawings: made[narrow][0])})
     steps = max((r.get("env_steps") or 0 for r in train), default=0)
     return {
         "charts": charts,
@@ -234,9 +235,7 @@ def _tasks(evals: dict) -> list[dict[str, Any]] | None:
     for mode in dict.fromkeys([*evals["before"], *evals["after"]]):
         before, after = ((evals[when].get(mode) or {}).get("per_task") or {} for when in ("before", "after"))
         if before or after:
-            charts.append(
-                {"mode": mode, "chart": two_widths(*(plots.task_chart(before, after, narrow=each) for each in WIDTHS))}
-            )
+            charts.append({"mode": mode, "chart": two_widths(plots.task_chart, before, after)})
     return charts or None
 
 

@@ -56,8 +56,7 @@ def curriculum_section(train: Sequence[dict]) -> list[dict[str, Any]] | None:
         share = prefix == "curriculum_success/" or max(numbers) <= 1
         top = 1.0 if prefix == "curriculum_success/" else max(numbers)
         form = "share" if share else "plain"
-        pictures = (plots.heat_map(rows, top=top, form=form, narrow=each) for each in (False, True))
-        maps.append({"title": title, "chart": two_widths(*pictures)})
+        maps.append({"title": title, "chart": two_widths(plots.heat_map, rows, top=top, form=form)})
     return maps or None
 
 
