@@ -184,7 +184,9 @@ def _headline(summary: dict, evals: dict) -> dict[str, Any] | None:
     best, first_mode = summary.get("best"), modes[0]
     return {
         "modes": modes,
-        "chart": two_widths(plots.success_interval_chart, rows),
+        "chart": two_widths(
+            plots.success_interval_chart, rows, label_width=max(128, 8 * max(len(row[0]) for row in rows))
+        ),
         "advice": advice(first_mode["before"], first_mode["after"]),
         "paired": summary.get("paired_test"),
         "verdict": verdict(
