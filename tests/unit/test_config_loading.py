@@ -25,7 +25,7 @@ def test_the_paper_preset_is_the_paper():
     assert (
         algorithm.ratio_level == "action" and not algorithm.bootstrap_truncated and not algorithm.normalize_advantages
     )
-    assert load_config("paper").reward.mode == "sum" and load_config("paper").reward.weight == 1.0
+    assert (paper.reward.mode, paper.reward.pay, paper.reward.weight) == ("sum", "keyframes", 1.0)
     assert explain("paper") == []
 
 

@@ -77,6 +77,7 @@ def test_the_7b_preset_of_a_suite_is_the_papers(suite):
         5,
         1,
     )
-    assert (config.reward.mode, config.reward.weight, config.curriculum.weighting) == ("sum", 1.0, "paper")
+    assert (config.reward.mode, config.reward.pay, config.reward.weight) == ("sum", "keyframes", 1.0)
+    assert config.curriculum.weighting == "paper"
     # 10,000 optimiser steps.
     assert config.num_iterations * config.rollout.num_steps * env.num_envs == 10_000 * algorithm.minibatch_size
