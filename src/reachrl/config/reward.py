@@ -27,7 +27,8 @@ class ProcessRewardConfig(Section):
 
     mode: Annotated[Literal["sum", "potential"], Affects.FUTURE] = "potential"
     """`sum` adds scores, as the paper does: of the frame each action led to, which pays an agent that dawdles in
-    good-looking states, or once for each keyframe (`pay`). `potential` adds `gamma * score(next) - score(now)`, which cannot change the best policy."""
+    good-looking states, or once for each keyframe (`pay`). `potential` adds `gamma * score(next) - score(now)`, which
+    cannot change the best policy."""
 
     pay: Annotated[Literal["steps", "segments", "keyframes"], Affects.TRAINING] = "steps"
     """When process reward is paid: after each decision; at the last one of each gripper segment and episode (the last
