@@ -9,7 +9,7 @@ Everything here is numpy, so that an environment worker never imports torch. The
 (`PolicyInputs`, `ActionSample`, `Batch`) live beside the interface that produces them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -123,6 +123,12 @@ class Episode:
     chance: float | None = None  # probability with which the curriculum drew `start`; None: unknown
 
 
+OUTCOMES = ("success", "terminated", "truncated", "valid", "executed", "ee_state", "progress")
+"""Fields of a rollout that are those of its `EnvStep`s."""
+PER_STEP = ("token_ids", "token_mask", "behaviour_logprobs", "malformed", *OUTCOMES)
+"""Fields of a rollout with an entry for each step and environment; so have each camera's images, and the state."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """`T` decisions in each of `N` environments, collected with one policy version."""
@@ -167,6 +173,13 @@ class Rollout:
             instructions=tuple(text for row in self.instructions for text in row),
             state=None if self.state is None else self.state.reshape(-1, self.state.shape[-1]),
         )
+
+    def each_array(self, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        """What `change` makes of each array [T N ...], by field, to `replace` them: images and state too."""
+        return {name: change(getattr(self, name)) for name in PER_STEP} | {
+            "images": {camera: change(frames) for camera, frames in self.images.items()},
+            "state": None if self.state is None else change(self.state),
+        }
 
     @property
     def num_env_steps(self) -> int:

@@ -15,7 +15,7 @@ from reachrl.policies.base import ActionSample, Policy, PolicyInputs
 from reachrl.rollout.acting import EpisodeNoise, actions_executed, answer
 from reachrl.run.spans import SpanLog
 from reachrl.streams import Stream, generator
-from reachrl.types import Draw, EnvStep, Episode, Observation, Rollout, Start
+from reachrl.types import OUTCOMES, Draw, EnvStep, Episode, Observation, Rollout, Start
 
 Assign = Callable[[int], Draw | Start]
 """The curriculum's draw of the episode with this number; of a `Start` alone the probability is unknown."""
@@ -261,13 +261,7 @@ class Collector:
             token_mask=np.stack([sample.token_mask.numpy() for sample in samples]),
             behaviour_logprobs=np.stack([sample.logprobs.numpy() for sample in samples]),
             malformed=np.stack([sample.malformed.numpy() for sample in samples]),
-            success=np.stack([step.success for step in steps]),
-            terminated=np.stack([step.terminated for step in steps]),
-            truncated=np.stack([step.truncated for step in steps]),
-            valid=np.stack([step.valid for step in steps]),
-            executed=np.stack([step.executed for step in steps]),
-            ee_state=np.stack([step.ee_state for step in steps]),
-            progress=np.stack([step.progress for step in steps]),
+            **{name: np.stack([getattr(step, name) for step in steps]) for name in OUTCOMES},
             episodes=tuple(episodes),
             policy_version=policy_version,
             control_hz=self.envs.control_hz,

@@ -6,10 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from reachrl.types import Observation, Rewards, Rollout
-
-_TOKENS = ("token_ids", "token_mask", "behaviour_logprobs", "malformed")
-_BY_STEP_AND_ENV = (*_TOKENS, "success", "terminated", "truncated", "valid", "executed", "ee_state", "progress")
+from reachrl.types import PER_STEP, Observation, Rewards, Rollout
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
@@ -26,17 +23,13 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         return parts[0]
     longest = max(len(part.valid) for part in parts)
     parts = [_lengthened(part, longest) for part in parts]
-    versions = {part.policy_version for part in parts}
-    assert len(versions) == 1, f"rollouts of several policy versions: {versions}"
     firsts = np.cumsum([0, *(part.valid.shape[1] for part in parts)])
     rows = np.concatenate([part.final_rows + np.array([0, first]) for part, first in zip(parts, firsts, strict=False)])
     order = np.lexsort((rows[:, 1], rows[:, 0]))  # by step, then environment
     episodes = [episode for part in parts for episode in part.episodes]
-    states = [part.state for part in parts if part.state is not None]
-    return Rollout(
-        **{name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in _BY_STEP_AND_ENV},
-        images={camera: np.concatenate([part.images[camera] for part in parts], axis=1) for camera in parts[0].images},
-        state=np.concatenate(states, axis=1) if states else None,
+    return replace(
+        parts[0],
+        **_concatenated(parts, axis=1),
         instructions=tuple(
             tuple(text for row in step for text in row)
             for step in zip(*(part.instructions for part in parts), strict=True)
@@ -45,30 +38,20 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         final_observation=Observation.concat([part.final_observation for part in parts]).rows(order),
         final_rows=rows[order],
         episodes=tuple(episodes[place] for place in order),
-        policy_version=parts[0].policy_version,
-        control_hz=parts[0].control_hz,
-        action_bounds=parts[0].action_bounds,
         inputs=_inputs_side_by_side(parts),
     )
 
 
 def append_rollouts(first: Rollout, second: Rollout) -> Rollout:
     """Join rollouts of whole episodes along time, of the same environments and policy version."""
-    assert first.policy_version == second.policy_version
-    both = (first, second)
-    states = [part.state for part in both if part.state is not None]
-    return Rollout(
-        **{name: np.concatenate([getattr(part, name) for part in both]) for name in _BY_STEP_AND_ENV},
-        images={camera: np.concatenate([part.images[camera] for part in both]) for camera in first.images},
-        state=np.concatenate(states) if states else None,
+    return replace(
+        first,
+        **_concatenated((first, second), axis=0),
         instructions=first.instructions + second.instructions,
         last_observation=second.last_observation,
-        final_observation=Observation.concat([part.final_observation for part in both]),
+        final_observation=Observation.concat([first.final_observation, second.final_observation]),
         final_rows=np.concatenate([first.final_rows, second.final_rows + np.array([len(first.valid), 0])]),
         episodes=first.episodes + second.episodes,
-        policy_version=first.policy_version,
-        control_hz=first.control_hz,
-        action_bounds=first.action_bounds,
         inputs=None if first.inputs is None or second.inputs is None else first.inputs + second.inputs,
     )
 
@@ -83,6 +66,17 @@ def append_rewards(first: Rewards, second: Rewards) -> Rewards:
         parts={name: np.concatenate([part, second.parts[name]]) for name, part in first.parts.items()},
         progress=progress,
     )
+
+
+def _concatenated(parts: Sequence[Rollout], *, axis: int) -> dict[str, Any]:
+    """The arrays of all parts by field, joined along the steps (axis 0) or the environments (axis 1)."""
+    versions = {part.policy_version for part in parts}
+    assert len(versions) == 1, f"rollouts of several policy versions: {versions}"
+    states = [part.state for part in parts if part.state is not None]
+    return {name: np.concatenate([getattr(part, name) for part in parts], axis) for name in PER_STEP} | {
+        "images": {camera: np.concatenate([part.images[camera] for part in parts], axis) for camera in parts[0].images},
+        "state": np.concatenate(states, axis) if states else None,
+    }
 
 
 def _inputs_side_by_side(parts: Sequence[Rollout]) -> tuple[Any, ...] | None:
@@ -104,14 +98,12 @@ def _lengthened(rollout: Rollout, num_steps: int) -> Rollout:
         return np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
 
     texts = (rollout.last_observation.instructions,) * more
-    arrays = {name: repeated(getattr(rollout, name)) for name in _BY_STEP_AND_ENV}
+    arrays = rollout.each_array(repeated)
     for name in ("success", "terminated", "truncated", "valid", "executed"):
         arrays[name][-more:] = 0
     return replace(
         rollout,
         **arrays,
-        images={camera: repeated(frames) for camera, frames in rollout.images.items()},
-        state=None if rollout.state is None else repeated(rollout.state),
         instructions=rollout.instructions + texts,
         inputs=None if rollout.inputs is None else rollout.inputs + rollout.inputs[-1:] * more,
     )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,20 +13,6 @@ from reachrl.errors import ExtensionError
 from reachrl.rewards.base import Reward
 from reachrl.rewards.episodes import episode_parts
 from reachrl.types import Episode, Observation, Rewards, Rollout, Start
-
-_PER_STEP = (
-    "token_ids",
-    "token_mask",
-    "behaviour_logprobs",
-    "malformed",
-    "success",
-    "terminated",
-    "truncated",
-    "valid",
-    "executed",
-    "ee_state",
-    "progress",
-)
 
 
 def one_camera(frames: UInt8[np.ndarray, "N H W 3"], instruction: str = "reach the goal") -> Observation:
@@ -105,9 +92,7 @@ def permute_envs(rollout: Rollout, order: np.ndarray) -> Rollout:
     by_row = np.lexsort((rows[:, 1], rows[:, 0]))
     return replace(
         rollout,
-        **{name: getattr(rollout, name)[:, order] for name in _PER_STEP},
-        images={camera: frames[:, order] for camera, frames in rollout.images.items()},
-        state=None if rollout.state is None else rollout.state[:, order],
+        **rollout.each_array(lambda array: array[:, order]),
         instructions=tuple(tuple(row[n] for n in order) for row in rollout.instructions),
         last_observation=rollout.last_observation.rows(order),
         final_observation=rollout.final_observation.rows(by_row),
@@ -181,9 +166,7 @@ def cut_rollout(rollout: Rollout, borders: Sequence[int]) -> list[Rollout]:
         parts.append(
             replace(
                 rollout,
-                **{name: getattr(rollout, name)[rows] for name in _PER_STEP},
-                images={camera: frames[rows] for camera, frames in rollout.images.items()},
-                state=None if rollout.state is None else rollout.state[rows],
+                **rollout.each_array(itemgetter(rows)),
                 instructions=rollout.instructions[rows],
                 last_observation=last,
                 final_observation=rollout.final_observation.rows(np.flatnonzero(inside)),
