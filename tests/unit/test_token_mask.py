@@ -12,7 +12,7 @@ from reachrl.algorithms.grpo import GRPO
 from reachrl.config.grpo import GRPOConfig
 from reachrl.errors import ConfigError, ExtensionError
 from reachrl.functional.ppo import evened, importance_weights, policy_loss, token_kl
-from reachrl.rollout.acting import decide
+from reachrl.rollout.acting import answer
 from reachrl.rollout.join import join_rollouts
 from reachrl.testing.conformance_policy import check_policy
 from reachrl.testing.policies import TablePolicy, TablePolicyConfig, given_noise
@@ -219,7 +219,7 @@ def test_a_broken_promise_about_the_mask_is_named(broken, message):
 def test_the_safe_action_stands_in_for_malformed_answers():
     policy, observation = short(ShortAnswers)
     policy.safe_action = np.array([0.5, -0.25, 0.0, 1.0])
-    sample, actions = decide(policy, observation, temperature=1.0, noise=None, with_values=False)
+    sample, actions = answer(policy, policy.encode(observation), temperature=1.0, noise=None, with_values=False)
     assert 0 < sample.malformed.sum() < 12
     for row, malformed in enumerate(sample.malformed.tolist()):
         own = sample.token_ids[row].numpy() / 127.5 - 1

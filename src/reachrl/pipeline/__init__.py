@@ -72,13 +72,13 @@ def run_stage(
             "`reachrl train` without torchrun"
         )
     if rank > 0:
-        from reachrl.pipeline.rl_stages import follow_train
+        from reachrl.backends.local import LocalBackend
 
-        follow_train(config)
+        LocalBackend(config.backend).follow(config)
         return {}
     known = partial(is_default, config)
     with Run.open(run_dir, config_dict(config), permit=permit(config), is_default=known) as run:
-        finished = run.stage_done(name)
+        finished = run.stages.done(name)
         missing = _missing(config, run)
         write_provenance(
             run.provenance,
@@ -103,13 +103,13 @@ def run_stage(
             raise ConfigError(_needs(name, earlier, config, run))
         module, _, function = _RUNNERS[name].partition(":")
         runner = getattr(importlib.import_module(module), function)
-        with run.stage(name) as clock:
+        with run.stages.measure(name) as clock:
             heard = {"callbacks": callbacks} if name == "train" else {}
             clock.info.update(runner(config, run, display, **heard) or {})
         if name == "report":
             # Once more, now that its own seconds are known: the summary must add up.
             runner(config, run, display)
-        record = run.stage_done(name)
+        record = run.stages.done(name)
         assert record is not None
         return record
 
@@ -120,7 +120,7 @@ def _missing(config: TrainConfig, run: "Run") -> set[str]:
     from reachrl.pipeline.warm_start import needs_demos
 
     idle = {"demos": not needs_demos(config), "reward": not config.fits_reward_model}
-    records = {name: run.stage_done(name) for name in STAGES}
+    records = {name: run.stages.done(name) for name in STAGES}
     return {
         name
         for name, record in records.items()

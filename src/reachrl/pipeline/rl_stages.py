@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from reachrl.backends.base import Backend
-from reachrl.backends.local import LocalBackend
 from reachrl.backends.policy_loading import device_of, saved_policy
 from reachrl.config.reward import OracleRewardConfig, ProcessRewardConfig, TaskRewardConfig
 from reachrl.config.train import TrainConfig
@@ -202,11 +201,6 @@ def _train_once(config: TrainConfig, backend: Backend, run: Run, callbacks: Sequ
         if state.iteration == config.num_iterations or state.ended_early:
             replace_folder_atomic(run.policy, workers.learner.save_policy)
     return state
-
-
-def follow_train(config: TrainConfig) -> None:
-    """Share the learner's work with the process that `torchrun` numbers 0, until its training ends."""
-    LocalBackend(config.backend).follow(config)
 
 
 def _trajectory(episode: PlayedEpisode, chunk: int) -> Trajectory:

@@ -9,25 +9,6 @@ from jaxtyping import Float32
 from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ConfigError, ExtensionError
 from reachrl.policies.base import ActionSample, Noise, Policy, PolicyInputs
-from reachrl.types import Observation
-
-
-def decide(
-    policy: Policy,
-    observation: Observation,
-    *,
-    temperature: float,
-    noise: Noise | None,
-    with_values: bool,
-    mean: bool = False,
-) -> tuple[ActionSample, Float32[np.ndarray, "N H D"]]:
-    """The policy's answer in each row, in main memory, and the actions to carry out.
-
-    Raises:
-        ExtensionError: the answer breaks the contract of `ActionSample`.
-    """
-    inputs = policy.encode(observation)
-    return answer(policy, inputs, temperature=temperature, noise=noise, with_values=with_values, mean=mean)
 
 
 def answer(
@@ -39,7 +20,7 @@ def answer(
     with_values: bool,
     mean: bool = False,
 ) -> tuple[ActionSample, Float32[np.ndarray, "N H D"]]:
-    """`decide` for observations that are encoded already.
+    """The policy's answer in each row, in main memory, and the actions to carry out.
 
     Raises:
         ExtensionError: the answer breaks the contract of `ActionSample`.

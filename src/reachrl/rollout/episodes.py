@@ -11,7 +11,7 @@ from reachrl.envs.batch import EnvBatch
 from reachrl.errors import ExtensionError
 from reachrl.policies.base import ActionSample, Policy
 from reachrl.policies.observed import check_temperature
-from reachrl.rollout.acting import EpisodeNoise, actions_executed, decide
+from reachrl.rollout.acting import EpisodeNoise, actions_executed, answer
 from reachrl.streams import Stream, generator
 from reachrl.types import SPLITS, EnvStep, Observation, Split, Start
 
@@ -171,9 +171,9 @@ class EpisodePlayer:
         noise = None
         if self.mode == "sampled":
             noise = self._noise(current, decisions)
-        sample, actions = decide(
+        sample, actions = answer(
             self.policy,
-            observation,
+            self.policy.encode(observation),
             temperature=self.temperature,
             noise=noise,
             with_values=True,

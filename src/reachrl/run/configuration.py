@@ -144,15 +144,6 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a configuration as {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}.{key}" if prefix else key
-        flat.update(flatten_config(value, name) if isinstance(value, dict) and value else {name: value})
-    return flat
-
-
 def config_changes(old: Any, new: Any, is_default: IsDefault = never, prefix: str = "") -> list[Change]:
     """Return the changes from one configuration to another; a key that only `new` has is none at its default."""
     if _are_tables(old) and _are_tables(new) and len(old) == len(new):

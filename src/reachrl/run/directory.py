@@ -12,7 +12,7 @@ from reachrl.run.configuration import IsDefault, Permit, claim, never, refuse
 from reachrl.run.lock import RunLock
 from reachrl.run.metrics import MetricsLog
 from reachrl.run.spans import Span, SpanLog
-from reachrl.run.stages import StageClock, StageRecords
+from reachrl.run.stages import StageRecords
 
 
 class Run:
@@ -134,14 +134,6 @@ class Run:
         self.metrics.log(full)
         self._seconds.clear()
         return full
-
-    def stage(self, name: str) -> contextlib.AbstractContextManager[StageClock]:
-        """Time a stage and its memory; mark it done when the block ends without an error. See `StageRecords`."""
-        return self.stages.measure(name)
-
-    def stage_done(self, name: str) -> dict[str, Any] | None:
-        """Return the record of a finished stage, or None if it must still run."""
-        return self.stages.done(name)
 
     def close(self) -> None:
         """Close the metrics file and release the lock."""

@@ -22,10 +22,7 @@ def resident_bytes() -> int:
 
 
 class PeakMemory:
-    """Samples `resident_bytes` on a background thread and keeps the largest sum seen.
-
-    Use as a context manager, or `start` and `stop`.
-    """
+    """Samples `resident_bytes` on a background thread while its block runs, and keeps the largest sum seen."""
 
     def __init__(self, interval_s: float = 0.5) -> None:
         """Prepare a sampler.
@@ -36,7 +33,7 @@ class PeakMemory:
         self._interval_s = interval_s
         self._peak = 0
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._loop, name="peak-memory", daemon=True)
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -48,28 +45,16 @@ class PeakMemory:
         self._peak = max(self._peak, resident_bytes())
         return self._peak
 
-    def start(self) -> "PeakMemory":
-        """Begin sampling."""
-        self.sample()
-        self._stopped.clear()
-        self._thread = threading.Thread(target=self._loop, name="peak-memory", daemon=True)
-        self._thread.start()
-        return self
-
     def _loop(self) -> None:
         while not self._stopped.wait(self._interval_s):
             self.sample()
 
-    def stop(self) -> int:
-        """End sampling and return the peak in bytes."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        return self.sample()
-
     def __enter__(self) -> "PeakMemory":
-        return self.start()
+        self.sample()
+        self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._stopped.set()
+        self._thread.join()
+        self.sample()

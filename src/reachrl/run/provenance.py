@@ -142,7 +142,8 @@ def write_provenance(path: Path, stage: str | None = None, **facts: Any) -> dict
     record = collect_provenance(**facts)
     record["earlier"], record["stages"] = [], {}
     if Path(path).exists():
-        before = _earlier(Path(path))
+        remedy = "it lists the run's earlier commands: repair it, or delete it to go on without them"
+        before = read_record(Path(path), Provenance, remedy=remedy)
         if "from" in before:  # where a branch begins
             record["from"] = before["from"]
         again = all(before.get(key) == record[key] for key in ("command", "commit", "dirty"))
@@ -159,8 +160,3 @@ def write_provenance(path: Path, stage: str | None = None, **facts: Any) -> dict
         record["stages"][stage] = now
     write_json_atomic(path, record)
     return record
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    remedy = "it lists the run's earlier commands: repair it, or delete it to go on without them"
-    return read_record(path, Provenance, remedy=remedy)

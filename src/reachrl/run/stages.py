@@ -60,7 +60,7 @@ class StageRecords:
 
     def _write(
         self, name: str, previous: dict[str, Any], wall_s: float, peak: int, *, done: bool, info: dict[str, Any]
-    ) -> dict[str, Any]:
+    ) -> None:
         record = {
             "done": done,
             "wall_s": round(previous["wall_s"] + wall_s, 3),
@@ -70,21 +70,6 @@ class StageRecords:
         }
         with self._writing:
             write_json_atomic(self.path, {**self.read(), name: record})
-        return record
-
-    def finish(self, name: str, wall_s: float, peak_rss_bytes: int, **info: Any) -> dict[str, Any]:
-        """Mark a stage finished.
-
-        Args:
-            name: The stage.
-            wall_s: Seconds of this attempt; interrupted ones are added.
-            peak_rss_bytes: Peak of this attempt; the largest of all attempts is kept.
-            info: Whatever else later stages want to know.
-
-        Returns:
-            The record as written.
-        """
-        return self._write(name, self._previous(name), wall_s, peak_rss_bytes, done=True, info=info)
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[StageClock]:
