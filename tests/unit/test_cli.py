@@ -402,7 +402,7 @@ def test_a_terminal_of_100_columns_shows_the_bar_with_its_figures():
         progress.advance(12, success="47/101", kl=0.0123, ev=0.456)
         with display.stage("eval", 160, "held-out starts") as inner:
             inner.advance(80)
-            progress.log("a line that stays")
+            display.log("a line that stays")
     frame = file.getvalue().replace("\r", "\n")
     last = [line for line in frame.splitlines() if "train: PPO" in line][-1]
     for shown in ("12/30", "success 47/101", "kl 0.0123", "ev 0.456"):

@@ -58,7 +58,7 @@ def test_errors_bars_messages_and_log_records(capsys):
         display = Display(console, interval_s=0)
         with display.logging(), display.stage(NASTY, 2, NASTY) as stage:
             stage.advance(1, task=NASTY)
-            stage.log(NASTY)
+            display.log(NASTY)
             logging.getLogger("reachrl.x").warning("%s", NASTY)
         assert "\x1b]0" not in console.file.getvalue() and "\u202e" not in console.file.getvalue()
         assert f"warning: {BARE}" in console.file.getvalue()

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from reachrl.cli.stages import OverridesArgument, PresetArgument
 from reachrl.cli.terminal import Terminal, print_table, say
+from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from reachrl.config.base import Section
@@ -51,7 +52,6 @@ def config(
 
 def _deviations(preset: str, overrides: list[str]) -> Table:
     from reachrl.config.loading import explain
-    from reachrl.errors import ConfigError
 
     if overrides:
         raise ConfigError(

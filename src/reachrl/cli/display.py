@@ -51,10 +51,6 @@ class StageProgress:
             self._figures = format_fields(fields)
         self._display.show(self, self._task)
 
-    def log(self, text: str) -> None:
-        """Print a line."""
-        self._display.log(text)
-
     def due(self, interval_s: float) -> bool:
         """Whether a plain line was last printed at least `interval_s` ago; counts as printed if so."""
         now = self._display.clock()

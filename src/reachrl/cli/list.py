@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from reachrl.cli.terminal import Terminal, print_table
+from reachrl.cli.terminal import Terminal, plain_table, print_table
 
 
 class What(StrEnum):
@@ -33,18 +33,10 @@ def list_(
             print_table(console, table)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    table.columns[0].no_wrap = True
-    return table
-
-
 def _presets() -> Table:
     from reachrl.config.loading import list_presets
 
-    table = _table("Presets", "preset", "what it is")
+    table = plain_table("Presets", "preset", "what it is")
     for name, description in list_presets().items():
         table.add_row(name, description)
     return table
@@ -53,7 +45,7 @@ def _presets() -> Table:
 def _tasks() -> Table:
     from reachrl.config.metaworld_tasks import INSTRUCTIONS
 
-    table = _table("\nTasks of kind `metaworld` (env.tasks=a,b,c)", "task", "instruction")
+    table = plain_table("\nTasks of kind `metaworld` (env.tasks=a,b,c)", "task", "instruction")
     for task, instruction in INSTRUCTIONS.items():
         table.add_row(task, instruction)
     return table
@@ -62,7 +54,9 @@ def _tasks() -> Table:
 def _libero_tasks() -> Table:
     from reachrl.config.libero_tasks import SUITES, instruction
 
-    table = _table("\nTasks of kind `libero` (env.suite=...; env.tasks=a,b,c for some of it)", "suite", "instruction")
+    table = plain_table(
+        "\nTasks of kind `libero` (env.suite=...; env.tasks=a,b,c for some of it)", "suite", "instruction"
+    )
     for suite, tasks in SUITES.items():
         for place, task in enumerate(tasks):
             table.add_row("" if place else suite, instruction(task))
@@ -73,7 +67,7 @@ def _kinds() -> Table:
     from reachrl.config.train import KIND_SECTIONS
     from reachrl.registry import kinds
 
-    table = _table("\nKinds (a plug-in is named as package.module:Class)", "key", "kind", "class")
+    table = plain_table("\nKinds (a plug-in is named as package.module:Class)", "key", "kind", "class")
     for section, group in KIND_SECTIONS.items():
         for kind, target in kinds(group).items():
             table.add_row(f"{section}.kind", kind, target)

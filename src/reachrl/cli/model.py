@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from reachrl.cli.terminal import Terminal, print_table
+from reachrl.cli.terminal import Terminal, plain_table, print_table
+from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from reachrl.policies.folders import Inspection
@@ -62,7 +63,7 @@ def verify(
     where, folders = folders_of(folder)
     given = {"options": dict(_pair(each) for each in option)} if option else {}
     result = folders.verify(where, recorded, dataset=dataset, tower_heads=heads, **given)
-    table = _table("Recorded and computed again", "tensor", "largest difference", "tolerance", "")
+    table = plain_table("Recorded and computed again", "tensor", "largest difference", "tolerance", "")
     for check in result.checks:
         table.add_row(
             check.name,
@@ -82,8 +83,6 @@ def verify(
 
 
 def _pair(text: str) -> tuple[str, str]:
-    from reachrl.errors import ConfigError
-
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--option {text!r}: expected KEY=VALUE, such as chunk_size=8")
@@ -91,32 +90,21 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _heads(text: str) -> list[int]:
-    from reachrl.errors import ConfigError
-
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise ConfigError(f"--tower-heads {text!r}: expected one number for each tower, such as 16,16")
     return [int(number) for number in numbers]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.show_header = any(columns)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    table.columns[0].no_wrap = True
-    return table
-
-
 def _tables(found: "Inspection") -> list[Table]:
-    facts = _table(f"{found.folder}", "", "")
+    facts = plain_table(f"{found.folder}", "", "")
     for name, fact in found.facts.items():
         facts.add_row(name, fact)
     return [facts, *([_parts(found)] if found.parts else []), *([_memory(found)] if found.numbers else [])]
 
 
 def _parts(found: "Inspection") -> Table:
-    table = _table("\nWeights", "part", "sizes", "stored", "never read")
+    table = plain_table("\nWeights", "part", "sizes", "stored", "never read")
     for part in found.parts:
         table.add_row(part.name, part.sizes, f"{part.num_weights:,}", f"{part.num_unread:,}")
     stored, unread = sum(part.num_weights for part in found.parts), sum(part.num_unread for part in found.parts)
@@ -128,7 +116,7 @@ def _parts(found: "Inspection") -> Table:
 
 
 def _memory(found: "Inspection") -> Table:
-    table = _table("\nMemory in GB", "", *_BYTES)
+    table = plain_table("\nMemory in GB", "", *_BYTES)
     for name, numbers in found.numbers.items():
         table.add_row(name, *(f"{numbers * size / 1e9:.3f}" for size in _BYTES.values()))
     return table

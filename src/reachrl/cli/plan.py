@@ -10,6 +10,7 @@ from rich.text import Text
 from reachrl.cli.display import format_duration
 from reachrl.cli.stages import OverridesArgument, PresetArgument
 from reachrl.cli.terminal import Terminal, print_table
+from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from reachrl.config.train import TrainConfig
@@ -43,7 +44,6 @@ def plan(
     """Predict memory and time from the configuration alone, without its weights; exit with 1 if it does not fit."""
     from reachrl.config.loading import load_config
     from reachrl.config.train import refuse_training
-    from reachrl.errors import ConfigError
     from reachrl.plan.advice import advise
     from reachrl.plan.device import find_device
     from reachrl.plan.memory import plan_memory

@@ -8,6 +8,7 @@ import typer
 
 from reachrl.cli.reward_segments import CameraOption, InstructionOption, SetOption, labelling, stored_section
 from reachrl.cli.terminal import Terminal, say
+from reachrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from reachrl.config.reward_model import RewardModelSection
@@ -54,7 +55,6 @@ def inspect(
 ) -> None:
     """Score trajectories or videos: curves over the frames, separation, ordering, calibration, false alarms."""
     from reachrl.demos.readers import read_trajectories
-    from reachrl.errors import ConfigError
     from reachrl.registry import trust
     from reachrl.report.inspect_page import write_inspect_page
     from reachrl.rewards.process.base import load_reward_model
@@ -103,8 +103,6 @@ def find_model(path: Path) -> Path:
     Raises:
         ConfigError: no reward model lies there.
     """
-    from reachrl.errors import ConfigError
-
     versions = sorted(path.glob("reward_model/version_*/model"))
     for folder in [*reversed(versions), path / "reward_model" / "model", path / "model", path]:
         if (folder / "config.json").is_file() and not (folder / "metrics.jsonl").exists():
@@ -121,8 +119,6 @@ def find_audit_set(path: Path) -> Path:
     Raises:
         ConfigError: there are none; then trajectories must be named.
     """
-    from reachrl.errors import ConfigError
-
     audit = path / "reward_model" / "audit.parquet"
     if not audit.is_file():
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reachrl.cli.terminal import say
+from reachrl.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from reachrl.config.reward_model import RewardModelSection
@@ -67,7 +68,6 @@ def segments(
     """Draw cuts and keyframes of stored trajectories over speed and gripper, with the frames at each; one HTML page."""
     config = labelling(changes or [], stored_section(path / "config.json", "reward_model"))
     from reachrl.demos.readers import read_trajectories
-    from reachrl.errors import ConfigError
     from reachrl.report.segments_page import page_facts, write_segments_page
 
     where = state_columns(state, columns, gripper_range)
@@ -111,8 +111,6 @@ def stored_section(file: Path, key: str) -> dict[str, Any]:
     Raises:
         StorageError: the file is damaged.
     """
-    from reachrl.errors import StorageError
-
     if not file.is_file():
         return {}
     try:
@@ -136,7 +134,6 @@ def labelling(changes: Iterable[str], stored: Mapping[str, Any] | None = None) -
         ConfigError: an unknown key or a wrong value; the message names it.
     """
     from reachrl.config.loading import validate
-    from reachrl.errors import ConfigError
 
     section: dict[str, Any] = {key: value for key, value in (stored or {}).items() if key in _LABEL_OPTIONS}
     for change in changes:
@@ -159,7 +156,6 @@ def state_columns(feature: str | None, columns: str | None, gripper_range: str |
         ConfigError: not numbers, or not as many as are needed.
     """
     from reachrl.demos.readers import StateColumns
-    from reachrl.errors import ConfigError
 
     try:
         places = None if columns is None else tuple(int(number) for number in columns.split(","))

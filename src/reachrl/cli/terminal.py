@@ -50,6 +50,16 @@ class Terminal(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
+def plain_table(title: str, *columns: str) -> Table:
+    """A table without lines; the first column's cells are never broken. Without any name, no head is shown."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.show_header = any(columns)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    table.columns[0].no_wrap = True
+    return table
+
+
 def print_table(console: Console, table: Table) -> None:
     """Print a table without splitting a word or a figure.
 

@@ -12,7 +12,7 @@ from reachrl.registry import import_string
 def parsed_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Dotted keys and values, however they were given."""
     if isinstance(overrides, Mapping):
-        given = flat(dict(overrides))
+        given = {key: value for key, value in flat(dict(overrides)).items() if value != {}}
         return [(key, import_string(value) if isinstance(value, type) else value) for key, value in given.items()]
     if isinstance(overrides, str):
         raise ConfigError(f"overrides {shown_value(overrides)}: expected a list of texts, or a dict of values by key.")

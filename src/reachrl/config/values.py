@@ -13,11 +13,11 @@ def as_section(value: Any) -> dict[str, Any] | None:
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A dict of sections as values by dotted key."""
+    """A dict of sections as values by dotted key; an empty one is a value."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         section = as_section(value)
-        found |= {prefix + key: value} if section is None else flat(section, f"{prefix}{key}.")
+        found |= flat(section, f"{prefix}{key}.") if section else {prefix + key: value}
     return found
 
 

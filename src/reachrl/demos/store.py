@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float32, Int64, UInt8
 
 from reachrl.demos.checks import check_finite
@@ -189,13 +190,9 @@ class TrajectoryStore:
             StorageError: a shard is damaged, or an action is not finite; names the episode and the step.
         """
         actions: list[np.ndarray] = []
-        for shard in self.shards:
-            with open_shard(shard) as file:
-                for group in range(file.num_row_groups):
-                    where = f"{shard}, episode {group}"
-                    values = table_actions(columns(file, shard, group, ["action"]), where)
-                    check_finite(values, "action", where)
-                    actions.append(values)
+        for where, table in self._columns("action"):
+            actions.append(table_actions(table, where))
+            check_finite(actions[-1], "action", where)
         return ActionStats.of_actions(np.concatenate(actions))
 
     def hand_states(self) -> Iterator[Float32[np.ndarray, "T+1 4"]]:
@@ -204,11 +201,14 @@ class TrajectoryStore:
         Raises:
             StorageError: a shard is damaged.
         """
+        return (table_vectors(table, "ee_state", where) for where, table in self._columns("ee_state"))
+
+    def _columns(self, *names: str) -> Iterator[tuple[str, pa.Table]]:
+        """Some columns of each trajectory, with where it lies, for messages."""
         for shard in self.shards:
             with open_shard(shard) as file:
                 for group in range(file.num_row_groups):
-                    where = f"{shard}, episode {group}"
-                    yield table_vectors(columns(file, shard, group, ["ee_state"]), "ee_state", where)
+                    yield f"{shard}, episode {group}", columns(file, shard, group, list(names))
 
     def __iter__(self) -> Iterator[Trajectory]:
         for shard in self.shards:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from reachrl.errors import ConfigError
@@ -74,13 +74,6 @@ def find_device(name: str, memory: float | None = None) -> Device:
         return device
     if not 0 < memory < math.inf:  # nor is it NaN
         raise ConfigError(f"--memory {memory:g}: expected the memory to plan for in GiB, a finite number above 0.")
-    return replace_memory(device, memory)
-
-
-def replace_memory(device: Device, memory: float) -> Device:
-    """Return the device with another amount of memory, in GiB."""
-    from dataclasses import replace
-
     return replace(device, memory=memory)
 
 

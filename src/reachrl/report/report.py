@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from reachrl.config.values import flat
 from reachrl.errors import StorageError
 from reachrl.report import plots
 from reachrl.report.diagnosis import Diagnosis, diagnose
@@ -25,7 +26,7 @@ from reachrl.report.series import TimeAxis, rate_of, thinned, time_axes
 from reachrl.report.timeline import timeline_section
 from reachrl.report.verdict import advice, verdict
 from reachrl.run.atomic import utf8, write_bytes_atomic
-from reachrl.run.configuration import flatten_config, read_history
+from reachrl.run.configuration import read_history
 from reachrl.run.metrics import records_by_kind
 from reachrl.run.records import (
     AnyObject,
@@ -120,7 +121,7 @@ def render_report(run_path: Path) -> str:
         diagnosis=_diagnosis(records, config),
         timing=timing_section(summary, stages, train),
         timeline=timeline_section(run_path),
-        config=sorted(flatten_config(config).items()) if config else None,
+        config=sorted(flat(config).items()) if config else None,
         changes=read_history(run_path),
         origin=provenance.get("from"),
         unfinished=_unfinished(config, stages, train),

@@ -76,7 +76,8 @@ def read_index(folder: Path, *, camera: str | None) -> LeRobotIndex:
         raise StorageError(f"{folder / INFO}: no `features` or no `fps`. {_META}")
     chosen = _camera(folder, features, camera)
     paths = _Paths(folder, info, major, chosen if features[chosen].get("dtype") == "video" else None)
-    episodes = [paths.record(row) for row in (_episodes_2(folder) if major == 2 else _episodes_3(folder))]
+    rows = _lines(folder / "meta/episodes.jsonl") if major == 2 else _episodes_3(folder)
+    episodes = [paths.record(row) for row in rows]
     _check(folder, episodes)
     stated = info.get("total_episodes")
     if isinstance(stated, int) and stated > len(episodes):
@@ -261,10 +262,6 @@ def _tasks(rows: list[dict[str, Any]], sentence: str, path: Path) -> dict[int, s
             raise StorageError(f"{path}: task {number} is {row.get(sentence)!r}; expected one sentence. {_META}")
         tasks[number] = row[sentence]
     return tasks
-
-
-def _episodes_2(folder: Path) -> list[dict[str, Any]]:
-    return _lines(folder / "meta/episodes.jsonl")
 
 
 def _episodes_3(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Detects the format of trajectories at a path and reads them."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -100,12 +101,8 @@ def _run(folder: Path) -> Iterator[Trajectory]:
             f"{folder}: a config.json, but neither a complete demos/ nor reward_model/rollouts/*.parquet beside it. "
             "If this is a run folder, run its demos stage first."
         )
-    return _in_turn(([iter_trajectories(demos)] if _is_store(demos) else []) + [iter_shard(path) for path in rollouts])
-
-
-def _in_turn(sources: list[Iterator[Trajectory]]) -> Iterator[Trajectory]:
-    for source in sources:
-        yield from source
+    demonstrations = iter_trajectories(demos) if _is_store(demos) else ()
+    return itertools.chain(demonstrations, *(iter_shard(path) for path in rollouts))
 
 
 def _said(trajectories: Iterator[Trajectory], instruction: str | None) -> Iterator[Trajectory]:
