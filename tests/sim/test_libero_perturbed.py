@@ -14,6 +14,7 @@ from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import robot_posture
 from reachrl.envs.libero.assets import ASSETS_VARIABLE, find_assets
 from reachrl.envs.libero.plus import PlusEpisode
+from reachrl.errors import ConfigError
 from reachrl.types import Start
 
 if find_spec("robosuite") is None:  # importing it would choose a GL library before we do
@@ -98,6 +99,53 @@ def test_cameras_and_noise_change_what_is_seen_and_nothing_else(env):
         assert np.array_equal(again["agentview"], seen["agentview"])
     _, again = played(env, PLAIN)
     assert np.array_equal(again["agentview"], frames["agentview"])
+
+
+def layout(env):
+    """Whether things, furniture and regions are where upstream has them in another layout; positions as it goes on."""
+    recorded = RECORDED["layout"]
+    start = Start(TASK, "eval", 0, f"plus-upstream:{recorded['name']}")
+    found, _ = played(env, start)
+    starts = env.task_starts(TASK)
+    starts.begin("eval", 0, env._plus.perturbation())
+    model, sites = starts.simulation.model, starts.simulation.domain.object_sites_dict
+    assert np.array_equal(starts.simulation.data.qpos, recorded["positions"][0])
+    assert np.abs(model.body_pos - recorded["bodies"]).max() < 1e-12
+    for name, (position, size) in recorded["zones"].items():
+        site = model.site(name)
+        found_at = starts.simulation.data.site_xpos[site.id]
+        assert np.abs(found_at - starts.simulation.data.xpos[site.bodyid[0]] - position).max() < 1e-12
+        assert np.abs(sites[name].size - np.array(size)).max() < 1e-12
+    return np.abs(found - recorded["positions"][1:])
+
+
+def test_another_layout_begins_and_goes_on_as_upstreams(env):
+    before, frames = played(env, PLAIN)
+    model = env.task_starts(TASK).simulation.model
+    # As if it lay in the table's middle in the task's own layout: the compiler then marks it as one not to compute.
+    model.site_sameframe[model.site("main_table_plate_region").id] = 1
+    zones, seen = model.site_pos.copy(), dict(env.task_starts(TASK).simulation.domain.object_sites_dict)
+    difference = layout(env)
+    assert difference[:, :9].max() < 1e-6 and difference.max() < 5e-5
+    stored = env.task_starts(TASK).stored[0][1 : 1 + model.nq]
+    assert np.abs(np.array(RECORDED["layout"]["positions"][0]) - stored).max() > 0.1
+    assert len(list(env._made)) == 1  # the same scene
+    _, corrected = played(env, Start(TASK, "eval", 0, f"plus:{RECORDED['layout']['name']}"))
+    assert np.abs(corrected["agentview"].astype(float) - frames["agentview"]).mean() > 2
+    # The next ordinary episode knows nothing of it.
+    after, again = played(env, PLAIN)
+    assert np.array_equal(after, before) and np.array_equal(model.site_pos, zones)
+    assert np.array_equal(again["agentview"], frames["agentview"])
+    now = env.task_starts(TASK).simulation.domain.object_sites_dict
+    assert {name: tuple(site.size) for name, site in now.items()} == {
+        name: tuple(site.size) for name, site in seen.items()
+    }
+
+
+def test_a_layout_that_is_not_there_is_told_in_one_line(env):
+    with pytest.raises(ConfigError, match="level5_sample99.bddl is missing: LIBERO-Plus has no such task, or") as error:
+        env.reset(options={"start": Start(TASK, "eval", 0, "plus:level5_sample99")})
+    assert "\n" not in str(error.value)
 
 
 def textures(model, bodies):
@@ -199,7 +247,11 @@ def test_the_faithful_simulation_has_upstreams_start_and_the_same_looks(env):
     positions, _ = played(env, Start(TASK, "eval", 0, f"plus-upstream:{NAME}"))
     assert np.abs(positions - RECORDED["positions"])[:, :9].max() < 1e-6
     starts = env.task_starts(TASK)
-    starts.begin("eval", 0, PlusEpisode.of(Start(TASK, "eval", 0, f"plus:{NAME}")).perturbation())
+    starts.begin("eval", 0, PlusEpisode.of("libero_spatial", Start(TASK, "eval", 0, f"plus:{NAME}")).perturbation())
     assert np.allclose(starts.simulation.data.qpos[:7], robot_posture(RECORDED["posture"]), atol=1e-12)
     assert np.allclose(starts.simulation.domain.robots[0].controller.initial_joint, USUAL, atol=1e-8)
+    difference = layout(env)
+    assert difference[:, :9].max() < 1e-6 and difference.max() < 5e-5
+    plain = env.reset(options={"start": PLAIN})[0]["images"]["agentview"]
+    assert np.array_equal(plain, found[1].astype(np.uint8))  # the task's own scene again
     env.close()

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reachrl.config import bddl, libero_plus
+from reachrl.config import bddl, libero_plus, libero_plus_files
 from reachrl.config.env import MetaworldConfig
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import CORRUPTIONS, PLUS_SUITES, PlusTask, plus_tasks, robot_posture
-from reachrl.config.libero_tasks import SUITES
+from reachrl.config.libero_tasks import SUITES, instruction
 from reachrl.envs.base import Perturbed
 from reachrl.envs.libero.plus import camera_pose
 from reachrl.envs.libero.plus_frames import corrupted
@@ -80,7 +80,7 @@ def test_sentences_are_upstreams_and_the_corrected_protocol_drops_the_files_numb
         config = LiberoConfig(suite=suite)
         for name, said in sentences.items():
             base = max((task for task in SUITES[suite] if name.startswith(task)), key=len)
-            rest, plain = name.removeprefix(base + "_"), libero_plus.instruction(base)
+            rest, plain = name.removeprefix(base + "_"), instruction(base)
             spoken = [config.spoken(plain, Start(base, "eval", 0, f"{s}:{rest}")) for s in ("plus-upstream", "plus")]
             assert spoken == [said, said if "language" in rest else plain]
             assert said != plain
@@ -89,8 +89,12 @@ def test_sentences_are_upstreams_and_the_corrected_protocol_drops_the_files_numb
 @needs_files
 def test_it_has_the_tasks_of_the_publication():
     tasks = [task for suite in PLUS_SUITES for of_base in plus_tasks(suite).values() for task in of_base]
-    # The paper's table, less light, background and layout.
-    assert Counter(task.kind for task in tasks) == {"camera": 1599, "robot": 1550, "language": 1537, "noise": 1601}
+    # The paper's table, less light, background and the new things of layout.
+    counts = {"camera": 1599, "robot": 1550, "language": 1537, "noise": 1601, "layout": 696}
+    assert Counter(task.kind for task in tasks) == counts and len(tasks) == 6983
+    # Counted with grep in the suite's list of tasks.
+    levels = {"level 1": 124, "level 2": 134, "level 3": 146, "level 4": 148, "level 5": 144}
+    assert Counter(task.level for task in tasks if task.layout) == levels
     usual = np.array([0.0, -0.161037389, 0.0, -2.44459747, 0.0, 2.2267522, np.pi / 4])
     for task in tasks:
         if task.kind == "robot":
@@ -106,7 +110,9 @@ def test_a_sample_has_its_share_of_each_level_and_one_start_a_task():
         for level, part in zip(all_levels.levels, some.levels, strict=True):
             assert len(part.starts) == -(-len(level.starts) // 10) and set(part.starts) <= set(level.starts)
             assert part.label == f"{level.label}: {len(part.starts)} of {len(level.starts)}"
-    assert [axis.axis for axis in tenth.axes] == ["camera", "robot", "language", "noise"]
+    assert [axis.axis for axis in tenth.axes] == ["camera", "robot", "language", "noise", "layout"]
+    assert [len(level.starts) for level in tenth.axes[4].levels] == [4, 4, 4, 4, 4]  # of 35, 37, 38, 37, 38
+    assert tenth.axes[4].levels[0].starts[0].variant.startswith("plus:moved_level1_sample")
     assert set(whole.plain) == {Start(task, "eval", 0) for task in SUITES["libero_goal"]}
     one = plus_conditions(LiberoConfig(suite="libero_goal", tasks=env.tasks[:1]), "upstream", "robot", Fraction(1), 0)
     assert {start.task for start in one.starts()} == {env.tasks[0]}
@@ -134,6 +140,8 @@ def test_samples_are_proportional_and_larger_ones_have_the_smaller():
         ("view_0_0_100_0_0_initstate_0_noise_51", "out of range"),
         ("view_0_0_1_0_0_initstate_0", "out of range"),
         ("light_3", "no task of LIBERO-Plus that can be played"),
+        ("level6_sample1", "no task of LIBERO-Plus that can be played"),
+        ("add_3", "no task of LIBERO-Plus that can be played"),
         ("../view_0_0_100_0_0_initstate_1", "no task of LIBERO-Plus that can be played"),
     ],
 )
@@ -171,19 +179,20 @@ def test_an_edited_file_is_told_with_the_command(monkeypatch, tmp_path, fresh):
     sentences.mkdir(parents=True)
     for path in (real / "bddl_files" / "libero_object").glob("*_language_*.bddl"):
         (sentences / path.name).symlink_to(path)
-    monkeypatch.setattr(libero_plus, "plus_folder", lambda: tmp_path)
-    libero_plus.check_sentences("libero_object")
+    for module in (libero_plus, libero_plus_files):
+        monkeypatch.setattr(module, "plus_folder", lambda: tmp_path)
+    libero_plus_files.check_sentences("libero_object")
     edited = sentences / f"{MILK}_language_{task.language}.bddl"
     text = edited.read_text()
     edited.unlink()
     edited.write_text(text.replace("(:language ", "(:language please "))
     bddl.sentence_of.cache_clear()
     with pytest.raises(ConfigError, match="a file was edited.* run  pip install --force-reinstall"):
-        libero_plus.check_sentences("libero_object")
+        libero_plus_files.check_sentences("libero_object")
     edited.unlink()
     bddl.sentence_of.cache_clear()
     with pytest.raises(ConfigError, match="cannot be read.* run  pip install"):
-        libero_plus.check_sentences("libero_object")
+        libero_plus_files.check_sentences("libero_object")
     (tmp_path / "benchmark").unlink()
     (tmp_path / "benchmark").mkdir()
     (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text("import os; os.abort()")
@@ -192,12 +201,41 @@ def test_an_edited_file_is_told_with_the_command(monkeypatch, tmp_path, fresh):
         plus_tasks("libero_object")
 
 
+@needs_files
+@pytest.mark.parametrize("part", [0, 1], ids=["definition", "state"])
+def test_an_edited_layout_is_told_with_the_command(monkeypatch, tmp_path, part):
+    suite = "libero_goal"
+    name = next(task.name for task in plus_tasks(suite)["turn_on_the_stove"] if task.layout)
+    real = libero_plus_files.layout_files
+    edited = tmp_path / "edited"
+    edited.write_bytes(real(suite, "turn_on_the_stove", name)[part].read_bytes().replace(b"0", b"1", 1))
+
+    def files(suite, base, asked):
+        found = list(real(suite, base, asked))
+        if (base, asked) == ("turn_on_the_stove", name):
+            found[part] = edited
+        return tuple(found)
+
+    libero_plus_files.check_layouts(suite)
+    monkeypatch.setattr(libero_plus_files, "layout_files", files)
+    with pytest.raises(ConfigError, match="the layouts of libero_goal .*was edited.*; run  pip install"):
+        libero_plus_files.check_layouts(suite)
+    edited.unlink()
+    with pytest.raises(ConfigError, match="edited cannot be read .*; run  pip install"):
+        plus_conditions(LiberoConfig(suite=suite), "corrected", "layout", Fraction(1), 0)
+
+
 def test_other_environments_and_suites_are_refused():
     with pytest.raises(ConfigError, match="LIBERO-Plus perturbs tasks of LIBERO; the policy's env.kind is metaworld"):
         plus_conditions(MetaworldConfig(), "corrected", None, Fraction(1), 0)
     with pytest.raises(ConfigError, match="no tasks of env.suite=libero_90; it has libero_spatial"):
         plus_conditions(LiberoConfig(suite="libero_90"), "corrected", None, Fraction(1), 0)
-    for axes, told in (("light", "light tasks are not played"), ("nois", "did you mean 'noise'"), (",", "names none")):
+    for axes, told in (
+        ("background", "background tasks are not played: .* in no package"),
+        ("light", "light tasks are not played"),
+        ("nois", "did you mean 'noise'"),
+        (",", "names none"),
+    ):
         with pytest.raises(ConfigError, match=told):
             plus_conditions(LiberoConfig(), "corrected", axes, Fraction(1), 0)
     env = Perturbed(ReachEnv(ReachConfig()))

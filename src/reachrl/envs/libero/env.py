@@ -84,7 +84,7 @@ class LiberoEnv(Env):
         """Begin the episode `options["start"]`; nothing here is random, so `seed` changes nothing."""
         start = start_option(options)
         check_start(self, start)
-        self._plus = PlusEpisode.of(start)
+        self._plus = PlusEpisode.of(self.config.suite, start)
         self._starts = self.task_starts(start.task, pro_kind(start))
         looks = Perturbation(looks=start) if Variant.of(start) is not None else None
         self._starts.begin(start.split, start.index, looks if self._plus is None else self._plus.perturbation())

@@ -88,6 +88,9 @@ class FaithfulSimulation(Simulation):
         self.domain.object_property_initializers = list(self._samplers)
         self._seen = self._env.reset()
 
+    def _move_regions(self) -> None:
+        """Nothing: each reset composes the scene."""
+
     def reset(self, seed: int, state: np.ndarray | None, perturbation: Perturbation | None = None) -> None:
         """Begin an episode; see `Simulation.reset`."""
         super().reset(seed, state, perturbation)

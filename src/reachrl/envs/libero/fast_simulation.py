@@ -37,6 +37,16 @@ class _Lean:
         self.initialize_time(self.control_freq)
 
 
+_GROWING = ("visualization_sites_list", "object_property_initializers")  # each time that upstream composes a scene
+
+
+class _Zones(list[Any]):
+    """Stands for the arena and each body of it, and collects the sites that upstream puts there."""
+
+    def __getattr__(self, body: str) -> "_Zones":
+        return self
+
+
 class FastSimulation(Simulation):
     """The same physics without unused work: no new model at a reset, no observables, one frame a step.
 
@@ -95,6 +105,22 @@ class FastSimulation(Simulation):
         domain.sim.forward()
         domain.visualize(vis_settings=dict.fromkeys(domain._visualizations, False))
         self._controller.reset()
+
+    def _move_regions(self) -> None:
+        domain, zones = self.domain, _Zones()
+        sites = domain.object_sites_dict
+        kept = {name: list(getattr(domain, name)) for name in _GROWING}
+        domain._load_sites_in_arena(zones)
+        for zone in zones:
+            name = zone.get("name")
+            sites[name] = domain.object_sites_dict[name]
+            site = self.model.site(name)
+            site.pos[:], site.size[:] = (np.array(zone.get(key).split(), float) for key in ("pos", "size"))
+            self.model.site_sameframe[site.id] = 0  # MuJoCo does not look at the position of one that lay at 0, 0, 0
+        domain.object_sites_dict = sites
+        domain._setup_placement_initializer(zones)
+        for name, values in kept.items():
+            setattr(domain, name, values)
 
     def step(self, action: np.ndarray) -> bool:
         """One control step; whether the task is solved."""

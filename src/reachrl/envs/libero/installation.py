@@ -202,21 +202,29 @@ class _ArraysOnly(pickle.Unpickler):
 def stored_starts(suite: str, task: str) -> np.ndarray:
     """The start states that come with the benchmark: time, joint positions and velocities, f64[50 K].
 
-    They lie in files that `torch.save` wrote; only arrays are read from them, and torch is not needed.
+    Raises:
+        ConfigError: the file is missing, damaged, or holds anything but an array.
+    """
+    return read_states(package_folder() / "init_files" / suite / f"{task}.pruned_init", INSTALL_AGAIN)
+
+
+def read_states(path: Path, remedy: str) -> np.ndarray:
+    """Start states f64[N K] from a file that `torch.save` wrote; only arrays are read, and torch is not needed.
+
+    Args:
+        path: of the file; a single state f64[K] is one of N = 1.
+        remedy: command that installs it again.
 
     Raises:
         ConfigError: the file is missing, damaged, or holds anything but an array.
     """
-    path = package_folder() / "init_files" / suite / f"{task}.pruned_init"
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             with archive.open(name) as file:
-                states = np.asarray(_ArraysOnly(file).load())
+                states = np.atleast_2d(_ArraysOnly(file).load())
     except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as stored start states ({error}); install LIBERO again:  {INSTALL_AGAIN}"
-        ) from error
+        raise ConfigError(f"{path} cannot be read as stored start states ({error}); run  {remedy}") from error
     if states.ndim != 2 or not np.issubdtype(states.dtype, np.floating) or not np.isfinite(states).all():
-        raise ConfigError(f"{path} holds {states.dtype}{list(states.shape)}, expected start states as float64[50 K]")
+        raise ConfigError(f"{path} holds {states.dtype}{list(states.shape)}, expected start states as float64[N K]")
     return states.astype(np.float64)

@@ -1,13 +1,16 @@
-"""One episode of LIBERO-Plus in a LIBERO simulation: the camera's pose, the arm's posture, what frames go through."""
+"""One episode of LIBERO-Plus in a LIBERO simulation: camera, posture of the arm, layout, what frames go through."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from reachrl.config.libero_plus import PlusTask, View, is_upstream, robot_posture
+from reachrl.config.libero_plus import INSTALL_PLUS, PlusTask, View, is_upstream, robot_posture
+from reachrl.config.libero_plus_files import layout_files
 from reachrl.envs.gl import import_mujoco
+from reachrl.envs.libero.installation import read_states
 from reachrl.envs.libero.plus_frames import corrupted
-from reachrl.envs.libero.simulation import CAMERA, Perturbation, Posture
+from reachrl.envs.libero.simulation import CAMERA, Layout, Perturbation, Posture
+from reachrl.errors import ConfigError
 from reachrl.streams import Stream, generator
 from reachrl.types import Start
 
@@ -19,18 +22,19 @@ _DIGITS = 4  # upstream rounds a camera's pose after each turn
 class PlusEpisode:
     """What is perturbed about one episode."""
 
+    suite: str
     start: Start
     task: PlusTask
 
     @classmethod
-    def of(cls, start: Start) -> "PlusEpisode | None":
-        """That of a start; None where it asks for none.
+    def of(cls, suite: str, start: Start) -> "PlusEpisode | None":
+        """That of a start in a suite of LIBERO; None where it asks for none.
 
         Raises:
             ConfigError: it names no task of the suite.
         """
         task = PlusTask.of(start)
-        return None if task is None else cls(start=start, task=task)
+        return None if task is None else cls(suite=suite, start=start, task=task)
 
     def perturbation(self) -> Perturbation:
         """What a simulation is told at the beginning.
@@ -38,11 +42,28 @@ class PlusEpisode:
         Upstream lets the arm stand in the task's posture and sets the base task's stored state, which takes the arm
         back; what stays is the posture that the controller pulls the elbow to. The corrected protocol has the arm
         begin in the task's posture, and the controller as always.
+
+        Raises:
+            MissingExtra: it needs the package, which is not installed.
+            ConfigError: a file of the package is missing or damaged.
         """
         posture = None
         if self.task.robot:
             posture = Posture(joints=robot_posture(self.task.robot), at_rest=is_upstream(self.start))
-        return Perturbation(aim=lambda position, turn: camera_pose(position, turn, self.task.view), posture=posture)
+        return Perturbation(
+            aim=lambda position, turn: camera_pose(position, turn, self.task.view),
+            posture=posture,
+            layout=self._layout() if self.task.layout else None,
+        )
+
+    def _layout(self) -> Layout:
+        definition, states = layout_files(self.suite, self.start.task, self.task.name)
+        if not definition.is_file():
+            raise ConfigError(
+                f"{definition} is missing: LIBERO-Plus has no such task, or is not completely installed; run  "
+                f"{INSTALL_PLUS}"
+            )
+        return Layout(definition=definition, state=read_states(states, INSTALL_PLUS)[0])
 
     def seen(self, camera: str, frame: np.ndarray, step: int) -> np.ndarray:
         """A camera's frame u8[H W 3] after `step` control steps, turned by 180° as all frames here are."""

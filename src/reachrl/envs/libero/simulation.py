@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,13 @@ def problem_of(envs: Any, path: str) -> tuple[str, type]:
     return name, envs.TASK_MAPPING[name]
 
 
+def regions_of(definition: Path) -> dict[str, Any]:
+    """The regions of a task file, as upstream reads them."""
+    from libero.libero.envs import bddl_utils  # pyright: ignore[reportMissingImports]
+
+    return bddl_utils.robosuite_parse_problem(str(definition))["regions"]
+
+
 def extended(base: type, ours: type, **values: Any) -> type:
     """Upstream's class with `ours` put in front of it, and class attributes for ours."""
     return type(base.__name__, (ours, base), values)  # the name stays: upstream compares it with the one in the file
@@ -61,6 +69,16 @@ class Posture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Other places of a task's things and furniture."""
+
+    definition: Path
+    """A task file that differs from the task's own in nothing but its regions."""
+    state: np.ndarray
+    """Stored time, positions and velocities f64[K] that replace those of the task."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Perturbation:
     """What an episode does to a simulation."""
 
@@ -69,6 +87,7 @@ class Perturbation:
     posture: Posture | None = None
     looks: Start | None = None
     """Whose variant says how the scene looks."""
+    layout: Layout | None = None
 
 
 class Simulation(ABC):
@@ -80,6 +99,7 @@ class Simulation(ABC):
 
     domain: Any
     _looks: SceneVariants | None = None
+    _regions: dict[str, Any] | None = None  # the task's own, once they were ever replaced
 
     def reset(self, seed: int, state: np.ndarray | None, perturbation: Perturbation | None = None) -> None:
         """Begin an episode.
@@ -91,6 +111,9 @@ class Simulation(ABC):
         """
         posture = None if perturbation is None else perturbation.posture
         self._stand(None if posture is None else posture.joints)
+        layout = None if perturbation is None else perturbation.layout
+        self._lay_out(None if layout is None else layout.definition)
+        state = state if layout is None else layout.state
         if self._looks is not None:
             self._reload_textures(self._looks.undo())  # before the reset, which may draw a frame
         with seeded(seed):
@@ -140,6 +163,21 @@ class Simulation(ABC):
         robot.init_qpos = np.array(robot.robot_model.init_qpos if joints is None else joints)
         # Where a reset makes the robot anew, from these.
         self.domain.robot_configs[0]["initial_qpos"] = None if joints is None else robot.init_qpos
+
+    def _lay_out(self, definition: Path | None) -> None:
+        """Regions of the task file that the next reset places things and furniture in; None: the task's own."""
+        if definition is None and self._regions is None:
+            return
+        problem = self.domain.parsed_problem
+        self._regions = problem["regions"] if self._regions is None else self._regions
+        regions = self._regions if definition is None else regions_of(definition)
+        if regions != problem["regions"]:
+            problem["regions"] = regions
+            self._move_regions()
+
+    @abstractmethod
+    def _move_regions(self) -> None:
+        """Do what upstream does with the regions of a task file when it composes the scene."""
 
     def _with_joints(self, state: np.ndarray, joints: Sequence[float]) -> np.ndarray:
         """A stored state with other positions of the arm's joints."""

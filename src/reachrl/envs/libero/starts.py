@@ -35,13 +35,7 @@ class Starts:
         self.task, self.simulation, self.stored_for_training = files.name, simulation, stored_for_training
         self.stored = files.starts
         model = simulation.model
-        size = 1 + model.nq + model.nv
-        if self.stored.shape != (NUM_STORED_STARTS, size):
-            raise ConfigError(
-                f"{files.name}: its stored start states are {list(self.stored.shape)}, but the task file describes a "
-                f"scene that needs {[NUM_STORED_STARTS, size]}: the file was edited, or the versions do not belong "
-                "together; install LIBERO again"
-            )
+        self._check_size(self.stored, NUM_STORED_STARTS)
         self._columns = _object_columns(model)
         self._seeds: dict[tuple[Split, int], int] = {}
         self._stored_positions = stored = self.positions(self.stored[:, 1 : 1 + model.nq])
@@ -49,6 +43,15 @@ class Starts:
         np.fill_diagonal(apart, np.inf)
         # Stored starts are themselves only millimetres apart in some suites, so no fixed distance would do.
         self.gap = 0.5 * float(np.median(apart.min(axis=1)))
+
+    def _check_size(self, states: np.ndarray, *many: int) -> None:
+        needed = (*many, 1 + self.simulation.model.nq + self.simulation.model.nv)
+        if states.shape != needed:
+            raise ConfigError(
+                f"{self.task}: its stored start states are {list(states.shape)}, but the task file describes a scene "
+                f"that needs {list(needed)}: the file was edited, or the versions do not belong together; install "
+                "LIBERO again"
+            )
 
     def positions(self, qpos: np.ndarray) -> np.ndarray:
         """Where the movable objects stand on the table: metres f64[... 2 K] from joint positions f64[... nq]."""
@@ -64,6 +67,8 @@ class Starts:
         What is not stored (where cabinets and stoves stand) is drawn with the start's number as seed.
         """
         key = (split, index)
+        if perturbation is not None and perturbation.layout is not None:
+            self._check_size(perturbation.layout.state)
         if split == "eval" or (split == "train" and self.stored_for_training):
             self.simulation.reset(index, self.stored[index], perturbation)
             return
