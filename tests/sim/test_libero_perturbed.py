@@ -128,7 +128,7 @@ def test_another_layout_begins_and_goes_on_as_upstreams(env):
     difference = layout(env)
     assert difference[:, :9].max() < 1e-6 and difference.max() < 5e-5
     stored = env.task_starts(TASK).stored[0][1 : 1 + model.nq]
-    assert np.abs(np.array(RECORDED["layout"]["positions"][0]) - stored).max() > 0.1
+    assert np.abs(np.array(RECORDED["layout"]["positions"][0]) - stored)[9:].max() > 0.03
     assert len(list(env._made)) == 1  # the same scene
     _, corrected = played(env, Start(TASK, "eval", 0, f"plus:{RECORDED['layout']['name']}"))
     assert np.abs(corrected["agentview"].astype(float) - frames["agentview"]).mean() > 2
