@@ -45,9 +45,9 @@ class BackgroundEvaluator:
         folder = self._folder / "policy"
         shutil.rmtree(folder, ignore_errors=True)
         weights.policy.save_pretrained(folder)
-        playing = _Playing(self, Task(policy=folder, starts=tuple(starts), mode=mode))
-        playing.begin()
-        return Pending(playing.result)
+        task = Task(policy=folder, starts=tuple(starts), mode=mode)
+        self._send(task)
+        return Pending(lambda: self._episodes(task))
 
     def take_spans(self) -> list[Span]:
         """When was played."""
@@ -55,64 +55,53 @@ class BackgroundEvaluator:
 
     def close(self) -> None:
         """End the process."""
-        self.end_child()
+        self._end_child()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def child(self) -> Child:
+    def _running(self) -> Child:
         """The process, started if there is none."""
         if self._child is None:
             self._child = Child("reachrl.backends.background_process", {})
             self._child.pipe.send(self._config)
         return self._child
 
-    def end_child(self) -> None:
+    def _end_child(self) -> None:
         """End the process; the next task starts another."""
         if self._child is not None:
             self._child.end()
             self._child = None
 
-    def note(self, spans: Sequence[Span]) -> None:
-        """Keep when was played, for the timeline."""
-        self._log.extend(list(spans))
-
-
-class _Playing:
-    """One task under way; a lost process is replaced and plays it again, with the same outcomes."""
-
-    def __init__(self, evaluator: BackgroundEvaluator, task: Task) -> None:
-        self._evaluator, self._task = evaluator, task
-
-    def begin(self) -> None:
+    def _send(self, task: Task) -> None:
         try:
-            self._evaluator.child().pipe.send(self._task)
+            self._running().pipe.send(task)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the process is gone, which shows when its answer is read
 
-    def result(self) -> list[PlayedEpisode]:
-        """Wait for the episodes.
+    def _episodes(self, task: Task) -> list[PlayedEpisode]:
+        """Wait for a task's episodes; a lost process is replaced and plays it again, with the same outcomes.
 
         Raises:
             ExtensionError: the environment has no validation starts of its own.
             WorkerError: the process keeps dying, or could not play.
         """
         for life in range(1, _LIVES + 1):
-            child = self._evaluator.child()
+            child = self._running()
             try:
                 answer = child.pipe.recv()
                 break
             except (EOFError, ConnectionResetError):
                 how, words = child.epitaph()
-                self._evaluator.end_child()
+                self._end_child()
                 if life == _LIVES:
                     raise WorkerError(
                         f"the process that evaluates beside training {how}, {_LIVES} times in a row (its last words: "
                         f"{words or 'none'}); set backend.evaluator_envs=0 to evaluate while training waits"
                     ) from None
-                self.begin()
+                self._send(task)
         if isinstance(answer, Exception):
             if isinstance(answer, ExtensionError):
                 raise answer
             raise WorkerError(f"evaluation beside training failed: {answer}") from answer
         episodes, spans = answer
-        self._evaluator.note(spans)
+        self._log.extend(spans)
         return episodes

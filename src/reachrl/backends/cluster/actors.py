@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import ray
@@ -39,10 +38,6 @@ class _Actor:
         self.seconds: float | None = None  # of the last rollout
         self.seconds_per_env: float | None = None  # of one step of one environment; None: not measured yet
         self.measured = 0  # rollouts with these environments
-
-    def begin(self, method: str, *arguments: Any) -> Call:
-        """Send a call to this actor's current process."""
-        return self.remote.begin(method, *arguments)
 
 
 class ClusterActors:
@@ -92,8 +87,7 @@ class ClusterActors:
         if self._shown is not None:
             return self._shown
         self._start()
-        first = self._actors[0]
-        found = self._shown = self._insist(0, first.begin("shown"), lambda: first.begin("shown"))
+        found = self._shown = self._insist(0, self._actors[0].remote.begin("shown"))
         return found
 
     def _start(self) -> None:
@@ -155,7 +149,7 @@ class ClusterActors:
 
     def close(self) -> None:
         """Close the simulators; kill processes that are busy or stuck."""
-        closing = [actor.begin("close").reference for actor in self._actors]
+        closing = [actor.remote.begin("close").reference for actor in self._actors]
         with contextlib.suppress(RayError):  # whatever state they are in, they are ended below
             ray.wait(closing, num_returns=len(closing), timeout=_LEAVE_S)
         for actor in self._actors:
@@ -212,22 +206,17 @@ class ClusterActors:
 
     def _ask_all(self, method: str, arguments: Callable[[int], tuple]) -> Pending[list[Any]]:
         """Call `method` on every actor. `result()` waits; a lost actor is respawned and its call retried."""
+        sent = [arguments(number) for number in range(len(self._actors))]
+        calls = [actor.remote.begin(method, *own) for actor, own in zip(self._actors, sent, strict=True)]
+        return Pending(lambda: [self._insist(number, call, *sent[number]) for number, call in enumerate(calls)])
 
-        def begin(number: int) -> Call:
-            return self._actors[number].begin(method, *arguments(number))
-
-        calls = [begin(number) for number in range(len(self._actors))]
-        return Pending(
-            lambda: [self._insist(number, call, partial(begin, number)) for number, call in enumerate(calls)]
-        )
-
-    def _insist(self, number: int, call: Call, begin: Callable[[], Call]) -> Any:
-        """The call's result; a lost actor is respawned and the call retried."""
+    def _insist(self, number: int, call: Call, *arguments: Any) -> Any:
+        """The result of a call with these arguments; a lost actor is respawned and the call retried."""
 
         def again() -> Call:
             self._redone += call.method == "collect"
             self._replace(number, call.method)
-            return begin()
+            return self._actors[number].remote.begin(call.method, *arguments)
 
         return insist(call, again, max_losses=self._max_losses)
 

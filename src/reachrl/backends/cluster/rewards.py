@@ -39,7 +39,7 @@ class ClusterScoring:
             self._model, self._stored = model, ray.put(model)
             sent = [worker.begin("take_model", self._stored) for worker in self._workers]
             for number, call in enumerate(sent):
-                self._insist(number, call, "take_model", self._stored)
+                self._insist(number, call, self._stored)
         parts = [rows for rows in np.array_split(np.arange(len(clips)), self.parallel) if len(rows)]
         jobs = [(clips[rows], [instructions[row] for row in rows], batch_size) for rows in parts]
         calls = [self._workers[number].begin("score", *job) for number, job in enumerate(jobs)]
@@ -50,16 +50,16 @@ class ClusterScoring:
         return self._log.take()
 
     def _answer(self, number: int, call: Call, job: tuple) -> np.ndarray:
-        scores, (began, ended) = self._insist(number, call, "score", *job)
+        scores, (began, ended) = self._insist(number, call, *job)
         self._log.extend([Span(f"reward worker {number}", "score frames", began, ended)])
         return scores
 
-    def _insist(self, number: int, call: Call, method: str, *arguments: Any) -> Any:
+    def _insist(self, number: int, call: Call, *arguments: Any) -> Any:
         def again() -> Call:
             self._workers[number].kill()
             self._workers[number] = self._spawn(number)
-            if method != "take_model":
+            if call.method != "take_model":
                 self._workers[number].call("take_model", self._stored)
-            return self._workers[number].begin(method, *arguments)
+            return self._workers[number].begin(call.method, *arguments)
 
         return insist(call, again, max_losses=self._max_losses)
