@@ -157,8 +157,10 @@ def finish(code: int) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
     assert threading.active_count() == 1, "a fork would lose threads"
     gc.freeze()  # what is shared stays unwritten
+    gc.enable()
     serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])), socket.socket(fileno=int(sys.argv[3])))

