@@ -290,6 +290,13 @@ def test_fewer_iterations_than_there_are_is_refused_and_an_early_end_is_not(copy
     assert json.loads((copy / "stages.json").read_text())["train"]["info"]["iterations"] == 3
 
 
+@pytest.mark.parametrize("stage", ["train", "eval", "report"])
+def test_a_mistyped_run_folder_is_named_and_not_made(stage: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"no run for '{stage}': give its folder, or begin with `reachrl sft`"):
+        play(tiny_config(), tmp_path / "mistyped", stage)
+    assert not any(tmp_path.iterdir())
+
+
 def test_training_needs_no_reward_model_where_none_is_fitted(begun: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(begun, run)

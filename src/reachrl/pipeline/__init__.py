@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +76,15 @@ def run_stage(
 
         LocalBackend(config.backend).follow(config)
         return {}
+    if not (run_dir / "config.json").exists() and (earlier := _first_missing(name, config, {})):
+        raise ConfigError(
+            f"{run_dir}: there is no run for {name!r}: give its folder, or begin with `reachrl {earlier}`"
+        )
     known = partial(is_default, config)
     with Run.open(run_dir, config_dict(config), permit=permit(config), is_default=known) as run:
         finished = run.stages.done(name)
-        missing = _missing(config, run)
+        records = {each: run.stages.done(each) for each in STAGES}
+        missing = _missing(config, records)
         write_provenance(
             run.provenance,
             stage=None if finished is not None and name not in missing else name,
@@ -96,9 +101,9 @@ def run_stage(
 
                 Group.from_environment().dismiss()
             return finished
-        earlier = next((each for each in STAGES[: STAGES.index(name)] if each in missing), None)
+        earlier = _first_missing(name, config, records)
         if earlier is not None and name == "report":
-            return _interim_report(config, run, display)
+            return _interim_report(config, run, missing, display)
         if earlier is not None:
             raise ConfigError(_needs(name, earlier, config, run))
         module, _, function = _RUNNERS[name].partition(":")
@@ -114,17 +119,23 @@ def run_stage(
         return record
 
 
-def _missing(config: TrainConfig, run: "Run") -> set[str]:
+def _first_missing(name: str, config: TrainConfig, records: Mapping[str, dict[str, Any] | None]) -> str | None:
+    """The first stage before this one that has to finish first, if any."""
+    missing = _missing(config, records)
+    return next((each for each in STAGES[: STAGES.index(name)] if each in missing), None)
+
+
+def _missing(config: TrainConfig, records: Mapping[str, dict[str, Any] | None]) -> set[str]:
     """Stages that have not finished, without those that have nothing to do under this configuration."""
     from reachrl.pipeline.resumption import made_nothing
     from reachrl.pipeline.warm_start import needs_demos
 
     idle = {"demos": not needs_demos(config), "reward": not config.fits_reward_model}
-    records = {name: run.stages.done(name) for name in STAGES}
     return {
         name
-        for name, record in records.items()
-        if not idle.get(name, False) and (record is None or (name in idle and made_nothing(record)))
+        for name in STAGES
+        if not idle.get(name, False)
+        and ((record := records.get(name)) is None or (name in idle and made_nothing(record)))
     }
 
 
@@ -153,12 +164,11 @@ def trained_iterations(path: Path) -> int:
     return 0 if latest is None else checkpoint_step(latest)
 
 
-def _interim_report(config: TrainConfig, run: "Run", display: Display) -> dict[str, Any]:
+def _interim_report(config: TrainConfig, run: "Run", missing: set[str], display: Display) -> dict[str, Any]:
     """Draw what an unfinished run has so far; the stage stays unfinished."""
     from reachrl.report.report import write_report
 
     write_report(run.path)
-    missing = _missing(config, run)
     if "train" in missing:
         done = f"training has done {trained_iterations(run.path)} of {config.num_iterations} iterations"
     else:
