@@ -249,6 +249,12 @@ def test_a_stage_command_runs_its_stage(reachrl, stages_run, tmp_path, command, 
     assert (config.seed, config.algorithm.lr, config.env.kind) == (7, 1e-3, "reach_toy")
 
 
+@pytest.mark.parametrize("words", [("list", "foo"), ("robust", "toy", "--suite", "foo")])
+def test_a_wrong_choice_is_named_without_the_libraries_words(reachrl, words):
+    code, _, err = reachrl(*words)
+    assert code == 2 and "'foo' is not one of '" in err and "Value error" not in err
+
+
 def test_options_may_stand_anywhere_and_the_run_folder_has_a_default(reachrl, stages_run):
     assert reachrl("train", "--quiet", "toy", "seed=7")[0] == 0
     [(_, config, run_dir)] = stages_run

@@ -1,7 +1,7 @@
 """The `reachrl` command: its subcommands, and errors as one clear message with an exit code."""
 
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 import typer.core
@@ -28,6 +28,14 @@ class _InOrder(typer.core.TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:
         """The names, the known ones first."""
         return sorted(self.commands, key=lambda name: self.ORDER.index(name))
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command; what is said of a wrong word leaves out how the libraries call its kind."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
 
 app = typer.Typer(
