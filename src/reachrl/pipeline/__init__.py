@@ -64,13 +64,8 @@ def run_stage(
         refuse_training(config)
     limit_threads(config)
     rank, size = torchrun.rank(), torchrun.size()
-    if size > 1 and name != "train":
-        raise ConfigError(f"torchrun is for `reachrl train`; run the stage {name!r} in one process, without it")
-    if size > 1 and config.backend.kind != "local":
-        raise ConfigError(
-            f"torchrun is for backend.kind=local; backend.kind={config.backend.kind} starts its own processes: run "
-            "`reachrl train` without torchrun"
-        )
+    if size > 1:
+        _refuse_ranks(name, config)
     if rank > 0:
         from reachrl.backends.local import LocalBackend
 
@@ -117,6 +112,17 @@ def run_stage(
         record = run.stages.done(name)
         assert record is not None
         return record
+
+
+def _refuse_ranks(name: str, config: TrainConfig) -> None:
+    """Raise a `ConfigError` where the processes of `torchrun` have no part in a stage."""
+    if name != "train":
+        raise ConfigError(f"torchrun is for `reachrl train`; run the stage {name!r} in one process, without it")
+    if config.backend.kind != "local":
+        raise ConfigError(
+            f"torchrun is for backend.kind=local; backend.kind={config.backend.kind} starts its own processes: run "
+            "`reachrl train` without torchrun"
+        )
 
 
 def _first_missing(name: str, config: TrainConfig, records: Mapping[str, dict[str, Any] | None]) -> str | None:
