@@ -19,7 +19,7 @@ from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.official import official_stats
 from reachrl.policies.openvla.policy import OpenVLAPolicy
 from reachrl.policies.openvla.preprocess import as_in_rlds, center_crop, fit_frames, normalise_pixels, resize_naive
-from reachrl.policies.openvla.sequence import embed
+from reachrl.policies.openvla.sequence import arrange
 
 DATA = Path(__file__).parent / "data" / "openvla"
 HEADS = (4, 4)
@@ -74,7 +74,7 @@ def test_logits_at_every_position_of_a_padded_batch(policy: OpenVLAPolicy, io: d
     with torch.no_grad():
         model = policy.language_model.model
         features = policy.vision_features(inputs.pixel_values)
-        embeds, valid = embed(policy.projector, model, features, inputs)
+        embeds, valid = arrange(model, policy.projector(features), inputs)
         logits = action_logits(last_hidden(model, embeds, valid, embeds.shape[1]), policy._head(), 1.0)
     for row, length in enumerate(io["prompt_len"].tolist()):
         recorded = io["action_row_logits"][row, : length + NUM_PATCHES]

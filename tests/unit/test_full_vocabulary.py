@@ -5,7 +5,7 @@ import torch
 from small_policy import inputs, small
 
 from reachrl.policies.openvla.policy import OpenVLAPolicy
-from reachrl.policies.openvla.sequence import embed
+from reachrl.policies.openvla.sequence import arrange
 from reachrl.testing.conformance_policy import check_policy
 from reachrl.types import Observation
 
@@ -19,7 +19,7 @@ def test_it_is_the_softmax_over_every_token_and_keeps_the_contract(base) -> None
     rows = inputs(policy)
     sample = policy.act(rows)
     # The first token again, by transformers' own forward pass with the whole head.
-    embeds, valid = embed(policy.projector, policy.language_model.model, policy._features(rows), rows)
+    embeds, valid = arrange(policy.language_model.model, policy.projector(policy._features(rows)), rows)
     logits = policy.language_model(inputs_embeds=embeds, attention_mask=valid.long(), position_ids=(
         valid.long().cumsum(1) - 1).clamp_min(0)).logits[:, -1]  # fmt: skip
     assert torch.equal(sample.token_ids[:, 0], logits.argmax(-1))

@@ -22,7 +22,7 @@ from reachrl.policies.openvla.family import OPENVLA, Family
 from reachrl.policies.openvla.initialise import initialise
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.names import TARGETS, VALUE, adapter_sets
-from reachrl.policies.openvla.sequence import embed
+from reachrl.policies.openvla.sequence import arrange
 from reachrl.policies.openvla.vision import Projector, VisionBackbone
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class PrismaticNetwork(Policy):
         self, projector: nn.Module, model: LlamaModel, features: Float[Tensor, "B P F"], inputs: OpenVLAInputs
     ) -> Float[Tensor, "B E"]:
         """What the first action token and the value are read from."""
-        embeds, valid = embed(projector, model, features, inputs)
+        embeds, valid = arrange(model, projector(features), inputs)
         return self._hidden(model, embeds, valid, 1)[:, 0]
 
     def reset_critic(self) -> None:

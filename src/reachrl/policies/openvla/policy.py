@@ -30,7 +30,7 @@ from reachrl.policies.openvla.family import OPENVLA, Family
 from reachrl.policies.openvla.inputs import OpenVLAInputs
 from reachrl.policies.openvla.names import LAYERS, VALUE, adapter_sets
 from reachrl.policies.openvla.network import PrismaticNetwork
-from reachrl.policies.openvla.sequence import embed
+from reachrl.policies.openvla.sequence import arrange
 from reachrl.policies.storage.saved import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -142,7 +142,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
     ) -> Decoded:
         """Choose the action tokens by `temperature`, `noise` and `mean`, with the decoding copy if there is one."""
         projector, model = (self.projector, self.language_model.model) if copy is None else (copy.projector, copy.model)
-        embeds, valid = embed(projector, model, features, inputs)
+        embeds, valid = arrange(model, projector(features), inputs)
         return decode(
             model,
             self._head(),
@@ -160,7 +160,7 @@ class OpenVLAPolicy(PromptAndPixels, BinnedActions, PrismaticNetwork):
     ) -> Float[Tensor, "B A E"]:
         """Hidden states that the given action tokens are predicted from."""
         model = self.language_model.model
-        embeds, valid = embed(self.projector, model, features, inputs, token_ids[:, :-1])
+        embeds, valid = arrange(model, self.projector(features), inputs, token_ids[:, :-1])
         return self._hidden(model, embeds, valid, token_ids.shape[1])
 
     def action_logits(

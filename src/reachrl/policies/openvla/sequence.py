@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaModel
 
 from reachrl.policies.openvla.inputs import OpenVLAInputs
@@ -22,10 +22,9 @@ def pad(rows: Sequence[Sequence[int]], length: int, filler: int) -> tuple[Int64[
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def embed(
-    projector: nn.Module,
+def arrange(
     model: LlamaModel,
-    features: Float[Tensor, "B P F"],
+    patches: Float[Tensor, "B P E"],
     inputs: OpenVLAInputs,
     token_ids: Int64[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
@@ -33,16 +32,6 @@ def embed(
 
     Every row's first action position is at the same index.
     """
-    return arrange(model, projector(features), inputs, token_ids)
-
-
-def arrange(
-    model: LlamaModel,
-    patches: Float[Tensor, "B P E"],
-    inputs: OpenVLAInputs,
-    token_ids: Int64[Tensor, "B K"] | None = None,
-) -> tuple[Float[Tensor, "B S E"], Bool[Tensor, "B S"]]:
-    """The same, of patches that stand in the sequence as they are."""
     ids, mask = inputs.prompt_ids, inputs.prompt_mask
     first = mask & (mask.long().cumsum(1) == 1)
     # BOS, then padding, then text; stable, so that tokens keep their order
