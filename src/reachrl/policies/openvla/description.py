@@ -1,9 +1,10 @@
 """What an inspected folder holds, in words and tables for people."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from reachrl.config.towers import TowerConfig
-from reachrl.policies.folders import Inspection, Part, dtypes_in_words
+from reachrl.policies.folders import Inspection, dtypes_in_words
 from reachrl.policies.openvla.inspection import EXAMPLE, AdapterInfo, CheckpointInfo, prompt_of
 from reachrl.policies.openvla.oft import unsupported
 
@@ -49,15 +50,7 @@ def _whole(found: CheckpointInfo) -> Inspection:
             "example": repr(prompt_of(EXAMPLE)),
             "its tokens": "no tokenizer.json" if found.prompt_ids is None else " ".join(map(str, found.prompt_ids)),
         },
-        parts=tuple(
-            Part(
-                name=part.name,
-                sizes=sizes.get(part.name, ""),
-                num_weights=part.num_weights,
-                num_unread=part.num_unread,
-            )
-            for part in found.parts
-        ),
+        parts=tuple(replace(part, sizes=sizes.get(part.name, "")) for part in found.parts),
         numbers={
             "weights that are read": found.num_live,
             f"cache of one row of {found.sequence_length} positions": found.num_cached,

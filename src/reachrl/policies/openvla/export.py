@@ -1,6 +1,5 @@
 """A policy with adapters for other tools: its adapters alone, or a checkpoint that stands on its own."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from reachrl.policies.openvla.statement import KEY as STATED
 from reachrl.policies.openvla.statistics import norm_stats
 from reachrl.policies.openvla.storage import read_config
 from reachrl.policies.storage.saved import CONFIG_FILE, OUR_STATS, STATS_FILE, TOKENIZER_FILE, write_new
-from reachrl.policies.storage.weights import read_json, weight_files
+from reachrl.policies.storage.weights import read_json, weight_files, write_json
 from reachrl.registry import resolve
 from reachrl.run.manifest import MANIFEST, verify_if_sealed
 
@@ -134,10 +133,10 @@ def copy_surroundings(folder: Path, base: Path, out: Path) -> None:
     raw = read_json(base / CONFIG_FILE) | _changed(folder, base, config, out)
     if (path := beside(folder, STATS_FILE)) is not None:
         stats = _stats(folder, base, config, read_json(path))
-        _write_json(out / STATS_FILE, stats)
+        write_json(out / STATS_FILE, stats)
         if is_official(base):
             raw["norm_stats"] = norm_stats(base) | stats
-    _write_json(out / CONFIG_FILE, raw)
+    write_json(out / CONFIG_FILE, raw)
 
 
 def _changed(folder: Path, base: Path, config: PrismaticConfig | None, out: Path) -> dict[str, Any]:
@@ -150,7 +149,7 @@ def _changed(folder: Path, base: Path, config: PrismaticConfig | None, out: Path
         return {STATED: stated(base) | known} if known else {}
     preprocessor = out / PREPROCESSOR_FILE
     if preprocessor.is_file() and "image_resize_strategy" in (frames := read_json(preprocessor)):
-        _write_json(preprocessor, frames | {"image_resize_strategy": config.resize})
+        write_json(preprocessor, frames | {"image_resize_strategy": config.resize})
     return statement(config, family_of(config).unstated)
 
 
@@ -161,10 +160,6 @@ def _stats(folder: Path, base: Path, config: PrismaticConfig | None, stats: dict
     if config is None:
         return stats
     return {config.dataset or OUR_STATS: family_of(config).export_stats(stats[OUR_STATS])}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

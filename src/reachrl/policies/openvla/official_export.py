@@ -1,6 +1,5 @@
 """Whole weights that were trained here, written in OpenVLA's official layout."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,15 @@ from reachrl.policies.openvla.storage import (
 )
 from reachrl.policies.storage.hub import locate
 from reachrl.policies.storage.saved import CONFIG_FILE, compare_architectures, write_new
-from reachrl.policies.storage.weights import INDEX_FILE, SINGLE_FILE, check_shapes, read_json, read_shapes, weight_files
+from reachrl.policies.storage.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_shapes,
+    read_json,
+    read_shapes,
+    weight_files,
+    write_json,
+)
 from reachrl.run.manifest import verify_if_sealed
 
 _CRITIC = ("value_head.", "critic.")
@@ -104,7 +111,7 @@ def _write_config(config: PrismaticConfig, base: Path, out: Path) -> None:
     raw: dict[str, Any] = read_json(out / CONFIG_FILE) | {"torch_dtype": config.dtype}
     if ties_embeddings(base):  # trained as two matrices
         raw["text_config"] |= {"tie_word_embeddings": False}
-    (out / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_json(out / CONFIG_FILE, raw)
 
 
 def _write_weights(config: PrismaticConfig, folder: Path, base: Path, out: Path) -> None:
@@ -127,5 +134,5 @@ def _write_weights(config: PrismaticConfig, folder: Path, base: Path, out: Path)
             places |= dict.fromkeys(state, path.name)
             size += sum(tensor.nbytes for tensor in state.values())
     if len(files) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        weight_map = dict(sorted(places.items()))
+        write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})

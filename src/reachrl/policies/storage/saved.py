@@ -1,6 +1,5 @@
 """A saved policy as a value, and the files that every family of policies writes alike."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from reachrl.errors import CheckpointError, ConfigError
 from reachrl.functional.action_stats import ActionStats
-from reachrl.policies.storage.weights import read_json
+from reachrl.policies.storage.weights import read_json, write_json
 from reachrl.policies.trained_on import TrainedOn
 from reachrl.run.atomic import replace_folder_atomic
 from reachrl.run.manifest import seal
@@ -88,7 +87,7 @@ def write_stats(folder: Path, stats: ActionStats, state: ActionStats | None = No
         for part, each in (("action", stats), ("proprio", state))
         if each is not None
     }
-    (folder / STATS_FILE).write_text(json.dumps({OUR_STATS: parts}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / STATS_FILE, {OUR_STATS: parts})
 
 
 def read_stats(folder: Path, part: str = "action") -> ActionStats:
