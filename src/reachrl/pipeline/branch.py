@@ -1,6 +1,5 @@
 """Branching: a new run that starts from another run's warm start or checkpoint."""
 
-import json
 import os
 import shutil
 from datetime import UTC, datetime
@@ -10,12 +9,13 @@ from typing import Any
 
 from reachrl.config.loading import config_dict, is_default
 from reachrl.config.train import TrainConfig
-from reachrl.errors import ConfigError, StorageError
+from reachrl.errors import ConfigError
 from reachrl.pipeline.resumption import Progress, check_changes, progress_of
 from reachrl.run.atomic import jsonable, replace_folder_atomic, write_json_atomic
 from reachrl.run.checkpoint import checkpoint_step, verify_checkpoint
 from reachrl.run.configuration import config_changes, read_config
 from reachrl.run.metrics import MetricsLog, read_metrics
+from reachrl.run.records import AnyObject, read_record
 from reachrl.run.stages import StageRecords
 from reachrl.validation import BEST, SAVED_BEST
 
@@ -41,7 +41,7 @@ def branch(source: Path, config: TrainConfig, run_dir: Path) -> None:
     run = (checkpoint.parent.parent if checkpoint else source).resolve()
     origin = _origin(run, checkpoint)
     if run_dir.exists():
-        known = _read(run_dir / "provenance.json").get("from", {})
+        known = _provenance(run_dir).get("from", {})
         if all(known.get(key) == origin[key] for key in ("run", "checkpoint")):
             return
         raise ConfigError(
@@ -95,7 +95,7 @@ def _origin(run: Path, checkpoint: Path | None) -> dict[str, Any]:
         raise ConfigError(f"--from {checkpoint or run}: expected a run folder, or one of its checkpoints/step_N")
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(f"--from {checkpoint}: there is no such checkpoint")
-    provenance = _read(run / "provenance.json")
+    provenance = _provenance(run)
     return {
         "run": str(run),
         "checkpoint": checkpoint.name if checkpoint else None,
@@ -106,14 +106,9 @@ def _origin(run: Path, checkpoint: Path | None) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} is not JSON ({error}); repair it, or choose another --run") from error
-    return found if isinstance(found, dict) else {}
+def _provenance(run: Path) -> dict[str, Any]:
+    path = run / "provenance.json"
+    return read_record(path, AnyObject, remedy="repair it, or choose another --run") if path.exists() else {}
 
 
 def _plain(value: Any) -> Any:

@@ -82,8 +82,8 @@ def _write_half(config: TrainConfig, run: Run, policy: Policy, results: dict[str
         run.metrics.truncate_after("audit", "iteration", iteration - 1)
         run.log({"kind": "audit", "iteration": iteration} | audit_figures(config, run, reward.model))
     for mode, outcome in record.items():
-        figures = {key: value for key, value in outcome.items() if key != "episodes"}
-        run.log({"kind": "eval", "iteration": iteration, "mode": mode, "temperature": mode_temperature(mode)} | figures)
+        of = {"kind": "eval", "iteration": iteration, "mode": mode, "temperature": mode_temperature(mode)}
+        run.log(of | _figures(outcome))
     write_json_atomic(run.eval / f"{when}.json", record)
 
 

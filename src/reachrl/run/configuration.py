@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from reachrl.config.preset_files import refuse_earlier
-from reachrl.errors import ConfigError, StorageError
+from reachrl.errors import ConfigError
 from reachrl.run.atomic import write_json_atomic
 from reachrl.run.checkpoint import checkpoint_step, latest_checkpoint
+from reachrl.run.records import AnyObject, ConfigHistory, read_record
 
 CONFIG, HISTORY = "config.json", "config_history.json"
 
@@ -97,13 +98,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: an earlier version wrote it, with other sections.
         StorageError: it is damaged.
     """
-    file = path / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{file} is not JSON ({error}); choose another --run") from error
-    if not isinstance(config, dict):
-        raise StorageError(f"{file} holds no configuration; choose another --run")
+    config = read_record(path / CONFIG, AnyObject, remedy="choose another --run")
     refuse_earlier(config, path)
     return config
 
@@ -132,16 +127,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     file = path / HISTORY
     if not file.exists():
         return []
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        if all(isinstance(each["changes"], dict) and isinstance(each["iteration"], int) for each in entries):
-            return list(entries)
-        raise ValueError("an entry without changes")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StorageError(
-            f"{file} is damaged ({error}); it lists the changes of the run's configuration: repair it, or delete it to "
-            "go on without them"
-        ) from error
+    remedy = "it lists the changes of the run's configuration: repair it, or delete it to go on without them"
+    return read_record(file, ConfigHistory, remedy=remedy)
 
 
 def config_changes(old: Any, new: Any, is_default: IsDefault = never, prefix: str = "") -> list[Change]:

@@ -231,6 +231,15 @@ class Conversation(Record):
     turns: list[_Turn] = []
 
 
+class _ConfigChange(Record):
+    iteration: int
+    changes: dict[str, Any]
+
+
+class ConfigHistory(RootModel[list[_ConfigChange]]):
+    """`config_history.json`."""
+
+
 class AnyObject(Record):
     """Any JSON object."""
 
