@@ -9,7 +9,7 @@ from reachrl.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessLayout:
+class Layout:
     """The processes that the `backend` section configures, and the rows of one process of each kind."""
 
     environments: int
@@ -45,7 +45,7 @@ def least_environments(config: TrainConfig) -> int:
     return max(actors * backend.env_groups, math.ceil(learners / config.rollout.num_steps))
 
 
-def layout_of(config: TrainConfig) -> ProcessLayout:
+def layout_of(config: TrainConfig) -> Layout:
     """Return the processes of a run; every backend except Ray counts as one process.
 
     Raises:
@@ -57,7 +57,7 @@ def layout_of(config: TrainConfig) -> ProcessLayout:
             f"the processes of `backend` need {least} environments, but env.num_envs={config.env.num_envs}: raise it, "
             "or lower backend.actors, backend.env_groups or backend.learners"
         )
-    layout = ProcessLayout(
+    layout = Layout(
         environments=config.env.num_envs,
         decisions=config.rollout.num_steps * config.env.num_envs,
         groups=backend.env_groups,

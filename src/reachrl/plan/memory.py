@@ -6,7 +6,7 @@ from typing import Literal
 from reachrl.config.policy import check_float8
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import GIB, Device
-from reachrl.plan.layout import ProcessLayout, layout_of
+from reachrl.plan.layout import Layout, layout_of
 from reachrl.plan.outline import Outline, algorithm_of, cameras, outline_of
 from reachrl.plan.weights import gathered_gradients, gathered_weights
 from reachrl.registry import resolve
@@ -127,7 +127,7 @@ def _times(count: int, parts: list[Part]) -> list[Part]:
     return [replace(part, name=name + part.name, bytes=count * part.bytes) for part in parts]
 
 
-def _learner(config: TrainConfig, outline: Outline, device: Device, layout: ProcessLayout) -> list[Part]:
+def _learner(config: TrainConfig, outline: Outline, device: Device, layout: Layout) -> list[Part]:
     always = [*_held(outline, layout), Part("vision features of an iteration", layout.block * outline.features)]
     parts = [*always, *_scoring(config, outline, layout), *_update(config, outline, layout)]
     parts.append(Part("AdamW's temporaries", _adamw(outline, device) / layout.pieces, "optimiser step"))
@@ -149,7 +149,7 @@ def trained(outline: Outline, group: str | None = None) -> int:
     return sum(part.bytes for part in outline.weights if part.trained_by and group in (None, part.trained_by))
 
 
-def _held(outline: Outline, layout: ProcessLayout) -> list[Part]:
+def _held(outline: Outline, layout: Layout) -> list[Part]:
     """Weights, gradients and Adam states of a learner.
 
     Gradients of the last minibatch stay allocated until the next one, so also during the rollout.
@@ -163,13 +163,13 @@ def _held(outline: Outline, layout: ProcessLayout) -> list[Part]:
     ]
 
 
-def _handed_over(outline: Outline, layout: ProcessLayout) -> float:
+def _handed_over(outline: Outline, layout: Layout) -> float:
     """Return the bytes that a learner releases during the rollout; a sharded optimiser stays on the device."""
     gradients = trained(outline) / layout.pieces
     return gradients + layout.block * outline.features + (0 if layout.sharded else 2 * gradients)
 
 
-def _main_memory(config: TrainConfig, outline: Outline, layout: ProcessLayout, processes: int) -> list[Part]:
+def _main_memory(config: TrainConfig, outline: Outline, layout: Layout, processes: int) -> list[Part]:
     """Frames (a copy in each learner), simulators and libraries, which are in main memory on any device."""
     frames = 2 * layout.decisions * len(cameras(config)) * 3 * config.env.image_size**2  # a list, then one array
     workers = layout.environments
@@ -184,12 +184,12 @@ def _main_memory(config: TrainConfig, outline: Outline, layout: ProcessLayout, p
     ]
 
 
-def _weights_to_act(outline: Outline, layout: ProcessLayout) -> list[Part]:
+def _weights_to_act(outline: Outline, layout: Layout) -> list[Part]:
     """The policy of an actor; an actor in the learner's process shares the learner's weights."""
     return [] if layout.alone else [Part("weights to act with", _whole(outline))]
 
 
-def _rollout(outline: Outline, layout: ProcessLayout) -> list[Part]:
+def _rollout(outline: Outline, layout: Layout) -> list[Part]:
     rows = layout.decoded_rows
     return [
         Part("kept for acting: a copy of weights, recordings", outline.kept_for_acting(rows)),
@@ -197,7 +197,7 @@ def _rollout(outline: Outline, layout: ProcessLayout) -> list[Part]:
     ]
 
 
-def _scoring(config: TrainConfig, outline: Outline, layout: ProcessLayout) -> list[Part]:
+def _scoring(config: TrainConfig, outline: Outline, layout: Layout) -> list[Part]:
     """One pass over the rollout, and concatenating its features."""
     rows = score_rows(config)
     passing = max(outline.seeing.peak(rows) - rows * outline.features, outline.scoring.peak(rows))
@@ -210,7 +210,7 @@ def _scoring(config: TrainConfig, outline: Outline, layout: ProcessLayout) -> li
     ]
 
 
-def _update(config: TrainConfig, outline: Outline, layout: ProcessLayout) -> list[Part]:
+def _update(config: TrainConfig, outline: Outline, layout: Layout) -> list[Part]:
     rows = micro_rows(config)
     several = layout.sharded or rows < min(algorithm_of(config).minibatch_size, layout.block)
     passing, (fixed, row) = outline.training if several else outline.first_training

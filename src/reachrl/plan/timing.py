@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from reachrl.config.algorithm import KL_ROWS, STOP_ROWS
 from reachrl.config.train import TrainConfig
 from reachrl.plan.device import Device
-from reachrl.plan.layout import ProcessLayout, layout_of
+from reachrl.plan.layout import Layout, layout_of
 from reachrl.plan.memory import micro_rows, trained
 from reachrl.plan.outline import Outline, algorithm_of, outline_of
 from reachrl.plan.passes import Pass
@@ -71,7 +71,7 @@ def _stretch(name: str, device: Device, *passes: tuple[Pass, float, float], trai
     return Stretch(name=name, seconds=seconds, flops=flops, bytes=moved)
 
 
-def _scoring(config: TrainConfig, device: Device, outline: Outline, layout: ProcessLayout) -> Stretch:
+def _scoring(config: TrainConfig, device: Device, outline: Outline, layout: Layout) -> Stretch:
     """Log-probs and values of a learner's decisions, and values of all final and last frames."""
     algorithm, rows = algorithm_of(config), layout.block
     batches = math.ceil(rows / algorithm.score_batch_size)
@@ -85,7 +85,7 @@ def _scoring(config: TrainConfig, device: Device, outline: Outline, layout: Proc
     return _stretch("scoring", device, *passes)
 
 
-def _kl(config: TrainConfig, device: Device, outline: Outline, layout: ProcessLayout) -> Stretch:
+def _kl(config: TrainConfig, device: Device, outline: Outline, layout: Layout) -> Stretch:
     """KL of the update: after the last step and, with `target_kl`, during the epochs."""
     algorithm, decisions = algorithm_of(config), layout.decisions
     rows, looks = min(KL_ROWS, decisions), 0
@@ -96,7 +96,7 @@ def _kl(config: TrainConfig, device: Device, outline: Outline, layout: ProcessLa
     return _stretch("KL of the update", device, (outline.scoring, passes, rows))
 
 
-def _update(config: TrainConfig, device: Device, outline: Outline, layout: ProcessLayout) -> Stretch:
+def _update(config: TrainConfig, device: Device, outline: Outline, layout: Layout) -> Stretch:
     algorithm = algorithm_of(config)
     rows = layout.decisions / layout.learners
     steps = algorithm.epochs * math.ceil(layout.decisions / algorithm.minibatch_size)
