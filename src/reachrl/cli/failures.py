@@ -1,17 +1,11 @@
 """Errors of the operating system as messages with a remedy; anything else is our bug and keeps its traceback."""
 
-import errno
 import os
 import sys
 
 from reachrl.child import limit_reached
 from reachrl.errors import ConfigError, ReachRLError, StorageError
-
-# What a full, read-only, broken or forbidden place answers, wherever it was met.
-_PLACE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
-)
+from reachrl.run.atomic import STORAGE_ERRNOS
 
 
 def check_command_line() -> None:
@@ -51,7 +45,7 @@ def expected_failure(error: BaseException) -> ReachRLError | None:
             "the working directory was deleted while the command ran; files that it had written there went with it. "
             "Change into one that exists"
         )
-    if error.errno in _PLACE:
+    if error.errno in STORAGE_ERRNOS:
         where = _shown(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else "?"
         return StorageError(
             f"{where}: {os.strerror(error.errno or 0)}. Free some space there, correct the permissions, or choose "

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reachrl.cli.reward_segments import CameraOption, InstructionOption, SetOption, labelling, stored_section
+from reachrl.cli.reward_segments import (
+    CameraOption,
+    InstructionOption,
+    OutOption,
+    SetOption,
+    labelling,
+    stored_section,
+)
 from reachrl.cli.terminal import Terminal, say
 from reachrl.errors import ConfigError
 
@@ -26,7 +33,6 @@ PathsArgument = Annotated[
         help="Trajectories or videos in any format that `reward segments` reads; none: the run's held-out ones.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")]
 MostOption = Annotated[int, typer.Option("--max", metavar="N", min=1, help="Episodes drawn in each section.")]
 OutcomeOption = Annotated[
     Literal["success", "failure"] | None,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from reachrl import torchrun
 from reachrl.cli.display import Display
 from reachrl.cli.terminal import say
 from reachrl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from reachrl.config.train import TrainConfig
 
 PresetArgument = Annotated[
     str,
@@ -96,7 +93,10 @@ def run_command(
             from reachrl.pipeline.branch import branch
 
             branch(source, config, run_dir)
-        _run(stage, config, run_dir, display)
+        from reachrl.pipeline import STAGES, run_stage
+
+        for name in STAGES if stage is None else (stage,):
+            run_stage(name, config, run_dir, display)
     return run_dir
 
 
@@ -146,13 +146,6 @@ def interruptible(quiet: bool, folder: Path) -> Iterator[Display]:
             err=True,
         )
         raise typer.Exit(130) from None
-
-
-def _run(stage: str | None, config: "TrainConfig", run_dir: Path, display: Display) -> None:
-    from reachrl.pipeline import STAGES, run_stage
-
-    for name in STAGES if stage is None else (stage,):
-        run_stage(name, config, run_dir, display)
 
 
 def _this_command() -> str:

@@ -183,21 +183,16 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _stale_rollouts_are_corrected(self) -> Self:
-        if self.collect_ahead and not self.algorithm.corrects_sampler:
-            raise ValueError(
-                "collect_ahead=true trains on rollouts of weights that are one update old, which nothing corrects for: "
-                "set algorithm.importance_cap (2.0 is a common bound)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _coarse_rollouts_are_corrected(self) -> Self:
-        coarse = isinstance(self.policy, PrismaticConfig) and self.policy.rollout_precision != "as_trained"
-        if coarse and not self.algorithm.corrects_sampler:
+    def _other_distributions_are_corrected_for(self) -> Self:
+        if self.algorithm.corrects_sampler:
+            return self
+        remedy = "which nothing corrects for: set algorithm.importance_cap (2.0 is a common bound)"
+        if self.collect_ahead:
+            raise ValueError(f"collect_ahead=true trains on rollouts of weights that are one update old, {remedy}")
+        if isinstance(self.policy, PrismaticConfig) and self.policy.rollout_precision != "as_trained":
             raise ValueError(
                 "policy.rollout_precision=float8 draws actions from a slightly other distribution than is trained, "
-                "which nothing corrects for: set algorithm.importance_cap (2.0 is a common bound)"
+                f"{remedy}"
             )
         return self
 

@@ -58,8 +58,13 @@ def films_by_task(films: Mapping[str, T], tasks: Iterable[str]) -> dict[str, T]:
 
 def poster(path: Path) -> str:
     """Return a video's last frame as a JPEG data URI, shown until the video plays."""
+    return jpeg_uri(Image.fromarray(read_video(path)[-1]), quality=80)
+
+
+def jpeg_uri(image: Image.Image, quality: int) -> str:
+    """Return a picture as a JPEG data URI."""
     buffer = io.BytesIO()
-    Image.fromarray(read_video(path)[-1]).save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=quality)
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 

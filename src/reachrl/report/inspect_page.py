@@ -1,6 +1,5 @@
 """A page that shows what a reward model thinks: its curve over the frames of episodes, and its quality in figures."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from reachrl.report import plots
-from reachrl.report.embed import data_uri
+from reachrl.report.embed import jpeg_uri
 from reachrl.report.pages import drawn, write_page
 
 FRAME = 92  # pixels of a frame in a strip
@@ -37,10 +36,7 @@ class InspectedEpisode:
 class Strip:
     """One episode as drawn."""
 
-    task: str
-    about: str
-    instruction: str
-    success: bool | None
+    episode: InspectedEpisode
     facts: str
     picture: str  # data URI of a JPEG
     curve: Any  # SVG that lies over it
@@ -113,8 +109,6 @@ def draw_strip(episode: InspectedEpisode) -> Strip:
     shown = np.unique(np.linspace(0, last, min(FRAMES, last + 1)).round().astype(int))
     frames = [Image.fromarray(episode.images[t]).resize((FRAME, FRAME), Image.Resampling.BILINEAR) for t in shown]
     strip = np.concatenate([np.asarray(frame) for frame in frames], axis=1)
-    buffer = io.BytesIO()
-    Image.fromarray(strip).save(buffer, "JPEG", quality=82)
     width = FRAME * len(frames)
 
     def x(t: int) -> float:
@@ -133,12 +127,9 @@ def draw_strip(episode: InspectedEpisode) -> Strip:
         f'<path class="halo" d="{path(episode.scores)}"/><path class="score" d="{path(episode.scores)}"/></svg>'
     )
     return Strip(
-        task=episode.task,
-        about=episode.about,
-        instruction=episode.instruction,
-        success=episode.success,
+        episode=episode,
         facts=", ".join(facts),
-        picture=data_uri(buffer.getvalue(), "image/jpeg"),
+        picture=jpeg_uri(Image.fromarray(strip), quality=82),
         curve=drawn(curve),
     )
 

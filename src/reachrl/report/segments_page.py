@@ -1,6 +1,5 @@
 """A page on which a person judges the cuts and keyframes of trajectories: curves, marks and the frames at the marks."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 
-from reachrl.report.embed import data_uri
+from reachrl.report.embed import jpeg_uri
 from reachrl.report.formats import plain
 from reachrl.report.pages import write_page
 from reachrl.report.svg import Chart, span
@@ -133,9 +132,7 @@ def thumbnail(frame: UInt8[np.ndarray, "H W 3"]) -> str:
     """A frame as a small JPEG in a data URI; never enlarged."""
     image = Image.fromarray(frame)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    return jpeg_uri(image, quality=85)
 
 
 def _chart(trajectory: SegmentedTrajectory, y: tuple[float, float], *, first: bool, y_label: str, title: str) -> Chart:
