@@ -81,13 +81,10 @@ class Child:
         self._stderr.seek(0)
         return how, self._stderr.read()[-2000:].decode(errors="replace").strip()
 
-    def end(self, patience_s: float = 0.0) -> None:
-        """End the process: now, or once it has had so long to end by itself."""
-        try:
-            self._process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    def end(self) -> None:
+        """End the process now."""
+        self._process.kill()
+        self._process.wait()
         self.pipe.close()
         self._stderr.close()
 

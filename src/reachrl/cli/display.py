@@ -151,10 +151,10 @@ class Display:
                 )
             )
 
-    def log(self, text: str, style: str = "") -> None:
+    def log(self, text: str) -> None:
         """Print a line that stays, above any bar; nothing when quiet."""
         if not self.quiet:
-            self._print(text, style)
+            self._print(text)
 
     def _print(self, text: str, style: str = "") -> None:
         print_line(self.console, Text(text, style=style))

@@ -83,9 +83,8 @@ def draw_overlay(
     values: Sequence[float] | None,
     process: Sequence[float] | None,
     success: bool,
-    enlarge: int | None = None,
 ) -> UInt8[np.ndarray, "F H2 W2 3"]:
-    """Draw the instruction, the value and the process reward above every frame.
+    """Draw the instruction, the value and the process reward above every frame, enlarged to 288 pixels at least.
 
     Args:
         frames: The episode's frames, the true final one last.
@@ -93,13 +92,12 @@ def draw_overlay(
         values: The critic's value at each frame (`F` or `F - 1` numbers), or None if there is no critic.
         process: The process reward of each step (`F - 1` numbers), or None if there is none.
         success: Whether the episode succeeded; the last frame gets a green or red border and says so.
-        enlarge: Whole-number enlargement of the frames; by default the smallest that reaches 288 pixels.
 
     Returns:
         The drawn frames, with even height and width as video needs.
     """
     num_frames, height, width, _ = frames.shape
-    times = enlarge or max(1, -(-288 // height))
+    times = max(1, -(-288 // height))
     layout = _Layout.of(width * times, height * times, instruction)
     drawn = np.empty((num_frames, layout.total_height, layout.total_width, 3), np.uint8)
     for t in range(num_frames):

@@ -18,6 +18,7 @@ from reachrl.report.series import (
 from reachrl.report.svg import Chart, span
 
 NARROW = 316  # pixels of a picture that a telephone shows whole, with words of at least 11 pixels
+MOST_COLUMNS = 120  # of a heat map
 
 
 def success_interval_chart(
@@ -47,11 +48,12 @@ def learning_curve(
     evals: Sequence[dict[str, Any]],
     validation: Sequence[dict[str, Any]] = (),
     *,
-    window: int | None = None,
     axis: TimeAxis | None = None,
     narrow: bool = False,
 ) -> tuple[str, int]:
     """Draw training success (pooled over a window, with a band), evaluations and validations (with whiskers).
+
+    The window is a tenth of the run, at most 10 iterations.
 
     Training success is drawn twice where the chances of the episodes are known: as the curriculum drew them, and
     weighed to a uniform draw.
@@ -60,14 +62,13 @@ def learning_curve(
         train: Training records.
         evals: Evaluation records with `iteration`, `mode`, `k`, `n`.
         validation: Those of evaluations on validation starts.
-        window: Iterations pooled; by default a tenth of the run, at most 10.
         axis: What it is drawn against; by default the iteration.
         narrow: Draw it for a telephone.
 
     Returns:
         The SVG and the window.
     """
-    window = window or max(1, min(10, round(len(train) / 10)))
+    window = max(1, min(10, round(len(train) / 10)))
     axis = axis or time_axes(())[0]
     last = max([axis.at(r["iteration"]) for r in [*train, *evals, *validation]], default=1) or 1
     chart = Chart(
@@ -175,22 +176,20 @@ def heat_map(
     *,
     top: float,
     form: str,
-    max_columns: int = 120,
     narrow: bool = False,
 ) -> str:
-    """Draw numbers over (row, iteration) as shades; long runs are averaged into `max_columns` columns.
+    """Draw numbers over (row, iteration) as shades; long runs are averaged into `MOST_COLUMNS` columns.
 
     Args:
         rows: For each task, (iteration, number or None).
         top: The number with the fullest shade.
         form: "share" writes per cent, anything else the plain number.
-        max_columns: Most columns drawn.
         narrow: Draw it for a telephone.
     """
     write = percent if form == "share" else plain
     iterations = sorted({x for points in rows.values() for x, _ in points})
     low, high = iterations[0], iterations[-1] + 1
-    columns = min(max_columns, len(iterations))
+    columns = min(MOST_COLUMNS, len(iterations))
     chart = Chart(
         (low, high), (0, 1), width=NARROW if narrow else 960, height=24 * len(rows) + 48,
         margin=(4, 44 if narrow else 60, 42, 158), x_label="training iteration",

@@ -25,13 +25,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def span(numbers: Iterable[Number], *, include: Sequence[float] = (), pad: float = 0.06) -> tuple[float, float]:
+def span(numbers: Iterable[Number], *, include: Sequence[float] = ()) -> tuple[float, float]:
     """Return a range that holds every number and `include`, with some air.
 
     Args:
         numbers: Data; None is skipped.
         include: Numbers that must be visible, such as 0.
-        pad: Air above and below, as a share of the range.
     """
     known = [float(x) for x in numbers if x is not None] + list(include)
     if not known:
@@ -40,7 +39,7 @@ def span(numbers: Iterable[Number], *, include: Sequence[float] = (), pad: float
     if high - low < 1e-12 * max(1.0, abs(high)):
         half = abs(high) * 0.5 or 1.0
         return low - half, high + half
-    air = (high - low) * pad
+    air = 0.06 * (high - low)
     return (low if low in include else low - air), (high if high in include else high + air)
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from reachrl.errors import ConfigError
 
+_LONGEST_NAME = 100  # characters
 MAX_BYTES = 2 * 2**30  # decoded frames of one trajectory; more is a film, not an episode
 # Neither punctuation between words nor part of one: signs, marks, and what changes the number behind it.
 _SIGN = re.compile(r"""[^\w\s.,:;!?'"`\u2018\u2019\u201c\u201d()\[\]_-]|[-.,:](?=\d)""")
@@ -18,23 +19,23 @@ _TELLING = re.compile(rf"[^\W_]+|{_SIGN.pattern}")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
-def slug(text: str, *, longest: int = 100) -> str:
+def slug(text: str) -> str:
     """A task's name from a sentence or a file's name: lower-case words joined by hyphens.
 
     Sentences that differ in case and punctuation alone name one task. What else tells them apart (a minus before a
-    number, a decimal point, vowel signs of other scripts) is kept in a digest at the end.
+    number, a decimal point, vowel signs of other scripts) is kept in a digest at the end. Of a name longer than 100
+    characters the end gives way to a digest of the whole.
 
     Args:
         text: anything; what is neither letter nor digit parts words.
-        longest: characters of the name; of a longer one the end gives way to a digest of the whole.
     """
     text = unicodedata.normalize("NFC", text.lower())
     name = "-".join(re.findall(r"[^\W_]+", text)) or "task"
     whole = " ".join(_TELLING.findall(text))
-    if len(name) <= longest and not _SIGN.search(text):
+    if len(name) <= _LONGEST_NAME and not _SIGN.search(text):
         return name
     digest = hashlib.sha256((whole if _SIGN.search(text) else name).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f"{name[: longest - len(digest) - 1].strip('-')}-{digest}"
+    return f"{name[: _LONGEST_NAME - len(digest) - 1].strip('-')}-{digest}"
 
 
 def check_size(num_frames: int, height: int, width: int, where: str) -> None:

@@ -83,7 +83,6 @@ def read(
 def read_config(
     folder: Path,
     tower_heads: Sequence[int] | None = None,
-    dataset: str | None = None,
     family: Family | None = None,
 ) -> PrismaticConfig:
     """The configuration of a checkpoint alone, official or ours, with `checkpoint` set to what was given.
@@ -91,13 +90,12 @@ def read_config(
     Args:
         folder: on this machine, or `owner/name` on the hub.
         tower_heads: see `official_config`.
-        dataset: see `official_config`.
         family: what it is read as; None: a policy of ours as what it says, others as plain OpenVLA.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a policy we cannot build.
     """
-    config = _config(locate(Path(folder)), tower_heads, dataset, family)
+    config = _config(locate(Path(folder)), tower_heads, None, family)
     return config.model_copy(update={"checkpoint": Path(folder)})
 
 
