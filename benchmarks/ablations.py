@@ -100,7 +100,7 @@ GROUP_OVERRIDES = {
 def run_full(preset: str, overrides: Sequence[str], run: Path, seed: int) -> None:
     """The whole story of one seed, unless it is done."""
     if not (run / "summary.json").exists():
-        _reachrl("quickstart", preset, f"seed={seed}", *overrides, "--run", str(run))
+        reachrl("quickstart", preset, f"seed={seed}", *overrides, "--run", str(run))
 
 
 def run_arm(preset: str, overrides: Sequence[str], base: Path, run: Path, seed: int) -> None:
@@ -108,12 +108,13 @@ def run_arm(preset: str, overrides: Sequence[str], base: Path, run: Path, seed: 
     if (run / "summary.json").exists():
         return
     words = [preset, f"seed={seed}", *overrides]
-    _reachrl("train", *words, "--from", str(base), "--run", str(run))
+    reachrl("train", *words, "--from", str(base), "--run", str(run))
     for stage in ("eval", "report"):
-        _reachrl(stage, *words, "--run", str(run))
+        reachrl(stage, *words, "--run", str(run))
 
 
-def _reachrl(*words: str) -> None:
+def reachrl(*words: str) -> None:
+    """Run one command of the package, quietly; raise where it fails."""
     command = ["nice", "-n", str(_NICENESS), sys.executable, "-m", "reachrl", *words, "--quiet"]
     subprocess.run(command, check=True)
 
