@@ -1,5 +1,6 @@
 """Perturbed episodes of LIBERO: our own axes, and LIBERO-Plus against recorded ones of upstream's own environment."""
 
+import itertools
 import json
 import os
 from importlib.util import find_spec
@@ -12,8 +13,12 @@ from scipy.spatial.transform import Rotation
 from reachrl.config import libero_pro
 from reachrl.config.libero import LiberoConfig
 from reachrl.config.libero_plus import robot_posture
+from reachrl.config.libero_tasks import SUITES
 from reachrl.envs.libero.assets import ASSETS_VARIABLE, find_assets
+from reachrl.envs.libero.distractors import with_distractors
+from reachrl.envs.libero.installation import TaskFiles
 from reachrl.envs.libero.plus import PlusEpisode
+from reachrl.envs.libero.simulation import Perturbation
 from reachrl.errors import ConfigError
 from reachrl.types import Start
 
@@ -233,6 +238,83 @@ def test_a_task_of_libero_pro_begins_and_goes_on_as_upstreams():
     again, _ = env.reset(options={"start": Start(task, "eval", index)})
     assert np.array_equal(again["images"]["agentview"], plain["images"]["agentview"])
     env.close()
+
+
+def things_on_the_table(simulation):
+    """Positions f64[3] of those distractors that an episode has, by name."""
+    joints = {name: simulation.model.joint(f"{name}_joint0") for name in simulation.domain.distractors}
+    places = {name: simulation.data.qpos[joint.qposadr[0] :][:3].copy() for name, joint in joints.items()}
+    return {name: place for name, place in places.items() if place[2] < 2}
+
+
+def touched_by(simulation, names):
+    """Root bodies that touch some things."""
+    model, roots = simulation.model, set()
+    for contact in simulation.data.contact[: simulation.data.ncon]:
+        pair = [model.body(model.body_rootid[model.geom_bodyid[geom]]).name for geom in contact.geom]
+        mine = [any(root.startswith(name) for name in names) for root in pair]
+        roots |= {root for root, own in zip(pair, mine, strict=True) if any(mine) and not own}
+        roots |= set(pair) if all(mine) and pair[0] != pair[1] else set()
+    return roots
+
+
+def test_distractors_lie_on_the_table_and_in_nobodys_way(env):
+    before, frames = played(env, PLAIN)
+    plain = env.task_starts(TASK)
+    found = {}
+    for level in (1, 2, 4):
+        start = Start(TASK, "eval", 0, f"distractors={level}")
+        observation, _ = env.reset(options={"start": start})
+        starts = env.task_starts(TASK, "distractors")
+        simulation, (own, _) = starts.simulation, starts.simulation.distractors.own()
+        found[level] = things_on_the_table(simulation)
+        assert len(found[level]) == level
+        difference = np.abs(simulation.data.qpos[own] - before[0])
+        assert difference[:9].max() < 1e-9 and difference.max() < 2e-5  # the task's own things are as always
+        assert len(touched_by(simulation, found[level])) == 1  # the table
+        joints = [simulation.model.joint(f"{name}_joint0").dofadr[0] for name in found[level]]
+        for _ in range(3):
+            env.step(env.rest_action())
+        assert max(np.abs(simulation.data.qvel[joint : joint + 3]).max() for joint in joints) < 0.05  # none falls over
+        assert np.abs(observation["images"]["agentview"].astype(float) - frames["agentview"]).mean() > 0.3 * level
+        # The bowl is taken from the stove to the plate.
+        data = simulation.data
+        points = [
+            data.site("gripper0_grip_site").xpos,
+            data.body("akita_black_bowl_1_main").xpos,
+            data.body("plate_1_main").xpos,
+        ]
+        way = np.concatenate([np.linspace(a[:2], b[:2], 200) for a, b in itertools.pairwise(points)])
+        nearest = [np.linalg.norm(way - place[:2], axis=1).min() for place in found[level].values()]
+        assert min(nearest) > 0.1
+    for name, place in found[1].items():
+        assert np.abs(found[2][name] - place).max() < 1e-3
+    assert found[2].keys() <= found[4].keys()
+    starts.begin("eval", 0)
+    assert np.array_equal(simulation.data.qpos[own], plain.stored[0][1 : 1 + own.sum()])
+    assert not things_on_the_table(simulation)
+    # Where else, and which, is the start's and the draw's affair; training starts are those of the task.
+    others = [Start(TASK, "eval", 1, "distractors=1"), Start(TASK, "eval", 0, "distractors=1#7")]
+    for start in others:
+        env.reset(options={"start": start})
+        (place,) = things_on_the_table(simulation).values()
+        assert np.linalg.norm(place - next(iter(found[1].values()))) > 0.02
+    plain.begin("train", 5)
+    drawn = plain.simulation.data.qpos.copy()
+    starts.begin("train", 5, Perturbation(distractors=Start(TASK, "train", 5, "distractors=3")))
+    assert np.array_equal(simulation.data.qpos[own], drawn) and len(things_on_the_table(simulation)) == 3
+
+
+def test_every_task_has_distractors_that_no_word_of_it_names():
+    assets = find_assets(None)
+    for suite, tasks in SUITES.items():
+        for task in tasks:
+            names = with_distractors(TaskFiles.of(suite, task), assets).distractors
+            assert len(names) == 6, task
+            words = set(task.lower().split("_")) - {"and"}
+            assert not any(words & set(kind.split("_")) for kind in names.values()), task
+    two = [with_distractors(TaskFiles.of("libero_object", task), assets) for task in SUITES["libero_object"][:2]]
+    assert two[0].distractors != two[1].distractors
 
 
 # The last one: upstream draws in a GL context of its own, which the fast simulation would not know of.

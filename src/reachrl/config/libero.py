@@ -12,7 +12,7 @@ from reachrl.config import libero_plus, libero_plus_files, libero_pro
 from reachrl.config.env import EnvSection, named_once
 from reachrl.config.libero_tasks import STEP_LIMITS, SUITES
 from reachrl.config.marks import Affects
-from reachrl.config.perturbations import CAMERA, COLOUR, GENERAL_AXES, LIGHT, TEXTURE, Axis, PublishedTask
+from reachrl.config.perturbations import CAMERA, COLOUR, DISTRACTORS, GENERAL_AXES, LIGHT, TEXTURE, Axis, PublishedTask
 from reachrl.types import Start
 
 NUM_STORED_STARTS = 50  # per task, shipped with the benchmark
@@ -31,6 +31,7 @@ class LiberoConfig(EnvSection):
             COLOUR, what="each colour of the room and the robot mixed with a random one; things keep theirs"
         ),
         "texture": TEXTURE,
+        "distractors": DISTRACTORS,
         **GENERAL_AXES,
     }
     suites: ClassVar[tuple[str, ...]] = (*libero_plus.PROTOCOLS.values(), *libero_pro.PROTOCOLS.values())

@@ -77,6 +77,12 @@ TEXTURE = Axis(
     levels=(0.25, 0.5, 1),
     training=(0.15, 0.35, 0.75),
 )
+DISTRACTORS = Axis(
+    what="other things on the table, away from the task's and from the hand's way to them",
+    unit="things",
+    levels=(1, 2, 4),
+    training=(3, 5),
+)
 START = Axis(
     what="one coordinate of the start lies beyond the region of training starts",
     unit="share of the region's extent",

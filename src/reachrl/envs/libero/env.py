@@ -11,6 +11,7 @@ from reachrl.config.libero_tasks import instruction
 from reachrl.config.perturbations import Variant
 from reachrl.envs.base import Env, check_start, observed, start_option
 from reachrl.envs.libero.assets import check_assets, find_assets
+from reachrl.envs.libero.distractors import with_distractors
 from reachrl.envs.libero.experts.expert import Expert
 from reachrl.envs.libero.faithful_simulation import FaithfulSimulation
 from reachrl.envs.libero.fast_simulation import FastSimulation
@@ -23,6 +24,7 @@ from reachrl.envs.render import Renderer
 from reachrl.envs.render_device import check_rendering
 
 _SETTLING_STEPS = 10  # objects are released a little above the table; published evaluations wait as long
+_STREWN = "distractors"  # the axis whose episodes have more things in the scene
 _DO_NOTHING = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 
 
@@ -47,7 +49,7 @@ class LiberoEnv(Env):
         self.observation_space = observed(config.cameras, config.image_size, state_size=8)
         self._assets = find_assets(config.assets)
         self._renderer = Renderer(config.image_size) if config.simulation == "fast" else None
-        self._made: dict[tuple[str, str], Starts] = {}  # by task and axis of LIBERO-PRO
+        self._made: dict[tuple[str, str], Starts] = {}  # by task and axis, where that has scenes of its own
         self._starts: Starts | None = None
         self._plus: PlusEpisode | None = None
         self._expert: Expert | None = None
@@ -85,9 +87,14 @@ class LiberoEnv(Env):
         start = start_option(options)
         check_start(self, start)
         self._plus = PlusEpisode.of(self.config.suite, start)
-        self._starts = self.task_starts(start.task, pro_kind(start))
-        looks = Perturbation(looks=start) if Variant.of(start) is not None else None
-        self._starts.begin(start.split, start.index, looks if self._plus is None else self._plus.perturbation())
+        variant, perturbation = Variant.of(start), None
+        strewn = variant is not None and variant.axis == _STREWN
+        if self._plus is not None:
+            perturbation = self._plus.perturbation()
+        elif variant is not None:
+            perturbation = Perturbation(distractors=start) if strewn else Perturbation(looks=start)
+        self._starts = self.task_starts(start.task, _STREWN if strewn else pro_kind(start))
+        self._starts.begin(start.split, start.index, perturbation)
         for _ in range(_SETTLING_STEPS):
             self._starts.simulation.step(_DO_NOTHING)
         self._expert = None
@@ -147,11 +154,13 @@ class LiberoEnv(Env):
 
         Args:
             task: its name.
-            perturbed: axis of LIBERO-PRO, whose tasks have definitions and start states of their own.
+            perturbed: axis of LIBERO-PRO, whose tasks have definitions and start states of their own, or `distractors`.
         """
         key, config = (task, perturbed), self.config
         if key not in self._made:
-            if perturbed:
+            if perturbed == _STREWN:
+                files = with_distractors(TaskFiles.of(config.suite, task), self._assets)
+            elif perturbed:
                 files = pro_files(config.suite, perturbed, task, self._assets)
             else:
                 files = TaskFiles.of(config.suite, task)
@@ -159,7 +168,8 @@ class LiberoEnv(Env):
                 self._forget(list(self._made))  # upstream's tasks take a gigabyte each: one at a time
                 simulation = FaithfulSimulation(files, self._assets, config.image_size, config.cameras)
             else:
-                self._forget([made for made in self._made if made[1]])  # four for each of the suite's own are too many
+                # Four for each of the suite's own are too many.
+                self._forget([made for made in self._made if made[1] not in ("", _STREWN)])
                 simulation = FastSimulation(files, self._assets, config.mesh_faces, self._renderer, config.cameras)
             self._made[key] = Starts(files, simulation, stored_for_training=config.split == "paper")
         return self._made[key]

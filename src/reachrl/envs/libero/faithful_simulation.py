@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.gl import import_mujoco
+from reachrl.envs.libero.distractors import Distractors, strewn
 from reachrl.envs.libero.installation import TaskFiles, import_upstream
 from reachrl.envs.libero.simulation import (
     CAMERA,
     Perturbation,
     Simulation,
     axis_angle,
-    extended,
     pristine_arrays,
-    problem_of,
 )
+from reachrl.envs.libero.upstream import extended, problem_of
 from reachrl.envs.mujoco_memory import release_compilation, release_textures
 
 
@@ -67,7 +67,8 @@ class FaithfulSimulation(Simulation):
         os.environ.pop("LP_PERF", None)  # what software rendering may leave out
         path = str(files.definition)
         problem, base = problem_of(envs, path)
-        envs.TASK_MAPPING[problem] = extended(base, _Kept)  # where upstream looks its classes up
+        # Where upstream looks its classes up.
+        envs.TASK_MAPPING[problem] = extended(strewn(base, files.distractors), _Kept)
         try:
             self._env = envs.OffScreenRenderEnv(
                 bddl_file_name=path,
@@ -78,6 +79,7 @@ class FaithfulSimulation(Simulation):
         finally:
             envs.TASK_MAPPING[problem] = base
         self.domain = self._env.env
+        self.distractors = Distractors(self.domain) if files.distractors else None
         release_textures(self.model)
         self._samplers = tuple(self.domain.object_property_initializers)
         self._seen: dict[str, np.ndarray] = {}

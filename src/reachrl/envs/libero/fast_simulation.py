@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from reachrl.envs.libero.controller import ArmController
+from reachrl.envs.libero.distractors import Distractors, strewn
 from reachrl.envs.libero.installation import TaskFiles, import_upstream
 from reachrl.envs.libero.simulation import (
     CAMERA,
     HIDDEN_GROUPS,
     Simulation,
-    extended,
     pristine_arrays,
-    problem_of,
 )
 from reachrl.envs.libero.slim import slim_model
+from reachrl.envs.libero.upstream import extended, problem_of
 from reachrl.envs.render import Renderer
 
 
@@ -71,6 +71,7 @@ class FastSimulation(Simulation):
 
         path = str(files.definition)
         _, base = problem_of(envs, path)
+        base = strewn(base, files.distractors)
         self.domain = extended(base, _Lean, mesh_faces=mesh_faces, task_name=files.name)(
             path,
             robots=["Panda"],
@@ -82,6 +83,7 @@ class FastSimulation(Simulation):
             hard_reset=False,
         )
         self.domain.object_property_initializers *= 2  # what a reset of upstream's makes of them
+        self.distractors = Distractors(self.domain) if files.distractors else None
         self._renderer = renderer
         self._scenes = {each: renderer.add(self.model, each, hidden_groups=HIDDEN_GROUPS) for each in cameras}
         self._controller = ArmController(self.domain)

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import types
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, version
 from importlib.util import find_spec
@@ -130,6 +131,8 @@ class TaskFiles:
     """Its BDDL file."""
     starts: np.ndarray
     """Stored start states: time, joint positions and velocities, f64[50 K]."""
+    distractors: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Things in the scene that definition and start states know nothing of: their kinds, by name."""
 
     @classmethod
     def of(cls, suite: str, task: str) -> "TaskFiles":

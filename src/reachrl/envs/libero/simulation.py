@@ -5,51 +5,22 @@ where objects stand unless a stored state says so) is drawn from a seed, and the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reachrl.envs.libero.distractors import Distractors
+from reachrl.envs.libero.upstream import CAMERA, regions_of, seeded
 from reachrl.envs.scene_variants import SceneVariants
 from reachrl.types import Start
 
-CAMERA = "agentview"
 FINGERS_OPEN_M = 0.08  # between the fingers of an open gripper
 HIDDEN_GROUPS = (0,)  # geom group 0 holds collision shapes; upstream does not draw it either
 _PIVOT_M = (0.0, 0.0, 0.8)  # the middle of the workspace: what the fixed camera is turned about
 _WRITTEN = ("body_pos", "body_quat", "site_rgba", "cam_pos", "cam_quat")
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator while the block runs, then restore its state."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
-def problem_of(envs: Any, path: str) -> tuple[str, type]:
-    """Name and class of upstream's that the task file at `path` asks for."""
-    name = envs.env_wrapper.BDDLUtils.get_problem_info(path)["problem_name"]
-    return name, envs.TASK_MAPPING[name]
-
-
-def regions_of(definition: Path) -> dict[str, Any]:
-    """The regions of a task file, as upstream reads them."""
-    from libero.libero.envs import bddl_utils  # pyright: ignore[reportMissingImports]
-
-    return bddl_utils.robosuite_parse_problem(str(definition))["regions"]
-
-
-def extended(base: type, ours: type, **values: Any) -> type:
-    """Upstream's class with `ours` put in front of it, and class attributes for ours."""
-    return type(base.__name__, (ours, base), values)  # the name stays: upstream compares it with the one in the file
 
 
 def pristine_arrays(model: Any) -> dict[str, np.ndarray]:
@@ -88,6 +59,8 @@ class Perturbation:
     looks: Start | None = None
     """Whose variant says how the scene looks."""
     layout: Layout | None = None
+    distractors: Start | None = None
+    """Whose variant says how many there are."""
 
 
 class Simulation(ABC):
@@ -95,9 +68,11 @@ class Simulation(ABC):
 
     Attributes:
         domain: upstream's task object: its `sim`, objects, fixtures and parsed definition.
+        distractors: places what the scene has beside the task's things, if it has any.
     """
 
     domain: Any
+    distractors: Distractors | None = None
     _looks: SceneVariants | None = None
     _regions: dict[str, Any] | None = None  # the task's own, once they were ever replaced
 
@@ -129,7 +104,9 @@ class Simulation(ABC):
             state = None if state is None else self._with_joints(state, posture.joints)
         sim = self.domain.sim
         if state is not None:
-            sim.set_state_from_flattened(state)
+            sim.set_state_from_flattened(state if self.distractors is None else self.distractors.widened(state))
+        if self.distractors is not None:
+            self.distractors.place(None if perturbation is None else perturbation.distractors)
         if state is not None or perturbation is not None:
             sim.forward()
             self.domain._check_success()  # it also switches what is seen of a stove

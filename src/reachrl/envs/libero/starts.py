@@ -35,17 +35,19 @@ class Starts:
         self.task, self.simulation, self.stored_for_training = files.name, simulation, stored_for_training
         self.stored = files.starts
         model = simulation.model
+        own = None if simulation.distractors is None else simulation.distractors.own()
+        self._own = (np.ones(model.nq, bool), np.ones(model.nv, bool)) if own is None else own
         self._check_size(self.stored, NUM_STORED_STARTS)
-        self._columns = _object_columns(model)
+        self._columns = _object_columns(model, self._own[0])
         self._seeds: dict[tuple[Split, int], int] = {}
-        self._stored_positions = stored = self.positions(self.stored[:, 1 : 1 + model.nq])
+        self._stored_positions = stored = self.positions(self.stored[:, 1:])
         apart = np.linalg.norm(stored[:, None] - stored[None], axis=-1)
         np.fill_diagonal(apart, np.inf)
         # Stored starts are themselves only millimetres apart in some suites, so no fixed distance would do.
         self.gap = 0.5 * float(np.median(apart.min(axis=1)))
 
     def _check_size(self, states: np.ndarray, *many: int) -> None:
-        needed = (*many, 1 + self.simulation.model.nq + self.simulation.model.nv)
+        needed = (*many, 1 + sum(map(int, map(np.sum, self._own))))
         if states.shape != needed:
             raise ConfigError(
                 f"{self.task}: its stored start states are {list(states.shape)}, but the task file describes a scene "
@@ -90,7 +92,7 @@ class Starts:
         )
 
 
-def _object_columns(model: Any) -> np.ndarray:
-    """Indices into the joint positions of x and y of everything that lies loose."""
-    free = np.flatnonzero(model.jnt_type == import_mujoco().mjtJoint.mjJNT_FREE)
+def _object_columns(model: Any, own: np.ndarray) -> np.ndarray:
+    """Indices into the joint positions of x and y of everything that lies loose; distractors lie behind all of it."""
+    free = (model.jnt_type == import_mujoco().mjtJoint.mjJNT_FREE) & own[model.jnt_qposadr]
     return (model.jnt_qposadr[free][:, None] + np.arange(2)).ravel()
