@@ -4,7 +4,8 @@ A task's scene with them is compiled once. Those that an episode does not use ho
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ _AROUND_M = (0.05, 0.1, 0.15, 0.2, 0.3)  # how far beyond the task's things they
 _DRAWS = 300
 _ABOVE_M, _LEVEL_M = 1.0, 0.06  # where a table is looked for from, and how exactly its height is known
 _SEEN_AT_M, _SEEN_SHARE = 0.05, 0.85  # height that the camera is to see, and how much of the picture counts
+_MET = 0  # the geom group that rays meet
+_RAY = np.array([1, 0, 0, 0, 0, 0], np.uint8)
 _BEHIND_M = 10.0  # the camera looks the other way
 
 
@@ -140,8 +143,9 @@ class Distractors:
         if start is not None and variant is not None:
             rng = variant.generator(start)
             names = list(self._domain.distractors)
-            for name in [names[n] for n in rng.permutation(len(names))][: int(variant.value)]:
-                places[name] = self._pose(name, self._spot(name, places, rng), int(rng.integers(2**31)))
+            with self._only_solids():
+                for name in [names[n] for n in rng.permutation(len(names))][: int(variant.value)]:
+                    places[name] = self._pose(name, self._spot(name, places, rng), int(rng.integers(2**31)))
         for number, name in enumerate(self._domain.distractors):
             joint = self._joint(name)
             position, velocity = joint.qposadr[0], joint.dofadr[0]
@@ -150,6 +154,21 @@ class Distractors:
             self._data.qvel[velocity : velocity + 6] = 0.0
             bodies = self._model.body_rootid == joint.bodyid[0]
             self._model.body_gravcomp[bodies] = 0.0 if name in places else 1.0
+
+    @property
+    def _solid(self) -> np.ndarray:
+        """Which geoms collide, bool[G]: what is drawn of them differs between the two simulations."""
+        return (self._model.geom_contype | self._model.geom_conaffinity) > 0
+
+    @contextmanager
+    def _only_solids(self) -> Iterator[None]:
+        """While the block runs, rays meet nothing else."""
+        groups = self._model.geom_group.copy()
+        self._model.geom_group[:] = np.where(self._solid, _MET, 1 - _MET)
+        try:
+            yield
+        finally:
+            self._model.geom_group[:] = groups
 
     def _joint(self, name: str) -> Any:
         return self._model.joint(self._domain.objects_dict[name].joints[-1])
@@ -206,7 +225,7 @@ class Distractors:
         """What the task's things and furniture cover, as corners f64[N 2 2]: low and high x y of each geom."""
         model, data, domain = self._model, self._data, self._domain
         own = [name for name in domain.obj_body_id if name not in domain.distractors]
-        geoms = np.isin(model.body_rootid[model.geom_bodyid], [domain.obj_body_id[name] for name in own])
+        geoms = np.isin(model.body_rootid[model.geom_bodyid], [domain.obj_body_id[name] for name in own]) & self._solid
         turns = data.geom_xmat[geoms].reshape(-1, 3, 3)
         centres = data.geom_xpos[geoms] + np.einsum("nij,nj->ni", turns, model.geom_aabb[geoms, :3])
         halves = np.einsum("nij,nj->ni", np.abs(turns), model.geom_aabb[geoms, 3:])
@@ -233,7 +252,7 @@ class Distractors:
         for dx, dy in ((0, 0), (radius, 0), (-radius, 0), (0, radius), (0, -radius)):
             above = np.array([spot[0] + dx, spot[1] + dy, height + _ABOVE_M])
             down, hit = np.array([0.0, 0.0, -1.0]), np.zeros(1, np.int32)
-            distance = import_mujoco().mj_ray(self._model, self._data, above, down, None, 1, -1, hit)
+            distance = import_mujoco().mj_ray(self._model, self._data, above, down, _RAY, 1, -1, hit)
             if hit[0] < 0 or abs(distance - _ABOVE_M) > _LEVEL_M:
                 return False
         return True
@@ -247,7 +266,7 @@ class Distractors:
         if max(abs(right), abs(up)) > -back * edge:
             return False
         ray, hit = target - camera.xpos, np.zeros(1, np.int32)
-        distance = import_mujoco().mj_ray(model, self._data, camera.xpos.copy(), ray, None, 1, -1, hit)
+        distance = import_mujoco().mj_ray(model, self._data, camera.xpos.copy(), ray, _RAY, 1, -1, hit)
         return hit[0] < 0 or distance > 1 - _LEVEL_M
 
 
