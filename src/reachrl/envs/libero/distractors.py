@@ -199,7 +199,7 @@ class Distractors:
     def _spot(self, name: str, placed: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """A place x y on the table with as much room around it as is asked for, or with the most of those drawn."""
         boxes, free = self._boxes(), self._kept_free()
-        radius, best, most = self._radius(name), None, -_FROM_THINGS_M
+        radius, best, most = self._radius(name), None, -np.inf
         low, high = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
         for around in _AROUND_M:
             for spot in rng.uniform(low - around, high + around, (_DRAWS, 2)):
@@ -210,7 +210,8 @@ class Distractors:
                 for other, pose in placed.items():
                     apart = float(np.linalg.norm(spot - pose[:2]))
                     room.append(apart - radius - self._radius(other) - _FROM_OTHERS_M)
-                if min(room) > most and self._on_table(spot, radius) and self._seen(spot):
+                apart = min(room[:1] + room[2:]) > -_FROM_THINGS_M
+                if apart and min(room) > most and self._on_table(spot, radius) and self._seen(spot):
                     best, most = spot, min(room)
                     if most >= 0:
                         return best
