@@ -43,10 +43,9 @@ _KINDS = (
     "white_yellow_mug",
     "yellow_book",
 )
-_FROM_THINGS_M = 0.03  # least distance from what belongs to the task, beside a distractor's own radius
+_APART_M = 0.03  # least distance from what belongs to the task and from others, beside a distractor's own radius
 _FROM_WAY_M = 0.07  # the same from the way between the hand, what it is to take and where that is to go
 _TALL_M = 0.2  # as high as a distractor may hide what stands behind it
-_FROM_OTHERS_M = 0.03
 _LEAST_RADIUS_M = 0.045
 _AROUND_M = (0.05, 0.1, 0.15, 0.2, 0.3)  # how far beyond the task's things they lie, tried in turn
 _DRAWS = 300
@@ -203,16 +202,11 @@ class Distractors:
         low, high = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
         for around in _AROUND_M:
             for spot in rng.uniform(low - around, high + around, (_DRAWS, 2)):
-                room = [
-                    _from_boxes(spot, boxes) - radius - _FROM_THINGS_M,
-                    _from_pieces(spot, free) - radius - _FROM_WAY_M,
-                ]
-                for other, pose in placed.items():
-                    apart = float(np.linalg.norm(spot - pose[:2]))
-                    room.append(apart - radius - self._radius(other) - _FROM_OTHERS_M)
-                apart = min(room[:1] + room[2:]) > -_FROM_THINGS_M
-                if apart and min(room) > most and self._on_table(spot, radius) and self._seen(spot):
-                    best, most = spot, min(room)
+                others = [np.linalg.norm(spot - pose[:2]) - self._radius(other) for other, pose in placed.items()]
+                beside = float(min([_from_boxes(spot, boxes), *others])) - radius
+                room = min(beside - _APART_M, _from_pieces(spot, free) - radius - _FROM_WAY_M)
+                if beside > 0 and room > most and self._on_table(spot, radius) and self._seen(spot):
+                    best, most = spot, room
                     if most >= 0:
                         return best
         if best is None:
