@@ -334,20 +334,12 @@ def test_every_task_has_distractors_that_no_word_of_it_names():
 
 
 # The last two: upstream draws in a GL context of its own, which the fast simulation would not know of.
-def test_distractors_lie_in_the_same_places_in_both_simulations(env):
-    start = Start(TASK, "eval", 2, "distractors=4")
-    fast = env.reset(options={"start": start})[0]["images"]["agentview"].astype(float)
-    places = env.task_starts(TASK, "distractors").simulation.data.qpos.copy()
-    env = made("faithful")
-    found = env.reset(options={"start": start})[0]["images"]["agentview"]
-    assert np.abs(env.task_starts(TASK, "distractors").simulation.data.qpos - places).max() < 5e-5
-    assert np.abs(found - fast).mean() < 8  # edges
-    env.close()
-
-
 def test_the_faithful_simulation_has_upstreams_start_and_the_same_looks(env):
-    starts = [Start(TASK, "eval", 0, "texture=0.25"), PLAIN]
+    """The last of this file: once it has drawn, the fast simulation of this process draws no more."""
+    starts, strewn = [Start(TASK, "eval", 0, "texture=0.25"), PLAIN], Start(TASK, "eval", 2, "distractors=4")
     fast = [env.reset(options={"start": start})[0]["images"]["agentview"].astype(float) for start in starts]
+    with_more = env.reset(options={"start": strewn})[0]["images"]["agentview"].astype(float)
+    places = env.task_starts(TASK, "distractors").simulation.data.qpos.copy()
     env = made("faithful")
     found = [env.reset(options={"start": start})[0]["images"]["agentview"].astype(float) for start in starts]
     printed, plain = (np.abs(one - other).mean() for one, other in zip(found, fast, strict=True))
@@ -361,4 +353,7 @@ def test_the_faithful_simulation_has_upstreams_start_and_the_same_looks(env):
     assert np.allclose(starts.simulation.domain.robots[0].controller.initial_joint, USUAL, atol=1e-8)
     difference = layout(env)
     assert difference[:, :9].max() < 1e-6 and difference.max() < 5e-5
+    frame = env.reset(options={"start": strewn})[0]["images"]["agentview"]
+    assert np.abs(env.task_starts(TASK, "distractors").simulation.data.qpos - places).max() < 5e-5
+    assert np.abs(frame - with_more).mean() < 8  # edges
     env.close()

@@ -17,6 +17,7 @@ from reachrl.config.perturbations import Variant
 from reachrl.envs.gl import import_mujoco
 from reachrl.envs.libero.installation import TaskFiles, import_upstream
 from reachrl.envs.libero.upstream import CAMERA, extended, seeded
+from reachrl.errors import ConfigError
 from reachrl.streams import Stream, generator
 from reachrl.types import Start
 
@@ -133,7 +134,7 @@ class Distractors:
         """Put as many on the table as the episode's variant says; the others out of sight.
 
         Raises:
-            RuntimeError: there is no room.
+            ConfigError: there is no room.
         """
         import_mujoco().mj_kinematics(self._model, self._data)
         import_mujoco().mj_camlight(self._model, self._data)
@@ -210,7 +211,10 @@ class Distractors:
                     if most >= 0:
                         return best
         if best is None:
-            raise RuntimeError(f"no room for a distractor on the table of {self._domain.bddl_file_name}")
+            raise ConfigError(
+                f"distractors: no room for {len(placed) + 1} on the table of "
+                f"{Path(self._domain.bddl_file_name).stem} at this start: take a lower level, or leave the axis out"
+            )
         return best
 
     def _radius(self, name: str) -> float:
