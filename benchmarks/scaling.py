@@ -52,7 +52,8 @@ def changes(story: str) -> list[str]:
     preset, common = STORIES[story]
     iterations = load_config(preset, common).num_iterations
     during = [f"eval.during_every={iterations // POINTS}", f"eval.during_starts={STARTS}"]
-    return [*common, f"num_iterations={FACTOR * iterations}", *during]
+    kept = [each for each in common if not each.startswith("num_iterations=")]
+    return [*kept, f"num_iterations={FACTOR * iterations}", *during]
 
 
 def run_missing(story: str, seeds: Sequence[int], out: Path, jobs: int) -> None:
@@ -76,7 +77,7 @@ def curve(run: Path) -> Curve:
     return Curve([after[line["iteration"]] for line in points], [line["k"] for line in points], points[0]["n"])
 
 
-def page(story: str, curves: dict[int, Curve], rates: dict[int, list[dict[str, Any]]], picture: str) -> str:
+def page(story: str, curves: dict[int, Curve], ends: dict[int, list[dict[str, Any]]], picture: str) -> str:
     """The page about finished runs."""
     preset, _ = STORIES[story]
     slopes = [100 * each.line()[0] for each in curves.values()]
@@ -106,14 +107,36 @@ def page(story: str, curves: dict[int, Curve], rates: dict[int, list[dict[str, A
             f"| {steps:,} | {sum(found)}/{total} = {100 * sum(found) / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
             f" | {', '.join(str(k) for k in found)} |"
         )
-    text += ["", "## Held-out starts", "", "| Seed | Before RL | `full` | Four times as long |", "|---|---|---|---|"]
-    text += [
-        f"| {seed} | " + " | ".join(f"{r['k']}/{r['n']} = {100 * r['rate']:.1f} %" for r in found) + " |"
-        for seed, found in rates.items()
-    ]
-    mean, low, high = seed_interval([100 * (long["rate"] - full["rate"]) for _, full, long in rates.values()])
-    text += ["", f"Four times as long less `full`: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] over seeds."]
+    text += ["", "## Held-out starts", "", "| Actions | Seed | Before RL | `full` | Four times as long |"]
+    text += ["|---|---|---|---|---|"]
+    modes = [each["mode"] for each in next(iter(ends.values()))[1]["temperatures"]]
+    for mode in modes:
+        rates = {
+            seed: [full[f"success_before_{mode}"], *(each[f"success_after_{mode}"] for each in (full, long))]
+            for seed, (full, long) in ends.items()
+        }
+        text += [f"| {mode} | {seed} | " + " | ".join(map(_rate, found)) + " |" for seed, found in rates.items()]
+        pooled = [
+            {key: sum(each[key] for each in column) for key in ("k", "n")}
+            for column in zip(*rates.values(), strict=True)
+        ]
+        text.append(f"| **{mode}** | **pooled** | " + " | ".join(f"**{_rate(each)}**" for each in pooled) + " |")
+    text.append("")
+    for mode in modes:
+        less = [
+            long[f"success_after_{mode}"]["rate"] - full[f"success_after_{mode}"]["rate"]
+            for full, long in ends.values()
+        ]
+        mean, low, high = seed_interval([100 * each for each in less])
+        text.append(f"Four times as long less `full`, {mode}: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] over seeds.")
+        text.append("")
+    text.pop()
     return "\n".join(text) + "\n"
+
+
+def _rate(found: dict[str, Any]) -> str:
+    low, high = wilson(found["k"], found["n"])
+    return f"{found['k']}/{found['n']} = {100 * found['k'] / found['n']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def draw(curves: dict[int, Curve]) -> str:
@@ -158,20 +181,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.page_only:
         run_missing(arguments.story, arguments.seeds, arguments.out, arguments.jobs)
-    curves, rates = {}, {}
+    curves, ends = {}, {}
     for seed in arguments.seeds:
         long, full = (arguments.out / arguments.story / arm / f"seed{seed}" for arm in ("long", "full"))
         if not (long / "summary.json").exists():
             print(f"seed {seed}: {long} has not finished")
             continue
         curves[seed] = curve(long)
-        ends = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (full, long)]
-        rates[seed] = [ends[0]["success_before"], *(each["success_after"] for each in ends)]
+        ends[seed] = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (full, long)]
     if not curves:
         raise SystemExit("no run has finished: nothing to write")
     picture = arguments.page.with_suffix(".svg")
     picture.write_text(draw(curves), encoding="utf-8")
-    write_bytes_atomic(arguments.page, page(arguments.story, curves, rates, picture.name).encode())
+    write_bytes_atomic(arguments.page, page(arguments.story, curves, ends, picture.name).encode())
     print(f"{arguments.page}: {len(curves)} seeds")
 
 
