@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,8 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
         "of its seed and changes training alone. Rates are held-out success of the last weights at the headline's "
         "temperature; intervals over seeds are 95 % t intervals, and a difference is that of runs which share a seed. "
         "An arm is called better or worse only where the interval of its difference lies on one side of 0, over all "
-        f"of the seeds that its row needs. {_made_by(out / story)}",
+        f"of the seeds that its row needs. {made_by(sorted((out / story).glob('*/seed*')))} Minutes are beside other "
+        "work.",
         "",
         "| Arm | Changes | Expected | Seeds | Before, pooled | After, pooled | Mean over seeds, points "
         "| Less `full`, points | Says |",
@@ -208,12 +209,13 @@ def page(arms: Sequence[str], story: str, out: Path, picture: str, failed: dict[
     return "\n".join(text) + "\n"
 
 
-def _made_by(folder: Path) -> str:
-    """The commits and the machines of the runs; some stood beside other work, which their minutes show."""
-    made = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/seed*/provenance.json"))]
+def made_by(folders: Iterable[Path]) -> str:
+    """The commits and the machines of some runs, as a sentence; empty where none says it."""
+    files = [path for folder in folders if (path := folder / "provenance.json").exists()]
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     commits = sorted({str(each["commit"])[:7] + (" (changed)" if each["dirty"] else "") for each in made})
     machines = sorted({f"{each['cores']} cores of {each['cpu']}" for each in made})
-    return f"Commit {', '.join(commits)}; {', '.join(machines)}; minutes are beside other work." if made else ""
+    return f"Trained at commit {', '.join(commits)} on {', '.join(machines)}." if made else ""
 
 
 def _arm_row(arm: str, story: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:

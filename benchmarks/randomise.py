@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablations import ROOT, STORIES, reachrl, run_arm, run_full
+from ablations import ROOT, STORIES, made_by, reachrl, run_arm, run_full
 from reachrl.functional.stats import seed_interval, wilson
 from reachrl.run.atomic import write_bytes_atomic
 
@@ -87,11 +87,12 @@ def rates(place: Path) -> Rates:
     return {name: {key: each["rates"]["after"][key] for key in ("k", "n")} for name, each in by_axis.items()}
 
 
-def page(story: str, found: dict[str, dict[int, Rates]], episodes: int) -> str:
+def page(story: str, out: Path, found: dict[str, dict[int, Rates]], episodes: int) -> str:
     """The page about the finished seeds."""
     preset, common = STORIES[story]
     seeds = sorted(found["warm"])
     conditions = [PLAIN, ALL, *AXES]
+    runs = [out / story / arm / f"seed{seed}" for arm in ("full", "rl-varied", "warm-varied") for seed in seeds]
     text = [
         "# Robustness and training",
         "",
@@ -100,7 +101,7 @@ def page(story: str, found: dict[str, dict[int, Rates]], episodes: int) -> str:
         "unperturbed and under one level of each axis of [`reachrl robust`](../how-to/robustness.md), sampled "
         "actions. Half of the training episodes, or demonstrations, of the varied policies draw one of the eight axes "
         "and one of its training values, which are not evaluated. Pooled rates with Wilson intervals; differences are "
-        "of policies of one seed, in points, with 95 % t intervals over seeds.",
+        f"of policies of one seed, in points, with 95 % t intervals over seeds. {made_by(runs)}",
         "",
         "| Condition | " + " | ".join(POLICIES.values()) + " |",
         "|---" * (1 + len(POLICIES)) + "|",
@@ -169,7 +170,7 @@ def main() -> None:
             print(f"seed {seed} is not whole yet")
     if not found["warm"]:
         raise SystemExit("no seed is whole: nothing to write")
-    write_bytes_atomic(given.page, page(given.story, found, given.episodes).encode())
+    write_bytes_atomic(given.page, page(given.story, given.out, found, given.episodes).encode())
     print(f"{given.page}: seeds {', '.join(map(str, found['warm']))}")
 
 

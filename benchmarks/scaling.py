@@ -12,14 +12,14 @@ import argparse
 import concurrent.futures
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ablations import ROOT, STORIES, run_arm, run_full
+from ablations import ROOT, STORIES, made_by, run_arm, run_full
 from reachrl.config.loading import load_config
 from reachrl.functional.stats import seed_interval, wilson
 from reachrl.report.formats import percent
@@ -77,7 +77,7 @@ def curve(run: Path) -> Curve:
     return Curve([after[line["iteration"]] for line in points], [line["k"] for line in points], points[0]["n"])
 
 
-def page(story: str, curves: dict[int, Curve], ends: dict[int, list[dict[str, Any]]], picture: str) -> str:
+def page(story: str, out: Path, curves: dict[int, Curve], ends: dict[int, list[dict[str, Any]]], picture: str) -> str:
     """The page about finished runs."""
     preset, _ = STORIES[story]
     slopes = [100 * each.line()[0] for each in curves.values()]
@@ -89,7 +89,7 @@ def page(story: str, curves: dict[int, Curve], ends: dict[int, list[dict[str, An
         + ", ".join(f"`{each}`" for each in changes(story))
         + f". Each seed begins from the warm start of its run of `full` ([ablations](ablations.md)). Validation "
         f"starts, {next(iter(curves.values())).n} a point and seed, that neither training nor the last table uses; "
-        "Wilson intervals for pooled episodes, 95 % t intervals over seeds.",
+        f"Wilson intervals for pooled episodes, 95 % t intervals over seeds. {made_by(_folders(out, story, curves))}",
         "",
         f"**A doubling of the steps brings {mean:+.1f} points [{low:+.1f}, {high:+.1f}]** (by seed "
         f"{', '.join(f'{each:+.1f}' for each in slopes)}), in the range measured; a straight line in the logarithm.",
@@ -132,6 +132,10 @@ def page(story: str, curves: dict[int, Curve], ends: dict[int, list[dict[str, An
         text.append("")
     text.pop()
     return "\n".join(text) + "\n"
+
+
+def _folders(out: Path, story: str, seeds: Iterable[int]) -> list[Path]:
+    return [out / story / arm / f"seed{seed}" for arm in ("full", "long") for seed in seeds]
 
 
 def _rate(found: dict[str, Any]) -> str:
@@ -193,7 +197,7 @@ def main() -> None:
         raise SystemExit("no run has finished: nothing to write")
     picture = arguments.page.with_suffix(".svg")
     picture.write_text(draw(curves), encoding="utf-8")
-    write_bytes_atomic(arguments.page, page(arguments.story, curves, ends, picture.name).encode())
+    write_bytes_atomic(arguments.page, page(arguments.story, arguments.out, curves, ends, picture.name).encode())
     print(f"{arguments.page}: {len(curves)} seeds")
 
 
