@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,15 +71,14 @@ def run_stage(
 
         LocalBackend(config.backend).follow(config)
         return {}
-    if not (run_dir / "config.json").exists() and (earlier := _first_missing(name, config, {})):
+    if not (run_dir / "config.json").exists() and (earlier := _before(name, _missing(config, {}))):
         raise ConfigError(
             f"{run_dir}: there is no run for {name!r}: give its folder, or begin with `reachrl {earlier}`"
         )
     known = partial(is_default, config)
     with Run.open(run_dir, config_dict(config), permit=permit(config), is_default=known) as run:
-        finished = run.stages.done(name)
         records = {each: run.stages.done(each) for each in STAGES}
-        missing = _missing(config, records)
+        finished, missing = records[name], _missing(config, records)
         write_provenance(
             run.provenance,
             stage=None if finished is not None and name not in missing else name,
@@ -96,7 +95,7 @@ def run_stage(
 
                 Group.from_environment().dismiss()
             return finished
-        earlier = _first_missing(name, config, records)
+        earlier = _before(name, missing)
         if earlier is not None and name == "report":
             return _interim_report(config, run, missing, display)
         if earlier is not None:
@@ -125,9 +124,8 @@ def _refuse_ranks(name: str, config: TrainConfig) -> None:
         )
 
 
-def _first_missing(name: str, config: TrainConfig, records: Mapping[str, dict[str, Any] | None]) -> str | None:
-    """The first stage before this one that has to finish first, if any."""
-    missing = _missing(config, records)
+def _before(name: str, missing: Collection[str]) -> str | None:
+    """The first of the missing stages that has to finish before this one, if any."""
     return next((each for each in STAGES[: STAGES.index(name)] if each in missing), None)
 
 
