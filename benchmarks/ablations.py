@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quickstart import show
 from reachrl.config.loading import load_config
-from reachrl.functional.stats import seed_interval, wilson
+from reachrl.functional.stats import seed_interval
 from reachrl.run.atomic import write_bytes_atomic
 from reachrl.run.cores import available_cores
 from reachrl.run.metrics import read_metrics
@@ -220,21 +221,20 @@ def made_by(folders: Iterable[Path]) -> str:
 
 def _arm_row(arm: str, story: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
     after = {seed: run["success_after"] for seed, run in runs.items()}
-    mean = _points([100 * each["rate"] for each in after.values()], signed=False)
+    mean = points([100 * each["rate"] for each in after.values()], signed=False)
     shared = [seed for seed in after if seed in full and arm != "full"]
     less = [100 * (after[seed]["rate"] - full[seed]["success_after"]["rate"]) for seed in shared]
-    before, pooled = (_pooled([run[key] for run in runs.values()]) for key in ("success_before", "success_after"))
+    before, trained = (pooled([run[key] for run in runs.values()]) for key in ("success_before", "success_after"))
     says = _verdict(less, ARMS[arm].seeds) if less else ""
     return (
-        f"| {arm} | {_changes(arm, story)} | {ARMS[arm].claim} | {len(runs)} | {before} | {pooled} | {mean} "
-        f"| {_points(less)} | {says} |"
+        f"| {arm} | {_changes(arm, story)} | {ARMS[arm].claim} | {len(runs)} | {before} | {trained} | {mean} "
+        f"| {points(less)} | {says} |"
     )
 
 
-def _pooled(rates: Sequence[dict[str, Any]]) -> str:
-    k, n = sum(each["k"] for each in rates), sum(each["n"] for each in rates)
-    low, high = wilson(k, n)
-    return f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+def pooled(rates: Sequence[dict[str, Any]]) -> str:
+    """The rate of all episodes of some runs together, with its interval."""
+    return show(sum(each["k"] for each in rates), sum(each["n"] for each in rates))
 
 
 def _changes(arm: str, story: str) -> str:
@@ -242,7 +242,8 @@ def _changes(arm: str, story: str) -> str:
     return ", ".join(f"`{each}`" for each in overrides) or "nothing"
 
 
-def _points(values: Sequence[float], *, signed: bool = True) -> str:
+def points(values: Sequence[float], *, signed: bool = True) -> str:
+    """The mean of one figure for each seed, with its 95 % t interval over seeds."""
     if not values:
         return ""
     mean, low, high = seed_interval(values)

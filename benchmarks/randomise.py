@@ -12,11 +12,11 @@ import argparse
 import concurrent.futures
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ablations import ROOT, STORIES, made_by, reachrl, run_arm, run_full
-from reachrl.functional.stats import seed_interval, wilson
+from ablations import ROOT, STORIES, made_by, points, pooled, reachrl, run_arm, run_full
 from reachrl.run.atomic import write_bytes_atomic
 
 AXES = {
@@ -36,6 +36,7 @@ QUESTIONS = {  # what is subtracted from what
     "warm start with `demos.randomise` less RL without": ("warm-varied", "rl"),
 }
 Rates = dict[str, dict[str, int]]  # by condition: k and n
+Figure = Callable[[Rates], float]  # of one policy of one seed
 
 
 def folders(out: Path, story: str, seed: int) -> dict[str, Path]:
@@ -107,17 +108,19 @@ def page(story: str, out: Path, found: dict[str, dict[int, Rates]], episodes: in
         "|---" * (1 + len(POLICIES)) + "|",
     ]
     for condition in conditions:
-        cells = [_pooled([each[condition] for each in found[policy].values()]) for policy in POLICIES]
+        cells = [pooled([each[condition] for each in found[policy].values()]) for policy in POLICIES]
         text.append(f"| {_named(condition)} | {' | '.join(cells)} |")
-    text += ["", "| Difference | " + " | ".join((PLAIN, ALL, f"{ALL} less {PLAIN}")) + " |", "|---|---|---|---|"]
-    for question, (one, other) in QUESTIONS.items():
-        each = [_difference(found, one, other, seeds, lambda rate, name=name: rate(name)) for name in (PLAIN, ALL)]
-        each.append(_difference(found, one, other, seeds, lambda rate: rate(ALL) - rate(PLAIN)))
-        text.append(f"| {question} | {' | '.join(each)} |")
-    text += ["", "| Difference | " + " | ".join(AXES) + " |", "|---" * (1 + len(AXES)) + "|"]
-    for question, (one, other) in QUESTIONS.items():
-        each = [_difference(found, one, other, seeds, lambda rate, name=name: rate(name)) for name in AXES]
-        text.append(f"| {question} | {' | '.join(each)} |")
+    plain: dict[str, Figure] = {name: partial(_percent, name) for name in conditions}
+    first = {name: plain[name] for name in (PLAIN, ALL)}
+    first[f"{ALL} less {PLAIN}"] = lambda rates: _percent(ALL, rates) - _percent(PLAIN, rates)
+    for figures in (first, {axis: plain[axis] for axis in AXES}):
+        text += ["", f"| Difference | {' | '.join(figures)} |", "|---" * (1 + len(figures)) + "|"]
+        for question, (one, other) in QUESTIONS.items():
+            less = [
+                points([figure(found[one][seed]) - figure(found[other][seed]) for seed in seeds])
+                for figure in figures.values()
+            ]
+            text.append(f"| {question} | {' | '.join(less)} |")
     return "\n".join(text) + "\n"
 
 
@@ -125,26 +128,8 @@ def _named(condition: str) -> str:
     return f"`{condition}`, level {AXES[condition]:g}" if condition in AXES else condition
 
 
-def _pooled(each: Sequence[dict[str, int]]) -> str:
-    k, n = sum(rate["k"] for rate in each), sum(rate["n"] for rate in each)
-    low, high = wilson(k, n)
-    return f"{k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _difference(
-    found: dict[str, dict[int, Rates]],
-    one: str,
-    other: str,
-    seeds: Sequence[int],
-    figure: Callable[[Callable[[str], float]], float],
-) -> str:
-    """One policy's figure less another's, over seeds; the figure is made of rates by condition."""
-
-    def of(policy: str, seed: int) -> float:
-        return 100 * figure(lambda name: found[policy][seed][name]["k"] / found[policy][seed][name]["n"])
-
-    mean, low, high = seed_interval([of(one, seed) - of(other, seed) for seed in seeds])
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if len(seeds) > 1 else f"{mean:+.1f} (one seed)"
+def _percent(condition: str, rates: Rates) -> float:
+    return 100 * rates[condition]["k"] / rates[condition]["n"]
 
 
 def main() -> None:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ablations import ROOT, STORIES, made_by, run_arm, run_full
+from ablations import ROOT, STORIES, made_by, pooled, run_arm, run_full
+from quickstart import show
 from reachrl.config.loading import load_config
-from reachrl.functional.stats import seed_interval, wilson
+from reachrl.functional.stats import seed_interval
 from reachrl.report.formats import percent
 from reachrl.report.svg import Chart
 from reachrl.run.atomic import write_bytes_atomic
@@ -102,11 +103,7 @@ def page(story: str, out: Path, curves: dict[int, Curve], ends: dict[int, list[d
     for column, steps in enumerate(next(iter(curves.values())).steps):
         found = [each.k[column] for each in curves.values()]
         total = sum(each.n for each in curves.values())
-        low, high = wilson(sum(found), total)
-        text.append(
-            f"| {steps:,} | {sum(found)}/{total} = {100 * sum(found) / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-            f" | {', '.join(str(k) for k in found)} |"
-        )
+        text.append(f"| {steps:,} | {show(sum(found), total)} | {', '.join(str(k) for k in found)} |")
     text += ["", "## Held-out starts", "", "| Actions | Seed | Before RL | `full` | Four times as long |"]
     text += ["|---|---|---|---|---|"]
     modes = [each["mode"] for each in next(iter(ends.values()))[1]["temperatures"]]
@@ -115,12 +112,12 @@ def page(story: str, out: Path, curves: dict[int, Curve], ends: dict[int, list[d
             seed: [full[f"success_before_{mode}"], *(each[f"success_after_{mode}"] for each in (full, long))]
             for seed, (full, long) in ends.items()
         }
-        text += [f"| {mode} | {seed} | " + " | ".join(map(_rate, found)) + " |" for seed, found in rates.items()]
-        pooled = [
-            {key: sum(each[key] for each in column) for key in ("k", "n")}
-            for column in zip(*rates.values(), strict=True)
+        text += [
+            f"| {mode} | {seed} | " + " | ".join(show(each["k"], each["n"]) for each in found) + " |"
+            for seed, found in rates.items()
         ]
-        text.append(f"| **{mode}** | **pooled** | " + " | ".join(f"**{_rate(each)}**" for each in pooled) + " |")
+        columns = zip(*rates.values(), strict=True)
+        text.append(f"| **{mode}** | **pooled** | " + " | ".join(f"**{pooled(each)}**" for each in columns) + " |")
     text.append("")
     for mode in modes:
         less = [
@@ -136,11 +133,6 @@ def page(story: str, out: Path, curves: dict[int, Curve], ends: dict[int, list[d
 
 def _folders(out: Path, story: str, seeds: Iterable[int]) -> list[Path]:
     return [out / story / arm / f"seed{seed}" for arm in ("full", "long") for seed in seeds]
-
-
-def _rate(found: dict[str, Any]) -> str:
-    low, high = wilson(found["k"], found["n"])
-    return f"{found['k']}/{found['n']} = {100 * found['k'] / found['n']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def draw(curves: dict[int, Curve]) -> str:
